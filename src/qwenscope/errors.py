@@ -1,0 +1,59 @@
+"""Errors that a user can cause and cure: one line each, naming the culprit and what to do.
+
+The command line prints the message and exits with the class's `exit_code`; anything else is a bug of ours and
+keeps its traceback. 2 is typer's own usage error, 130 and 143 are SIGINT and SIGTERM.
+"""
+
+
+class QwenscopeError(ValueError):
+    """Base class: something outside the code is wrong, and the message says what and how to cure it."""
+
+    exit_code = 1
+
+
+class RecipeError(QwenscopeError):
+    """The recipe (or a `--set`) has an unknown key, an impossible value, or does not match the run folder."""
+
+    exit_code = 3
+
+
+class ModelError(QwenscopeError):
+    """The language model cannot be loaded, or a hook point does not exist in it or has another kind."""
+
+    exit_code = 4
+
+
+class CorpusError(QwenscopeError):
+    """A data source is missing, empty, shrunk, malformed or died half-way."""
+
+    exit_code = 5
+
+
+class TrainingError(QwenscopeError):
+    """Training cannot go on: non-finite or exploding loss, too many rows left out."""
+
+    exit_code = 6
+
+
+class CheckpointError(QwenscopeError):
+    """No checkpoint verifies, or the one that does belongs to another recipe, model or format version."""
+
+    exit_code = 7
+
+
+class LockError(QwenscopeError):
+    """Another process works in the same run folder."""
+
+    exit_code = 8
+
+
+class FormatError(QwenscopeError):
+    """An SAE, release, index or cache file is damaged, hostile, or cannot be represented in the asked format."""
+
+    exit_code = 9
+
+
+class ResourceError(QwenscopeError):
+    """Disk or memory does not suffice; the message says how many bytes are needed."""
+
+    exit_code = 10
