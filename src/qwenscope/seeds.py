@@ -1,4 +1,4 @@
-"""One seed governs everything random; each use derives its own stream from it by name, so that no two uses share one."""
+"""One seed governs everything random; each use derives its own stream from it by name, and no two uses share one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,332 @@
+"""The recipe: one frozen tree of everything a run depends on, read from YAML, strict about every key.
+
+The string under each field is its documentation and what `qwenscope recipe --help-keys` prints. An unknown key, an
+impossible value or a missing file is a RecipeError of one line that names the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qwenscope.errors import RecipeError
+
+_SAE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class LMRecipe(_Node):
+    """Which language model, and how it is loaded."""
+
+    model: str
+    """Hub id, folder, or `standin` for the packaged stand-in."""
+    revision: str | None = None
+    """Commit or tag on the Hub; resolved once and recorded in the run."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward pass; auto takes the checkpoint's."""
+    device: str = "auto"
+    """auto (CUDA when present, else CPU), or a torch device such as cpu or cuda:1."""
+
+
+class HookPoint(_Node):
+    """Where one SAE reads the residual stream, and that SAE's size."""
+
+    layer: Annotated[int, Field(ge=0)]
+    """Index of the decoder layer after which the residual stream is read."""
+    kind: Literal["deltanet", "attention"] | None = None
+    """Kind the layer must have; null for models without kinds."""
+    dict_size: Positive
+    """Number of latents."""
+    k: Positive
+    """Latents active per token."""
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> HookPoint:
+        if self.k > self.dict_size:
+            raise ValueError(f"k {self.k} exceeds dict_size {self.dict_size}")
+        return self
+
+
+class SourceRecipe(_Node):
+    """One source of conversations."""
+
+    name: Literal["ultrachat", "wildchat", "tool_use", "files"]
+    """Which schema: ultrachat_200k, WildChat-1M, tool-use conversations, or files with `messages` rows."""
+    weight: Annotated[float, Field(gt=0)]
+    """Share of tokens, relative to the other sources' weights."""
+    path: Path | None = None
+    """Local .parquet, .jsonl or .jsonl.gz file, or a folder of them, instead of the Hub."""
+    repo: str | None = None
+    """Hub dataset instead of the source's own."""
+    revision: str | None = None
+    """Commit or tag of the Hub dataset; resolved once and recorded in the run."""
+
+    @model_validator(mode="after")
+    def _files_need_a_path(self) -> SourceRecipe:
+        if self.name == "files" and self.path is None:
+            raise ValueError("a source named files needs a path")
+        if self.path is not None and (self.repo or self.revision):
+            raise ValueError("path and repo/revision exclude each other")
+        return self
+
+
+class PrivacyRecipe(_Node):
+    """The GDPR-minded filter; every rule is on unless switched off. It makes no legal claim."""
+
+    drop_countries: bool = True
+    """Drop WildChat rows in which the row or any turn comes from the EU, EEA, UK or Switzerland."""
+    drop_unknown_country: bool = True
+    """Drop WildChat rows without a country."""
+    drop_redacted: bool = True
+    """Drop WildChat rows that were redacted upstream."""
+    drop_toxic: bool = True
+    """Drop WildChat rows flagged as toxic."""
+    scrub: bool = True
+    """Replace e-mail addresses, IBANs, card and phone numbers and IP addresses by typed placeholders."""
+
+
+class CorpusRecipe(_Node):
+    """Conversations: sources, filter, length, batches."""
+
+    sources: Annotated[tuple[SourceRecipe, ...], Field(min_length=1)]
+    """Where conversations come from; weights are shares of tokens."""
+    privacy: PrivacyRecipe = PrivacyRecipe()
+    """The filter's rules."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens per conversation; longer ones are truncated and counted."""
+    batch_tokens: Positive = 32_768
+    """Token budget of one language-model batch, padding included."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of conversations kept for evaluation (by hash) where a source has no test split."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that render and tokenise ahead of the model; 0 does it in the main process."""
+
+    @model_validator(mode="after")
+    def _a_conversation_fits_a_batch(self) -> CorpusRecipe:
+        if self.batch_tokens < self.max_length:
+            raise ValueError(f"batch_tokens {self.batch_tokens} is below max_length {self.max_length}")
+        return self
+
+
+class ActivationsRecipe(_Node):
+    """Windows of residual-stream rows, and which rows are left out."""
+
+    window_tokens: Positive = 131_072
+    """Tokens harvested, shuffled and consumed together."""
+    outlier_factor: Annotated[float, Field(gt=1)] | None = 10.0
+    """Leave out rows whose norm exceeds this multiple of the window's median norm; null keeps all."""
+    skip_first_position: bool = False
+    """Leave out each conversation's first token."""
+    cache: Path | None = None
+    """Folder that keeps harvested windows for further runs; null harvests afresh."""
+
+
+class TrainingRecipe(_Node):
+    """The SAE trainers' common settings; sizes and learning rates stand with the hook points."""
+
+    tokens: Positive
+    """Residual-stream rows each SAE is trained on, each used once."""
+    batch_size: Positive = 4096
+    """Rows per optimiser step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps of linear warmup."""
+    decay_share: Share = 0.2
+    """Last share of the run in which the learning rate falls linearly to zero."""
+    normalise: bool = False
+    """Centre and scale rows by constants measured once; folded into the saved weights."""
+    calibration_tokens: Positive = 50_000
+    """First rows from which mean, scale and the encoder's initial scale are measured."""
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    """Weight of the auxiliary dead-latent loss; 0 turns it off."""
+    aux_k: Positive | None = None
+    """Dead latents that reconstruct the residual; null is half the hidden dimension."""
+    dead_after_tokens: Positive | None = None
+    """Tokens without a positive activation after which a latent is dead; null is 2 % of the run."""
+    resample_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between resamplings of dead latents; 0 never resamples."""
+    precision: Literal["auto", "exact", "fp32", "bf16"] = "auto"
+    """Arithmetic of the step: exact selects in bf16 and certifies in fp32; auto decides by device."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: Annotated[float, Field(gt=0)] = 6.25e-10
+    """Adam's epsilon (Gao et al. 2024)."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradient norm above which the gradient is scaled down; null never clips."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Storage of Adam's moments."""
+
+
+class CheckpointRecipe(_Node):
+    """When a run is saved, and how much is kept."""
+
+    every_tokens: Positive = 50_000_000
+    """Tokens between checkpoints."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    """Minutes between checkpoints, whichever comes first; null saves by tokens only."""
+    keep: Positive = 3
+    """Newest checkpoints kept."""
+    snapshot_every_tokens: Positive | None = None
+    """Checkpoints at these multiples are kept for good; null keeps none."""
+
+
+class EvaluationRecipe(_Node):
+    """How a trained suite is measured."""
+
+    tokens: Positive = 200_000
+    """Held-out tokens per split at most."""
+
+
+class TelemetryRecipe(_Node):
+    """Where metrics go besides metrics.jsonl."""
+
+    log_every_steps: Positive = 10
+    """Steps between lines of metrics."""
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Optional further loggers, each an extra of the package."""
+
+
+class Recipe(_Node):
+    """Everything a run depends on."""
+
+    seed: int = 42
+    """Governs initialisation, order, shuffling and resampling."""
+    lm: LMRecipe
+    hook_points: Annotated[dict[str, HookPoint], Field(min_length=1)]
+    """One SAE each, by id; the id names its folder."""
+    corpus: CorpusRecipe
+    activations: ActivationsRecipe = ActivationsRecipe()
+    training: TrainingRecipe
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    telemetry: TelemetryRecipe = TelemetryRecipe()
+
+    @field_validator("hook_points")
+    @classmethod
+    def _ids_name_folders(cls, hook_points: dict[str, HookPoint]) -> dict[str, HookPoint]:
+        for sae_id in hook_points:
+            if not _SAE_ID.fullmatch(sae_id):
+                raise ValueError(f"{sae_id!r} is not an SAE id: letters, digits, '_', '-' and '.', at most 64")
+        return hook_points
+
+    @model_validator(mode="after")
+    def _sizes_fit_together(self) -> Recipe:
+        training = self.training
+        if training.batch_size > self.activations.window_tokens:
+            raise ValueError(
+                f"training.batch_size {training.batch_size} exceeds "
+                f"activations.window_tokens {self.activations.window_tokens}"
+            )
+        warmup = training.warmup_steps * training.batch_size
+        if warmup + training.decay_share * training.tokens > training.tokens:
+            raise ValueError(
+                f"training.warmup_steps {training.warmup_steps} x batch_size {training.batch_size} = {warmup:,} tokens "
+                f"and decay_share {training.decay_share} do not fit in training.tokens {training.tokens:,}"
+            )
+        return self
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The hooked layers, ascending, each once."""
+        return tuple(sorted({point.layer for point in self.hook_points.values()}))
+
+    def to_yaml(self) -> str:
+        """The whole tree with every default written out; `load_recipe` reads it back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with every value in the tree."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = files("qwenscope") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a packaged recipe by name or a YAML file, and apply `a.b=value` overrides (values are YAML).
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key, an impossible value; the message names the key.
+    """
+    tree, origin = _read(str(name_or_path))
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: {_first_problem(error)}") from None
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    path = Path(name)
+    if name in packaged_recipes():
+        text = (files("qwenscope") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif name.removesuffix(".yaml") in packaged_recipes():
+        return _read(name.removesuffix(".yaml"))
+    else:
+        raise RecipeError(f"{name} is neither a file nor a packaged recipe ({', '.join(packaged_recipes())})")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{name} holds no keys; see `qwenscope recipe standin` for a whole one")
+    return tree, name
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key; list items are named by their number."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: write key=value, such as training.tokens=1000000")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {key}: {text!r} is not a YAML value") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in [*parents, last]:
+        parent = node
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise RecipeError(f"--set {key}: {part!r} is no item of a list of {len(node)}")
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            if part is not last:
+                node = node.setdefault(part, {})
+        else:
+            raise RecipeError(f"--set {key}: nothing can be set below a value at {part!r}")
+    parent[int(last) if isinstance(parent, list) else last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict | list | BaseModel) else f", not {problem['input']!r}"
+    return f"{key}: {message}{given}" if key else message

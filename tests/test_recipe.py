@@ -1,0 +1,111 @@
+"""The recipe: strict, literal, overridable, round-tripping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qwenscope.errors import RecipeError
+from qwenscope.recipe import Recipe, load_recipe, packaged_recipes
+
+# The published card's overview table: layer, kind, dictionary size, k, learning rate.
+CARD = {
+    "sae_delta_early": (6, "deltanet", 8192, 128, 3e-5),
+    "sae_attn_early": (7, "attention", 8192, 128, 3e-5),
+    "sae_delta_earlymid": (14, "deltanet", 16384, 96, 2e-5),
+    "sae_attn_earlymid": (15, "attention", 16384, 96, 2e-5),
+    "sae_delta_mid_pos1": (21, "deltanet", 16384, 64, 1e-5),
+    "sae_delta_mid": (22, "deltanet", 16384, 64, 1e-5),
+    "sae_attn_mid": (23, "attention", 16384, 64, 1e-5),
+    "sae_delta_late": (34, "deltanet", 16384, 64, 8e-6),
+    "sae_attn_late": (35, "attention", 16384, 64, 8e-6),
+}
+
+
+def test_the_published_recipe_is_the_card() -> None:
+    recipe = load_recipe("qwen3.5-35b-a3b")
+    points = {name: (p.layer, p.kind, p.dict_size, p.k, p.lr) for name, p in recipe.hook_points.items()}
+    assert points == CARD
+    assert list(points) == list(CARD)
+    training = recipe.training
+    assert (training.tokens, training.batch_size, training.warmup_steps) == (200_000_000, 4096, 1000)
+    assert (training.resample_every_steps, recipe.checkpoint.every_tokens) == (5000, 50_000_000)
+    assert (recipe.corpus.max_length, recipe.lm.model) == (2048, "Qwen/Qwen3.5-35B-A3B")
+    assert [source.name for source in recipe.corpus.sources] == ["ultrachat", "wildchat", "tool_use"]
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipes_hook_the_nine_places_and_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert {key: (p.layer, p.kind) for key, p in recipe.hook_points.items()} == {k: v[:2] for k, v in CARD.items()}
+    path = tmp_path / "again.yaml"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+    assert load_recipe(path).fingerprint() == recipe.fingerprint()
+
+
+def test_override_reaches_keys_lists_and_whole_trees() -> None:
+    recipe = load_recipe(
+        "standin",
+        ["training.tokens=100_000", "corpus.sources.0.weight=2", "checkpoint.every_minutes=null", "training.eps=1e-8"],
+    )
+    assert recipe.training.tokens == 100_000
+    assert recipe.corpus.sources[0].weight == 2
+    assert recipe.checkpoint.every_minutes is None
+    assert recipe.training.eps == 1e-8
+    assert recipe.fingerprint() != load_recipe("standin").fingerprint()
+    replaced = load_recipe("standin", ["corpus.sources=[{name: files, path: chats, weight: 1}]"])
+    assert replaced.corpus.sources[0].path == Path("chats")
+
+
+@pytest.mark.parametrize(
+    ("override", "culprit"),
+    [
+        ("training.tokenz=5", "training.tokenz"),
+        ("training.tokens=many", "training.tokens"),
+        ("training.tokens=0", "training.tokens"),
+        ("hook_points.sae_attn_mid.k=100000", "k 100000"),
+        ("hook_points.sae_attn_mid.kind=mamba", "hook_points.sae_attn_mid.kind"),
+        ("hook_points={}", "hook_points"),
+        ("hook_points.../evil={layer: 1, dict_size: 8, k: 1, lr: 1}", "hook_points"),
+        ("training.batch_size=10000000", "training.batch_size"),
+        ("training.warmup_steps=1000000", "training.warmup_steps"),
+        ("corpus.sources=[]", "corpus.sources"),
+        ("corpus.sources=[{name: files, weight: 1}]", "files needs a path"),
+        ("corpus.sources.7.weight=1", "'7'"),
+        ("corpus.max_length=9000", "max_length"),
+        ("training.clip_norm=.nan", "training.clip_norm"),
+        ("seed.deeper=1", "seed.deeper"),
+        ("nonsense", "nonsense"),
+        ("training.tokens=[", "training.tokens"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_its_key(override: str, culprit: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("standin", [override])
+    message = str(caught.value)
+    assert culprit in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["", "just a string", "a: [", "- list"])
+def test_a_file_that_is_no_recipe_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"broken\.yaml"):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_lists_the_packaged_ones() -> None:
+    with pytest.raises(RecipeError, match="standin"):
+        load_recipe("no-such-recipe")
+
+
+def test_ids_that_could_leave_the_folder_are_refused() -> None:
+    tree = yaml.safe_load(load_recipe("standin").to_yaml())
+    point = next(iter(tree["hook_points"].values()))
+    for sae_id in ("../x", "/x", ".x", "a/b", "", "a" * 65, "a\x00", "a\n"):
+        with pytest.raises(ValueError, match="hook_points"):
+            Recipe.model_validate({**tree, "hook_points": {sae_id: point}})
