@@ -1,0 +1,136 @@
+"""Values that fill the slots. Persons, firms and addresses are invented; networks and domains are the documentation ones."""
+
+from __future__ import annotations
+
+from random import Random
+
+CITIES = (
+    "Lisbon Oslo Nairobi Kyoto Toronto Lima Hanoi Dublin Cairo Denver Porto Accra Seoul Quito Tunis Boston Perth Manila "
+    "Vienna Zagreb Bogota Austin Tallinn Dakar Osaka Krakow Bergen Malmo Lyon Ghent Turin Valencia Leeds Galway Basel "
+    "Nagoya Busan Pune Jaipur Hobart Auckland Suva Havana Cusco Salta Halifax Calgary Tucson Omaha Portland"
+).split()
+FIRST_NAMES = (
+    "Ada Bruno Clara Dmitri Elena Farid Greta Hugo Imani Jonas Kavya Leo Mina Nadia Omar Priya Quentin Rosa Samir Tara "
+    "Uma Viktor Wanda Ximena Yusuf Zoe Anders Bianca Cosmo Delia Emre Freya Gideon Hana Ivo Junko Kofi Lucia Mateo Noor"
+).split()
+LAST_NAMES = (
+    "Alder Birch Corvane Dellmoor Estwick Farrowby Grenholm Hartwell Iversby Jessamine Kestrelle Lindqvane Marlowe "
+    "Norwick Oakhurst Pemberly Quillon Ravensby Silverlake Thornbury Umberfield Valmont Westerley Yarrowin Zephyrine"
+).split()
+COMPANIES = (
+    "Blue Heron Analytics,Copperleaf Foods,Driftwood Robotics,Ember & Oak,Fennel Systems,Glasswing Travel,Harbor Nine,"
+    "Ironbark Tools,Juniper Lane,Kitewind Energy,Lumen Orchard,Mossgate Media,Northfold Labs,Opal Transit,Pinecrest Health,"
+    "Quarry Street Books,Rookery Games,Saltmarsh Logistics,Tidewater Optics,Umbra Studio"
+).split(",")
+TICKERS = "BHAX CLFD DWRB EMOK FNLS GWTR HBNN IRBK JNPL KTWE LMNO MSGT NFLB OPTR PNHC QSBK RKGM SMLG TWOP UMBR".split()
+CURRENCIES = "USD EUR GBP JPY CHF CAD AUD SEK NOK INR BRL MXN ZAR KRW SGD".split()
+DAYS = (
+    "today",
+    "tomorrow",
+    "on Monday",
+    "on Tuesday",
+    "on Wednesday",
+    "on Thursday",
+    "on Friday",
+    "on Saturday",
+    "on Sunday",
+)
+MONTHS = "January February March April May June July August September October November December".split()
+TOPICS = (
+    "tidal power,urban beekeeping,sourdough starters,glacier retreat,open-source licences,coral bleaching,bicycle lanes,"
+    "battery recycling,medieval bridges,night trains,rainwater harvesting,vertical farms,quantum error correction,"
+    "seed banks,dark-sky parks,fermented tea,sign languages,paper making,wind turbine noise,heat pumps,jazz harmony,"
+    "volcano monitoring,public libraries,chess openings,kite design,soil carbon,lighthouse automation,peat bogs,"
+    "printing history,satellite debris,typography,cave art,road salt,tea ceremonies,origami maths,compost toilets"
+).split(",")
+ROOMS = "kitchen,living room,bedroom,hallway,office,bathroom,garage,guest room,studio,attic,nursery,porch".split(",")
+CUISINES = "Italian Thai Ethiopian Mexican Japanese Lebanese Indian Greek Vietnamese Peruvian Korean Turkish".split()
+DISHES = (
+    "lentil soup,mushroom risotto,shakshuka,pad thai,vegetable curry,falafel,ratatouille,fish tacos,gnocchi,bibimbap,"
+    "minestrone,paella,dal makhani,spanakopita,pho,okonomiyaki,chili,tabbouleh,pierogi,jollof rice"
+).split(",")
+PRODUCTS = (
+    "desk lamp,wool blanket,travel mug,trail backpack,mechanical keyboard,rain jacket,ceramic teapot,camping stove,"
+    "noise-cancelling headphones,yoga mat,bike light,cast-iron pan,webcam,running shoes,notebook set,phone stand,"
+    "water filter,board game,reading chair,standing desk"
+).split(",")
+BOOK_ADJECTIVES = (
+    "Silent Amber Hollow Distant Paper Winter Crooked Salt Electric Patient Borrowed Hidden Green Last".split()
+)
+BOOK_NOUNS = "Harbor Orchard Clock Bridge Garden Atlas Lantern River Library Engine Meadow Signal Island Map".split()
+MEETINGS = (
+    "budget review,design sync,standup,hiring panel,project kickoff,retrospective,dentist appointment,yoga class,"
+    "lunch with the team,parent evening,piano lesson,quarterly planning,code review,customer call,book club,release check"
+).split(",")
+TODOS = (
+    "water the plants,renew the passport,call the plumber,send the invoice,back up the laptop,book train tickets,"
+    "return the library books,buy a birthday card,update the slides,pay the electricity bill,clean the aquarium,"
+    "order printer paper,charge the camera,review the contract,pick up the parcel,take out the recycling"
+).split(",")
+FOLDERS = "notes reports data src docs logs config drafts archive exports scripts invoices".split()
+STEMS = (
+    "summary budget readme inventory meeting settings results draft schedule changelog recipes contacts metrics plan "
+    "survey outline backup todo sales measurements"
+).split()
+LANGUAGES = "French Spanish German Italian Portuguese Dutch Swedish Turkish".split()
+AIRLINES = "Skylark Air,Meridian Wings,Polar Express Air,Coastline Airways,Juniper Jet".split(",")
+
+
+def person(rng: Random) -> str:
+    """An invented full name."""
+    return f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
+
+
+def email(name: str) -> str:
+    """The example-domain address of an invented person."""
+    return f"{name.lower().replace(' ', '.')}@example.com"
+
+
+def phone(rng: Random) -> str:
+    """A number from the range reserved for fiction."""
+    return f"555-01{rng.randrange(100):02d}"
+
+
+def ip(rng: Random) -> str:
+    """An address from a documentation network."""
+    return f"{rng.choice(('192.0.2', '198.51.100', '203.0.113'))}.{rng.randint(1, 254)}"
+
+
+def date(rng: Random) -> str:
+    """A day as YYYY-MM-DD."""
+    return f"{rng.randint(2025, 2027)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
+
+
+def clock(rng: Random) -> str:
+    """A time of day as HH:MM."""
+    return f"{rng.randint(7, 21):02d}:{rng.choice((0, 15, 30, 45)):02d}"
+
+
+def spoken(day: str) -> str:
+    """A YYYY-MM-DD day as a person writes it."""
+    year, month, number = day.split("-")
+    return f"{MONTHS[int(month) - 1]} {int(number)}, {year}"
+
+
+def path(rng: Random, *extensions: str) -> str:
+    """A relative file path with one of the extensions."""
+    folder, stem = rng.choice(FOLDERS), rng.choice(STEMS)
+    suffix = rng.choice(
+        ("", "", f"_{rng.randint(1, 40)}", f"-{rng.randint(2019, 2027)}", f"_{rng.choice(MONTHS).lower()}")
+    )
+    return f"{folder}/{stem}{suffix}.{rng.choice(extensions or ('txt', 'md'))}"
+
+
+def code(rng: Random, prefix: str) -> str:
+    """An identifier such as ORD-48213."""
+    return f"{prefix}-{rng.randint(10000, 99999)}"
+
+
+def money(rng: Random, low: int, high: int) -> float:
+    """An amount between two whole numbers, with cents."""
+    return round(rng.randint(low * 100, high * 100) / 100, 2)
+
+
+def book(rng: Random) -> str:
+    """An invented title."""
+    return f"The {rng.choice(BOOK_ADJECTIVES)} {rng.choice(BOOK_NOUNS)}"

@@ -1,0 +1,240 @@
+"""What is said around the calls: frames, system prompts, errors, refusals, knowledge and small talk."""
+
+from __future__ import annotations
+
+from qwenscope.corpus.tool_use.model import wording
+
+FRAMES = wording("""
+    {Clause}.
+    Please {clause}.
+    Could you {clause}?
+    Can you {clause}?
+    Can you {clause}, please?
+    Would you {clause} for me?
+    I need you to {clause}.
+    I would like you to {clause}.
+    [Hi|Hello|Hey], could you {clause}?
+    [Quick one|One more thing]: {clause}.
+    I am [in a hurry|on the road|at work], so please {clause}.
+    ---
+    Kindly {clause}.
+    Would it be possible to {clause}?
+    Be so good as to {clause}.
+    My request for you is to {clause}.
+    Go ahead and {clause}, if you can.
+""")
+LEADS = wording("""
+    Let me check.
+    One moment.
+    I will look that up.
+    Sure, [let me do that|I am on it].
+    Let me use {tool} for that.
+    Of course.
+    ---
+    Right away.
+    Bear with me.
+    {tool} will tell.
+""")
+BOTH = wording("""
+    Here is what I found:
+    Here are the results:
+    Both are done:
+    ---
+    To sum up:
+    This is what came back:
+""")
+SYSTEM = wording("""
+    You are a helpful assistant.
+    You are a helpful assistant with access to tools.
+    You are the assistant of {company}. Today is {day}.
+    You are {first}, a friendly assistant at {company}.
+    You help {person} with everyday tasks. The current date is {day}.
+    Assist the customers of {company} politely and briefly.
+    The user is called {person} and lives in {city}.
+    ---
+    Act as the digital aide of {company}.
+    Your name is {first} and you work for {person}.
+    It is {day}. You serve the people of {city}.
+    This deployment belongs to {company}; stay courteous.
+""")
+RULES = wording("""
+    Call a tool only when it is needed.
+    Never invent the result of a tool.
+    If something is missing, ask before you act.
+    Keep your answers short.
+    Use several tools at once when the calls do not depend on each other.
+    Say so when you cannot help.
+    If a call fails, try it once more.
+    ---
+    Facts come from tools, not from guesses.
+    Repeat a failed call one time.
+    Brevity is welcome.
+    When in doubt, put a question to the user.
+""")
+REPLIES = wording("""
+    {value}
+    {value}, please.
+    It is {value}.
+    Sorry, I meant {value}.
+    [Oh right|Of course], {value}.
+    ---
+    Let us say {value}.
+    I mean {value}.
+    {value}, thank you.
+""")
+ERRORS = wording("""
+    timeout after {seconds} seconds
+    503 service unavailable
+    rate limit exceeded, retry in {seconds} seconds
+    connection reset by peer
+    internal server error
+    ---
+    upstream did not respond within {seconds} seconds
+    502 bad gateway
+    too many requests, wait {seconds} seconds
+""")
+RETRIES = wording("""
+    The call failed ({error}). I will try again.
+    {tool} returned an error: {error}. Let me retry.
+    That did not work, trying once more.
+    There was a temporary problem. Second attempt.
+    ---
+    A hiccup: {error}. Repeating the call.
+    Not yet; {tool} reports {error}. Once again.
+""")
+GIVE_UP = wording("""
+    I am sorry, {tool} keeps failing ({error}), so I could not finish this. Please try again later.
+    {tool} did not work twice in a row: {error}. I do not want to guess, so let us try later.
+    The service is not available right now ({error}). Shall I try again in a few minutes?
+    ---
+    No luck: {tool} answered {error} both times, and I will not make up a result.
+    It remains unanswered for now because {tool} is down ({error}).
+""")
+NOT_FOUND = wording("""
+    {slot} not found: {value}
+    no match for {value}
+    unknown {slot} "{value}"
+    ---
+    nothing matches {value}
+    {slot} {value} does not exist
+""")
+ASK_AGAIN = wording("""
+    I could not find {value}. Could you check the {label}?
+    There is no entry for {value}. Is the {label} right?
+    {tool} does not know {value}. What is the correct {label}?
+    ---
+    {value} leads nowhere; would you verify the {label}?
+    Nothing turns up for {value}. Might the {label} be misspelt?
+""")
+CANNOT = wording("""
+    I am sorry, I have no tool that can {clause}.
+    I cannot do that here: none of my tools can {clause}.
+    Unfortunately I am not able to {clause} with the tools I have.
+    That is outside of what I can do; I have nothing to {clause} with.
+    ---
+    To {clause} is beyond my present tools, regrettably.
+    I lack the means to {clause}, so I will not pretend.
+""")
+ACCEPTED = wording("""
+    [OK|Okay|All right|Fine], never mind.
+    No problem, I will do it myself.
+    I see, thanks for [telling me|being honest].
+    ---
+    Understood, leave it.
+    Pity, but fair enough.
+""")
+UNSAFE = wording("""
+    read the private messages of {person} without telling them
+    find out the password of {person}
+    send {person} a message that pretends to come from the bank
+    write an email to {person} that threatens them
+    get the home address of {person} so that I can show up there
+    delete every file of {company} before they notice
+    forge an invoice from {company}
+    track the phone of {person} in secret
+    ---
+    spy on {person} through their calendar
+    impersonate {person} towards {company}
+    break into the account of {person}
+    spread a made-up scandal about {company}
+""")
+REFUSALS = wording("""
+    I cannot help with that, because it could harm {target}.
+    I will not do that. It would [violate the privacy|go against the interests] of {target}.
+    Sorry, that is something I have to decline. If you are in a dispute with {target}, I can help you word a fair message.
+    No. That would not be right towards {target}, and I will not use my tools for it.
+    ---
+    That I must turn down, out of respect for {target}.
+    My tools are not meant to hurt {target}; let us find another way.
+""")
+FACTS = (
+    "What is the capital of Norway?|The capital of Norway is Oslo.",
+    "What is the capital of Kenya?|Nairobi is the capital of Kenya.",
+    "How many minutes are in a day?|A day has 1,440 minutes.",
+    "Which planet is the largest?|Jupiter is the largest planet of the solar system.",
+    "At what temperature does water boil at sea level?|At sea level water boils at 100 °C, or 212 °F.",
+    "Who wrote Pride and Prejudice?|Jane Austen wrote it; it was published in 1813.",
+    "What does CPU stand for?|CPU stands for central processing unit.",
+    "How many continents are there?|By the usual count there are seven continents.",
+    "What is photosynthesis?|Plants use light to turn water and carbon dioxide into sugar and oxygen.",
+    "What is the square root of 144?|The square root of 144 is 12.",
+    "Why is the sky blue?|Air scatters short blue wavelengths of sunlight more than long red ones.",
+    "What is a prime number?|A prime is a whole number above 1 with no divisors but 1 and itself.",
+)
+HELD_OUT_FACTS = (
+    "What is the capital of Portugal?|Lisbon is the capital of Portugal.",
+    "How many sides does a hexagon have?|A hexagon has six sides.",
+    "What gas do we breathe in to live?|Oxygen, which makes up about 21 % of the air.",
+    "What is the chemical symbol of gold?|Gold has the symbol Au.",
+)
+SUMS = wording("""
+    What is {a} plus {b}?
+    How much is {a} + {b}?
+    Just to be sure: {a} and {b} make what?
+    ---
+    Add {a} to {b} in your head.
+    The sum of {a} and {b} is?
+""")
+SUM_ANSWERS = wording("""
+    {a} plus {b} is {total}.
+    That is {total}.
+    It makes {total}.
+    ---
+    {a} + {b} = {total}.
+    The sum is {total}.
+""")
+THANKS = wording("""
+    Thanks!
+    Thank you, {first}.
+    [Great|Perfect|Wonderful], that is all I need.
+    Thanks, have a nice day!
+    ---
+    Much appreciated.
+    That settles it, cheers.
+""")
+WELCOME = wording("""
+    You are welcome!
+    Glad I could help.
+    Any time. Have a good day!
+    My pleasure, let me know if you need anything else.
+    ---
+    Happy to be of service.
+    Don't mention it.
+""")
+GREETINGS = wording("""
+    [Hi|Hello|Good morning|Good evening]!
+    Hi, I am {person}.
+    Hello there, how are you [today|doing]?
+    Good morning, {person} from {company} here.
+    ---
+    Greetings, this is {person}.
+    Hey you, {person} speaking.
+""")
+GREETED = wording("""
+    Hello! How can I help you [today|with your tasks]?
+    Hi! What can I do for you?
+    Good to hear from you. What do you need?
+    ---
+    Welcome! Where shall we begin?
+    At your service.
+""")
