@@ -1,0 +1,101 @@
+"""What is installed, what this machine can do, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+_PACKAGES = (
+    "qwenscope",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "huggingface_hub",
+    "pydantic",
+)
+
+# What each optional package buys, and the command that brings it. `cuda` ones matter only where a GPU is.
+_OPTIONAL: dict[str, tuple[str, str, bool]] = {
+    "triton": ("fused top-k and gradient kernels", "pip install triton", True),
+    "fla": (
+        "fast Gated DeltaNet kernels (the torch path is several times slower)",
+        "pip install flash-linear-attention",
+        True,
+    ),
+    "causal_conv1d": ("fast DeltaNet convolution (torch's own is the fallback)", "pip install causal-conv1d", True),
+    "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install 'qwenscope[tensorboard]'", False),
+    "wandb": ("telemetry.sinks: [wandb]", "pip install 'qwenscope[wandb]'", False),
+    "trackio": ("telemetry.sinks: [trackio]", "pip install 'qwenscope[trackio]'", False),
+}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An optional package that is not installed."""
+
+    package: str
+    buys: str
+    get: str
+
+
+def examine(folder: Path = Path()) -> dict[str, Any]:
+    """Versions, devices, CPU abilities, memory and disk of `folder`, and what is missing, as one JSON-able object."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": [_device(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "cpu": {
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "bf16_products": _bf16_products(),
+        },
+        "memory_bytes": psutil.virtual_memory().total,
+        "disk_free_bytes": shutil.disk_usage(folder.resolve()).free,
+        "missing": [
+            asdict(Missing(package, buys, get))
+            for package, (buys, get, needs_cuda) in _OPTIONAL.items()
+            if importlib.util.find_spec(package) is None and (cuda or not needs_cuda)
+        ],
+        "problems": _problems(cuda),
+    }
+
+
+def _device(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def _bf16_products() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware, read from what the kernel reports."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in text or "amx_bf16" in text
+
+
+def _problems(cuda: bool) -> list[str]:
+    """Combinations that are known not to work, each with its cure."""
+    problems = []
+    if not cuda and importlib.util.find_spec("fla") and importlib.util.find_spec("triton"):
+        problems.append(
+            "flash-linear-attention and triton are installed but no GPU is there: DeltaNet crashes on CPU tensors; "
+            "uninstall flash-linear-attention here"
+        )
+    return problems
