@@ -1,0 +1,64 @@
+"""One process per run folder: an advisory file lock that the kernel drops when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qwenscope.errors import LockError
+
+LOCK_NAME = ".lock"
+_held: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """A forked worker must not keep its parent's lock alive after the parent is killed."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process until the block ends.
+
+    Raises:
+        LockError: another process (or another call in this one) holds it; the message names its pid and host.
+    """
+    path = folder / LOCK_NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise LockError(
+            f"{folder} is in use by {_holder(path)}; stop that one first, or choose another folder"
+        ) from None
+    _held.add(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        yield
+    finally:
+        if descriptor in _held:  # not in a child that was forked inside the block
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):  # the holder is between locking and writing its name
+        return "another process"

@@ -1,0 +1,56 @@
+"""Signals that end or checkpoint a run at the next step boundary, never in the middle of one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_STOP = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):  # noqa: N818 - an ending that was asked for, not an error
+    """A signal asked the run to stop and it did, with a checkpoint. `exit_code` is the shell's 128 + signal number."""
+
+    def __init__(self, signum: int, tokens: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after {tokens:,} tokens; --resume goes on from there"
+        )
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+class SignalWatch:
+    """While the block runs, SIGTERM and SIGINT set `stop`, SIGUSR1 sets `checkpoint`; the old handlers come back after.
+
+    The first stop signal hands both back to the kernel's default, so that a second one ends the process at once, even
+    in the middle of a long call into native code. Outside the main thread nothing is installed and nothing is seen.
+    """
+
+    def __init__(self) -> None:
+        self.stop: int | None = None
+        self.checkpoint = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> SignalWatch:
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP:
+                self._before[number] = signal.signal(number, self._on_stop)
+            self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_checkpoint)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _on_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.stop = signum
+        for number in _STOP:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _on_checkpoint(self, signum: int, frame: FrameType | None) -> None:
+        self.checkpoint = True
