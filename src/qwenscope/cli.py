@@ -1,0 +1,272 @@
+"""The `qwenscope` command: argument handling only; each command calls one function of a room.
+
+Rooms are imported inside the commands, so that `--help` answers at once. A `QwenscopeError` becomes one line on stderr
+and its own exit code; with `--debug` the traceback is shown as well.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from qwenscope.errors import QwenscopeError, RecipeError
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+class _DefaultGroup(TyperGroup):
+    """A group whose first word may be the argument of its `default` command: `data RECIPE` beside `data generate`."""
+
+    default = "survey"
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = args and args[0] in self.commands
+        return super().resolve_command(ctx, args if known else [self.default, *args])
+
+
+app = typer.Typer(
+    name="qwenscope",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train, measure and release sparse autoencoders for large language models.",
+    epilog="Add --debug to any command for a traceback with an error.",
+)
+data_app = typer.Typer(
+    cls=_DefaultGroup,
+    no_args_is_help=True,
+    context_settings={"ignore_unknown_options": True},
+    help="Look at a recipe's corpus (`data RECIPE`), or generate tool-use conversations (`data generate`).",
+)
+standin_app = typer.Typer(no_args_is_help=True, help="The packaged stand-in language model.")
+app.add_typer(data_app, name="data", rich_help_panel="Before training")
+app.add_typer(standin_app, name="standin", rich_help_panel="Before training")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Packaged recipe (e.g. standin) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key: training.tokens=1000000.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@app.command(rich_help_panel="Start here")
+def demo(out_: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo")) -> None:
+    """Train, evaluate and package nine SAEs on the packaged stand-in model, in minutes on a CPU."""
+    from qwenscope.display import run_demo
+
+    run_demo(out_, out)
+
+
+@app.command(rich_help_panel="Start here")
+def doctor(
+    as_json: AsJson = False,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Also train, kill, resume and compare.")] = False,
+) -> None:
+    """Versions, devices, kernels; what is missing and how to get it."""
+    from qwenscope.display import doctor_table
+    from qwenscope.doctor import examine
+
+    report = examine()
+    if self_test:
+        import tempfile
+
+        from qwenscope.training.self_test import self_test as run_self_test
+
+        with tempfile.TemporaryDirectory(prefix="qwenscope-") as folder:
+            report["self_test"] = run_self_test(Path(folder))
+    if as_json:
+        _print_json(report)
+    else:
+        out.print(doctor_table(report))
+
+
+@app.command(rich_help_panel="Before training")
+def recipe(name: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe with every key and default written out."""
+    from qwenscope.recipe import load_recipe
+
+    sys.stdout.write(load_recipe(name, overrides or ()).to_yaml())
+
+
+@data_app.command()
+def survey(
+    name: RecipeName,
+    as_json: AsJson = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Conversations to read; all of a run's by default.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the kept conversations as jsonl.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """The corpus as it will be trained on: counts per source, token shares, padding, privacy report."""
+    from qwenscope.corpus.survey import survey as run_survey
+    from qwenscope.display import survey_tables
+    from qwenscope.lm.load import load_tokenizer
+    from qwenscope.recipe import load_recipe
+
+    loaded = load_recipe(name, overrides or ())
+    report = run_survey(loaded, load_tokenizer(loaded.lm), limit=limit, dump=dump)
+    if as_json:
+        _print_json(report)
+    else:
+        for table in survey_tables(report):
+            out.print(table)
+
+
+@data_app.command()
+def generate(
+    n: Annotated[int, typer.Option("--n", min=1, help="Conversations.")],
+    path: Annotated[Path, typer.Option("--out", help="A .jsonl or .jsonl.gz file.")],
+    seed: Annotated[int, typer.Option(help="Same seed, same conversations.")] = 0,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="From the template families kept for evaluation.")
+    ] = False,
+) -> None:
+    """Write synthetic tool-use conversations."""
+    from qwenscope.corpus.tool_use import write_tool_use
+
+    write_tool_use(path, n, seed, held_out=held_out)
+    err.print(f"{n:,} conversations in {path}")
+
+
+@standin_app.command("train")
+def standin_train(
+    path: Out,
+    data: Annotated[Path | None, typer.Option(help="Folder of chat and tool-use files to add.")] = None,
+    seed: Annotated[int, typer.Option(help="Governs data order and initialisation.")] = 0,
+) -> None:
+    """Train the stand-in language model anew (about an hour of CPU)."""
+    from qwenscope.lm.standin import train_standin
+
+    train_standin(data, path, seed=seed)
+
+
+@app.command(rich_help_panel="Train and measure")
+def train(
+    name: RecipeName,
+    run: Annotated[Path, typer.Option("--out", help="Run folder.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train every SAE of a recipe in one pass of the language model."""
+    from qwenscope.display import train_with_progress
+    from qwenscope.recipe import load_recipe
+
+    train_with_progress(load_recipe(name, overrides or ()), run, resume, err)
+
+
+@app.command(rich_help_panel="Train and measure")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_RELEASE", help="Folder, or a release on the Hub.")],
+    data: Annotated[Path | None, typer.Option(help="Conversations to measure on instead of the held-out ones.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per split at most.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure fidelity and the effect on the language model; write evaluation.json and report.html."""
+    from qwenscope.display import evaluation_table
+    from qwenscope.evaluation.run import evaluate as run_evaluation
+
+    result = run_evaluation(target, data=data, tokens=tokens)
+    if as_json:
+        _print_json(result)
+    else:
+        out.print(evaluation_table(result))
+
+
+class Peer(StrEnum):
+    """Formats an SAE can be written in."""
+
+    saelens = "saelens"
+    sparsify = "sparsify"
+    dictionary_learning = "dictionary_learning"
+    neuronpedia = "neuronpedia"
+
+
+class Origin(StrEnum):
+    """Formats an SAE can be read from."""
+
+    saelens = "saelens"
+    sparsify = "sparsify"
+    dictionary_learning = "dictionary_learning"
+    qwen_scope = "qwen-scope"
+    qwenscope = "qwenscope"
+
+
+@app.command(rich_help_panel="Share")
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_RELEASE")],
+    to: Annotated[Peer, typer.Option("--to", help="Format.")],
+    path: Out,
+) -> None:
+    """Write the SAEs in another library's format."""
+    from qwenscope.sae.formats import export_suite
+
+    export_suite(target, to.value, path)
+
+
+@app.command("import", rich_help_panel="Share")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, file or Hub repository.")],
+    origin: Annotated[Origin, typer.Option("--from", help="Format.")],
+    path: Out,
+) -> None:
+    """Read SAEs of another library into our format."""
+    from qwenscope.sae.formats import import_suite
+
+    import_suite(source, origin.value, path)
+
+
+@app.command(rich_help_panel="Share")
+def release(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A complete, evaluated run.")],
+    path: Out,
+    push: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="Upload to this Hub repository.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: only list the files.")] = False,
+    tag: Annotated[str, typer.Option(help="With --push: the tag that makes the release visible, set last.")] = "v1",
+) -> None:
+    """Build the release folder with its model card, and publish it if asked."""
+    from qwenscope.release.hub import push as push_folder
+    from qwenscope.release.package import release as build_release
+
+    if dry_run and push is None:
+        raise RecipeError("--dry-run lists what --push ORG/NAME would upload; name the repository")
+    build_release(run, path)
+    if push is not None:
+        for line in push_folder(path, push, tag=tag, dry_run=dry_run):
+            out.print(line)
+
+
+def _take_debug_flag() -> bool:
+    """`--debug` may stand anywhere on the line, unless after `--`."""
+    before = sys.argv[: sys.argv.index("--")] if "--" in sys.argv else sys.argv
+    if "--debug" not in before:
+        return False
+    sys.argv.remove("--debug")
+    return True
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m qwenscope`."""
+    debug = _take_debug_flag()
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except QwenscopeError as error:
+        if debug:
+            raise
+        err.print("[bold red]error[/]:", escape(" ".join(str(error).split())), highlight=False)
+        sys.exit(error.exit_code)

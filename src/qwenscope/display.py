@@ -1,0 +1,107 @@
+"""What a person sees in the terminal: a run's progress, results as tables; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("fvu", "FVU", ".3f"),
+    ("explained_variance", "expl. var.", ".3f"),
+    ("l0", "L0", ".1f"),
+    ("dead_fraction", "dead", ".1%"),
+    ("ce_recovered_zero", "CE rec. zero", ".3f"),
+    ("ce_recovered_mean", "CE rec. mean", ".3f"),
+    ("kl", "KL", ".4f"),
+)
+
+
+def bytes_text(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def evaluation_table(result: Mapping[str, Any]) -> Table:
+    """One row per SAE and split of an `evaluation.json` object."""
+    table = Table(box=box.SIMPLE_HEAD, title="Held-out evaluation", title_style="bold", title_justify="left")
+    table.add_column("SAE")
+    table.add_column("split")
+    table.add_column("tokens", justify="right")
+    for _, heading, _ in _COLUMNS:
+        table.add_column(heading, justify="right")
+    for sae_id, splits in result["saes"].items():
+        for position, (split, cell) in enumerate(splits.items()):
+            numbers = (format(cell[key], form) for key, _, form in _COLUMNS)
+            table.add_row(
+                sae_id if position == 0 else "",
+                split,
+                f"{cell['tokens']:,}",
+                *numbers,
+                end_section=position == len(splits) - 1,
+            )
+    return table
+
+
+def doctor_table(report: Mapping[str, Any]) -> Table:
+    """`doctor.examine`'s report as two columns, problems and cures last."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("python", f"{report['python']} on {report['platform']}")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    cpu = report["cpu"]
+    bf16 = "bf16 products in hardware" if cpu["bf16_products"] else "no bf16 products"
+    table.add_row("cpu", f"{cpu['cores']} cores, {cpu['torch_threads']} torch threads, {cpu['capability']}, {bf16}")
+    for device in report["devices"]:
+        table.add_row("gpu", f"{device['name']}, {bytes_text(device['memory_bytes'])}, sm {device['capability']}")
+    if not report["devices"]:
+        table.add_row("gpu", "none: models beyond the stand-in need one")
+    table.add_row("memory", bytes_text(report["memory_bytes"]))
+    table.add_row("disk free", bytes_text(report["disk_free_bytes"]))
+    for missing in report["missing"]:
+        table.add_row(
+            "[yellow]optional[/]",
+            f"{missing['package']}: {missing['buys']}; {missing['get'].replace('[', chr(92) + '[')}",
+        )
+    for problem in report["problems"]:
+        table.add_row("[red]problem[/]", problem)
+    if (test := report.get("self_test")) is not None:
+        verdict = "[green]same bits after a kill[/]" if test["identical"] else "[red]different bits after a kill[/]"
+        table.add_row("self-test", f"{verdict}: {test['detail']}")
+    return table
+
+
+def survey_tables(report: Mapping[str, Any]) -> Iterator[Table]:
+    """The `data --json` object: one row per source, then what was dropped and scrubbed."""
+    sources = Table(box=box.SIMPLE_HEAD, title="Corpus", title_style="bold", title_justify="left")
+    for heading in ("source", "rows read", "kept", "truncated", "tokens", "share"):
+        sources.add_column(heading, justify="left" if heading == "source" else "right")
+    for name, cell in report["sources"].items():
+        sources.add_row(
+            name,
+            f"{cell['rows_in']:,}",
+            f"{cell['rows_kept']:,}",
+            f"{cell['truncated']:,}",
+            f"{cell['tokens']:,}",
+            f"{cell['share']:.1%}",
+        )
+    sources.caption = f"{report['tokens']:,} tokens, padding {report['padding_share']:.1%} of the batches"
+    sources.caption_justify = "left"
+    yield sources
+    rules = Table(box=box.SIMPLE_HEAD, title="Left out and scrubbed", title_style="bold", title_justify="left")
+    rules.add_column("rule")
+    rules.add_column("count", justify="right")
+    for name, cell in report["sources"].items():
+        for reason, count in sorted(cell["dropped"].items()):
+            rules.add_row(f"{name}: {reason}", f"{count:,}")
+    for kind, count in sorted(report["scrubbed"].items()):
+        rules.add_row(f"scrubbed: {kind}", f"{count:,}")
+    if rules.row_count:
+        yield rules
