@@ -1,0 +1,184 @@
+"""The TopK sparse autoencoder (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", eq. 2-3).
+
+    latents        = TopK(ReLU(encoder(x - pre_bias)))
+    reconstruction = decoder(latents) + pre_bias
+
+Legend: B rows (tokens), D hidden, N latents (dictionary size), K active latents per row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qwenscope.errors import FormatError
+from qwenscope.files import atomic_path, read_json, write_json
+from qwenscope.sae import ops
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The active latents of a batch; places beyond a row's positive pre-activations hold the value 0.
+
+    values: [B, K], at least 0. indices: [B, K] int64, distinct within a row. dict_size: N.
+    """
+
+    values: Tensor
+    indices: Tensor
+    dict_size: int
+
+    def dense(self) -> Tensor:
+        """The same latents as [B, N], zeros included."""
+        shape = (*self.values.shape[:-1], self.dict_size)
+        return self.values.new_zeros(shape).scatter(-1, self.indices, self.values)
+
+
+class TopKSAE(nn.Module):
+    """A TopK sparse autoencoder over rows of a residual stream.
+
+    State dict (float32): `encoder.weight` [N, D], `encoder.bias` [N], `decoder.weight` [D, N] with unit-norm columns,
+    `pre_bias` [D]. A new SAE has random unit decoder columns and an encoder tied to them, which
+    `SAETrainer.calibrate` scales.
+
+    Args:
+        hidden_dim: D, width of a row.
+        dict_size: N, number of latents.
+        k: K, latents kept per row, at most N.
+        seed: of the random decoder; None draws from torch's global generator.
+
+    Raises:
+        FormatError: a size below 1, or k above dict_size.
+    """
+
+    def __init__(self, hidden_dim: int, dict_size: int, k: int, *, seed: int | None = None) -> None:
+        super().__init__()
+        if min(hidden_dim, dict_size, k) < 1 or k > dict_size:
+            raise FormatError(
+                f"no TopK SAE has hidden_dim={hidden_dim}, dict_size={dict_size}, k={k}: "
+                "each must be at least 1, and k at most dict_size"
+            )
+        self.config: dict[str, Any] = {"hidden_dim": hidden_dim, "dict_size": dict_size, "k": k}
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        decoder_ND = nn.functional.normalize(torch.randn(dict_size, hidden_dim, generator=generator), dim=1)
+        self.encoder = nn.Linear(hidden_dim, dict_size, device="meta")
+        self.encoder.weight = nn.Parameter(decoder_ND.clone())
+        self.encoder.bias = nn.Parameter(torch.zeros(dict_size))
+        self.decoder = nn.Linear(dict_size, hidden_dim, bias=False, device="meta")
+        # A transposed view: [D, N] to the outside, one contiguous row per latent in memory for the sparse decode.
+        self.decoder.weight = nn.Parameter(decoder_ND.T)
+        self.pre_bias = nn.Parameter(torch.zeros(hidden_dim))
+
+    @property
+    def hidden_dim(self) -> int:
+        """D, width of a row."""
+        return int(self.config["hidden_dim"])
+
+    @property
+    def dict_size(self) -> int:
+        """N, number of latents."""
+        return int(self.config["dict_size"])
+
+    @property
+    def k(self) -> int:
+        """K, latents kept per row."""
+        return int(self.config["k"])
+
+    def encode(self, x_BD: Tensor) -> Codes:
+        """The K largest pre-activations of each row [..., D], negatives set to 0; differentiable."""
+        pre_BN = self.encoder(x_BD.to(self.pre_bias.dtype) - self.pre_bias)
+        values_BK, indices_BK = pre_BN.topk(self.k, dim=-1, sorted=False)
+        return Codes(values_BK.relu(), indices_BK, self.dict_size)
+
+    def decode(self, codes: Codes) -> Tensor:
+        """Reconstruction [..., D] of `codes`; differentiable."""
+        values_BK = codes.values.reshape(-1, codes.values.shape[-1])
+        indices_BK = codes.indices.reshape(values_BK.shape)
+        x_BD = ops.weighted_rows(self.decoder.weight.T, indices_BK, values_BK) + self.pre_bias
+        return x_BD.reshape(*codes.values.shape[:-1], self.hidden_dim)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Reconstruction of rows [..., D] -> [..., D], in the SAE's dtype; differentiable."""
+        return self.decode(self.encode(x_BD))
+
+    def save(self, folder: Path | str) -> None:
+        """Write `config.json` and `weights.safetensors` into `folder` (made if missing), each whole or not at all.
+
+        The safetensors metadata carry the configuration too, so that the weights alone say what they are.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt", "config": json.dumps(self.config)})
+        write_json(folder / CONFIG_FILE, self.config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        sae_id: str | None = None,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> TopKSAE:
+        """Load an SAE from a local folder or a Hugging Face Hub repository.
+
+        Args:
+            path_or_repo: folder with `config.json` and `weights.safetensors` (or with `sae_id` folders that
+                have them), or a repository `org/name`.
+            sae_id: folder inside it; None means `path_or_repo` itself.
+            revision: commit, branch or tag on the Hub.
+            device: where the weights go.
+
+        Raises:
+            FormatError: a file is missing or does not fit the configuration.
+        """
+        folder = _locate(path_or_repo, sae_id, revision)
+        return _load(folder, device)
+
+
+def _locate(path_or_repo: str | Path, sae_id: str | None, revision: str | None) -> Path:
+    """The local folder of one SAE, downloaded first if `path_or_repo` is no folder."""
+    if sae_id is not None and (not sae_id or Path(sae_id).is_absolute() or ".." in Path(sae_id).parts):
+        raise FormatError(f"sae_id {sae_id!r} is no plain folder name inside {path_or_repo}")
+    root = Path(path_or_repo)
+    if root.is_dir():
+        return root / sae_id if sae_id else root
+    if str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "/", "~")):
+        raise FormatError(f"{path_or_repo} is neither a folder nor a Hub repository (org/name)")
+    from huggingface_hub import hf_hub_download
+
+    prefix = f"{sae_id}/" if sae_id else ""
+    files = [
+        hf_hub_download(str(path_or_repo), prefix + name, revision=revision) for name in (CONFIG_FILE, WEIGHTS_FILE)
+    ]
+    return Path(files[0]).parent
+
+
+def _load(folder: Path, device: str | torch.device) -> TopKSAE:
+    """The SAE in `folder`, checked against its configuration."""
+    config = read_json(folder / CONFIG_FILE)
+    sizes = config if isinstance(config, dict) else {}
+    hidden_dim, dict_size, k = (sizes.get(key) for key in ("hidden_dim", "dict_size", "k"))
+    if not (type(hidden_dim) is int and type(dict_size) is int and type(k) is int):
+        raise FormatError(f"{folder / CONFIG_FILE} does not give hidden_dim, dict_size and k as whole numbers")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FormatError(f"{folder / WEIGHTS_FILE} does not exist")
+    sae = TopKSAE(hidden_dim, dict_size, k)
+    sae.config = config
+    try:
+        sae.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise FormatError(
+            f"{folder / WEIGHTS_FILE} does not hold the SAE that {CONFIG_FILE} describes: {error}"
+        ) from error
+    return sae.to(device)

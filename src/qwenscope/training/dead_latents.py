@@ -1,0 +1,74 @@
+"""Latents that no longer fire: counted in tokens, and optionally re-initialised from what the SAE explains worst.
+
+A latent fires on a token when its value is above 0 (an index in the top-k with value 0 does not count).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FiringAges:
+    """Tokens since each latent last fired.
+
+    tokens_N: int64 [N], 0 for a latent that fired in the last batch.
+    """
+
+    def __init__(self, dict_size: int, dead_after_tokens: int, device: torch.device) -> None:
+        self.tokens_N = torch.zeros(dict_size, dtype=torch.int64, device=device)
+        self.dead_after_tokens = dead_after_tokens
+
+    def update(self, fired_N: Tensor, batch: int) -> None:
+        """Count one batch; `fired_N` is a bool per latent."""
+        self.tokens_N.add_(batch).masked_fill_(fired_N, 0)
+
+    def dead(self) -> Tensor:
+        """Bool [N]: has not fired for `dead_after_tokens` tokens or more."""
+        return self.tokens_N >= self.dead_after_tokens
+
+
+class ResamplingPool:
+    """Residual rows of the recent past, sampled with probability proportional to their loss.
+
+    A ring of the last steps' picks, `per_step` rows each: old rows age out. The ring is part of a trainer's state, so
+    that a resumed run resamples the same directions.
+    """
+
+    def __init__(self, size: int, hidden_dim: int, per_step: int, device: torch.device) -> None:
+        self.rows_PD = torch.zeros(size, hidden_dim, device=device)
+        self.loss_P = torch.zeros(size, device=device)
+        self.per_step = per_step
+        self.cursor = 0
+
+    def add(self, residual_BD: Tensor, loss_B: Tensor, generator: torch.Generator) -> None:
+        """Put up to `per_step` distinct rows of this batch into the ring, drawn by loss without replacement."""
+        # Exponential race (Efraimidis & Spirakis 2006): the smallest Exp(1) / weight are a weighted draw.
+        race_B = torch.empty(loss_B.shape).exponential_(generator=generator).to(loss_B.device) / loss_B
+        picks = race_B.topk(min(self.per_step, len(loss_B)), largest=False).indices
+        slots = (self.cursor + torch.arange(len(picks), device=picks.device)) % len(self.loss_P)
+        self.rows_PD[slots] = residual_BD[picks]
+        self.loss_P[slots] = loss_B[picks]
+        self.cursor = int(self.cursor + len(picks)) % len(self.loss_P)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """At most `count` unit directions [R, D], pairwise distinct, drawn by loss without replacement."""
+        directions = torch.nn.functional.normalize(self.rows_PD, dim=1)
+        usable = torch.isfinite(self.loss_P) & (self.loss_P > 0)
+        weights = torch.where(usable, self.loss_P, 0).cpu()
+        race = torch.empty(weights.shape).exponential_(generator=generator) / weights
+        order = race.argsort()[: int(usable.sum())]
+        chosen = directions[order.to(directions.device)]
+        return chosen[_first_of_each(chosen)][:count]
+
+    def clear(self) -> None:
+        """Forget all rows: directions are never used twice."""
+        self.loss_P.zero_()
+
+
+def _first_of_each(rows_PD: Tensor) -> Tensor:
+    """Positions, ascending, of the first copy of each distinct row."""
+    _, group = torch.unique(rows_PD, dim=0, return_inverse=True)
+    positions = torch.arange(len(rows_PD), device=rows_PD.device)
+    first = torch.full((len(rows_PD),), len(rows_PD), device=rows_PD.device).scatter_reduce(0, group, positions, "amin")
+    return first[first < len(rows_PD)].sort().values
