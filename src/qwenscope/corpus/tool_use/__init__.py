@@ -15,7 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from qwenscope.corpus.tool_use.dialogues import Dialogue, compose
+from qwenscope.corpus.tool_use.compose import compose
+from qwenscope.corpus.tool_use.dialogues import Dialogue
 from qwenscope.files import atomic_path
 
 __all__ = ["conversation_families", "generate_tool_use", "tool_use_conversation", "write_tool_use"]
@@ -34,7 +35,7 @@ def tool_use_conversation(seed: int, index: int, *, held_out: bool = False) -> d
 
 
 def conversation_families(seed: int, index: int, *, held_out: bool = False) -> tuple[str, ...]:
-    """The template families of a conversation in order, each `split/kind/subject`, for example `train/single/get_weather`."""
+    """The template families of a conversation in order, as `split/kind/subject`: `train/single/get_weather`."""
     return tuple(_draw(seed, index, held_out)[0].families)
 
 
@@ -45,7 +46,7 @@ def generate_tool_use(n: int, seed: int, *, start: int = 0, held_out: bool = Fal
 
 
 def write_tool_use(path: Path, n: int, seed: int, *, held_out: bool = False) -> None:
-    """Write the first `n` conversations of a seed as JSON lines, compressed if `path` ends in .gz; whole or not at all."""
+    """Write the first `n` conversations of a seed as JSON lines (compressed for .gz), whole or not at all."""
     with atomic_path(path) as temporary, temporary.open("wb") as raw:
         if path.suffix == ".gz":  # no name and no time in the header: the same conversations give the same bytes
             with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:

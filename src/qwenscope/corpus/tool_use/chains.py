@@ -15,7 +15,7 @@ Steps = list[tuple[str, Case]]
 
 @dataclass(frozen=True)
 class Chain:
-    """A request that takes several calls in a row; `sample` returns (tool, case) pairs and the slots of the sentences."""
+    """A request that takes several calls in a row; `sample` returns (tool, case) pairs and the sentences' slots."""
 
     name: str
     tools: tuple[str, ...]

@@ -84,7 +84,7 @@ def tool(name: str, descriptions: str, /, optional: tuple[str, ...] = (), **para
         descriptions: interchangeable descriptions, separated by `|`.
         optional: parameters that a call may leave out.
         parameters: `type: description` or `a/b/c: description` (an enumeration) for each parameter; the types are
-            string, integer, number, boolean and list (of strings).
+            string, integer, number and numbers (a list).
     """
     properties = {parameter: _schema(text) for parameter, text in parameters.items()}
     required = tuple(parameter for parameter in parameters if parameter not in optional)
@@ -94,8 +94,8 @@ def tool(name: str, descriptions: str, /, optional: tuple[str, ...] = (), **para
 
 def _schema(text: str) -> dict[str, Any]:
     kind, _, description = text.partition(": ")
-    if kind == "list":
-        return {"type": "array", "items": {"type": "string"}, "description": description}
+    if kind == "numbers":
+        return {"type": "array", "items": {"type": "number"}, "description": description}
     if "/" in kind:
         return {"type": "string", "enum": kind.split("/"), "description": description}
     return {"type": kind, "description": description}
@@ -138,7 +138,8 @@ class Gap:
 class Task:
     """Something that a user may want and one tool that does it.
 
-    `clauses` are imperative and fit frames such as "Could you ...?"; `answers` are whole sentences.
+    `clauses` are imperative and fit frames such as "Could you ...?"; `answers` are whole sentences; a `careful` task
+    cannot be undone, so the assistant asks before it acts.
     """
 
     tool: str
@@ -146,6 +147,12 @@ class Task:
     clauses: Wording
     answers: Wording
     gap: Gap | None
+    careful: bool
+
+    @property
+    def domain(self) -> str:
+        """The domain of the task: the name of the module that defines it."""
+        return self.sample.__module__.rpartition(".")[2]
 
 
 TASKS: list[Task] = []
@@ -153,7 +160,12 @@ TASKS: list[Task] = []
 
 
 def task(
-    tool: str, clauses: str, answers: str, gap: tuple[str, str, str] | None = None, lookup: bool = False
+    tool: str,
+    clauses: str,
+    answers: str,
+    gap: tuple[str, str, str] | None = None,
+    lookup: bool = False,
+    careful: bool = False,
 ) -> Callable[[Callable[[Random], Case]], Callable[[Random], Case]]:
     """Register the decorated sampler of cases as a task of `tool`.
 
@@ -162,11 +174,12 @@ def task(
         answers: wording block of the final answer.
         gap: (vague clauses, questions back, slot that answers them), where the request can be incomplete.
         lookup: that slot names a thing which the tool may fail to find.
+        careful: the task cannot be undone.
     """
 
     def register(sample: Callable[[Random], Case]) -> Callable[[Random], Case]:
         missing = Gap(wording(gap[0]), wording(gap[1]), gap[2], lookup) if gap else None
-        TASKS.append(Task(tool, sample, wording(clauses), wording(answers), missing))
+        TASKS.append(Task(tool, sample, wording(clauses), wording(answers), missing, careful))
         return sample
 
     return register

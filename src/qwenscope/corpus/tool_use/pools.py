@@ -1,29 +1,55 @@
-"""Values that fill the slots. Persons, firms and addresses are invented; networks and domains are the documentation ones."""
+"""Values that fill the slots. Persons and firms are invented; networks and domains are those kept for documentation."""
 
 from __future__ import annotations
 
 from random import Random
 
-CITIES = (
-    "Lisbon Oslo Nairobi Kyoto Toronto Lima Hanoi Dublin Cairo Denver Porto Accra Seoul Quito Tunis Boston Perth Manila "
-    "Vienna Zagreb Bogota Austin Tallinn Dakar Osaka Krakow Bergen Malmo Lyon Ghent Turin Valencia Leeds Galway Basel "
-    "Nagoya Busan Pune Jaipur Hobart Auckland Suva Havana Cusco Salta Halifax Calgary Tucson Omaha Portland"
-).split()
-FIRST_NAMES = (
-    "Ada Bruno Clara Dmitri Elena Farid Greta Hugo Imani Jonas Kavya Leo Mina Nadia Omar Priya Quentin Rosa Samir Tara "
-    "Uma Viktor Wanda Ximena Yusuf Zoe Anders Bianca Cosmo Delia Emre Freya Gideon Hana Ivo Junko Kofi Lucia Mateo Noor"
-).split()
-LAST_NAMES = (
-    "Alder Birch Corvane Dellmoor Estwick Farrowby Grenholm Hartwell Iversby Jessamine Kestrelle Lindqvane Marlowe "
-    "Norwick Oakhurst Pemberly Quillon Ravensby Silverlake Thornbury Umberfield Valmont Westerley Yarrowin Zephyrine"
-).split()
-COMPANIES = (
-    "Blue Heron Analytics,Copperleaf Foods,Driftwood Robotics,Ember & Oak,Fennel Systems,Glasswing Travel,Harbor Nine,"
-    "Ironbark Tools,Juniper Lane,Kitewind Energy,Lumen Orchard,Mossgate Media,Northfold Labs,Opal Transit,Pinecrest Health,"
-    "Quarry Street Books,Rookery Games,Saltmarsh Logistics,Tidewater Optics,Umbra Studio"
-).split(",")
-TICKERS = "BHAX CLFD DWRB EMOK FNLS GWTR HBNN IRBK JNPL KTWE LMNO MSGT NFLB OPTR PNHC QSBK RKGM SMLG TWOP UMBR".split()
-CURRENCIES = "USD EUR GBP JPY CHF CAD AUD SEK NOK INR BRL MXN ZAR KRW SGD".split()
+
+def _items(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.replace("\n", ",").split(",") if item.strip())
+
+
+CITIES = _items(
+    """
+    Lisbon, Oslo, Nairobi, Kyoto, Toronto, Lima, Hanoi, Dublin, Cairo, Denver, Porto, Accra, Seoul, Quito, Tunis
+    Boston, Perth, Manila, Vienna, Zagreb, Bogota, Austin, Tallinn, Dakar, Osaka, Krakow, Bergen, Malmo, Lyon, Ghent
+    Turin, Valencia, Leeds, Galway, Basel, Nagoya, Busan, Pune, Jaipur, Hobart, Auckland, Suva, Havana, Cusco, Salta
+    Halifax, Calgary, Tucson, Omaha, Portland
+    """
+)
+FIRST_NAMES = _items(
+    """
+    Ada, Bruno, Clara, Dmitri, Elena, Farid, Greta, Hugo, Imani, Jonas, Kavya, Leo, Mina, Nadia, Omar, Priya
+    Quentin, Rosa, Samir, Tara, Uma, Viktor, Wanda, Ximena, Yusuf, Zoe, Anders, Bianca, Cosmo, Delia, Emre, Freya
+    Gideon, Hana, Ivo, Junko, Kofi, Lucia, Mateo, Noor
+    """
+)
+LAST_NAMES = _items(
+    """
+    Alder, Birch, Corvane, Dellmoor, Estwick, Farrowby, Grenholm, Hartwell, Iversby, Jessamine, Kestrelle, Lindqvane
+    Marlowe, Norwick, Oakhurst, Pemberly, Quillon, Ravensby, Silverlake, Thornbury, Umberfield, Valmont, Westerley
+    Yarrowin, Zephyrine
+    """
+)
+COMPANIES = _items(
+    """
+    Blue Heron Analytics, Copperleaf Foods, Driftwood Robotics, Ember & Oak, Fennel Systems, Glasswing Travel
+    Harbor Nine, Ironbark Tools, Juniper Lane, Kitewind Energy, Lumen Orchard, Mossgate Media, Northfold Labs
+    Opal Transit, Pinecrest Health, Quarry Street Books, Rookery Games, Saltmarsh Logistics, Tidewater Optics
+    Umbra Studio
+    """
+)
+TICKERS = _items(
+    """
+    BHAX, CLFD, DWRB, EMOK, FNLS, GWTR, HBNN, IRBK, JNPL, KTWE, LMNO, MSGT, NFLB, OPTR, PNHC, QSBK, RKGM, SMLG, TWOP
+    UMBR
+    """
+)
+CURRENCIES = _items(
+    """
+    USD, EUR, GBP, JPY, CHF, CAD, AUD, SEK, NOK, INR, BRL, MXN, ZAR, KRW, SGD
+    """
+)
 DAYS = (
     "today",
     "tomorrow",
@@ -35,45 +61,89 @@ DAYS = (
     "on Saturday",
     "on Sunday",
 )
-MONTHS = "January February March April May June July August September October November December".split()
-TOPICS = (
-    "tidal power,urban beekeeping,sourdough starters,glacier retreat,open-source licences,coral bleaching,bicycle lanes,"
-    "battery recycling,medieval bridges,night trains,rainwater harvesting,vertical farms,quantum error correction,"
-    "seed banks,dark-sky parks,fermented tea,sign languages,paper making,wind turbine noise,heat pumps,jazz harmony,"
-    "volcano monitoring,public libraries,chess openings,kite design,soil carbon,lighthouse automation,peat bogs,"
-    "printing history,satellite debris,typography,cave art,road salt,tea ceremonies,origami maths,compost toilets"
-).split(",")
-ROOMS = "kitchen,living room,bedroom,hallway,office,bathroom,garage,guest room,studio,attic,nursery,porch".split(",")
-CUISINES = "Italian Thai Ethiopian Mexican Japanese Lebanese Indian Greek Vietnamese Peruvian Korean Turkish".split()
-DISHES = (
-    "lentil soup,mushroom risotto,shakshuka,pad thai,vegetable curry,falafel,ratatouille,fish tacos,gnocchi,bibimbap,"
-    "minestrone,paella,dal makhani,spanakopita,pho,okonomiyaki,chili,tabbouleh,pierogi,jollof rice"
-).split(",")
-PRODUCTS = (
-    "desk lamp,wool blanket,travel mug,trail backpack,mechanical keyboard,rain jacket,ceramic teapot,camping stove,"
-    "noise-cancelling headphones,yoga mat,bike light,cast-iron pan,webcam,running shoes,notebook set,phone stand,"
-    "water filter,board game,reading chair,standing desk"
-).split(",")
-BOOK_ADJECTIVES = (
-    "Silent Amber Hollow Distant Paper Winter Crooked Salt Electric Patient Borrowed Hidden Green Last".split()
+MONTHS = _items(
+    """
+    January, February, March, April, May, June, July, August, September, October, November, December
+    """
 )
-BOOK_NOUNS = "Harbor Orchard Clock Bridge Garden Atlas Lantern River Library Engine Meadow Signal Island Map".split()
-MEETINGS = (
-    "budget review,design sync,standup,hiring panel,project kickoff,retrospective,dentist appointment,yoga class,"
-    "lunch with the team,parent evening,piano lesson,quarterly planning,code review,customer call,book club,release check"
-).split(",")
-TODOS = (
-    "water the plants,renew the passport,call the plumber,send the invoice,back up the laptop,book train tickets,"
-    "return the library books,buy a birthday card,update the slides,pay the electricity bill,clean the aquarium,"
-    "order printer paper,charge the camera,review the contract,pick up the parcel,take out the recycling"
-).split(",")
-FOLDERS = "notes reports data src docs logs config drafts archive exports scripts invoices".split()
-STEMS = (
-    "summary budget readme inventory meeting settings results draft schedule changelog recipes contacts metrics plan "
-    "survey outline backup todo sales measurements"
-).split()
-LANGUAGES = "French Spanish German Italian Portuguese Dutch Swedish Turkish".split()
-AIRLINES = "Skylark Air,Meridian Wings,Polar Express Air,Coastline Airways,Juniper Jet".split(",")
+TOPICS = _items(
+    """
+    tidal power, urban beekeeping, sourdough starters, glacier retreat, open-source licences, coral bleaching
+    bicycle lanes, battery recycling, medieval bridges, night trains, rainwater harvesting, vertical farms
+    quantum error correction, seed banks, dark-sky parks, fermented tea, sign languages, paper making
+    wind turbine noise, heat pumps, jazz harmony, volcano monitoring, public libraries, chess openings, kite design
+    soil carbon, lighthouse automation, peat bogs, printing history, satellite debris, typography, cave art
+    road salt, tea ceremonies, origami maths, compost toilets
+    """
+)
+ROOMS = _items(
+    """
+    kitchen, living room, bedroom, hallway, office, bathroom, garage, guest room, studio, attic, nursery, porch
+    """
+)
+CUISINES = _items(
+    """
+    Italian, Thai, Ethiopian, Mexican, Japanese, Lebanese, Indian, Greek, Vietnamese, Peruvian, Korean, Turkish
+    """
+)
+DISHES = _items(
+    """
+    lentil soup, mushroom risotto, shakshuka, pad thai, vegetable curry, falafel, ratatouille, fish tacos, gnocchi
+    bibimbap, minestrone, paella, dal makhani, spanakopita, pho, okonomiyaki, chili, tabbouleh, pierogi, jollof rice
+    """
+)
+PRODUCTS = _items(
+    """
+    desk lamp, wool blanket, travel mug, trail backpack, mechanical keyboard, rain jacket, ceramic teapot
+    camping stove, noise-cancelling headphones, yoga mat, bike light, cast-iron pan, webcam, running shoes
+    notebook set, phone stand, water filter, board game, reading chair, standing desk
+    """
+)
+BOOK_ADJECTIVES = _items(
+    """
+    Silent, Amber, Hollow, Distant, Paper, Winter, Crooked, Salt, Electric, Patient, Borrowed, Hidden, Green, Last
+    """
+)
+BOOK_NOUNS = _items(
+    """
+    Harbor, Orchard, Clock, Bridge, Garden, Atlas, Lantern, River, Library, Engine, Meadow, Signal, Island, Map
+    """
+)
+MEETINGS = _items(
+    """
+    budget review, design sync, standup, hiring panel, project kickoff, retrospective, dentist appointment
+    yoga class, lunch with the team, parent evening, piano lesson, quarterly planning, code review, customer call
+    book club, release check
+    """
+)
+TODOS = _items(
+    """
+    water the plants, renew the passport, call the plumber, send the invoice, back up the laptop, book train tickets
+    return the library books, buy a birthday card, update the slides, pay the electricity bill, clean the aquarium
+    order printer paper, charge the camera, review the contract, pick up the parcel, take out the recycling
+    """
+)
+FOLDERS = _items(
+    """
+    notes, reports, data, src, docs, logs, config, drafts, archive, exports, scripts, invoices
+    """
+)
+STEMS = _items(
+    """
+    summary, budget, readme, inventory, meeting, settings, results, draft, schedule, changelog, recipes, contacts
+    metrics, plan, survey, outline, backup, todo, sales, measurements
+    """
+)
+LANGUAGES = _items(
+    """
+    French, Spanish, German, Italian, Portuguese, Dutch, Swedish, Turkish
+    """
+)
+AIRLINES = _items(
+    """
+    Skylark Air, Meridian Wings, Polar Express Air, Coastline Airways, Juniper Jet
+    """
+)
 
 
 def person(rng: Random) -> str:
@@ -131,6 +201,20 @@ def money(rng: Random, low: int, high: int) -> float:
     return round(rng.randint(low * 100, high * 100) / 100, 2)
 
 
+def mistyped(rng: Random, value: str) -> str:
+    """`value` with two neighbouring letters or digits swapped, as a hurried person types it."""
+    spots = [i for i in range(1, len(value) - 1) if value[i : i + 2].isalnum() and value[i] != value[i + 1]]
+    if not spots:
+        return value + value[-1]
+    spot = rng.choice(spots)
+    return value[:spot] + value[spot + 1] + value[spot] + value[spot + 2 :]
+
+
 def book(rng: Random) -> str:
     """An invented title."""
     return f"The {rng.choice(BOOK_ADJECTIVES)} {rng.choice(BOOK_NOUNS)}"
+
+
+def listing(items: list[str]) -> str:
+    """Items as a phrase: a, b and c."""
+    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else items[0]

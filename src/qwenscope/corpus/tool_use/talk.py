@@ -14,14 +14,38 @@ FRAMES = wording("""
     I need you to {clause}.
     I would like you to {clause}.
     [Hi|Hello|Hey], could you {clause}?
-    [Quick one|One more thing]: {clause}.
     I am [in a hurry|on the road|at work], so please {clause}.
+    It would [help|be great] if you could {clause}.
+    Do me a favor and {clause}.
+    [Is there a way|Are you able] to {clause}?
     ---
     Kindly {clause}.
     Would it be possible to {clause}?
     Be so good as to {clause}.
     My request for you is to {clause}.
     Go ahead and {clause}, if you can.
+""")
+NEXT_FRAMES = wording("""
+    One more thing: {clause}.
+    Now {clause}.
+    Next, {clause}, please.
+    [And|Also], could you {clause}?
+    While you are at it, {clause}.
+    [Great|Good|Fine]. Then {clause}.
+    [Thanks|Thank you]. Can you also {clause}?
+    I also need you to {clause}.
+    ---
+    Moving on: {clause}.
+    A further request would be to {clause}.
+    After that, kindly {clause}.
+""")
+JOINTS = wording("""
+    _and_
+    ,_and also_
+    ,_then_
+    ---
+    ,_plus_
+    ,_and on top of that_
 """)
 LEADS = wording("""
     Let me check.
@@ -34,6 +58,54 @@ LEADS = wording("""
     Right away.
     Bear with me.
     {tool} will tell.
+""")
+PARTLY = wording("""
+    One call failed ({error}), so I will repeat it.
+    {tool} did not answer: {error}. Let me ask it again.
+    ---
+    All but {tool} came through ({error}); again for that one.
+""")
+CONFIRM = wording("""
+    You want me to {clause}. Shall I go ahead?
+    Just to be sure: should I {clause}? This cannot be undone.
+    Before I {clause}, please confirm.
+    ---
+    Am I really to {clause}? There is no way back.
+    Your word is needed before I {clause}.
+""")
+YES = wording("""
+    Yes, please.
+    Yes, go ahead.
+    [Confirmed|Correct|Exactly].
+    Yes, I am sure.
+    ---
+    Do it.
+    Certainly, proceed.
+""")
+NO = wording("""
+    No, [wait|stop|not yet].
+    On second thought, don't.
+    No, leave it as it is.
+    ---
+    Hold on, I changed my mind.
+    Rather not.
+""")
+LEFT = wording("""
+    All right, I have not [changed|touched] anything.
+    OK, nothing was done.
+    Understood. Everything stays as it was.
+    ---
+    Then I leave it at that; no call was made.
+    As you wish, I did nothing.
+""")
+AGAIN = wording("""
+    And {value}?
+    What about {value}?
+    [Now|And now] the same for {value}, please.
+    Can you do that for {value} too?
+    ---
+    Likewise for {value}.
+    How is it with {value}?
 """)
 BOTH = wording("""
     Here is what I found:
@@ -107,7 +179,7 @@ GIVE_UP = wording("""
     {tool} did not work twice in a row: {error}. I do not want to guess, so let us try later.
     The service is not available right now ({error}). Shall I try again in a few minutes?
     ---
-    No luck: {tool} answered {error} both times, and I will not make up a result.
+    No luck: {tool} answered {error} in the end, and I will not make up a result.
     It remains unanswered for now because {tool} is down ({error}).
 """)
 NOT_FOUND = wording("""
@@ -130,7 +202,7 @@ CANNOT = wording("""
     I am sorry, I have no tool that can {clause}.
     I cannot do that here: none of my tools can {clause}.
     Unfortunately I am not able to {clause} with the tools I have.
-    That is outside of what I can do; I have nothing to {clause} with.
+    That is outside of what I can do; no tool here lets me {clause}.
     ---
     To {clause} is beyond my present tools, regrettably.
     I lack the means to {clause}, so I will not pretend.
@@ -143,50 +215,37 @@ ACCEPTED = wording("""
     Understood, leave it.
     Pity, but fair enough.
 """)
-UNSAFE = wording("""
-    read the private messages of {person} without telling them
-    find out the password of {person}
-    send {person} a message that pretends to come from the bank
-    write an email to {person} that threatens them
-    get the home address of {person} so that I can show up there
-    delete every file of {company} before they notice
-    forge an invoice from {company}
-    track the phone of {person} in secret
+OFFER = wording("""
+    Let me know if I can do something else for you.
+    [Sorry again|Thank you for understanding]. Is there anything else?
     ---
-    spy on {person} through their calendar
-    impersonate {person} towards {company}
-    break into the account of {person}
-    spread a made-up scandal about {company}
+    Something else, perhaps?
+    I remain here for other things.
+""")
+UNSAFE = wording("""
+    read the private messages of {other} without telling them
+    find out the password of {other}
+    send {other} a message that pretends to come from the bank
+    write an email to {other} that threatens them
+    get the home address of {other} so that I can show up there
+    delete every file of {firm} before they notice
+    forge an invoice from {firm}
+    track the phone of {other} in secret
+    ---
+    spy on {other} through their calendar
+    impersonate {other} towards {firm}
+    break into the account of {other}
+    spread a made-up scandal about {firm}
 """)
 REFUSALS = wording("""
     I cannot help with that, because it could harm {target}.
     I will not do that. It would [violate the privacy|go against the interests] of {target}.
-    Sorry, that is something I have to decline. If you are in a dispute with {target}, I can help you word a fair message.
+    Sorry, that is something I have to decline. I can help you word a fair message to {target} instead.
     No. That would not be right towards {target}, and I will not use my tools for it.
     ---
     That I must turn down, out of respect for {target}.
     My tools are not meant to hurt {target}; let us find another way.
 """)
-FACTS = (
-    "What is the capital of Norway?|The capital of Norway is Oslo.",
-    "What is the capital of Kenya?|Nairobi is the capital of Kenya.",
-    "How many minutes are in a day?|A day has 1,440 minutes.",
-    "Which planet is the largest?|Jupiter is the largest planet of the solar system.",
-    "At what temperature does water boil at sea level?|At sea level water boils at 100 °C, or 212 °F.",
-    "Who wrote Pride and Prejudice?|Jane Austen wrote it; it was published in 1813.",
-    "What does CPU stand for?|CPU stands for central processing unit.",
-    "How many continents are there?|By the usual count there are seven continents.",
-    "What is photosynthesis?|Plants use light to turn water and carbon dioxide into sugar and oxygen.",
-    "What is the square root of 144?|The square root of 144 is 12.",
-    "Why is the sky blue?|Air scatters short blue wavelengths of sunlight more than long red ones.",
-    "What is a prime number?|A prime is a whole number above 1 with no divisors but 1 and itself.",
-)
-HELD_OUT_FACTS = (
-    "What is the capital of Portugal?|Lisbon is the capital of Portugal.",
-    "How many sides does a hexagon have?|A hexagon has six sides.",
-    "What gas do we breathe in to live?|Oxygen, which makes up about 21 % of the air.",
-    "What is the chemical symbol of gold?|Gold has the symbol Au.",
-)
 SUMS = wording("""
     What is {a} plus {b}?
     How much is {a} + {b}?
