@@ -104,6 +104,27 @@ def recipe(name: RecipeName, overrides: Overrides = None) -> None:
     sys.stdout.write(load_recipe(name, overrides or ()).to_yaml())
 
 
+@app.command(rich_help_panel="Before training")
+def plan(
+    name: RecipeName,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="Card to plan for.")] = "h200",
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many of them.")] = 1,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Memory, tokens per second, hours and cost of a recipe, before anyone rents a machine."""
+    from qwenscope.display import plan_tables
+    from qwenscope.plan import plan as make_plan
+    from qwenscope.recipe import load_recipe
+
+    report = make_plan(load_recipe(name, overrides or ()), gpu, gpus)
+    if as_json:
+        _print_json(report)
+    else:
+        for table in plan_tables(report):
+            out.print(table)
+
+
 @data_app.command()
 def survey(
     name: RecipeName,

@@ -105,3 +105,29 @@ def survey_tables(report: Mapping[str, Any]) -> Iterator[Table]:
         rules.add_row(f"scrubbed: {kind}", f"{count:,}")
     if rules.row_count:
         yield rules
+
+
+def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
+    """Memory per component against the card, then speed, time and cost as ranges."""
+    cards = f"{report['gpus']} x {report['gpu']}"
+    memory = Table(box=box.SIMPLE_HEAD, title=f"Memory per card ({cards})", title_style="bold", title_justify="left")
+    memory.add_column("component")
+    memory.add_column("size", justify="right")
+    for name, size in report["memory_bytes"].items():
+        memory.add_row(name.replace("_", " "), bytes_text(size))
+    verdict = "[green]fits[/]" if report["fits"] else "[red]does not fit[/]"
+    memory.add_section()
+    memory.add_row(
+        f"total: {verdict} in {bytes_text(report['memory_card_bytes'])}", bytes_text(report["memory_total_bytes"])
+    )
+    yield memory
+    speed = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    speed.add_column(style="bold")
+    speed.add_column()
+    low, high = report["tokens_per_second"]
+    speed.add_row("tokens per second", f"{low:,} to {high:,}")
+    speed.add_row("hours", "{:.1f} to {:.1f}".format(*report["hours"]))
+    speed.add_row("cost", "{:,.0f} to {:,.0f} USD at 2026 on-demand prices".format(*report["cost_usd"]))
+    for line in report["advice"]:
+        speed.add_row("[yellow]advice[/]", line)
+    yield speed
