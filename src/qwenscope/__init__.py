@@ -1,3 +1,61 @@
-"""qwenscope: train, measure and release sparse autoencoders for large language models."""
+"""qwenscope: train, measure and release sparse autoencoders for large language models.
+
+    from qwenscope import TopKSAE
+    sae = TopKSAE.from_pretrained("release", sae_id="sae_attn_mid")
+    codes = sae.encode(x_BD)
+
+The public names, loaded when first used:
+
+- `TopKSAE`, `Codes`, `load_suite`: an SAE, its sparse codes, a whole suite from a folder or the Hub.
+- `SAETrainer`: one optimiser step at a time, on anyone's activations.
+- `Recipe`, `load_recipe`: everything a run depends on.
+- `train`, `evaluate`: a run and its measurements.
+- `QwenscopeError`: base class of every error a user can cause and cure.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qwenscope.errors import QwenscopeError
+
+if TYPE_CHECKING:
+    from qwenscope.evaluation.run import evaluate
+    from qwenscope.recipe import Recipe, load_recipe
+    from qwenscope.sae.loading import load_suite
+    from qwenscope.sae.topk import Codes, TopKSAE
+    from qwenscope.training.run import train
+    from qwenscope.training.trainer import SAETrainer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Codes",
+    "QwenscopeError",
+    "Recipe",
+    "SAETrainer",
+    "TopKSAE",
+    "evaluate",
+    "load_recipe",
+    "load_suite",
+    "train",
+]
+
+_HOMES = {
+    "Codes": "sae.topk",
+    "TopKSAE": "sae.topk",
+    "load_suite": "sae.loading",
+    "SAETrainer": "training.trainer",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "train": "training.run",
+    "evaluate": "evaluation.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that `qwenscope --help` need not wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qwenscope' has no attribute {name!r}")
+    return getattr(import_module(f"qwenscope.{_HOMES[name]}"), name)
