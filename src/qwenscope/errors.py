@@ -57,3 +57,9 @@ class ResourceError(QwenscopeError):
     """Disk or memory does not suffice; the message says how many bytes are needed."""
 
     exit_code = 10
+
+
+class HubError(QwenscopeError):
+    """The Hugging Face Hub refuses, lacks the repository or revision, or stays out of reach after all retries."""
+
+    exit_code = 11

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwenscope.errors import FormatError
-from qwenscope.files import atomic_path, read_json, write_json
+from qwenscope.files import atomic_path, write_json
 from qwenscope.sae import ops
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "weights.safetensors"
+from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, load_sae
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,55 +127,18 @@ class TopKSAE(nn.Module):
         revision: str | None = None,
         device: str | torch.device = "cpu",
     ) -> TopKSAE:
-        """Load an SAE from a local folder or a Hugging Face Hub repository.
+        """Load a verified SAE from a local folder or a Hugging Face Hub repository.
 
         Args:
             path_or_repo: folder with `config.json` and `weights.safetensors` (or with `sae_id` folders that
-                have them), or a repository `org/name`.
+                have them: a release, a complete run), or a repository `org/name`.
             sae_id: folder inside it; None means `path_or_repo` itself.
             revision: commit, branch or tag on the Hub.
             device: where the weights go.
 
         Raises:
-            FormatError: a file is missing or does not fit the configuration.
+            FormatError: no such SAE (the message lists those there are), or a file is missing, damaged, hostile,
+                or does not fit the configuration.
+            HubError: the repository or revision does not exist, or the Hub stays out of reach.
         """
-        folder = _locate(path_or_repo, sae_id, revision)
-        return _load(folder, device)
-
-
-def _locate(path_or_repo: str | Path, sae_id: str | None, revision: str | None) -> Path:
-    """The local folder of one SAE, downloaded first if `path_or_repo` is no folder."""
-    if sae_id is not None and (not sae_id or Path(sae_id).is_absolute() or ".." in Path(sae_id).parts):
-        raise FormatError(f"sae_id {sae_id!r} is no plain folder name inside {path_or_repo}")
-    root = Path(path_or_repo)
-    if root.is_dir():
-        return root / sae_id if sae_id else root
-    if str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "/", "~")):
-        raise FormatError(f"{path_or_repo} is neither a folder nor a Hub repository (org/name)")
-    from huggingface_hub import hf_hub_download
-
-    prefix = f"{sae_id}/" if sae_id else ""
-    files = [
-        hf_hub_download(str(path_or_repo), prefix + name, revision=revision) for name in (CONFIG_FILE, WEIGHTS_FILE)
-    ]
-    return Path(files[0]).parent
-
-
-def _load(folder: Path, device: str | torch.device) -> TopKSAE:
-    """The SAE in `folder`, checked against its configuration."""
-    config = read_json(folder / CONFIG_FILE)
-    sizes = config if isinstance(config, dict) else {}
-    hidden_dim, dict_size, k = (sizes.get(key) for key in ("hidden_dim", "dict_size", "k"))
-    if not (type(hidden_dim) is int and type(dict_size) is int and type(k) is int):
-        raise FormatError(f"{folder / CONFIG_FILE} does not give hidden_dim, dict_size and k as whole numbers")
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise FormatError(f"{folder / WEIGHTS_FILE} does not exist")
-    sae = TopKSAE(hidden_dim, dict_size, k)
-    sae.config = config
-    try:
-        sae.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise FormatError(
-            f"{folder / WEIGHTS_FILE} does not hold the SAE that {CONFIG_FILE} describes: {error}"
-        ) from error
-    return sae.to(device)
+        return load_sae(path_or_repo, sae_id, revision, device)

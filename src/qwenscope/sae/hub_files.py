@@ -1,0 +1,159 @@
+"""Reading from the Hugging Face Hub: repository names, downloads at one commit, retries, and errors that help.
+
+Tokens come from the environment or the login and go into no message: every text of the Hub client passes `redact`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import errors as hub_errors
+
+# httpx's base class, of whichever generation of httpx the installed client is built on.
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+from qwenscope.errors import FormatError, HubError
+
+log = logging.getLogger(__name__)
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_SECRETS = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{6,}"), "hf_[redacted]"),
+    (re.compile(r"(?i)(bearer|basic)\s+[\w.~+/=-]+"), r"\1 [redacted]"),
+    (re.compile(r"(//)[^/@\s]+@"), r"\1[redacted]@"),
+)
+_TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
+_TRIES = 5
+
+Result = TypeVar("Result")
+
+
+def check_repo_id(text: str) -> str:
+    """`text` itself if it is an `org/name` as the Hub allows them.
+
+    Raises:
+        FormatError: it is not, for example because it is a folder that does not exist.
+    """
+    if not _REPO_ID.fullmatch(text) or ".." in text or "--" in text or text.endswith(".git"):
+        raise FormatError(f"{text!r} is neither an existing folder nor a Hub repository (org/name)")
+    return text
+
+
+def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Files of `repo` that match `patterns`, all of one commit, in the local cache; returns that commit's folder.
+
+    Raises:
+        HubError: no such repository or revision, no access, or the Hub stays out of reach.
+    """
+
+    def fetch() -> str:
+        return snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
+
+    return Path(retrying(fetch, f"{repo} at {revision or 'main'}"))
+
+
+def repo_files(repo: str, revision: str | None) -> list[str]:
+    """Paths of all files of `repo` at `revision`.
+
+    Raises:
+        HubError: as `download`.
+    """
+    return retrying(lambda: HfApi().list_repo_files(repo, revision=revision), f"{repo} at {revision or 'main'}")
+
+
+def retrying(action: Callable[[], Result], what: str) -> Result:
+    """Run `action`, again after 5xx, 429, timeouts and broken connections, with doubling pauses; then explain.
+
+    Args:
+        action: a call of the Hub client that may be repeated.
+        what: the repository (and revision) concerned, for messages.
+
+    Raises:
+        HubError: the last error, in one line without secrets.
+    """
+    for attempt in range(1, _TRIES + 1):
+        try:
+            return action()
+        except (HTTPError, OSError, RuntimeError, ValueError, hub_errors.RevisionResolutionError) as error:
+            if attempt == _TRIES or not _transient(error):
+                raise HubError(explain(error, what)) from None
+            pause = max(2.0 ** (attempt - 1), _retry_after(error))
+            log.warning("%s; trying again in %.0f s", redact(f"{what}: {_root_cause(error)}"), pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def explain(error: BaseException, what: str) -> str:
+    """One line that says what failed and how to cure it, free of tokens."""
+    if isinstance(error, hub_errors.GatedRepoError):
+        return f"{what} is gated: accept its terms on the Hub and log in with `hf auth login`"
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return f"{what} does not exist on the Hub or is private; check the name, or log in with `hf auth login`"
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return f"{what}: no such revision (commit, branch or tag) on the Hub"
+    if isinstance(error, hub_errors.LocalEntryNotFoundError | hub_errors.OfflineModeIsEnabled):
+        return f"{what} is not in the local cache and the Hub cannot be reached; check the network and HF_HUB_OFFLINE"
+    status = _status(error)
+    if status in (401, 403):
+        return f"{what}: the Hub refuses access ({status}); log in with `hf auth login` or set HF_TOKEN"
+    return redact(f"{what}: {' '.join(str(_root_cause(error)).split()) or type(error).__name__}")
+
+
+def redact(text: str) -> str:
+    """`text` without tokens, authorisation headers and credentials in URLs."""
+    token = get_token()
+    if token:
+        text = text.replace(token, "[redacted]")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what caused it, outermost first."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status of the first error in the chain that has one."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if response is not None:
+            return int(response.status_code)
+    return None
+
+
+def _transient(error: BaseException) -> bool:
+    """Whether trying again can help: server trouble, rate limits, and connections that broke."""
+    status = _status(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUS
+    return any(
+        isinstance(link, HTTPError | ConnectionError | TimeoutError)
+        and not isinstance(link, hub_errors.OfflineModeIsEnabled)
+        for link in _chain(error)
+    )
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that the server asked to wait, at most a minute."""
+    for link in _chain(error):
+        headers = getattr(getattr(link, "response", None), "headers", {})
+        if str(headers.get("retry-after", "")).isdigit():
+            return min(float(headers["retry-after"]), 60.0)
+    return 0.0
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that says most: the first with an HTTP status, else the innermost."""
+    chain = list(_chain(error))
+    return next((link for link in chain if getattr(link, "response", None) is not None), chain[-1])
