@@ -1,0 +1,1 @@
+"""The language model: loading, forward passes, interventions, and the packaged stand-in."""

@@ -1,0 +1,129 @@
+"""From conversations to residual-stream rows: one truncated pass per batch, all hook points at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qwenscope.corpus.batches import make_batches
+from qwenscope.errors import TrainingError
+from qwenscope.lm.forward import residual_streams
+from qwenscope.lm.load import LanguageModel
+from qwenscope.recipe import ActivationsRecipe
+
+if TYPE_CHECKING:
+    from qwenscope.corpus.chat import Conversation
+
+NON_FINITE_LIMIT = 0.01
+"""Share of non-finite rows at one hook point above which the model, not the row, is at fault."""
+
+
+@dataclass
+class Harvest:
+    """Kept rows of some conversations, the same tokens at every hook point.
+
+    R: kept tokens in canonical order (by conversation, then by position); D: hidden dimension.
+    """
+
+    rows: dict[int, Tensor]
+    """{layer: x_RD} in the language model's dtype, on its device."""
+    conversation_R: Tensor
+    """int32 on the CPU: position in the list of conversations."""
+    position_R: Tensor
+    """int32 on the CPU: position in the conversation."""
+    left_out: dict[str, int]
+    """Tokens left out: non_finite, outlier, first_position."""
+    padding_share: float
+    """Padding in the language model's batches over all their positions."""
+
+
+def harvest(
+    lm: LanguageModel,
+    conversations: Sequence[Conversation],
+    layers: Sequence[int],
+    activations: ActivationsRecipe,
+    batch_tokens: int,
+    names: Mapping[int, str] | None = None,
+) -> Harvest:
+    """Residual-stream rows of every token of `conversations` after each of `layers`.
+
+    Left out, at all hook points together and counted: rows with a non-finite value at any hook point; rows whose
+    norm exceeds `outlier_factor` times the median norm at that hook point over these very conversations (attention
+    sinks reach 100 times it); each first position, if the recipe says so.
+
+    Args:
+        lm: Built up to `max(layers)`.
+        conversations: One row each; nothing leaks between them.
+        layers: Hooked layers.
+        activations: Which rows are left out.
+        batch_tokens: Token budget of one language-model batch, padding included.
+        names: {layer: hook point} for messages.
+
+    Raises:
+        TrainingError: more than 1 % non-finite rows; names the hook point.
+    """
+    lengths = [len(conversation.token_ids) for conversation in conversations]
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    rows = {layer: torch.empty(starts[-1], lm.hidden_dim, dtype=lm.dtype, device=lm.device) for layer in layers}
+    norms = {layer: torch.empty(starts[-1], device=lm.device) for layer in layers}
+    pad_id = lm.tokenizer.pad_token_id or 0  # any id does: padding reaches no token before it
+    batches = make_batches(lengths, [conversation.token_ids for conversation in conversations], batch_tokens, pad_id)
+    for batch in batches:
+        streams = residual_streams(lm, batch.input_ids_CT, layers)
+        for layer, x_CTD in streams.items():
+            norms_CT = torch.linalg.vector_norm(x_CTD, dim=-1, dtype=torch.float32)
+            for c, member in enumerate(batch.members):
+                start, end = starts[member], starts[member + 1]
+                rows[layer][start:end] = x_CTD[c, : end - start]
+                norms[layer][start:end] = norms_CT[c, : end - start]
+    conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
+    position_R = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+    keep_R, left_out = _kept(norms, position_R, activations, names or {})
+    if not bool(keep_R.all()):
+        index = keep_R.nonzero().squeeze(1)
+        conversation_R, position_R = conversation_R[index], position_R[index]
+        index = index.to(lm.device)
+        for layer in layers:  # one hook point at a time: the peak is one window and one layer
+            rows[layer] = rows[layer][index]
+    positions = sum(batch.input_ids_CT.numel() for batch in batches)
+    return Harvest(rows, conversation_R, position_R, left_out, 1 - starts[-1] / positions)
+
+
+def _kept(
+    norms: Mapping[int, Tensor], position_R: Tensor, activations: ActivationsRecipe, names: Mapping[int, str]
+) -> tuple[Tensor, dict[str, int]]:
+    """Mask of rows kept at all hook points (bool on the CPU), and how many were left out for which reason.
+
+    A row counts for one reason: first position, then non-finite, then outlier.
+    """
+    candidate_R = torch.ones_like(position_R, dtype=torch.bool)
+    if activations.skip_first_position:
+        candidate_R = position_R > 0
+    total = int(candidate_R.sum())
+    finite_R = candidate_R.clone()
+    cpu_norms = {layer: norm_R.cpu() for layer, norm_R in norms.items()}
+    for layer, norm_R in cpu_norms.items():
+        bad_R = candidate_R & ~norm_R.isfinite()
+        if (bad := int(bad_R.sum())) > NON_FINITE_LIMIT * total:
+            name = names.get(layer, f"layer {layer}")
+            raise TrainingError(
+                f"{bad:,} of {total:,} rows at hook point {name} are not finite; "
+                "check the model's weights, or set lm.dtype to float32"
+            )
+        finite_R &= ~bad_R
+    keep_R = finite_R.clone()
+    if activations.outlier_factor is not None and bool(finite_R.any()):
+        for norm_R in cpu_norms.values():
+            keep_R &= ~(norm_R > activations.outlier_factor * norm_R[finite_R].median())
+    left_out = {
+        "non_finite": total - int(finite_R.sum()),
+        "outlier": int(finite_R.sum()) - int(keep_R.sum()),
+        "first_position": len(position_R) - total,
+    }
+    return keep_R, left_out

@@ -1,0 +1,222 @@
+"""Windows kept on disk, so that many runs reuse one harvest: same rows, same order, every byte checked.
+
+Layout, under the folder or fsspec URL of `activations.cache`; the fingerprint covers whatever the rows depend on (the
+model and a digest of its weights, its dtype, the hooked layers, corpus, activations, seed), so unlike recipes may share
+one cache:
+
+    <fingerprint>/window-000000/layer-06.safetensors ... tokens.safetensors
+    <fingerprint>/window-000000/manifest.json        written last: a window without one does not exist
+
+A file whose length or sha256 is not the manifest's is an error that names it, never a silent second harvest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from qwenscope.activations.harvest import Harvest
+from qwenscope.errors import FormatError, ResourceError
+from qwenscope.files import atomic_path
+from qwenscope.lm.load import LanguageModel, weights_digest
+from qwenscope.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+_TOKENS = "tokens.safetensors"
+
+
+@dataclass
+class Window:
+    """One window: its rows and what a run needs to count and to go on behind it."""
+
+    harvest: Harvest
+    conversation_ids: list[str]
+    tokens: int
+    """Tokens of its conversations, left out or kept."""
+    next_cursor: dict[str, Any]
+    """Stream state after its last conversation."""
+
+
+def cache_bytes(tokens: int, layers: int, hidden_dim: int, dtype: torch.dtype) -> int:
+    """Bytes that the rows of `tokens` tokens take: 36.9 KB per token for nine hook points of 2,048 bf16 values."""
+    return tokens * (layers * hidden_dim * dtype.itemsize + 8)
+
+
+class WindowStore:
+    """Reads and writes windows of one recipe's fingerprint."""
+
+    def __init__(self, root: str, lm: LanguageModel, recipe: Recipe) -> None:
+        """
+        Args:
+            root: Folder or fsspec URL (s3://..., gs://..., memory://...).
+            lm: Whose rows these are.
+            recipe: Its lm, corpus, activations, seed and layers make the fingerprint.
+
+        Raises:
+            ResourceError: a local disk that cannot hold what is still to be written of the run.
+        """
+        self._lm = lm
+        self._layers = recipe.layers
+        self._files = _Files(root.rstrip("/") + "/" + _fingerprint(lm, recipe))
+        total = cache_bytes(recipe.training.tokens, len(recipe.layers), lm.hidden_dim, lm.dtype)
+        self._files.make_room(total)
+        logger.info("activation cache %s: %.1f GB when whole", self._files.root, total / 1e9)
+
+    def read(self, index: int, cursor: dict[str, Any]) -> Window | None:
+        """Window `index`, or None if it is not there.
+
+        Args:
+            index: Which window.
+            cursor: Stream state before its first conversation, which must be the one it was written with.
+
+        Raises:
+            FormatError: a damaged or missing file, or another place in the corpus; names the file.
+        """
+        folder = f"window-{index:06d}"
+        manifest = self._manifest(folder)
+        if manifest is None:
+            return None
+        if manifest["cursor"] != json.loads(json.dumps(cursor)):
+            raise FormatError(
+                f"{self._files.name(folder)} begins elsewhere in the corpus than this run: corpus.sources changed "
+                "since it was written; delete the folder or set activations.cache to another one"
+            )
+        parts = {file: self._part(folder, file, entry) for file, entry in manifest["files"].items()}
+        rows = {layer: parts[_layer_file(layer)]["rows"].to(self._lm.device) for layer in self._layers}
+        tokens = parts[_TOKENS]
+        kept = Harvest(
+            rows, tokens["conversation"], tokens["position"], manifest["left_out"], manifest["padding_share"]
+        )
+        return Window(kept, manifest["conversation_ids"], manifest["tokens"], manifest["next_cursor"])
+
+    def write(self, index: int, window: Window, cursor: dict[str, Any]) -> None:
+        """Keep window `index`, which begins at stream state `cursor`.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        folder = f"window-{index:06d}"
+        kept = window.harvest
+        parts = {_layer_file(layer): {"rows": rows_RD} for layer, rows_RD in kept.rows.items()}
+        parts[_TOKENS] = {"conversation": kept.conversation_R, "position": kept.position_R}
+        files = {}
+        for file, tensors in parts.items():
+            data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+            self._files.write(f"{folder}/{file}", data)
+            files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest = {
+            "version": VERSION,
+            "tokens": window.tokens,
+            "left_out": kept.left_out,
+            "padding_share": kept.padding_share,
+            "cursor": cursor,
+            "next_cursor": window.next_cursor,
+            "conversation_ids": window.conversation_ids,
+            "files": files,
+        }
+        text = json.dumps({"sha256": _digest(manifest), "manifest": manifest}, indent=1)
+        self._files.write(f"{folder}/manifest.json", text.encode())
+
+    def _manifest(self, folder: str) -> dict[str, Any] | None:
+        data = self._files.read(f"{folder}/manifest.json")
+        if data is None:
+            return None
+        name = self._files.name(f"{folder}/manifest.json")
+        try:
+            whole = json.loads(data)
+            manifest: dict[str, Any] = whole["manifest"]
+            sound = whole["sha256"] == _digest(manifest)
+        except (UnicodeDecodeError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise FormatError(f"{name} is damaged; delete its folder, and the window is harvested again")
+        if manifest["version"] != VERSION:
+            raise FormatError(f"{name} has format version {manifest['version']}, this program reads {VERSION}")
+        return manifest
+
+    def _part(self, folder: str, file: str, entry: dict[str, Any]) -> dict[str, Tensor]:
+        data = self._files.read(f"{folder}/{file}")
+        if data is None or len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            state = "missing" if data is None else "damaged"
+            name = self._files.name(f"{folder}/{file}")
+            raise FormatError(f"{name} is {state}; delete its folder, and the window is harvested again")
+        return safetensors.torch.load(data)
+
+
+class _Files:
+    """Whole-file reads and atomic writes below one root: a local folder, or any file system that fsspec knows."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._remote: Any = None  # an fsspec file system
+        if "://" in root:
+            self._remote, self._base = fsspec.core.url_to_fs(root)
+        else:
+            self._local = Path(root)
+
+    def name(self, file: str) -> str:
+        return f"{self.root}/{file}"
+
+    def make_room(self, total: int) -> None:
+        """Refuse a local disk whose free space is below `total` bytes less what is already there."""
+        if self._remote is not None:
+            return
+        self._local.mkdir(parents=True, exist_ok=True)
+        present = sum(path.stat().st_size for path in self._local.rglob("*.safetensors"))
+        free = shutil.disk_usage(self._local).free
+        if total - present > free:
+            raise ResourceError(
+                f"activations.cache needs {total - present:,} more bytes in {self._local}, {free:,} are free; "
+                "free some disk or unset activations.cache"
+            )
+
+    def read(self, file: str) -> bytes | None:
+        """The file's bytes, or None if there is no such file."""
+        try:
+            if self._remote is None:
+                return (self._local / file).read_bytes()
+            data: bytes = self._remote.cat_file(f"{self._base}/{file}")
+        except FileNotFoundError:
+            return None
+        return data
+
+    def write(self, file: str, data: bytes) -> None:
+        if self._remote is not None:
+            self._remote.makedirs(f"{self._base}/{file}".rpartition("/")[0], exist_ok=True)
+            self._remote.pipe_file(f"{self._base}/{file}", data)
+            return
+        path = self._local / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data)
+
+
+def _layer_file(layer: int) -> str:
+    return f"layer-{layer:02d}.safetensors"
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(lm: LanguageModel, recipe: Recipe) -> str:
+    parts = {
+        "seed": recipe.seed,
+        "model": [lm.name, lm.revision, str(lm.dtype), weights_digest(lm, recipe.layers[-1])],
+        "layers": recipe.layers,
+        "corpus": recipe.corpus.model_dump(mode="json", exclude={"workers"}),
+        "activations": recipe.activations.model_dump(mode="json", exclude={"cache"}),
+    }
+    return _digest(parts)[:16]

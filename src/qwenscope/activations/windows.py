@@ -1,0 +1,227 @@
+"""Windows: every kept token exactly once, shuffled, and resumable from a few numbers.
+
+Window i is the next conversations of the stream until they hold at least `activations.window_tokens` tokens; its rows
+are visited in the order `randperm(R)` of a generator seeded by (seed, "window", i), the same at every hook point. So a
+window is a pure function of (recipe, seed, i) and of where the stream stood when it began: a resumed run harvests that
+one window again and goes on in its middle. A batch that a window cannot fill continues in the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qwenscope.activations.harvest import harvest
+from qwenscope.activations.store import Window, WindowStore
+from qwenscope.errors import CheckpointError, CorpusError, RecipeError
+from qwenscope.lm.load import LanguageModel
+from qwenscope.recipe import Recipe
+from qwenscope.seeds import generator
+
+if TYPE_CHECKING:
+    from qwenscope.corpus.chat import Conversation
+    from qwenscope.corpus.stream import CorpusStream
+
+LEFT_OUT = ("non_finite", "outlier", "first_position")
+
+
+class Windows:
+    """Training batches: the same tokens at every hook point, each kept token once.
+
+    Holds one window at a time (36.9 KB per token for nine hook points of the published model).
+    """
+
+    def __init__(self, lm: LanguageModel, stream: CorpusStream, recipe: Recipe) -> None:
+        """
+        Args:
+            lm: Built up to the recipe's last hooked layer.
+            stream: Conversations; from here on only this object draws from it.
+            recipe: Its corpus, activations, training and seed.
+
+        Raises:
+            RecipeError: `training.batch_size` exceeds `activations.window_tokens`.
+            ResourceError: `activations.cache` is set and its disk cannot hold the run's rows.
+        """
+        self._lm = lm
+        self._stream = stream
+        self._recipe = recipe
+        self._names = {point.layer: name for name, point in recipe.hook_points.items()}
+        self._check_size(recipe.training.batch_size)
+        cache = recipe.activations.cache
+        self._store = None if cache is None else WindowStore(str(cache), lm, recipe)
+        self._index = 0  # the window that the next row comes from
+        self._offset = 0  # its rows already handed out
+        self._cursor: dict[str, Any] = stream.state()  # where it begins
+        self._before = dict.fromkeys(("tokens_read", *LEFT_OUT), 0)  # counts of all windows before it
+        self._window: Window | None = None  # None: not harvested yet
+        self._order_R = torch.empty(0, dtype=torch.int64)  # of its rows, on the CPU
+        self._expected: str | None = None  # digest of the window that a restored state was in
+        self._last: list[tuple[list[str], Tensor, Tensor]] = []  # ids, conversation_B, position_B per part of the batch
+
+    def next_batch(self, size: int) -> dict[int, Tensor]:
+        """The next `size` rows at every hook point: {layer: x_BD} in the language model's dtype, on its device.
+
+        Fewer rows, in the end none, only when the corpus is used up.
+
+        Raises:
+            RecipeError: `size` exceeds `activations.window_tokens`.
+            CorpusError: the corpus holds no conversation at all.
+            TrainingError: too many non-finite rows.
+        """
+        self._check_size(size)
+        parts: list[dict[int, Tensor]] = []
+        self._last = []
+        missing = size
+        while missing and (window := self._current()) is not None:
+            index = self._order_R[self._offset : self._offset + missing]
+            parts.append(self._gather(window, index))
+            kept = window.harvest
+            self._last.append((window.conversation_ids, kept.conversation_R[index], kept.position_R[index]))
+            missing -= len(index)
+            self._offset += len(index)
+            if self._offset == len(self._order_R):
+                self._leave(window)
+        if len(parts) == 1:
+            return parts[0]
+        nothing = torch.empty(0, self._lm.hidden_dim, dtype=self._lm.dtype, device=self._lm.device)
+        return {layer: torch.cat([nothing, *(part[layer] for part in parts)]) for layer in self._recipe.layers}
+
+    def calibration_rows(self) -> dict[int, Tensor]:
+        """The first `training.calibration_tokens` rows of window 0 (all of it if it has fewer), in training order.
+
+        They are handed out again by `next_batch`. A resumed run takes its calibration from the checkpoint instead.
+        """
+        assert self._index == 0, "calibration rows are asked for before training begins"
+        window = self._current()
+        if window is None or self._index:
+            raise CorpusError("no row of the first window was kept; look at activations.outlier_factor and the model")
+        return self._gather(window, self._order_R[: self._recipe.training.calibration_tokens])
+
+    def last_tokens(self) -> list[tuple[str, int]]:
+        """(conversation id, position) of each row of the last batch."""
+        return [
+            (ids[c], position)
+            for ids, conversation_B, position_B in self._last
+            for c, position in zip(conversation_B.tolist(), position_B.tolist(), strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch begins, as JSON-able values."""
+        inside = self._window is not None and self._offset > 0
+        return {
+            "window": self._index,
+            "offset": self._offset,
+            "cursor": self._cursor,
+            "counts": dict(self._before),
+            "conversations": _digest(self._window) if inside and self._window else self._expected,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; the next batch harvests that one window again.
+
+        The next batch raises CheckpointError if the corpus gives other conversations than it did then.
+        """
+        self._index, self._offset = int(state["window"]), int(state["offset"])
+        self._cursor, self._before = state["cursor"], dict(state["counts"])
+        self._expected = state["conversations"]
+        self._window = None
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Tokens left out by reason (non_finite, outlier, first_position), the current window's included."""
+        now = {} if self._window is None else self._window.harvest.left_out
+        return {reason: self._before[reason] + now.get(reason, 0) for reason in LEFT_OUT}
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of all conversations harvested so far, left out or kept, the current window's included."""
+        return self._before["tokens_read"] + (0 if self._window is None else self._window.tokens)
+
+    def report(self) -> dict[str, Any]:
+        """The corpus report of all windows so far, also where they came from the cache."""
+        self._move_stream(self._cursor if self._window is None else self._window.next_cursor)
+        report: dict[str, Any] = self._stream.report()
+        return report
+
+    def _current(self) -> Window | None:
+        """The window that the next row comes from; None when the corpus is used up."""
+        while self._window is None:
+            window = self._from_cache() or self._harvest()
+            if window is None:
+                return None
+            kept = len(window.harvest.position_R)
+            if self._expected not in (None, _digest(window)) or self._offset > kept:
+                raise CheckpointError(
+                    f"window {self._index} holds other conversations than when this run was saved: "
+                    "corpus.sources changed; restore them or start a new run"
+                )
+            self._expected = None
+            self._order_R = torch.randperm(kept, generator=generator(self._recipe.seed, "window", self._index))
+            self._window = window
+            if self._offset == kept:
+                self._leave(window)
+        return self._window
+
+    def _from_cache(self) -> Window | None:
+        return self._store.read(self._index, self._cursor) if self._store else None
+
+    def _harvest(self) -> Window | None:
+        self._move_stream(self._cursor)
+        conversations = self._draw()
+        if not conversations and self._index == 0:
+            raise CorpusError("the corpus holds no conversation; look at corpus.sources and its privacy report")
+        if not conversations:
+            return None
+        recipe = self._recipe
+        rows = harvest(
+            self._lm, conversations, recipe.layers, recipe.activations, recipe.corpus.batch_tokens, self._names
+        )
+        window = Window(
+            harvest=rows,
+            conversation_ids=[conversation.id for conversation in conversations],
+            tokens=sum(len(conversation.token_ids) for conversation in conversations),
+            next_cursor=self._stream.state(),
+        )
+        if self._store:
+            self._store.write(self._index, window, self._cursor)
+        return window
+
+    def _draw(self) -> list[Conversation]:
+        conversations: list[Conversation] = []
+        tokens = 0
+        while tokens < self._recipe.activations.window_tokens:
+            conversation = next(self._stream, None)
+            if conversation is None:
+                break
+            conversations.append(conversation)
+            tokens += len(conversation.token_ids)
+        return conversations
+
+    def _gather(self, window: Window, index: Tensor) -> dict[int, Tensor]:
+        index = index.to(self._lm.device, non_blocking=True)
+        return {layer: rows_RD[index] for layer, rows_RD in window.harvest.rows.items()}
+
+    def _leave(self, window: Window) -> None:
+        for reason in LEFT_OUT:
+            self._before[reason] += window.harvest.left_out[reason]
+        self._before["tokens_read"] += window.tokens
+        self._cursor = window.next_cursor
+        self._index += 1
+        self._offset = 0
+        self._window = None
+
+    def _move_stream(self, cursor: dict[str, Any]) -> None:
+        if self._stream.state() != cursor:  # after a restore, or after windows that came from the cache
+            self._stream.restore(cursor)
+
+    def _check_size(self, size: int) -> None:
+        if size > (limit := self._recipe.activations.window_tokens):
+            raise RecipeError(f"training.batch_size {size} exceeds activations.window_tokens {limit}; raise the latter")
+
+
+def _digest(window: Window) -> str:
+    """Of its conversations: a resumed run must meet the same ones."""
+    return hashlib.sha256("\n".join(window.conversation_ids).encode()).hexdigest()[:16]
