@@ -116,7 +116,8 @@ class TopKSAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
         with atomic_path(folder / WEIGHTS_FILE) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt", "config": json.dumps(self.config)})
+            # One key: safetensors writes several in an order that changes from call to call, and so the file's sha256.
+            save_file(weights, temporary, metadata={"config": json.dumps(self.config)})
         write_json(folder / CONFIG_FILE, self.config)
 
     @classmethod
