@@ -155,7 +155,8 @@ def test_the_saver_writes_what_stood_there_when_it_was_called(tmp_path: Path) ->
         tensors["sae_a"]["w"].fill_(step)
         saver.save(step, {"step": step}, tensors, snapshot=False)
         tensors["sae_a"]["w"].fill_(-1)  # the next training step writes at once
-    saver.wait()
+    assert saver.ended(wait=True)
+    assert not saver.ended(wait=True)
     kept = checkpoint.list_checkpoints(tmp_path)
     assert [int(p.name[5:]) for p in kept] == [3, 4]
     for path in kept:
@@ -169,9 +170,9 @@ def test_an_error_of_the_background_save_surfaces_once(tmp_path: Path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=0))
     saver.save(1, {}, some_tensors(), snapshot=False)
     with pytest.raises(ResourceError, match="bytes needed"):
-        saver.wait()
+        saver.ended(wait=True)
     monkeypatch.undo()
-    assert saver.check()
+    assert not saver.ended()
     saver.save(2, {}, some_tensors(), snapshot=False)
-    saver.wait()
+    assert saver.ended(wait=True)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]

@@ -16,7 +16,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 class Saver:
-    """At most one save in flight; the error of a save surfaces at the next `check`, `save` or `wait`.
+    """At most one save in flight; the error of a save surfaces at the next `save` or `ended`.
 
     Args:
         folder: the run's `checkpoints/`.
@@ -33,28 +33,26 @@ class Saver:
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], snapshot: bool
     ) -> None:
         """Copy `tensors` and return; writing goes on behind. `state` must not be changed afterwards."""
-        self.wait()
+        self.ended(wait=True)
         copied = self._copy(tensors)
         self._thread = threading.Thread(
             target=self._write, args=(step, state, copied, snapshot), name=f"checkpoint-{step}", daemon=True
         )
         self._thread.start()
 
-    def check(self) -> bool:
-        """Whether nothing is in flight; raises the error of a save that has failed since the last look."""
-        if self._thread is not None and self._thread.is_alive():
-            return False
-        self.wait()
-        return True
+    def ended(self, wait: bool = False) -> bool:
+        """Whether a save has ended well since the last look (`wait`: block until it has); False if none was in flight.
 
-    def wait(self) -> None:
-        """Block until the save in flight is on disk, and raise its error if it has one."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        Raises the error of one that has failed.
+        """
+        if self._thread is None or (self._thread.is_alive() and not wait):
+            return False
+        self._thread.join()
+        self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error
+        return True
 
     def _write(self, step: int, state: Mapping[str, Any], copied: torch.cuda.Event | None, snapshot: bool) -> None:
         try:

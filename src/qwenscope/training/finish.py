@@ -1,0 +1,52 @@
+"""The last act of a run: final SAEs, checked as a reader would read them, put in place by one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from qwenscope.errors import TrainingError
+from qwenscope.files import disk_full_named, fsync_folder
+from qwenscope.sae.topk import TopKSAE
+
+_UNIT_TOLERANCE = 1e-5
+
+
+def publish(saes: Mapping[str, TopKSAE], target: Path) -> None:
+    """Write every SAE below `target`, which appears whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full; names the bytes needed.
+        TrainingError: a weight is not finite, or what was written does not read back to the bit.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    needed = sum(value.numel() * 4 for sae in saes.values() for value in sae.state_dict().values())
+    try:
+        with disk_full_named(target, needed):
+            for sae_id, sae in saes.items():
+                sae.save(temporary / sae_id)
+                _check(sae_id, sae, temporary / sae_id)
+            fsync_folder(temporary)
+            if target.exists():  # of a session that was killed before it could say "complete"
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            fsync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check(sae_id: str, sae: TopKSAE, folder: Path) -> None:
+    read = TopKSAE.from_pretrained(folder).state_dict()
+    for name, value in sae.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise TrainingError(f"{sae_id}: {name} is not finite; nothing was published, the checkpoints stand")
+        if not torch.equal(read[name], value.cpu()):
+            raise TrainingError(f"{folder}: {name} does not read back as written; check the disk")
+    norms = read["decoder.weight"].norm(dim=0)
+    if (off := (norms - 1).abs().max().item()) > _UNIT_TOLERANCE:
+        raise TrainingError(f"{sae_id}: a decoder column's norm is off 1 by {off:.2g}; nothing was published")

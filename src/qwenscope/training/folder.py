@@ -1,0 +1,196 @@
+"""The run folder: what stands in it, when it may be entered, and the honest state of the run.
+
+recipe.yaml, run.json (where and with what), status.json (how far, and how it ended), metrics.jsonl,
+privacy_report.json, checkpoints/, and saes/ once every token was trained. docs/checkpoints.md describes each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenscope.doctor import examine
+from qwenscope.errors import CheckpointError, QwenscopeError, RecipeError
+from qwenscope.files import read_json, write_json, write_text
+from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.training.lock import LOCK_NAME, run_lock
+
+log = logging.getLogger(__name__)
+
+# Keys that may differ between a checkpoint and the recipe it is resumed with: they do not touch a single weight.
+_FREE_KEYS = ("checkpoint.", "telemetry.", "evaluation.", "corpus.workers")
+_STATUS_SECONDS = 10.0  # between rewrites of an unchanged state
+
+
+class RunFolder:
+    """One run's folder, held by this process. Open it with `open_run`."""
+
+    def __init__(self, path: Path, target: int) -> None:
+        self.path, self.target = path, target
+        self.note: str | None = None
+        self.checkpoint: str | None = None
+        self._written = ("", 0.0)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints stand."""
+        return self.path / "checkpoints"
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """status.json as it stands, or an empty dict in a new folder."""
+        path = self.path / "status.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    def write_status(self, state: str, tokens: int, error: str | None = None) -> None:
+        """Replace status.json; an unchanged state is rewritten every few seconds at most (fsync is not free)."""
+        if self._written[0] == state and error is None and time.monotonic() - self._written[1] < _STATUS_SECONDS:
+            return
+        write_json(
+            self.path / "status.json",
+            {
+                "state": state,
+                "tokens_trained": tokens,
+                "tokens_target": self.target,
+                "error": error,
+                "note": self.note,
+                "checkpoint": self.checkpoint,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "updated": _now(),
+            },
+        )
+        self._written = (state, time.monotonic())
+
+    def note_now(self, note: str | None) -> None:
+        """Set or clear the note; the next status line carries it without delay."""
+        if note != self.note:
+            self.note = note
+            self._written = ("", 0.0)
+
+    def begin(self, recipe: Recipe, passed_over: Sequence[str]) -> None:
+        """Record the resolved recipe, and add this session's machine, versions and start to run.json."""
+        write_text(self.path / "recipe.yaml", recipe.to_yaml())
+        path = self.path / "run.json"
+        run = read_json(path) if path.exists() else {"sessions": []}
+        run.update(seed=recipe.seed, fingerprint=recipe.fingerprint(), commit=_commit(), machine=examine(self.path))
+        run["sessions"].append(
+            {
+                "started": _now(),
+                "from": self.checkpoint,
+                "passed_over": list(passed_over),
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "threads": torch.get_num_threads(),
+            }
+        )
+        write_json(path, run)
+
+    def record(self, **facts: Any) -> None:
+        """Add top-level facts (revisions, precision ...) to run.json."""
+        write_json(self.path / "run.json", {**read_json(self.path / "run.json"), **facts})
+
+    def recorded(self, key: str) -> Any:
+        """A fact of run.json, or None."""
+        path = self.path / "run.json"
+        return read_json(path).get(key) if path.exists() else None
+
+
+@contextmanager
+def open_run(recipe: Recipe, out: Path, resume: bool) -> Iterator[RunFolder]:
+    """Hold `out` for this process, after checking that the run may start or go on there.
+
+    Raises:
+        RecipeError: `out` holds something else, or a run while `resume` is off, or one of another recipe.
+        LockError: another process works in it.
+    """
+    present = {path.name for path in out.iterdir()} - {LOCK_NAME} if out.is_dir() else set()
+    if present and "recipe.yaml" not in present:
+        raise RecipeError(f"{out} is not empty and holds no run; choose a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with run_lock(out):
+        _remove_leftovers(out)
+        if (out / "recipe.yaml").exists():
+            if not resume:
+                raise RecipeError(f"{out} already holds a run; go on with it by --resume, or choose a new folder")
+            check_same_recipe(load_recipe(out / "recipe.yaml").model_dump(mode="json"), recipe, out / "recipe.yaml")
+        yield RunFolder(out, recipe.training.tokens)
+
+
+def check_same_recipe(saved: Mapping[str, Any], recipe: Recipe, where: Path) -> None:
+    """Refuse to go on with a recipe that would train other weights.
+
+    Raises:
+        RecipeError: names every differing key with both values.
+    """
+    before, now = dict(_flatten(saved)), dict(_flatten(recipe.model_dump(mode="json")))
+    keys = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    differing = [key for key in keys if not key.startswith(_FREE_KEYS)]
+    if differing:
+        named = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing)
+        raise RecipeError(f"{where} is of another recipe ({named}); resume with the same one, or choose a new --out")
+
+
+def check_checkpoint_expected(folder: RunFolder) -> None:
+    """Refuse to start over where the status says that a checkpoint was saved.
+
+    Raises:
+        CheckpointError: the checkpoints have been taken away.
+    """
+    if name := folder.status.get("checkpoint"):
+        raise CheckpointError(
+            f"{folder.checkpoints} holds no checkpoint, but status.json knows of {name}; bring it back, or start over "
+            "in a new --out"
+        )
+
+
+def describe(error: BaseException) -> str:
+    """One line for status.json: the message of a user's error, type and message of any other."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, QwenscopeError) else f"{type(error).__name__}: {text}"
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}{key}.")
+    elif isinstance(tree, list | tuple):
+        yield from _flatten(dict(enumerate(tree)), prefix)
+    else:
+        yield prefix.removesuffix("."), tree
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Temporary files and folders of a killed session (we hold the lock: nobody else writes here)."""
+    for path in out.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _commit() -> str | None:
+    """The git commit of an editable installation, or None."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

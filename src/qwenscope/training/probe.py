@@ -1,0 +1,51 @@
+"""A fingerprint of the language model in action: does a resumed run see the residual stream that it was begun with?
+
+A file hash would not do: other kernels, libraries or hardware change the rows as other weights do. A few norms tell a
+different model (refused) from different rounding (said aloud: the run goes on, but not to the same bits).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qwenscope.errors import CheckpointError
+from qwenscope.lm.forward import residual_streams
+from qwenscope.lm.load import LanguageModel
+
+log = logging.getLogger(__name__)
+
+_POSITIONS = 16
+_OTHER_MODEL = 0.05  # relative difference of norms that no rounding makes, bfloat16 included
+
+
+def probe(lm: LanguageModel, layers: Sequence[int]) -> dict[str, list[float]]:
+    """{layer: norms of the first 16 positions} of a fixed row of token ids; JSON keeps the values exactly."""
+    ids_CT = torch.arange(_POSITIONS).remainder(len(lm.tokenizer)).unsqueeze(0)
+    streams = residual_streams(lm, ids_CT, layers)
+    return {str(layer): x_CTD[0].double().norm(dim=-1).tolist() for layer, x_CTD in streams.items()}
+
+
+def check_probe(saved: Any, now: dict[str, list[float]]) -> str | None:
+    """None if both are equal to the bit, else a sentence to tell the user.
+
+    Raises:
+        CheckpointError: they differ by more than rounding does.
+    """
+    if saved == now:
+        return None
+    worst = max(
+        abs(a - b) / max(abs(a), 1e-30) for layer in saved for a, b in zip(saved[layer], now[layer], strict=True)
+    )
+    if not worst <= _OTHER_MODEL:
+        raise CheckpointError(
+            f"the language model's residual stream differs from this run's by {worst:.2g} (relative); "
+            "lm.model holds other weights than when the run began: restore them, or start a new run"
+        )
+    return (
+        f"the language model rounds differently here than where this run was saved (by {worst:.1g}): it goes on, "
+        "but not to the same bits as without the interruption"
+    )
