@@ -17,6 +17,7 @@ from typing import Any
 
 from qwenscope.corpus.tool_use.compose import compose
 from qwenscope.corpus.tool_use.dialogues import Dialogue
+from qwenscope.errors import CorpusError
 from qwenscope.files import atomic_path
 
 __all__ = ["conversation_families", "generate_tool_use", "tool_use_conversation", "write_tool_use"]
@@ -46,7 +47,18 @@ def generate_tool_use(n: int, seed: int, *, start: int = 0, held_out: bool = Fal
 
 
 def write_tool_use(path: Path, n: int, seed: int, *, held_out: bool = False) -> None:
-    """Write the first `n` conversations of a seed as JSON lines (compressed for .gz), whole or not at all."""
+    """Write the first `n` conversations of a seed as JSON lines (compressed for .gz), whole or not at all.
+
+    Raises:
+        CorpusError: `n` is not positive, the name is neither .jsonl nor .jsonl.gz, or the folder is missing.
+        ResourceError: the disk is full.
+    """
+    if n < 1:
+        raise CorpusError(f"cannot write {n} conversations to {path}; ask for at least 1")
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise CorpusError(f"{path} must end in .jsonl or .jsonl.gz")
+    if not path.parent.is_dir():
+        raise CorpusError(f"the folder {path.parent} does not exist; create it first")
     with atomic_path(path) as temporary, temporary.open("wb") as raw:
         if path.suffix == ".gz":  # no name and no time in the header: the same conversations give the same bytes
             with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from qwenscope.corpus.tool_use import chains, facts, pools, talk
+from qwenscope.corpus.tool_use import facts, pools, talk
+from qwenscope.corpus.tool_use.chains import CHAINS
 from qwenscope.corpus.tool_use.model import Case, Task, Wording, fill
 from qwenscope.corpus.tool_use.tasks import TASKS
 
@@ -27,6 +28,7 @@ class Dialogue:
         self.rng, self.held_out = rng, held_out
         self.messages: list[dict[str, Any]] = []
         self.families: list[str] = []
+        self.asked = False
         self.offered: dict[str, None] = {}  # in order of first use; a set would depend on the hash seed
         self.denied: set[str] = set()
         self.world = {
@@ -47,8 +49,8 @@ class Dialogue:
 
     def request(self, clause: str) -> None:
         """Add a user turn that asks for `clause`, an imperative; later requests connect to the earlier ones."""
-        later = any(message["role"] == "user" for message in self.messages)
-        frames = talk.NEXT_FRAMES if later and self.rng.random() < 0.6 else talk.FRAMES
+        frames = talk.NEXT_FRAMES if self.asked and self.rng.random() < 0.6 else talk.FRAMES
+        self.asked = True
         self.user(self.say(frames, clause=clause, Clause=clause[0].upper() + clause[1:]))
 
     def assistant(self, text: str) -> None:
@@ -132,13 +134,17 @@ def partial(d: Dialogue) -> str:
 
 def steps(d: Dialogue) -> str:
     """A chain of calls, each using the result of an earlier one."""
-    while d.denied.intersection((chain := d.rng.choice(chains.CHAINS)).tools):
+    while d.denied.intersection((chain := d.rng.choice(CHAINS)).tools):
         pass
     calls, slots = chain.sample(d.rng)
     d.request(d.say(chain.clauses, slots))
     d.call(calls[:1], d.lead(calls[0][0]))
     for call in calls[1:]:
         d.call([call], d.say(chain.links, slots) if d.rng.random() < 0.6 else "")
+    if "stopped" in slots:
+        assert chain.otherwise is not None
+        d.assistant(d.say(chain.otherwise, slots))
+        return f"{chain.name}-stopped"
     d.assistant(d.say(chain.answers, slots))
     return chain.name
 

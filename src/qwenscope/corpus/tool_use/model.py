@@ -183,3 +183,42 @@ def task(
         return sample
 
     return register
+
+
+Steps = list[tuple[str, Case]]
+ChainSampler = Callable[[Random], tuple[Steps, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A request that takes several calls in a row, each using an earlier result.
+
+    `sample` returns (tool, case) pairs and the slots of the sentences; with a slot `stopped` the chain ended early and
+    `otherwise` holds the answers. `links` is what the assistant says between two calls.
+    """
+
+    name: str
+    tools: tuple[str, ...]
+    sample: ChainSampler
+    clauses: Wording
+    links: Wording
+    answers: Wording
+    otherwise: Wording | None
+
+
+CHAINS: list[Chain] = []
+"""Every chain, in the order of definition."""
+
+
+def chain(
+    *tools: str, clauses: str, links: str, answers: str, otherwise: str | None = None
+) -> Callable[[ChainSampler], ChainSampler]:
+    """Register the decorated sampler as a chain over `tools`; the others are wording blocks, see `wording`."""
+
+    def register(sample: ChainSampler) -> ChainSampler:
+        ending = wording(otherwise) if otherwise else None
+        words = (wording(clauses), wording(links), wording(answers), ending)
+        CHAINS.append(Chain(sample.__name__, tools, sample, *words))
+        return sample
+
+    return register

@@ -145,6 +145,8 @@ AIRLINES = _items(
     """
 )
 
+SERVICES = _items("checkout, search, billing, gateway, mailer, reports, uploads, scheduler, accounts")
+
 
 def person(rng: Random) -> str:
     """An invented full name."""
@@ -208,6 +210,11 @@ def mistyped(rng: Random, value: str) -> str:
         return value + value[-1]
     spot = rng.choice(spots)
     return value[:spot] + value[spot + 1] + value[spot] + value[spot + 2 :]
+
+
+def tidy(value: float) -> float:
+    """`value` without a useless `.0`."""
+    return int(value) if value == int(value) else value
 
 
 def book(rng: Random) -> str:

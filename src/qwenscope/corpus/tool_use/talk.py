@@ -29,7 +29,7 @@ NEXT_FRAMES = wording("""
     One more thing: {clause}.
     Now {clause}.
     Next, {clause}, please.
-    [And|Also], could you {clause}?
+    [And could|Could] you also {clause}?
     While you are at it, {clause}.
     [Great|Good|Fine]. Then {clause}.
     [Thanks|Thank you]. Can you also {clause}?

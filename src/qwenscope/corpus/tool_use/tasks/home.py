@@ -49,8 +49,8 @@ from qwenscope.corpus.tool_use.model import Case, task, tool
     ),
 )
 def thermostat(rng: Random) -> Case:
-    room, target = rng.choice(pools.ROOMS), rng.randint(32, 48) / 2
-    current = target + rng.choice((-1, 1)) * rng.randint(1, 9) / 2
+    room, target = rng.choice(pools.ROOMS), pools.tidy(rng.randint(32, 48) / 2)
+    current = pools.tidy(target + rng.choice((-1, 1)) * rng.randint(1, 9) / 2)
     result = {"room": room, "current": current, "target": target, "minutes": int(abs(target - current) * 14)}
     return Case({"room": room, "temperature": target}, result)
 
@@ -100,10 +100,10 @@ def recipe(rng: Random) -> Case:
         brightness="integer: Brightness in percent",
     ),
     clauses="""
-        turn {state} the light in the {room}
-        switch the {room} light {state}
+        turn {state} the light in the {room}{level}
+        switch the {room} light {state}{level}
         ---
-        have the lamps of the {room} go {state}
+        have the lamps of the {room} go {state}{level}
     """,
     answers="""
         The light in the {room} is now {state}.
@@ -115,9 +115,9 @@ def recipe(rng: Random) -> Case:
     """,
     gap=(
         """
-        turn {state} the light
+        turn {state} the light{level}
         ---
-        have the lamps go {state}
+        have the lamps go {state}{level}
         """,
         """
         In which room?
@@ -131,9 +131,11 @@ def recipe(rng: Random) -> Case:
 def light(rng: Random) -> Case:
     state = rng.choice(("on", "off"))
     arguments: dict[str, Any] = {"room": rng.choice(pools.ROOMS), "state": state}
-    if state == "on" and rng.random() < 0.3:
-        arguments["brightness"] = rng.randint(2, 10) * 10
-    return Case(arguments, {"ok": True, "state": state, "watts": rng.randint(4, 60) if state == "on" else 0})
+    level = rng.randint(2, 10) * 10 if state == "on" and rng.random() < 0.3 else 0
+    if level:
+        arguments["brightness"] = level
+    result = {"ok": True, "state": state, "watts": rng.randint(4, 60) if state == "on" else 0}
+    return Case(arguments, result, {"level": f" at {level} percent" if level else ""})
 
 
 @task(

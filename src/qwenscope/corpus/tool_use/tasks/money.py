@@ -219,7 +219,7 @@ def transfer(rng: Random) -> Case:
 def loan(rng: Random) -> Case:
     principal, rate, months = (
         rng.randint(2, 300) * 500,
-        rng.randint(2, 19) / 2,
+        pools.tidy(rng.randint(2, 19) / 2),
         rng.choice((12, 24, 36, 48, 60, 120, 240)),
     )
     growth = 1 + rate / 1200

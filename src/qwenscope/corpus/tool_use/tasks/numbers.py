@@ -61,8 +61,10 @@ _UNITS = (
 )
 def units(rng: Random) -> Case:
     source, target, factor = rng.choice(_UNITS)
-    value = rng.choice((rng.randint(2, 900), rng.randint(20, 999) / 10))
-    return Case({"value": value, "source": source, "target": target}, {"converted": round(value * factor, 2)})
+    value = rng.choice((rng.randint(2, 900), pools.tidy(rng.randint(20, 999) / 10)))
+    return Case(
+        {"value": value, "source": source, "target": target}, {"converted": pools.tidy(round(value * factor, 2))}
+    )
 
 
 @task(
@@ -92,8 +94,8 @@ def describe(rng: Random) -> Case:
     values = [rng.randint(1, 200) for _ in range(rng.randint(3, 7))]
     result = {
         "count": len(values),
-        "mean": round(sum(values) / len(values), 2),
-        "median": statistics.median(values),
+        "mean": pools.tidy(round(sum(values) / len(values), 2)),
+        "median": pools.tidy(statistics.median(values)),
         "low": min(values),
         "high": max(values),
     }

@@ -7,8 +7,6 @@ from random import Random
 from qwenscope.corpus.tool_use import pools
 from qwenscope.corpus.tool_use.model import Case, task, tool
 
-_SERVICES = ("checkout", "search", "billing", "gateway", "mailer", "reports", "uploads", "scheduler", "accounts")
-
 
 @task(
     tool("check_host", "Ping a host.|Check whether a host answers, and how fast.", address="string: IPv4 address"),
@@ -92,7 +90,7 @@ def host(rng: Random) -> Case:
     ),
 )
 def domain(rng: Random) -> Case:
-    machine = f"{rng.choice(_SERVICES)}{rng.choice(('', '-1', '-2', '-eu', '-test'))}"
+    machine = f"{rng.choice(pools.SERVICES)}{rng.choice(('', '-1', '-2', '-eu', '-test'))}"
     name = f"{machine}.example.{rng.choice(('com', 'org', 'net'))}"
     return Case({"domain": name}, {"address": pools.ip(rng), "ttl": rng.choice((60, 300, 600, 3600))})
 
@@ -136,7 +134,7 @@ def domain(rng: Random) -> Case:
     ),
 )
 def metrics(rng: Random) -> Case:
-    arguments = {"service": rng.choice(_SERVICES), "hours": rng.choice((1, 2, 3, 6, 12, 24, 48))}
+    arguments = {"service": rng.choice(pools.SERVICES), "hours": rng.choice((1, 2, 3, 6, 12, 24, 48))}
     result = {"errors": rng.randint(0, 90) / 10, "latency": rng.randint(8, 900), "requests": rng.randint(100, 90000)}
     return Case(arguments, result)
 
@@ -165,7 +163,7 @@ def metrics(rng: Random) -> Case:
 )
 def restart(rng: Random) -> Case:
     result = {"status": "running", "seconds": rng.randint(2, 40), "pid": rng.randint(1000, 60000)}
-    return Case({"service": rng.choice(_SERVICES)}, result)
+    return Case({"service": rng.choice(pools.SERVICES)}, result)
 
 
 @task(
@@ -217,4 +215,4 @@ def logs(rng: Random) -> Case:
         )
     )
     result = {"time": pools.clock(rng), "line": line, "count": rng.randint(1, 400)}
-    return Case({"service": rng.choice(_SERVICES), "level": rng.choice(("info", "warning", "error"))}, result)
+    return Case({"service": rng.choice(pools.SERVICES), "level": rng.choice(("info", "warning", "error"))}, result)

@@ -20,13 +20,13 @@ from qwenscope.corpus.tool_use.model import Case, task, tool
         location="string: Where it takes place",
     ),
     clauses="""
-        [schedule|add] a {title} on {day} at {time}
-        put the {title} in my calendar for {day}, {time}
-        create a calendar entry called {title} for {time} on {day}
-        block time for the {title} at {time} on {day}
+        [schedule|add] a {title} on {day} at {time}{place}
+        put the {title} in my calendar for {day}, {time}{place}
+        create a calendar entry called {title} for {time} on {day}{place}
+        block time for the {title} at {time} on {day}{place}
         ---
-        book a slot named {title}, {day} from {time}
-        enter the {title} into my agenda ({day}, {time})
+        book a slot named {title}, {day} from {time}{place}
+        enter the {title} into my agenda ({day}, {time}){place}
     """,
     answers="""
         Your {title} is [scheduled|booked] for {day} at {time}.
@@ -38,10 +38,10 @@ from qwenscope.corpus.tool_use.model import Case, task, tool
     """,
     gap=(
         """
-        schedule a {title} on {day}
-        put the {title} in my calendar for {day}
+        schedule a {title} on {day}{place}
+        put the {title} in my calendar for {day}{place}
         ---
-        book a slot named {title} on {day}
+        book a slot named {title} on {day}{place}
         """,
         """
         What time should it start?
@@ -55,9 +55,11 @@ from qwenscope.corpus.tool_use.model import Case, task, tool
 def event(rng: Random) -> Case:
     title, date, time = rng.choice(pools.MEETINGS), pools.date(rng), pools.clock(rng)
     arguments = {"title": title, "date": date, "time": time}
-    if rng.random() < 0.3:
-        arguments["location"] = rng.choice(("Room 1", "Room 4", "Cafe Meridian", "Town hall", "Online"))
-    return Case(arguments, {"status": "created", "event_id": pools.code(rng, "EV")}, {"day": pools.spoken(date)})
+    place = rng.choice(("Room 1", "Room 4", "Cafe Meridian", "Town hall", "Online")) if rng.random() < 0.3 else ""
+    if place:
+        arguments["location"] = place
+    extra = {"day": pools.spoken(date), "place": f", {place}" if place else ""}
+    return Case(arguments, {"status": "created", "event_id": pools.code(rng, "EV")}, extra)
 
 
 @task(
@@ -166,12 +168,12 @@ def reminder(rng: Random) -> Case:
         priority="low/normal/high: Priority",
     ),
     clauses="""
-        add "{item}" to my {list} list
-        put "{item}" on the {list} list
-        [note|write] "{item}" on my {list} list
+        add "{item}" to my {list} list{urgency}
+        put "{item}" on the {list} list{urgency}
+        [note|write] "{item}" on my {list} list{urgency}
         ---
-        extend the {list} list by "{item}"
-        append "{item}" to whatever is on my {list} list
+        extend the {list} list by "{item}"{urgency}
+        append "{item}" to whatever is on my {list} list{urgency}
     """,
     answers="""
         I added "{item}" to your {list} list; it now has {count} items.
@@ -183,10 +185,10 @@ def reminder(rng: Random) -> Case:
     """,
     gap=(
         """
-        add "{item}" to a list
-        put "{item}" on one of my lists
+        add "{item}" to a list{urgency}
+        put "{item}" on one of my lists{urgency}
         ---
-        append "{item}" to a list of mine
+        append "{item}" to a list of mine{urgency}
         """,
         """
         Which list should it go on?
@@ -202,9 +204,11 @@ def todo(rng: Random) -> Case:
         "item": rng.choice(pools.TODOS),
         "list": rng.choice(("home", "work", "weekend", "errands", "garden", "trip")),
     }
-    if rng.random() < 0.3:
-        arguments["priority"] = rng.choice(("low", "normal", "high"))
-    return Case(arguments, {"status": "added", "count": rng.randint(1, 19)})
+    priority = rng.choice(("low", "normal", "high")) if rng.random() < 0.3 else ""
+    if priority:
+        arguments["priority"] = priority
+    extra = {"urgency": f" with {priority} priority" if priority else ""}
+    return Case(arguments, {"status": "added", "count": rng.randint(1, 19)}, extra)
 
 
 @task(

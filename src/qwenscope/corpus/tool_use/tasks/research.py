@@ -64,6 +64,10 @@ def search(rng: Random) -> Case:
     )
     url = f"https://{rng.choice(('www', 'news', 'blog'))}.example.com/{topic.replace(' ', '-')}-{year}"
     hits = [{"title": title, "url": url, "snippet": f"{snippet[0].upper()}{snippet[1:]}."}]
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        other = rng.choice(pools.TOPICS)
+        page = f"https://www.example.net/{rng.randint(100, 999)}"
+        hits.append({"title": f"{other.capitalize()} and {topic}", "url": page, "snippet": f"On {other} in {city}."})
     return Case({"query": query}, {"results": hits}, {"title": title, "url": url, "snippet": snippet})
 
 

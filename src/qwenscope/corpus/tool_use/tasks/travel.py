@@ -19,13 +19,13 @@ from qwenscope.corpus.tool_use.model import Case, task, tool
         unit="celsius/fahrenheit: Temperature unit",
     ),
     clauses="""
-        check the weather in {city} {when}
-        [find out|tell me] what the weather will be like in {city} {when}
-        get the forecast for {city} {when}
-        see whether I need an umbrella in {city} {when}
+        check the weather in {city} {when}{scale}
+        [find out|tell me] what the weather will be like in {city} {when}{scale}
+        get the forecast for {city} {when}{scale}
+        see how warm it will be in {city} {when}{scale}
         ---
-        look up how warm it gets in {city} {when}
-        report the [sky conditions|outlook] over {city} {when}
+        look up how warm it gets in {city} {when}{scale}
+        report the [sky conditions|outlook] over {city} {when}{scale}
     """,
     answers="""
         The forecast for {city} {when} is {sky} with a high of {high} {symbol} and a low of {low} {symbol}.
@@ -37,10 +37,10 @@ from qwenscope.corpus.tool_use.model import Case, task, tool
     """,
     gap=(
         """
-        check the weather {when}
-        get me a forecast {when}
+        check the weather {when}{scale}
+        get me a forecast {when}{scale}
         ---
-        look up how warm it gets {when}
+        look up how warm it gets {when}{scale}
         """,
         """
         Sure, for which city?
@@ -55,17 +55,15 @@ from qwenscope.corpus.tool_use.model import Case, task, tool
 def weather(rng: Random) -> Case:
     city, when = rng.choice(pools.CITIES), rng.choice(pools.DAYS)
     arguments = {"city": city, "day": when.removeprefix("on ")}
-    low, symbol = rng.randint(-8, 24), "°C"
-    if rng.random() < 0.4:
-        unit = rng.choice(("celsius", "fahrenheit"))
-        arguments["unit"] = unit
-        if unit == "fahrenheit":
-            low, symbol = rng.randint(15, 80), "°F"
+    low, symbol, scale = rng.randint(-8, 24), "°C", ""
+    if rng.random() < 0.3:
+        arguments["unit"], scale = "fahrenheit", ", in Fahrenheit"
+        low, symbol = rng.randint(15, 80), "°F"
     high = low + rng.randint(3, 14)
     sky = rng.choice(("sunny", "cloudy", "rainy", "windy", "foggy", "partly cloudy", "stormy", "clear"))
     wet = rng.randint(60, 95) if sky in ("rainy", "stormy") else rng.randint(0, 40)
     result = {"city": city, "sky": sky, "low": low, "high": high, "rain_chance": wet}
-    return Case(arguments, result, {"when": when, "when_capital": when.capitalize(), "symbol": symbol})
+    return Case(arguments, result, {"when": when, "when_capital": when.capitalize(), "symbol": symbol, "scale": scale})
 
 
 @task(
@@ -79,12 +77,12 @@ def weather(rng: Random) -> Case:
         passengers="integer: Number of travellers",
     ),
     clauses="""
-        find a flight from {origin} to {destination} on {day}
-        search for flights from {origin} to {destination} on {day}
-        see what it costs to fly from {origin} to {destination} on {day}
+        find a flight from {origin} to {destination} on {day}{party}
+        search for flights from {origin} to {destination} on {day}{party}
+        see what it costs to fly from {origin} to {destination} on {day}{party}
         ---
-        get me on a plane out of {origin} into {destination} on {day}
-        compare fares {origin} to {destination} for {day}
+        get me on a plane out of {origin} into {destination} on {day}{party}
+        compare fares {origin} to {destination} for {day}{party}
     """,
     answers="""
         The cheapest flight on {day} is {flight} with {airline}, leaving {origin} at {departure}, for {price} EUR.
@@ -96,10 +94,10 @@ def weather(rng: Random) -> Case:
     """,
     gap=(
         """
-        find a flight to {destination} on {day}
-        see what it costs to fly to {destination} on {day}
+        find a flight to {destination} on {day}{party}
+        see what it costs to fly to {destination} on {day}{party}
         ---
-        get me on a plane into {destination} on {day}
+        get me on a plane into {destination} on {day}{party}
         """,
         """
         Where will you be flying from?
@@ -114,12 +112,13 @@ def flights(rng: Random) -> Case:
     origin, destination = rng.sample(pools.CITIES, 2)
     date = pools.date(rng)
     arguments: dict[str, Any] = {"origin": origin, "destination": destination, "date": date}
-    if rng.random() < 0.3:
-        arguments["passengers"] = 1
+    party = rng.choice((1, 1, 1, 2, 3, 4))
+    if party > 1:
+        arguments["passengers"] = party
     airline = rng.choice(pools.AIRLINES)
     flight = f"{airline[0]}{airline.split()[1][0]}{rng.randint(100, 999)}"
     result = {"flight": flight, "airline": airline, "departure": pools.clock(rng), "price": rng.randint(49, 890)}
-    return Case(arguments, result, {"day": pools.spoken(date)})
+    return Case(arguments, result, {"day": pools.spoken(date), "party": f" for {party} people" if party > 1 else ""})
 
 
 @task(
