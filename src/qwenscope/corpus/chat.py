@@ -1,0 +1,291 @@
+"""Conversations through a tokenizer's own chat template: text, token ids, and which role each token plays.
+
+Roles are found without knowing the template. Every content string is rendered a second time between two noncharacters
+(U+FDD0 + role ... U+FDDF), which a template passes through like any text; taking them out again must give the plain
+rendering, and then they stand exactly where each role begins and ends. Where a template looks into the content and so
+treats marked text differently, the strings are searched for in order instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from tokenizers import Encoding, decoders
+
+from qwenscope.corpus.repair import Dropped, Message, clean, split_of
+from qwenscope.errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant", "tool_call", "tool_result", "think", "template")
+"""Index = code in `roles`. Delimiters such as <|im_start|>, <think> and <tool_call>, and the role names after them, are
+`template`; the tool list is `system`; everything between <tool_call> and </tool_call> is `tool_call`."""
+
+_SYSTEM, _USER, _ASSISTANT, _TOOL_CALL, _TOOL_RESULT, _THINK, _TEMPLATE = range(len(ROLES))
+_CODES = {"system": _SYSTEM, "user": _USER, "assistant": _ASSISTANT, "tool": _TOOL_RESULT}
+_OPEN, _CLOSE = 0xFDD0, chr(0xFDDF)
+_MARKERS = re.compile("([\ufdd0-\ufddf])")
+_Roles = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as the language model sees it (T tokens)."""
+
+    token_ids: NDArray[np.int32]
+    """[T]"""
+    roles: _Roles
+    """[T], codes of ROLES."""
+    truncated: bool
+    text: str
+    """The whole rendered text, before truncation."""
+    messages: list[Message]
+    """What was rendered, after repairs."""
+    tools: list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One conversation of the corpus (T tokens)."""
+
+    id: str
+    """16 hex digits of the content's hash: stable over runs."""
+    source: str
+    """The source's id in the recipe: its name, with #2, #3 ... where the name stands more than once."""
+    split: str
+    """`chat`, or `tool_use` if it has tools or tool calls."""
+    token_ids: NDArray[np.int32]
+    """[T]"""
+    roles: _Roles
+    """[T], codes of ROLES."""
+    truncated: bool
+    messages: list[Message]
+    """What was rendered, after privacy filter and repairs."""
+    tools: list[dict[str, Any]] | None
+    text: str
+    """The whole rendered text, before truncation."""
+
+    @classmethod
+    def of(cls, rendered: Rendered, id: str, source: str) -> Conversation:
+        """A rendered conversation under its source's id."""
+        return cls(
+            id=id,
+            source=source,
+            split=split_of(rendered.messages, rendered.tools),
+            token_ids=rendered.token_ids,
+            roles=rendered.roles,
+            truncated=rendered.truncated,
+            messages=rendered.messages,
+            tools=rendered.tools,
+            text=rendered.text,
+        )
+
+
+def render(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Rendered:
+    """Repair and render one conversation; for many, `Renderer` tokenises in batches.
+
+    Raises:
+        Dropped: malformed beyond lossless repair, or refused by the template.
+        CorpusError: the tokenizer has no chat template or is not a fast one.
+    """
+    renderer = _cached_renderer(tokenizer, max_length)
+    return renderer.encode([renderer.layout(*clean(messages, tools))])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A conversation as text, before the tokenizer."""
+
+    text: str
+    roles: _Roles
+    """[characters], codes of ROLES."""
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+
+
+class Renderer:
+    """Renders conversations with one tokenizer; holds what can be worked out once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        """Raises CorpusError if the tokenizer has no chat template or is not a fast one."""
+        if not getattr(tokenizer, "chat_template", None):
+            raise CorpusError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use a chat model's")
+        if not tokenizer.is_fast:
+            raise CorpusError(
+                f"the tokenizer of {tokenizer.name_or_path} has no tokenizer.json; only fast ones are read"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._backend = tokenizer.backend_tokenizer
+        self._normalise: Callable[[str], str] | None = None
+        if self._backend.normalizer is not None:
+            self._normalise = self._backend.normalizer.normalize_str
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = set(tokenizer.get_added_vocab())
+        size = max(vocabulary.values()) + 1
+        self._is_added_V = np.zeros(size, dtype=bool)
+        self._is_added_V[[vocabulary[token] for token in added]] = True
+        self._bytes_V: NDArray[np.int64] | None = None
+        if isinstance(self._backend.decoder, decoders.ByteLevel):  # one character of a token's name is one byte
+            self._bytes_V = np.zeros(size, dtype=np.int64)
+            for token, index in vocabulary.items():
+                self._bytes_V[index] = len(token.encode()) if token in added else len(token)
+
+    def layout(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> Layout:
+        """Render cleaned messages to text with a role for each character.
+
+        Raises:
+            Dropped: the template refuses, or the text cannot be encoded.
+        """
+        text = self._apply(messages, tools)
+        if not text.isascii():
+            _check_characters(text)
+            if self._normalise is not None and self._normalise(text) != text:  # the tokenizer would do it unseen
+                messages, tools = _map_strings(self._normalise, messages), _map_strings(self._normalise, tools)
+                text = self._apply(messages, tools)
+        roles = self._character_roles(text, messages, tools)
+        return Layout(text, roles, messages, tools)
+
+    def encode(self, layouts: Sequence[Layout]) -> list[Rendered]:
+        """Tokenise, truncate and carry roles from characters to tokens."""
+        encodings = self._backend.encode_batch([layout.text for layout in layouts], add_special_tokens=False)
+        return [self._rendered(layout, encoding) for layout, encoding in zip(layouts, encodings, strict=True)]
+
+    def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        except TemplateError as error:
+            raise Dropped(f"template: {' '.join(str(error).split())[:80]}") from None
+        except (TypeError, RecursionError) as error:
+            raise Dropped(f"template: {type(error).__name__}") from None
+
+    def _character_roles(self, text: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> _Roles:
+        roles = np.full(len(text), _TEMPLATE, dtype=np.uint8)
+        marked, cores = _mark(messages)
+        pieces = _MARKERS.split(self._apply(marked, tools))
+        if "".join(pieces[::2]) == text:
+            _fill_between_markers(roles, pieces)
+        else:
+            _fill_by_search(roles, text, cores)
+        end = 0
+        for tool in tools or ():
+            schema = json.dumps(tool, ensure_ascii=False)  # as transformers' tojson writes it
+            start = text.find(schema, end)
+            if start >= 0:
+                end = start + len(schema)
+                roles[start:end] = _SYSTEM
+        return roles
+
+    def _rendered(self, layout: Layout, encoding: Encoding) -> Rendered:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        truncated = len(ids) > self.max_length
+        starts = self._starts(layout.text, ids, encoding)[: self.max_length]
+        ids = ids[: self.max_length]
+        roles = layout.roles[starts]
+        # What the template writes around a call's name and values, up to the next special token, belongs to the call.
+        is_added = self._is_added_V[ids]
+        run = np.cumsum(is_added)
+        has_call = np.zeros(len(ids) + 1, dtype=bool)
+        has_call[run[roles == _TOOL_CALL]] = True
+        roles[(roles == _TEMPLATE) & has_call[run] & ~is_added] = _TOOL_CALL
+        return Rendered(ids, roles, truncated, layout.text, layout.messages, layout.tools)
+
+    def _starts(self, text: str, ids: NDArray[np.int32], encoding: Encoding) -> NDArray[np.int64]:
+        """Index of each token's first character, [T]."""
+        if self._bytes_V is not None:
+            raw = np.frombuffer(text.encode(), dtype=np.uint8)
+            lengths = self._bytes_V[ids]
+            ends = np.cumsum(lengths)
+            if len(ends) and ends[-1] == len(raw):
+                starts = ends - lengths
+                return starts if text.isascii() else (np.cumsum((raw & 0xC0) != 0x80) - 1)[starts]
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.minimum(offsets[:, 0], len(text) - 1)
+
+
+@lru_cache(maxsize=4)
+def _cached_renderer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Renderer:
+    return Renderer(tokenizer, max_length)
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Dropped("lone_surrogate") from None
+    if _MARKERS.search(text):
+        raise Dropped("noncharacter")
+
+
+def _map_strings(function: Callable[[str], str], value: Any) -> Any:
+    """The same JSON value with `function` applied to each string, keys included."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, list):
+        return [_map_strings(function, item) for item in value]
+    if isinstance(value, dict):
+        return {_map_strings(function, key): _map_strings(function, item) for key, item in value.items()}
+    return value
+
+
+def _mark(messages: Iterable[Message]) -> tuple[list[Message], list[tuple[int, str]]]:
+    """Messages with marked strings, and the strings with their role codes in the order they are rendered."""
+    cores: list[tuple[int, str]] = []
+
+    def mark(text: str, code: int) -> str:
+        core = text.strip()  # templates trim: whitespace stays outside
+        if not core:
+            return text
+        cores.append((code, core))
+        before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+        return f"{before}{chr(_OPEN + code)}{core}{_CLOSE}{after}"
+
+    marked = []
+    for message in messages:
+        copy = dict(message)
+        content = message["content"]
+        if "reasoning_content" in message:
+            copy["reasoning_content"] = mark(message["reasoning_content"], _THINK)
+        elif message["role"] == "assistant" and "</think>" in content:
+            head, close, content = content.rpartition("</think>")
+            before, opening, reasoning = head.rpartition("<think>")
+            head = f"{before}{opening}{mark(reasoning, _THINK)}{close}"
+            copy["content"] = head + mark(content, _ASSISTANT)
+            content = ""
+        if content:
+            copy["content"] = mark(content, _CODES[message["role"]])
+        if "tool_calls" in message:
+            copy["tool_calls"] = [
+                {**call, "function": {**call["function"], "name": mark(call["function"]["name"], _TOOL_CALL)}}
+                for call in message["tool_calls"]
+            ]
+        marked.append(copy)
+    return marked, cores
+
+
+def _fill_between_markers(roles: _Roles, pieces: list[str]) -> None:
+    """`pieces` alternate between text and single markers."""
+    position, code = 0, _TEMPLATE
+    for text, marker in zip(pieces[::2], [*pieces[1::2], _CLOSE], strict=True):
+        if code != _TEMPLATE:
+            roles[position : position + len(text)] = code
+        position += len(text)
+        code = _TEMPLATE if marker == _CLOSE else ord(marker) - _OPEN
+
+
+def _fill_by_search(roles: _Roles, text: str, cores: list[tuple[int, str]]) -> None:
+    end = 0
+    for code, core in cores:
+        start = text.find(core, end)
+        if start >= 0:
+            end = start + len(core)
+            roles[start:end] = code

@@ -1,0 +1,177 @@
+"""One source's conversations in order, prepared here or ahead in worker processes, with an exact cursor."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.prepare import Outcome, Preparer
+from qwenscope.corpus.sources import Chunk, Source
+from qwenscope.errors import CorpusError
+
+_Prepared = tuple[int, list[Outcome]]  # shard number and what became of its rows
+
+
+@dataclass
+class Counts:
+    """What a source gave so far; rows_in = conversations + dropped + other_split."""
+
+    rows_in: int = 0
+    conversations: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    other_split: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    dropped_countries: dict[str, int] = field(default_factory=dict)
+    scrubbed: dict[str, int] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one row."""
+        self.rows_in += 1
+        if outcome.dropped is not None:
+            _increase(self.dropped, outcome.dropped)
+            if outcome.country is not None:
+                _increase(self.dropped_countries, outcome.country)
+        elif outcome.conversation is None:
+            self.other_split += 1
+        else:
+            self.conversations += 1
+            self.tokens += len(outcome.conversation.token_ids)
+            self.truncated += outcome.conversation.truncated
+            for kind, number in outcome.scrubbed.items():
+                _increase(self.scrubbed, kind, number)
+
+    def report(self, total_tokens: int) -> dict[str, Any]:
+        """The contract's object for one source."""
+        values = asdict(self)
+        values["rows_kept"] = self.conversations
+        values["share"] = self.tokens / total_tokens if total_tokens else 0.0
+        return values
+
+
+class Feed:
+    """Reads a source in order from a cursor (shard, row)."""
+
+    def __init__(self, source: Source, preparer: Preparer) -> None:
+        self.source = source
+        self.preparer = preparer
+        self.counts = Counts()
+        self.used_up = False
+        self._shard = 0
+        self._row = 0
+        self._ready: Iterator[tuple[int, Outcome]] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+
+    def next(self, pool: Executor | None, ahead: int) -> Conversation | None:
+        """The next kept conversation, or None when the source is used up.
+
+        Args:
+            pool: worker processes, or None to prepare here.
+            ahead: chunks kept in flight in the pool.
+
+        Raises:
+            CorpusError: the source died, a worker died, or the whole source kept nothing.
+        """
+        if self._ready is None:
+            chunks = self.source.chunks(self._shard, self._row)
+            self._ready = _rows(
+                self._prepare_here(chunks) if pool is None else self._prepare_ahead(chunks, pool, ahead)
+            )
+        for shard, outcome in self._ready:
+            self._shard, self._row = shard, outcome.row + 1
+            self.counts.add(outcome)
+            if outcome.conversation is not None:
+                return outcome.conversation
+        self.used_up = True
+        self._ready = None
+        self._check_not_empty()
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Cursor and counts, JSON-able."""
+        return {"shard": self._shard, "row": self._row, "used_up": self.used_up, "counts": asdict(self.counts)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to a cursor."""
+        self.stop()
+        self._shard, self._row, self.used_up = state["shard"], state["row"], state["used_up"]
+        self.counts = Counts(**state["counts"])
+
+    def stop(self) -> None:
+        """Forget what was read ahead; the cursor stays."""
+        self._ready = None
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+            self._reader = None
+
+    def _prepare_here(self, chunks: Iterator[Chunk]) -> Iterator[_Prepared]:
+        for chunk in chunks:
+            yield chunk.shard, self.preparer(chunk.rows)
+
+    def _prepare_ahead(self, chunks: Iterator[Chunk], pool: Executor, ahead: int) -> Iterator[_Prepared]:
+        """A thread reads chunk by chunk and hands each to the pool; results are taken in the order of reading."""
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix=f"read-{self.source.id}")
+
+        def submit() -> tuple[int, Future[list[Outcome]]] | None:
+            chunk = next(chunks, None)
+            return None if chunk is None else (chunk.shard, pool.submit(_prepare, self.source.id, chunk.rows))
+
+        in_flight = deque(self._reader.submit(submit) for _ in range(ahead))
+        try:
+            while (submitted := in_flight.popleft().result()) is not None:
+                in_flight.append(self._reader.submit(submit))
+                shard, future = submitted
+                yield shard, future.result()
+        except BrokenProcessPool as error:
+            raise CorpusError(
+                f"a worker process died while preparing corpus source {self.source.id} (out of memory?); "
+                "resume with fewer corpus.workers"
+            ) from error
+
+    def _check_not_empty(self) -> None:
+        counts = self.counts
+        if counts.rows_in == 0:
+            raise CorpusError(f"corpus source {self.source.id} has no rows")
+        if counts.conversations == 0 and counts.other_split == 0:
+            reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts.dropped.items()))
+            raise CorpusError(
+                f"corpus source {self.source.id} keeps none of its {counts.rows_in} rows ({reasons}); "
+                "correct its schema or corpus.privacy"
+            )
+
+
+def worker_pool(workers: int, preparers: Mapping[str, Preparer]) -> ProcessPoolExecutor:
+    """Fresh processes (never forks of one that may hold threads or a GPU), each with every source's preparer."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(dict(preparers),))
+
+
+_preparers: dict[str, Preparer] = {}
+
+
+def _start_worker(preparers: dict[str, Preparer]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
+    _preparers.update(preparers)
+
+
+def _prepare(source: str, rows: list[tuple[int, Any]]) -> list[Outcome]:
+    return _preparers[source](rows)
+
+
+def _rows(prepared: Iterator[_Prepared]) -> Iterator[tuple[int, Outcome]]:
+    for shard, outcomes in prepared:
+        for outcome in outcomes:
+            yield shard, outcome
+
+
+def _increase(counter: dict[str, int], key: str, by: int = 1) -> None:
+    counter[key] = counter.get(key, 0) + by

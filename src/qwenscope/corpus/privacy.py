@@ -1,0 +1,88 @@
+"""The filter for conversations of real people (WildChat): which rows are left out, and what is scrubbed from the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwenscope.corpus.countries import is_protected
+from qwenscope.corpus.identifiers import find_identifiers
+from qwenscope.corpus.repair import Dropped
+from qwenscope.recipe import PrivacyRecipe
+
+FILTER_VERSION = 1
+"""Counts up when the same row could get another decision."""
+REASONS = ("country", "unknown_country", "redacted", "toxic")
+
+
+class PrivacyFilter:
+    """Decides about WildChat rows by their metadata and scrubs their text."""
+
+    def __init__(self, rules: PrivacyRecipe) -> None:
+        self.rules = rules
+
+    def decide(self, row: dict[str, Any]) -> str | None:
+        """Why a row is dropped, or None if it is kept; the first of REASONS that applies.
+
+        Raises:
+            Dropped: wildchat_schema, when the row lacks the turns to judge.
+        """
+        countries, rules = self._countries(row), self.rules
+        turns = row["conversation"]
+        if rules.drop_countries and any(is_protected(country) for country in countries if country is not None):
+            return "country"
+        if rules.drop_unknown_country and None in countries:
+            return "unknown_country"
+        if rules.drop_redacted and _flagged(row, turns, "redacted"):
+            return "redacted"
+        if rules.drop_toxic and _flagged(row, turns, "toxic"):
+            return "toxic"
+        return None
+
+    def apply(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Role and scrubbed content of each turn (nothing else leaves here), and how many identifiers went, by kind.
+
+        Raises:
+            Dropped: by a rule, with the country where that is the rule; or wildchat_schema.
+        """
+        reason = self.decide(row)
+        if reason == "country":
+            country = next(c for c in self._countries(row) if c is not None and is_protected(c))
+            raise Dropped(reason, country)
+        if reason is not None:
+            raise Dropped(reason)
+        counts: dict[str, int] = {}
+        turns = []
+        for turn in row["conversation"]:
+            content = turn.get("content")
+            if self.rules.scrub and isinstance(content, str):
+                content, found = self.scrub(content)
+                for kind, number in found.items():
+                    counts[kind] = counts.get(kind, 0) + number
+            turns.append({"role": turn.get("role"), "content": content})
+        return turns, counts
+
+    def scrub(self, text: str) -> tuple[str, dict[str, int]]:
+        """`text` with each identifier replaced by its kind in angle brackets, and the counts per kind.
+
+        >>> PrivacyFilter(PrivacyRecipe()).scrub("I am bo@firm.de, 8.8.8.8")[0]
+        'I am <EMAIL_ADDRESS>, 8.8.8.8'
+        """
+        pieces, counts, end = [], {}, 0
+        for identifier in find_identifiers(text):
+            pieces += [text[end : identifier.start], f"<{identifier.kind}>"]
+            counts[identifier.kind] = counts.get(identifier.kind, 0) + 1
+            end = identifier.end
+        return "".join([*pieces, text[end:]]), counts
+
+    def _countries(self, row: dict[str, Any]) -> list[str | None]:
+        """Of the row and of each user turn; None where it is unknown."""
+        turns = row.get("conversation")
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise Dropped("wildchat_schema")
+        given = [row.get("country"), *(turn.get("country") for turn in turns if turn.get("role") == "user")]
+        given += [turn["country"] for turn in turns if turn.get("role") != "user" and turn.get("country") is not None]
+        return [country if isinstance(country, str) and country.strip() else None for country in given]
+
+
+def _flagged(row: dict[str, Any], turns: list[dict[str, Any]], flag: str) -> bool:
+    return bool(row.get(flag)) or any(turn.get(flag) for turn in turns)

@@ -1,0 +1,149 @@
+"""Reading one shard, parquet or JSON lines, from any row on.
+
+A shard is opened by a function, so that the same code reads a local file and a stream from the Hub. Rows come as
+(index, row) pairs; the index counts rows in reading order and is what a cursor keeps.
+"""
+
+from __future__ import annotations
+
+import gzip
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qwenscope.corpus.repair import parse_json
+from qwenscope.corpus.retry import with_retries
+from qwenscope.errors import CorpusError
+
+CHUNK_ROWS = 32
+"""Rows that are read, filtered, rendered and tokenised together."""
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+
+WILDCHAT_ROW = frozenset({"country", "redacted", "toxic"})
+WILDCHAT_TURN = frozenset({"content", "role", "country", "redacted", "toxic"})
+"""All that is ever read of WildChat: addresses, headers and states never reach memory from parquet."""
+
+Rows = list[tuple[int, Any]]
+
+
+class Malformed:
+    """Stands in for a line that is not JSON; it is counted as a drop."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a source."""
+
+    name: str
+    """Path inside the folder or repository; errors and the order's seed use it."""
+    open: Callable[[], IO[bytes]]
+    """A fresh handle at the file's start."""
+
+
+def read_shard(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
+    """Rows from index `row` to the end, in chunks of at most CHUNK_ROWS.
+
+    Args:
+        shard: the file.
+        row: index of the first row wanted.
+        schema: `messages` or `wildchat`; decides which columns are read.
+        seed: order of a parquet file's row groups; JSON lines stay in file order.
+        where: the source in words, for errors.
+
+    Raises:
+        CorpusError: unreadable, truncated, or without the schema's columns; names the shard.
+    """
+    reader = _parquet if shard.name.endswith(".parquet") else _jsonl
+    try:
+        yield from reader(shard, row, schema, seed, f"{where}: {shard.name}")
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise CorpusError(f"{where}: {shard.name} cannot be read ({_one_line(error)}); restore the file") from error
+
+
+def _parquet(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
+    opened: list[pq.ParquetFile] = []  # empty again after a failure, so that the next try opens afresh
+
+    def parquet() -> pq.ParquetFile:
+        if not opened:
+            opened.append(pq.ParquetFile(shard.open(), pre_buffer=True))
+        return opened[0]
+
+    def group(number: int) -> pa.Table:
+        try:
+            return parquet().read_row_group(number, columns=columns)
+        except Exception:
+            opened.clear()
+            raise
+
+    metadata = with_retries(lambda: parquet().metadata, where)
+    columns = _columns(metadata, schema, where)
+    order = list(range(metadata.num_row_groups))
+    random.Random(seed).shuffle(order)
+    start = 0
+    for number in order:
+        size = metadata.row_group(number).num_rows
+        if row < start + size:
+            table = with_retries(lambda number=number: group(number), where)  # type: ignore[misc]
+            for offset in range(max(row - start, 0), size, CHUNK_ROWS):
+                rows = table.slice(offset, CHUNK_ROWS).to_pylist()
+                yield [(start + offset + i, _without_nulls(item)) for i, item in enumerate(rows)]
+        start += size
+
+
+def _columns(metadata: pq.FileMetaData, schema: str, where: str) -> list[str]:
+    """Leaf columns to read; missing ones are an error."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    if schema == "wildchat":
+        turn = {
+            path: path.rpartition(".")[2] for path in paths if path.startswith("conversation.") and path.count(".") == 3
+        }
+        columns = [path for path, leaf in turn.items() if leaf in WILDCHAT_TURN]
+        columns += [path for path in paths if path in WILDCHAT_ROW]
+        missing = (WILDCHAT_TURN - set(turn.values())) | (WILDCHAT_ROW - set(paths))
+    else:
+        columns = [path for path in paths if path.partition(".")[0] in ("messages", "tools")]
+        missing = {"messages"} - {path.partition(".")[0] for path in columns}
+    if missing:
+        raise CorpusError(f"{where} has no column {', '.join(sorted(missing))}; it is not of the {schema} schema")
+    return columns
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every struct of a column the union of all keys and fills them with nulls: those were never there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _jsonl(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
+    del seed
+    with closing(with_retries(shard.open, where)) as raw:
+        lines = gzip.GzipFile(fileobj=raw) if shard.name.endswith(".gz") else raw
+        rows: Rows = []
+        for index, line in enumerate(lines):
+            if index < row or not line.strip():
+                continue
+            try:
+                item = parse_json(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    raise CorpusError(f"{where} ends in the middle of line {index + 1}; fetch it again") from error
+                item = Malformed()
+            rows.append((index, item))
+            if len(rows) == CHUNK_ROWS:
+                yield rows
+                rows = []
+        if rows:
+            yield rows
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,96 @@
+"""The corpus as it will be trained on, before anyone pays for a GPU: counts, shares, padding, what privacy removed."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qwenscope.corpus.batches import cut
+from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.stream import CorpusStream
+from qwenscope.files import atomic_path, write_json
+from qwenscope.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def survey(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, dump: Path | None = None
+) -> dict[str, Any]:
+    """Read the corpus and measure it; held-out conversations are part of it.
+
+    Args:
+        recipe: corpus, seed and window size are used.
+        tokenizer: the language model's.
+        limit: conversations to read. By default all of a finite local corpus, and as many as a run trains on otherwise.
+        dump: write each kept conversation there as a JSON line {source, messages, tools, text, n_tokens}; whole or not at all.
+
+    Returns:
+        {"sources": {id: {"rows_in", "rows_kept", "dropped": {reason: n}, "conversations", "tokens", "share",
+        "truncated", ...}}, "scrubbed": {kind: n}, "padding_share", "tokens", "privacy": see `privacy_report`}.
+
+    Raises:
+        CorpusError: a source is missing, empty, malformed or died.
+    """
+    corpus = recipe.corpus.model_copy(update={"held_out_share": 0.0})
+    stream = CorpusStream(corpus, tokenizer, seed=recipe.seed, workers=corpus.workers)
+    local = stream.finite and all(source.path is not None for source in corpus.sources)
+    token_limit = None if local else recipe.training.tokens
+    padding = _Padding(recipe.activations.window_tokens, corpus.batch_tokens)
+    count = tokens = 0
+    with ExitStack() as stack:
+        stack.callback(stream.close)
+        file = stack.enter_context(stack.enter_context(atomic_path(dump)).open("w", encoding="utf-8")) if dump else None
+        for conversation in stream:
+            _write(file, conversation)
+            padding.add(len(conversation.token_ids))
+            count, tokens = count + 1, tokens + len(conversation.token_ids)
+            if count == limit or (token_limit is not None and tokens >= token_limit):
+                break
+    report = stream.report()
+    return report | {"padding_share": padding.share()}
+
+
+def write_privacy_report(path: Path, report: dict[str, Any]) -> None:
+    """Write the privacy part of a stream's or a survey's report beside a run."""
+    write_json(path, report["privacy"])
+
+
+class _Padding:
+    """Padding share of the batches that windows of conversations are cut into."""
+
+    def __init__(self, window_tokens: int, budget: int) -> None:
+        self._window_tokens, self._budget = window_tokens, budget
+        self._window: list[int] = []
+        self._kept = self._filled = 0
+
+    def add(self, length: int) -> None:
+        self._window.append(length)
+        if sum(self._window) >= self._window_tokens:
+            self._close()
+
+    def share(self) -> float:
+        if self._window:
+            self._close()
+        return 1 - self._kept / self._filled if self._filled else 0.0
+
+    def _close(self) -> None:
+        lengths = self._window
+        self._kept += sum(lengths)
+        self._filled += sum(len(members) * lengths[members[0]] for members in cut(lengths, self._budget))
+        self._window = []
+
+
+def _write(file: TextIO | None, conversation: Conversation) -> None:
+    if file is not None:
+        row = {
+            "source": conversation.source,
+            "messages": conversation.messages,
+            "tools": conversation.tools,
+            "text": conversation.text,
+            "n_tokens": len(conversation.token_ids),
+        }
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
