@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,3 +98,32 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FormatError(f"{path} is not JSON ({error}); restore it or make it again") from None
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder; on success it becomes `folder` in one rename, on error it is removed.
+
+    Raises:
+        FormatError: `folder` exists and is not empty.
+        ResourceError: the disk is full.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FormatError(f"{folder} exists and is not empty; choose another folder, or remove it")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with disk_full_named(folder):
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    fsync_file(path)
+                else:
+                    fsync_folder(path)
+            fsync_folder(temporary)
+            os.replace(temporary, folder.absolute())
+            fsync_folder(folder.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

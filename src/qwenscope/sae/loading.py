@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ def iterate_suite(
     """
     root = suite_folder(path_or_repo, revision)
     if (root / WEIGHTS_FILE).is_file():
-        sae = _read(_inside(root, root), root, device)
+        sae = _read(root, root, device)
         yield str(sae.config.get("sae_id", root.name)), sae
         return
     for sae_id in suite_ids(root):
@@ -141,7 +141,7 @@ def _sae_folder(root: Path, sae_id: str | None, shown: str) -> Path:
     if missing:
         files = [str(path.relative_to(root)) for path in (*root.glob("*/*"), *root.glob("*")) if path.is_file()]
         _explain_missing(shown, sae_id, files)
-    return _inside(folder, root)
+    return folder
 
 
 def _explain_missing(shown: str, sae_id: str | None, files: list[str]) -> None:
@@ -157,23 +157,27 @@ def _explain_missing(shown: str, sae_id: str | None, files: list[str]) -> None:
     raise FormatError(f"{shown}: {missing[0]} is missing; the SAE is incomplete")
 
 
-def _inside(folder: Path, root: Path) -> Path:
-    """`folder`, if it and its two files really lie in `root` (or in the blobs of the Hub cache that holds `root`)."""
+def check_inside(paths: Iterable[Path], root: Path) -> None:
+    """Refuse symbolic links out of `root`, other than into the blobs of the Hub cache that holds it.
+
+    Raises:
+        FormatError: names the link.
+    """
     real_root = root.resolve()
-    homes = [real_root]
+    homes = [real_root if real_root.is_dir() else real_root.parent]
     for parent in real_root.parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             homes.append(parent.parent / "blobs")
-    for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+    for path in paths:
         if not any(path.resolve().is_relative_to(home) for home in homes):
             raise FormatError(f"{path} is a symbolic link that leaves {root}; replace it by the file itself")
-    return folder
 
 
 def _read(folder: Path, root: Path, device: str | torch.device) -> TopKSAE:
     """The SAE in `folder`, after checksums, configuration, header and values have been verified."""
     from qwenscope.sae.topk import TopKSAE
 
+    check_inside((folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE), root)
     verify_listed(root, [folder / CONFIG_FILE, folder / WEIGHTS_FILE])
     config = read_config(folder / CONFIG_FILE)
     hidden_dim, dict_size, k = (config[key] for key in ("hidden_dim", "dict_size", "k"))

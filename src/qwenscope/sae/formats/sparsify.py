@@ -1,0 +1,83 @@
+"""EleutherAI sparsify (package eai-sparsify): `cfg.json` and `sae.safetensors` in one folder per hook point.
+
+encoder.weight [N, D], encoder.bias, W_dec [N, D], b_dec, which is subtracted before the encoder unless the coder is a
+transcoder. https://github.com/EleutherAI/sparsify
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qwenscope.errors import FormatError
+from qwenscope.files import read_json, write_json
+from qwenscope.sae.formats.common import (
+    Parts,
+    carried_config,
+    read_tensors,
+    refuse_unless,
+    whole_number,
+    write_tensors,
+)
+from qwenscope.sae.topk import TopKSAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+
+
+def write(sae: TopKSAE, folder: Path) -> None:
+    """Write one SAE so that `sparsify.SparseCoder.load_from_disk(folder)` gives the same codes and reconstructions."""
+    state = sae.state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(
+        folder / WEIGHTS,
+        {
+            "encoder.weight": state["encoder.weight"],
+            "encoder.bias": state["encoder.bias"],
+            "W_dec": state["decoder.weight"].T,
+            "b_dec": state["pre_bias"],
+        },
+    )
+    write_json(
+        folder / CONFIG,
+        {
+            "activation": "topk",
+            "d_in": sae.hidden_dim,
+            "num_latents": sae.dict_size,
+            "k": sae.k,
+            "normalize_decoder": sae.config.get("decoder_unit_norm", True),
+            "multi_topk": False,
+            "skip_connection": False,
+            "transcode": False,
+            "qwenscope": sae.config,
+        },
+    )
+
+
+def read(folder: Path) -> Parts:
+    """One SAE of a folder that sparsify wrote, or that `write` did.
+
+    Raises:
+        FormatError: groupmax, a skip connection, a transcoder, signed or missing values, or damaged files.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    refuse_unless(
+        path,
+        config,
+        {"activation": ("topk",), "skip_connection": (False,), "transcode": (False,), "signed": (False,)},
+    )
+    hidden_dim, k = whole_number(path, config, "d_in"), whole_number(path, config, "k")
+    dict_size = config.get("num_latents") or hidden_dim * whole_number(path, config, "expansion_factor")
+    tensors = read_tensors(folder / WEIGHTS, {"encoder.weight": 2, "encoder.bias": 1, "W_dec": 2, "b_dec": 1})
+    parts = Parts(
+        folder / WEIGHTS, tensors["encoder.weight"], tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], k
+    )
+    if tuple(parts.encoder_ND.shape) != (dict_size, hidden_dim):
+        shape = list(parts.encoder_ND.shape)
+        raise FormatError(f"{folder / WEIGHTS}: encoder.weight has shape {shape}, not [{dict_size}, {hidden_dim}]")
+    parts.config = carried_config(parts, config.get("qwenscope"))
+    if not parts.config and (match := re.fullmatch(r"layers[._](\d+)", folder.name)):
+        parts.config = {"layer": int(match[1])}
+    return parts
