@@ -1,0 +1,163 @@
+"""What a splice does to the layers above it: expert routing and Gated DeltaNet's recurrent state.
+
+Legend: C conversations of a batch, T positions, D hidden, R rows of real (unpadded) tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from qwenscope.corpus.batches import Batch
+from qwenscope.evaluation.splice import recorded, restarted
+from qwenscope.lm.load import LanguageModel
+
+
+def find_routers(lm: LanguageModel) -> dict[int, nn.Module]:
+    """{layer: router} of the layers that choose `top_k` of several experts; empty for dense models."""
+    routers = {}
+    for layer, block in enumerate(lm.layers):
+        for module in block.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(getattr(module, "top_k", None), int) and isinstance(weight, Tensor) and weight.ndim == 2:
+                routers[layer] = module
+    return routers
+
+
+@contextmanager
+def watch_routers(routers: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Collect router logits [C * T, E] by layer from the passes inside the block; a later pass replaces an earlier."""
+    seen: dict[int, Tensor] = {}
+
+    def watch(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, _output: Any) -> None:
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+            seen[layer] = nn.functional.linear(rows, module.weight).float()  # type: ignore[arg-type]
+
+        return hook
+
+    handles = [router.register_forward_hook(watch(layer)) for layer, router in routers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class RoutingShift:
+    """Running sums of how one splice shifts the routers above it."""
+
+    tokens: int = 0
+    overlap: dict[int, float] = field(default_factory=dict)
+    divergence: dict[int, float] = field(default_factory=dict)
+
+    def update(
+        self,
+        routers: Mapping[int, nn.Module],
+        clean: Mapping[int, Tensor],
+        spliced: Mapping[int, Tensor],
+        rows_R: Tensor,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            routers: {layer: router}, for each router's `top_k`.
+            clean: {layer: logits [C * T, E]} of the clean pass.
+            spliced: the same of the spliced pass, at the layers above the splice.
+            rows_R: indices of real tokens among the C * T.
+        """
+        self.tokens += len(rows_R)
+        for layer, logits in spliced.items():
+            before_RE, after_RE = clean[layer][rows_R], logits[rows_R]
+            k = int(routers[layer].top_k)  # type: ignore[arg-type]
+            shared_R = (_chosen(before_RE, k) & _chosen(after_RE, k)).sum(1)
+            before_RE, after_RE = before_RE.double().log_softmax(1), after_RE.double().log_softmax(1)
+            divergence_R = (before_RE.exp() * (before_RE - after_RE)).sum(1)
+            self.overlap[layer] = self.overlap.get(layer, 0.0) + float(shared_R.double().sum()) / k
+            self.divergence[layer] = self.divergence.get(layer, 0.0) + float(divergence_R.sum())
+
+    def figures(self) -> dict[str, list[Any]]:
+        """`layers` above the splice, each one's mean top-k `overlap` (1 = same experts) and `kl` (nats)."""
+        layers = sorted(self.overlap)
+        return {
+            "layers": layers,
+            "overlap": [self.overlap[layer] / self.tokens for layer in layers],
+            "kl": [self.divergence[layer] / self.tokens for layer in layers],
+        }
+
+
+def _chosen(logits_RE: Tensor, k: int) -> Tensor:
+    """bool [R, E], True at each row's k largest."""
+    chosen_RE = torch.zeros_like(logits_RE, dtype=torch.bool)
+    return chosen_RE.scatter_(1, logits_RE.topk(k, dim=1).indices, True)
+
+
+@torch.no_grad()
+def recurrent_states(lm: LanguageModel, input_ids_CT: Tensor) -> dict[int, Tensor]:
+    """Gated DeltaNet's recurrent state after the last position, {layer: [C, heads, d_k, d_v]}; unpadded rows only.
+
+    Layers that a `restarted` block skips are absent.
+    """
+    cache = DynamicCache(config=lm.model.config.get_text_config(decoder=True))
+    lm.decoder(input_ids=input_ids_CT.to(lm.device), past_key_values=cache, use_cache=True)
+    states = {}
+    for layer, held in enumerate(cache.layers):
+        state = getattr(held, "recurrent_states", None)
+        if isinstance(state, dict):  # transformers >= 5.20 keeps several per layer
+            state = state.get(0)
+        if isinstance(state, Tensor):
+            states[layer] = state
+    return states
+
+
+@dataclass
+class StateShift:
+    """Running relative change of the recurrent state above a splice: |S_spliced - S_clean| / |S_clean| (Frobenius)."""
+
+    shifts: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def update(self, clean: Mapping[int, Tensor], spliced: Mapping[int, Tensor]) -> None:
+        """Add one batch: {layer: states} of the clean pass and of the spliced one, which has the layers above it."""
+        for layer, state in spliced.items():
+            before, after = clean[layer].double().flatten(1), state.double().flatten(1)
+            self.shifts.setdefault(layer, []).append((after - before).norm(dim=1) / before.norm(dim=1))
+
+    def figures(self) -> dict[str, list[Any]]:
+        """DeltaNet `layers` above the splice and the mean `shift` over conversations at each."""
+        layers = sorted(self.shifts)
+        return {"layers": layers, "shift": [float(torch.cat(self.shifts[layer]).mean()) for layer in layers]}
+
+
+def add_state_shifts(
+    lm: LanguageModel,
+    batch: Batch,
+    layers: Mapping[str, int],
+    splice: Callable[[str, Tensor], Tensor],
+    into: Mapping[str, StateShift],
+) -> None:
+    """Measure the recurrent state of a batch, clean and under each splice.
+
+    Padding would go on writing into the state, so the batch is cut to its shortest conversation: exact, as no layer
+    looks ahead.
+
+    Args:
+        lm: the language model.
+        batch: conversations.
+        layers: {sae_id: hooked layer}.
+        splice: maps (sae_id, x_CTD) to the spliced stream.
+        into: {sae_id: running sums}.
+    """
+    ids_CT = batch.input_ids_CT[:, : min(batch.lengths_C)]
+    with recorded(lm, layers.values()) as streams:
+        clean = recurrent_states(lm, ids_CT)
+    for sae_id, layer in layers.items():
+        with restarted(lm, layer, splice(sae_id, streams[layer])):
+            spliced = recurrent_states(lm, ids_CT)
+        into[sae_id].update(clean, {above: state for above, state in spliced.items() if above > layer})

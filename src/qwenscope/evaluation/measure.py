@@ -1,0 +1,255 @@
+"""Measure all SAEs on one split: a first pass for means and kept rows, a second for everything else.
+
+Rows that training leaves out (outliers, non-finite rows, first positions where the recipe says so) are left out here by
+the same rule and counted; a splice or an ablation leaves the stream at those positions as it is.
+
+Legend: C conversations, T positions, R kept rows of a batch, P rows with a successor to predict, D hidden, N latents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwenscope.activations.harvest import harvest
+from qwenscope.corpus.batches import Batch, make_batches
+from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.errors import CorpusError, ModelError
+from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_shifts, find_routers, watch_routers
+from qwenscope.evaluation.fidelity import Fidelity, Moments
+from qwenscope.evaluation.splice import CleanPass, clean_pass, losses, variant_pass
+from qwenscope.lm.load import LanguageModel
+from qwenscope.recipe import Recipe
+from qwenscope.sae.topk import TopKSAE
+
+ENCODE_ROWS = 8192  # rows encoded at once: 0.5 GB of pre-activations at 16,384 latents
+STATE_BATCHES = 4  # batches of a split on which the recurrent state is followed, spread over all lengths
+
+Sums = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class SplitMeasurement:
+    """What one split says about every SAE (C conversations)."""
+
+    figures: dict[str, dict[str, Any]]
+    """{sae_id: the contract's entry of evaluation.json}."""
+    sums: dict[str, Sums]
+    """{sae_id: {name: float64 [C]}}: sums per conversation, for the bootstrap over conversations."""
+    fired_N: dict[str, Tensor]
+    """{sae_id: int64 [N]}: tokens on which each latent fired."""
+    routing: dict[str, dict[str, list[Any]]]
+    """{sae_id: shift of the routers above it}; empty for dense models."""
+    states: dict[str, dict[str, list[Any]]]
+    """{sae_id: shift of the recurrent states above it}; empty where there are none."""
+
+
+class SplitMeter:
+    """Measures SAEs on the conversations of one split.
+
+    Args:
+        lm: the whole language model, with its LM head.
+        saes: {sae_id: SAE} on the model's device.
+        layers: {sae_id: hooked layer}.
+        conversations: the split; at least two different tokens.
+        recipe: which rows are left out, and how batches are cut.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        saes: Mapping[str, TopKSAE],
+        layers: Mapping[str, int],
+        conversations: Sequence[Conversation],
+        recipe: Recipe,
+    ):
+        self.lm, self.saes, self.layers, self.conversations, self.recipe = lm, saes, layers, conversations, recipe
+        self.hooked = sorted(set(layers.values()))
+        self.routers = {layer: router for layer, router in find_routers(lm).items() if layer > self.hooked[0]}
+        added = lm.tokenizer.get_added_vocab().values()
+        self.special_ids = torch.tensor(sorted(added), dtype=torch.int64, device=lm.device)
+        self.fidelity = {
+            sae_id: Fidelity(sae.hidden_dim, sae.dict_size, ROLES, lm.device) for sae_id, sae in saes.items()
+        }
+        self.routing = {sae_id: RoutingShift() for sae_id in saes}
+        self.states = {sae_id: StateShift() for sae_id in saes}
+        self.sums: dict[str, dict[str, Tensor]] = {sae_id: {} for sae_id in saes}
+
+    @torch.no_grad()
+    def run(self) -> SplitMeasurement:
+        """Both passes.
+
+        Raises:
+            CorpusError: the split is too small for its figures to exist.
+            ModelError: an ablation leaves the loss as it is, so that CE recovered does not exist.
+        """
+        self.kept, self.means_D, left_out = self._first_pass()
+        batches = self._batches(range(len(self.conversations)))
+        followed = set(range(0, len(batches), max(1, len(batches) // STATE_BATCHES)))
+        for number, batch in enumerate(batches):
+            self._measure(batch, follow_state="deltanet" in self.lm.layer_kinds and number in followed)
+        sums = {
+            sae_id: {name: value_C.cpu().numpy() for name, value_C in named.items()}
+            for sae_id, named in self.sums.items()
+        }
+        return SplitMeasurement(
+            figures={sae_id: self._figures(sae_id, sums[sae_id], left_out) for sae_id in self.saes},
+            sums=sums,
+            fired_N={sae_id: fidelity.fired_N.cpu() for sae_id, fidelity in self.fidelity.items()},
+            routing={sae_id: shift.figures() for sae_id, shift in self.routing.items() if shift.overlap},
+            states={sae_id: shift.figures() for sae_id, shift in self.states.items() if shift.shifts},
+        )
+
+    def _first_pass(self) -> tuple[list[Tensor], dict[int, Tensor], dict[str, int]]:
+        """Which tokens of each conversation are kept, each hooked layer's mean over them, and what was left out."""
+        kept = [torch.zeros(len(conversation.token_ids), dtype=torch.bool) for conversation in self.conversations]
+        moments = {layer: Moments(self.lm.hidden_dim, self.lm.device) for layer in self.hooked}
+        left_out: Counter[str] = Counter()
+        for start, window in self._windows():
+            rows = harvest(self.lm, window, self.hooked, self.recipe.activations, self.recipe.corpus.batch_tokens)
+            for member in range(len(window)):
+                kept[start + member][rows.position_R[rows.conversation_R == member].long()] = True
+            for layer, x_RD in rows.rows.items():
+                for part_RD in torch.split(x_RD, ENCODE_ROWS):
+                    moments[layer].update(part_RD)
+            left_out.update(rows.left_out)
+        return kept, {layer: moment.mean for layer, moment in moments.items()}, dict(left_out)
+
+    def _windows(self) -> Iterator[tuple[int, list[Conversation]]]:
+        """Conversations in runs of about one training window, each with the position of its first."""
+        start, tokens, window = 0, 0, list[Conversation]()
+        for position, conversation in enumerate(self.conversations):
+            window.append(conversation)
+            tokens += len(conversation.token_ids)
+            if tokens >= self.recipe.activations.window_tokens or position + 1 == len(self.conversations):
+                yield start, window
+                start, tokens, window = position + 1, 0, []
+
+    def _batches(self, members: Sequence[int]) -> list[Batch]:
+        token_ids = [self.conversations[member].token_ids for member in members]
+        pad_id = self.lm.tokenizer.pad_token_id or 0
+        return make_batches([len(ids) for ids in token_ids], token_ids, self.recipe.corpus.batch_tokens, pad_id)
+
+    def _measure(self, batch: Batch, *, follow_state: bool) -> None:
+        """Everything about one batch."""
+        with watch_routers(self.routers) as clean_routing:
+            clean = clean_pass(self.lm, batch, self.hooked)
+        kept_CT = self._padded([self.kept[member] for member in batch.members], clean)
+        roles = [torch.from_numpy(self.conversations[member].roles) for member in batch.members]
+        roles_R = self._padded(roles, clean)[kept_CT]
+        special_R = torch.isin(batch.input_ids_CT.to(self.lm.device)[kept_CT], self.special_ids)
+        real_R = clean.real_CT.flatten().nonzero().squeeze(1)
+        variants: dict[tuple[str, str | int], Tensor] = {}
+        for layer in self.hooked:
+            for name, value_D in (("zero", torch.zeros_like(self.means_D[layer])), ("mean", self.means_D[layer])):
+                ablated_CTD = _replaced(clean.streams[layer], kept_CT, value_D)
+                variants[name, layer] = variant_pass(self.lm, clean, layer, ablated_CTD)
+        for sae_id, layer in self.layers.items():
+            x_hat_RD = self._reconstruct(sae_id, batch, clean.streams[layer], kept_CT, roles_R, special_R)
+            x_CTD = _replaced(clean.streams[layer], kept_CT, x_hat_RD)
+            with watch_routers(self.routers) as routing:
+                variants["splice", sae_id] = variant_pass(self.lm, clean, layer, x_CTD)
+            self.routing[sae_id].update(self.routers, clean_routing, routing, real_R)
+        if follow_state:
+
+            def splice(sae_id: str, x_CTD: Tensor) -> Tensor:
+                kept = kept_CT[:, : x_CTD.shape[1]]
+                return _replaced(x_CTD, kept, self.saes[sae_id](x_CTD[kept]))
+
+            add_state_shifts(self.lm, batch, self.layers, splice, self.states)
+        self._add_losses(batch, clean, variants)
+
+    def _padded(self, values: Sequence[Tensor], clean: CleanPass) -> Tensor:
+        """One tensor [T] per conversation as [C, T]; padding is 0."""
+        padded_CT = torch.zeros(clean.real_CT.shape, dtype=values[0].dtype)
+        for row_T, value_T in zip(padded_CT, values, strict=True):
+            row_T[: len(value_T)] = value_T
+        return padded_CT.to(self.lm.device)
+
+    def _reconstruct(
+        self, sae_id: str, batch: Batch, x_CTD: Tensor, kept_CT: Tensor, roles_R: Tensor, special_R: Tensor
+    ) -> Tensor:
+        """Reconstruct the kept rows and add them to the SAE's fidelity and sums; the reconstructions [R, D]."""
+        sae, mean_D = self.saes[sae_id], self.means_D[self.layers[sae_id]]
+        x_RD, conversation_R = x_CTD[kept_CT], self._members(batch)[kept_CT.nonzero()[:, 0]]
+        x_hat_RD = torch.empty(x_RD.shape, dtype=torch.float32, device=x_RD.device)
+        for start in range(0, len(x_RD), ENCODE_ROWS):
+            part = slice(start, start + ENCODE_ROWS)
+            codes = sae.encode(x_RD[part])
+            x_hat_RD[part] = sae.decode(codes)
+            self.fidelity[sae_id].update(x_RD[part], codes, x_hat_RD[part], roles_R[part], special_R[part])
+            x_BD = x_RD[part].double()
+            residual_B = (x_BD - x_hat_RD[part].double()).square_().sum(1)
+            self._add(sae_id, "residual", conversation_R[part], residual_B)
+            self._add(sae_id, "deviation", conversation_R[part], (x_BD - mean_D).square_().sum(1))
+        return x_hat_RD
+
+    def _add_losses(self, batch: Batch, clean: CleanPass, variants: Mapping[tuple[str, str | int], Tensor]) -> None:
+        clean_ce_P, scored = losses(self.lm, clean, variants)
+        conversation_P = self._members(batch)[clean.row_P]
+        for sae_id, layer in self.layers.items():
+            self._add(sae_id, "predicted", conversation_P, torch.ones_like(clean_ce_P))
+            self._add(sae_id, "ce_clean", conversation_P, clean_ce_P)
+            keys: dict[str, tuple[str, str | int]] = {
+                "spliced": ("splice", sae_id),
+                "zero_ablation": ("zero", layer),
+                "mean_ablation": ("mean", layer),
+            }
+            for name, key in keys.items():
+                self._add(sae_id, f"ce_{name}", conversation_P, scored[key].ce_P)
+                self._add(sae_id, f"kl_{name}", conversation_P, scored[key].kl_P)
+
+    def _members(self, batch: Batch) -> Tensor:
+        return torch.tensor(batch.members, device=self.lm.device)
+
+    def _add(self, sae_id: str, name: str, conversation_B: Tensor, value_B: Tensor) -> None:
+        """Add values to their conversations' sums."""
+        empty_C = torch.zeros(len(self.conversations), dtype=torch.float64, device=self.lm.device)
+        self.sums[sae_id].setdefault(name, empty_C).index_add_(0, conversation_B, value_B)
+
+    def _figures(self, sae_id: str, sums: Sums, left_out: Mapping[str, int]) -> dict[str, Any]:
+        fidelity = self.fidelity[sae_id].figures()
+        predicted = float(sums["predicted"].sum())
+        if fidelity["fvu"] is None or not predicted:
+            split = self.conversations[0].split
+            raise CorpusError(
+                f"split {split} has {fidelity['tokens']} usable tokens in {len(self.conversations)} conversations, "
+                "too few to measure; give more data"
+            )
+        mean = {name: float(value_C.sum()) / predicted for name, value_C in sums.items()}
+        return fidelity | {
+            "conversations": len(self.conversations),
+            "left_out": dict(left_out),
+            "predicted_tokens": int(predicted),
+            "ce_clean": mean["ce_clean"],
+            "ce_spliced": mean["ce_spliced"],
+            "ce_zero_ablation": mean["ce_zero_ablation"],
+            "ce_mean_ablation": mean["ce_mean_ablation"],
+            "ce_recovered_zero": self._recovered(sae_id, mean, "zero"),
+            "ce_recovered_mean": self._recovered(sae_id, mean, "mean"),
+            "kl": mean["kl_spliced"],
+            "kl_zero_ablation": mean["kl_zero_ablation"],
+            "kl_mean_ablation": mean["kl_mean_ablation"],
+        }
+
+    def _recovered(self, sae_id: str, mean: Mapping[str, float], baseline: str) -> float:
+        lost = mean[f"ce_{baseline}_ablation"] - mean["ce_clean"]
+        if lost == 0:
+            raise ModelError(
+                f"{baseline} ablation at layer {self.layers[sae_id]} ({sae_id}) leaves the loss of {self.lm.name} "
+                "as it is, so CE recovered does not exist; hook a layer that the model uses"
+            )
+        return (mean[f"ce_{baseline}_ablation"] - mean["ce_spliced"]) / lost
+
+
+def _replaced(x_CTD: Tensor, kept_CT: Tensor, rows: Tensor) -> Tensor:
+    """A copy of the stream whose kept rows are `rows` ([R, D], or [D] for all)."""
+    edited_CTD = x_CTD.clone()
+    edited_CTD[kept_CT] = rows.to(x_CTD.dtype)
+    return edited_CTD

@@ -1,0 +1,186 @@
+"""Model-level effect of an SAE: next-token loss when its reconstruction replaces the residual stream.
+
+One clean pass of a batch serves every SAE. A variant (splice, zero or mean ablation at one layer) restarts from the
+clean stream at its layer, so that only the layers above it are computed; what reaches the LM head is kept as hidden
+states, and logits are made chunk by chunk, the clean ones once for all variants, so that memory does not grow with the
+vocabulary. Token losses and sums are float64.
+
+Legend: C conversations of a batch, T positions, D hidden, R rows of real (unpadded) tokens, P rows whose token has a
+successor to predict, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qwenscope.corpus.batches import Batch
+from qwenscope.lm.forward import final_hidden, layer_output, logits, unembedding
+from qwenscope.lm.intervene import intervene
+from qwenscope.lm.load import LanguageModel
+
+LOGIT_ELEMENTS = 1 << 25  # of one chunk of logits: 135 rows of the published model's vocabulary, 268 MB in float64
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """One batch run without intervention.
+
+    Attributes:
+        batch: the conversations.
+        streams: {layer: x_CTD} at the asked layers.
+        real_CT: bool, True at tokens, False at padding.
+        hidden_PD: rows that enter the LM head, in order of (conversation, position).
+        target_P: int64, the next token of each.
+        row_P: int64, which row of the batch (0 .. C-1) each belongs to.
+        layers_return_tuple: whether this family's layers return a tuple (some do) rather than the stream itself.
+    """
+
+    batch: Batch
+    streams: dict[int, Tensor]
+    real_CT: Tensor
+    hidden_PD: Tensor
+    target_P: Tensor
+    row_P: Tensor
+    layers_return_tuple: bool
+
+    @property
+    def predicts_CT(self) -> Tensor:
+        """True at tokens that have a successor in their conversation."""
+        predicts_CT = torch.zeros_like(self.real_CT)
+        predicts_CT[:, :-1] = self.real_CT[:, 1:]
+        return predicts_CT
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one variant at each predicting token, float64 [P]."""
+
+    ce_P: Tensor
+    kl_P: Tensor
+    """KL divergence from the clean to the variant's next-token distribution, in nats."""
+
+
+@contextmanager
+def recorded(lm: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int, Any]]:
+    """Collect what `layers` return in the passes inside the block, {layer: output}."""
+    outputs: dict[int, Any] = {}
+
+    def record(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[layer] = output
+
+        return hook
+
+    handles = [lm.layers[layer].register_forward_hook(record(layer)) for layer in set(layers)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def clean_pass(lm: LanguageModel, batch: Batch, layers: Sequence[int]) -> CleanPass:
+    """Run a batch without intervention and keep its stream at `layers`."""
+    with recorded(lm, layers) as outputs:
+        hidden_CTD = final_hidden(lm, batch.input_ids_CT)
+    ids_CT = batch.input_ids_CT.to(lm.device)
+    lengths_C = torch.tensor(batch.lengths_C, device=lm.device)
+    real_CT = torch.arange(ids_CT.shape[1], device=lm.device) < lengths_C[:, None]
+    row_P, position_P = real_CT[:, 1:].nonzero(as_tuple=True)
+    return CleanPass(
+        batch,
+        {layer: layer_output(output) for layer, output in outputs.items()},
+        real_CT,
+        hidden_CTD[row_P, position_P],
+        ids_CT[row_P, position_P + 1],
+        row_P,
+        any(isinstance(output, tuple) for output in outputs.values()),
+    )
+
+
+def variant_pass(lm: LanguageModel, clean: CleanPass, layer: int, edited_CTD: Tensor) -> Tensor:
+    """Run the layers above `layer` from `edited_CTD`; rows that enter the LM head, [P, D]."""
+    with restarted(lm, layer, edited_CTD, as_tuple=clean.layers_return_tuple):
+        hidden_CTD = final_hidden(lm, clean.batch.input_ids_CT)
+    return hidden_CTD[clean.predicts_CT]
+
+
+def losses(
+    lm: LanguageModel, clean: CleanPass, variants: Mapping[Key, Tensor], chunk: int | None = None
+) -> tuple[Tensor, dict[Key, Losses]]:
+    """Next-token losses of the clean pass and of each variant.
+
+    Args:
+        lm: the language model with its LM head.
+        clean: the clean pass.
+        variants: {key: hidden_PD} from `variant_pass`.
+        chunk: rows of logits made at once; None keeps a chunk within LOGIT_ELEMENTS.
+
+    Returns:
+        Clean cross-entropy per predicting token (float64 [P]) and {key: Losses}.
+    """
+    if chunk is None:
+        chunk = max(1, LOGIT_ELEMENTS // len(unembedding(lm)))
+    clean_ces: list[Tensor] = []
+    pieces: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in variants}
+    for start in range(0, len(clean.target_P), chunk):
+        part = slice(start, start + chunk)
+        target_P = clean.target_P[part]
+        clean_PV, clean_norm_P = _scores(lm, clean.hidden_PD[part])
+        probability_PV = (clean_PV - clean_norm_P[:, None]).exp_()
+        clean_ces.append(clean_norm_P - _at(clean_PV, target_P))
+        for key, hidden_PD in variants.items():
+            score_PV, norm_P = _scores(lm, hidden_PD[part])
+            ce_P = norm_P - _at(score_PV, target_P)
+            # sum p (log p - log q), with log p - log q = (clean score - its norm) - (score - its norm)
+            kl_P = (probability_PV * (clean_PV - score_PV)).sum(1) - clean_norm_P + norm_P
+            pieces[key].append((ce_P, kl_P))
+    empty = clean.hidden_PD.new_zeros(0, dtype=torch.float64)
+    joined = {
+        key: Losses(torch.cat([empty, *(ce for ce, _ in parts)]), torch.cat([empty, *(kl for _, kl in parts)]))
+        for key, parts in pieces.items()
+    }
+    return torch.cat([empty, *clean_ces]), joined
+
+
+def _scores(lm: LanguageModel, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and their log-sum-exp, float64."""
+    score_PV = logits(lm, hidden_PD).double()
+    return score_PV, score_PV.logsumexp(1)
+
+
+def _at(score_PV: Tensor, target_P: Tensor) -> Tensor:
+    return score_PV.gather(1, target_P[:, None]).squeeze(1)
+
+
+@contextmanager
+def restarted(lm: LanguageModel, layer: int, x_CTD: Tensor, *, as_tuple: bool = False) -> Iterator[None]:
+    """While the block lasts, a forward pass computes no layer up to `layer` and goes on from `x_CTD` after it.
+
+    The passes inside must have the batch shape of `x_CTD`. Everything above `layer` is bit-identical to a whole pass
+    whose stream after `layer` is edited to `x_CTD`.
+    """
+    skipped = lm.layers[: layer + 1]
+    own = [module.__dict__.get("forward") for module in skipped]
+
+    def pass_through(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states,) if as_tuple else hidden_states
+
+    try:
+        for module in skipped:
+            module.forward = pass_through
+        with intervene(lm, {layer: lambda _: x_CTD}):
+            yield
+    finally:
+        for module, forward in zip(skipped, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
