@@ -36,7 +36,7 @@ class Dialogue:
             "first": rng.choice(pools.FIRST_NAMES),
             "company": rng.choice(pools.COMPANIES),
             "city": rng.choice(pools.CITIES),
-            "day": pools.spoken(pools.date(rng)),
+            "day": pools.spoken(f"2024{pools.date(rng)[4:]}"),  # before every date that a request names
         }
 
     def say(self, words: Wording, slots: dict[str, Any] | None = None, **more: Any) -> str:

@@ -17,6 +17,12 @@ CITIES = _items(
     Halifax, Calgary, Tucson, Omaha, Portland
     """
 )
+RAIL_CITIES = _items(
+    """
+    Vienna, Zagreb, Krakow, Basel, Lyon, Ghent, Turin, Valencia, Munich, Hamburg, Graz, Trieste, Brno, Lille, Nantes,
+    Utrecht, Bruges, Geneva, Salzburg, Verona, Leipzig, Dijon, Bilbao, Seville, Warsaw, Prague
+    """
+)
 FIRST_NAMES = _items(
     """
     Ada, Bruno, Clara, Dmitri, Elena, Farid, Greta, Hugo, Imani, Jonas, Kavya, Leo, Mina, Nadia, Omar, Priya
@@ -145,6 +151,7 @@ AIRLINES = _items(
     """
 )
 
+SETTINGS = _items("timeout, retries, workers, port, cache_size, max_users, batch, interval, depth, volume, quota")
 SERVICES = _items("checkout, search, billing, gateway, mailer, reports, uploads, scheduler, accounts")
 
 

@@ -14,6 +14,9 @@ FRAMES = wording("""
     I need you to {clause}.
     I would like you to {clause}.
     [Hi|Hello|Hey], could you {clause}?
+    Can I ask you to {clause}?
+    I want you to {clause}.
+    Try to {clause}.
     I am [in a hurry|on the road|at work], so please {clause}.
     It would [help|be great] if you could {clause}.
     Do me a favor and {clause}.
@@ -24,6 +27,12 @@ FRAMES = wording("""
     Be so good as to {clause}.
     My request for you is to {clause}.
     Go ahead and {clause}, if you can.
+    Might you {clause}?
+    I was hoping you could {clause}.
+    [Good day|Greetings], would you kindly {clause}?
+    Today I want you to {clause}.
+    Your task: {clause}.
+    Here is what I need: {clause}.
 """)
 NEXT_FRAMES = wording("""
     One more thing: {clause}.
@@ -38,6 +47,9 @@ NEXT_FRAMES = wording("""
     Moving on: {clause}.
     A further request would be to {clause}.
     After that, kindly {clause}.
+    There is more: {clause}.
+    Last but not least, {clause}.
+    Well done. Would you now {clause}?
 """)
 JOINTS = wording("""
     _and_
@@ -54,10 +66,16 @@ LEADS = wording("""
     Sure, [let me do that|I am on it].
     Let me use {tool} for that.
     Of course.
+    [Happy to help|No problem|Sure thing].
+    I am calling {tool}.
+    Give me a second.
     ---
     Right away.
     Bear with me.
     {tool} will tell.
+    [Very well|Certainly].
+    On my way to {tool}.
+    Gladly.
 """)
 PARTLY = wording("""
     One call failed ({error}), so I will repeat it.
@@ -123,11 +141,18 @@ SYSTEM = wording("""
     You help {person} with everyday tasks. The current date is {day}.
     Assist the customers of {company} politely and briefly.
     The user is called {person} and lives in {city}.
+    You work in the back office of {company} in {city}. Today is {day}.
+    Answer the questions of {person}, who works for {company}.
+    You are an agent that solves tasks step by step with the functions listed above.
+    It is {day} and you are talking to {person} from {city}.
     ---
     Act as the digital aide of {company}.
     Your name is {first} and you work for {person}.
     It is {day}. You serve the people of {city}.
     This deployment belongs to {company}; stay courteous.
+    Serve as a careful operator of the tools below.
+    {person} relies on you for errands, post and figures.
+    Visitors of {company} will write to you from {city}.
 """)
 RULES = wording("""
     Call a tool only when it is needed.
@@ -137,11 +162,18 @@ RULES = wording("""
     Use several tools at once when the calls do not depend on each other.
     Say so when you cannot help.
     If a call fails, try it once more.
+    Ask for confirmation before you do anything that cannot be undone.
+    Be friendly but do not chat for its own sake.
+    Report numbers exactly as the tools return them.
+    Do not share personal data about others.
     ---
     Facts come from tools, not from guesses.
     Repeat a failed call one time.
     Brevity is welcome.
     When in doubt, put a question to the user.
+    Irreversible steps need a clear yes.
+    Quote figures faithfully.
+    Independent calls belong into a single turn.
 """)
 REPLIES = wording("""
     {value}

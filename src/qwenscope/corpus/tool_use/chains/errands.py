@@ -74,7 +74,7 @@ def flight_in_currency(rng: Random) -> tuple[Steps, dict[str, Any]]:
         schedule a {title} in {city} on {day} at {time} unless it is going to rain
         plan a {title} at {time} on {day} in {city}, but only without rain
         ---
-        provided {city} stays dry on {day}, enter a {title} at {time}
+        enter a {title} at {time} on {day}, provided {city} stays dry
         look at the sky over {city} for {day} and enter a {title} at {time} if it is dry
     """,
     links="""

@@ -210,7 +210,7 @@ def translation(rng: Random) -> Case:
         find "{title}" in the library catalogue
         see if I can borrow "{title}"
         ---
-        go and see about "{title}" at the library
+        look for a copy of "{title}" on the shelves
         query the catalogue for "{title}"
     """,
     answers="""

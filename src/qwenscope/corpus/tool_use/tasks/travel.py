@@ -209,7 +209,7 @@ def hotels(rng: Random) -> Case:
     ),
 )
 def trains(rng: Random) -> Case:
-    origin, destination = rng.sample(pools.CITIES, 2)
+    origin, destination = rng.sample(pools.RAIL_CITIES, 2)
     hour, minute = rng.randint(6, 21), rng.randint(0, 29)
     result = {
         "departure": f"{hour:02d}:{minute + rng.randint(1, 30):02d}",

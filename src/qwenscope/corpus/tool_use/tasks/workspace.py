@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 from qwenscope.corpus.tool_use import pools
 from qwenscope.corpus.tool_use.model import Case, task, tool
+
+
+def _fibonacci(position: int) -> int:
+    before, here = 0, 1
+    for _ in range(position):
+        before, here = here, before + here
+    return before
+
+
+def _primes_below(limit: int) -> int:
+    return sum(all(n % d for d in range(2, math.isqrt(n) + 1)) for n in range(2, limit))
+
 
 _PROGRAMS = (
     ("sum of the numbers from 1 to {a}", "print(sum(range(1, {a} + 1)))", lambda a, b: a * (a + 1) // 2),
@@ -15,6 +28,42 @@ _PROGRAMS = (
     ("square of {a}", "x = {a}\nprint(x * x)", lambda a, b: a * a),
     ("binary form of {a}", "print(bin({a})[2:])", lambda a, b: bin(a)[2:]),
     ("number of multiples of {b} up to {a}", "print(len(range({b}, {a} + 1, {b})))", lambda a, b: a // b),
+    (
+        "greatest common divisor of {a} and {b}",
+        "import math\n\nprint(math.gcd({a}, {b}))",
+        math.gcd,
+    ),
+    (
+        "digit sum of {a} times {b}",
+        "total = 0\nfor digit in str({a} * {b}):\n    total += int(digit)\nprint(total)",
+        lambda a, b: sum(map(int, str(a * b))),
+    ),
+    (
+        "number of primes below {a}",
+        "def is_prime(n):\n    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))\n\n"
+        "print(sum(is_prime(n) for n in range({a})))",
+        lambda a, b: _primes_below(a),
+    ),
+    (
+        "list of the first {b} squares",
+        "squares = [n * n for n in range(1, {b} + 1)]\nprint(squares)",
+        lambda a, b: [n * n for n in range(1, b + 1)],
+    ),
+    (
+        "Fibonacci number at position {b}",
+        "a, b = 0, 1\nfor _ in range({b}):\n    a, b = b, a + b\nprint(a)",
+        lambda a, b: _fibonacci(b),
+    ),
+    (
+        "weekday {a} days after a Monday",
+        'days = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]\nprint(days[{a} % 7])',
+        lambda a, b: ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[a % 7],
+    ),
+    (
+        "average of {a} and {b}",
+        "values = [{a}, {b}]\nprint(sum(values) / len(values))",
+        lambda a, b: (a + b) / 2,
+    ),
 )
 
 
@@ -89,8 +138,17 @@ def program(rng: Random) -> Case:
     lookup=True,
 )
 def read(rng: Random) -> Case:
-    lines = rng.sample(pools.TODOS, rng.randint(2, 4))
-    return Case({"path": pools.path(rng)}, "\n".join(lines), {"count": len(lines), "listing": "; ".join(lines)})
+    number = rng.randint(2, 4)
+    kind = rng.choice(("tasks", "settings", "amounts"))
+    if kind == "tasks":
+        path, lines = pools.path(rng), rng.sample(pools.TODOS, number)
+    elif kind == "settings":
+        path = pools.path(rng, "ini", "cfg")
+        lines = [f"{key} = {rng.randint(1, 900)}" for key in rng.sample(pools.SETTINGS, number)]
+    else:
+        path = pools.path(rng, "csv")
+        lines = [f"{stem},{pools.money(rng, 1, 900)}" for stem in rng.sample(pools.PRODUCTS, number)]
+    return Case({"path": path}, "\n".join(lines), {"count": len(lines), "listing": "; ".join(lines)})
 
 
 @task(
