@@ -48,7 +48,9 @@ class Windows:
         self._lm = lm
         self._stream = stream
         self._recipe = recipe
-        self._names = {point.layer: name for name, point in recipe.hook_points.items()}
+        self._names: dict[int, str] = {}
+        for name, point in recipe.hook_points.items():
+            self._names[point.layer] = " and ".join(filter(None, (self._names.get(point.layer), name)))
         self._check_size(recipe.training.batch_size)
         cache = recipe.activations.cache
         self._store = None if cache is None else WindowStore(str(cache), lm, recipe)
@@ -72,18 +74,12 @@ class Windows:
             TrainingError: too many non-finite rows.
         """
         self._check_size(size)
-        parts: list[dict[int, Tensor]] = []
         self._last = []
+        parts: list[dict[int, Tensor]] = []
         missing = size
-        while missing and (window := self._current()) is not None:
-            index = self._order_R[self._offset : self._offset + missing]
-            parts.append(self._gather(window, index))
-            kept = window.harvest
-            self._last.append((window.conversation_ids, kept.conversation_R[index], kept.position_R[index]))
-            missing -= len(index)
-            self._offset += len(index)
-            if self._offset == len(self._order_R):
-                self._leave(window)
+        while missing and (part := self._take(missing)):
+            parts.append(part)
+            missing -= len(part[self._recipe.layers[0]])
         if len(parts) == 1:
             return parts[0]
         nothing = torch.empty(0, self._lm.hidden_dim, dtype=self._lm.dtype, device=self._lm.device)
@@ -164,6 +160,19 @@ class Windows:
             if self._offset == kept:
                 self._leave(window)
         return self._window
+
+    def _take(self, most: int) -> dict[int, Tensor]:
+        """Up to `most` further rows of one window, which is let go with its last row; empty when the corpus is used up."""
+        window = self._current()
+        if window is None:
+            return {}
+        index = self._order_R[self._offset : self._offset + most]
+        self._offset += len(index)
+        kept = window.harvest
+        self._last.append((window.conversation_ids, kept.conversation_R[index], kept.position_R[index]))
+        if self._offset == len(self._order_R):
+            self._leave(window)
+        return self._gather(window, index)
 
     def _from_cache(self) -> Window | None:
         return self._store.read(self._index, self._cursor) if self._store else None

@@ -98,7 +98,7 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
         slices = _open_slices(lm, folder, revision, last, head)
         dtype = _pick_dtype(lm, config)
         model = _build(cut, slices, dtype, device, lm_head)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model.requires_grad_(False)
     model.train(False)
     return LanguageModel(
@@ -198,7 +198,7 @@ def _resolve(lm: LMRecipe) -> tuple[Path, str | None]:
 
 def _text_config(name: str, folder: Path) -> PretrainedConfig:
     with _model_errors(name):
-        whole = AutoConfig.from_pretrained(folder)
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config: PretrainedConfig = whole.get_text_config(decoder=True)
     if config is not whole and hasattr(whole, "quantization_config"):
         config.quantization_config = whole.quantization_config
@@ -230,29 +230,36 @@ def _needed(key: str, last_layer: int, lm_head: bool) -> bool:
     return lm_head or not _LM_HEAD.search(key)
 
 
+def _shards(folder: Path, last_layer: int, lm_head: bool) -> list[str]:
+    """Names of the weights files that hold a needed tensor."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        shards = sorted({Path(file).name for key, file in weight_map if _needed(key, last_layer, lm_head)})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index} is no index of weights files; fetch it again") from None
+    return shards
+
+
 def _open_slices(
     lm: LMRecipe, folder: Path, revision: str | None, last_layer: int, lm_head: bool
 ) -> dict[str, Any]:  # safetensors' slice class is private to its extension
     """Lazy slices of the needed tensors by checkpoint key; opens (and from the Hub fetches) only the needed shards."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({file for key, file in weight_map.items() if _needed(key, last_layer, lm_head)})
-    else:
-        shards = ["model.safetensors"]
+    shards = _shards(folder, last_layer, lm_head)
     if revision is not None:
         with _hub_errors(lm):
             snapshot_download(lm.model, revision=revision, allow_patterns=shards)
     slices: dict[str, Any] = {}
     for shard in shards:
-        if Path(shard).name != shard:
-            raise ModelError(f"{index} names a shard outside its folder: {shard!r}")
-        if not (folder / shard).is_file():
+        path = folder / shard
+        if not path.is_file():
             raise ModelError(f"{lm.model} lacks the weights file {shard}; only safetensors checkpoints are read")
         try:
-            file: Any = safe_open(folder / shard, framework="pt")
+            file: Any = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ModelError(f"{folder / shard} is damaged ({error}); fetch it again") from None
+            raise ModelError(f"{path} is damaged ({error}); fetch it again") from None
         slices |= {key: file.get_slice(key) for key in file.keys() if _needed(key, last_layer, lm_head)}  # noqa: SIM118
     logger.info("reading %d tensors of %s from %d files", len(slices), lm.model, len(shards))
     return slices
