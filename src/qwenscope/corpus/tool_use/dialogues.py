@@ -109,7 +109,7 @@ def _several(d: Dialogue) -> list[tuple[Task, Case]]:
 
 def _report(d: Dialogue, pairs: list[tuple[Task, Case]]) -> None:
     answers = [d.say(task.answers, case.slots) for task, case in pairs]
-    d.assistant("\n- ".join([d.say(talk.BOTH), *answers]) if d.rng.random() < 0.4 else " ".join(answers))
+    d.assistant("\n- ".join([d.say(talk.TOGETHER), *answers]) if d.rng.random() < 0.4 else " ".join(answers))
 
 
 def parallel(d: Dialogue) -> str:

@@ -101,7 +101,7 @@ DISHES = _items(
 PRODUCTS = _items(
     """
     desk lamp, wool blanket, travel mug, trail backpack, mechanical keyboard, rain jacket, ceramic teapot
-    camping stove, noise-cancelling headphones, yoga mat, bike light, cast-iron pan, webcam, running shoes
+    camping stove, bluetooth speaker, yoga mat, bike light, cast-iron pan, webcam, foam roller
     notebook set, phone stand, water filter, board game, reading chair, standing desk
     """
 )

@@ -125,10 +125,10 @@ AGAIN = wording("""
     Likewise for {value}.
     How is it with {value}?
 """)
-BOTH = wording("""
+TOGETHER = wording("""
     Here is what I found:
     Here are the results:
-    Both are done:
+    All done:
     ---
     To sum up:
     This is what came back:
