@@ -6,6 +6,7 @@ second, and a SIGKILL is a real one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -13,9 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import Qwen3_5MoeForCausalLM
@@ -32,10 +36,15 @@ from qwenscope.training.telemetry import WALL_CLOCK_FIELDS, Progress
 
 BATCH, STEPS = 64, 48
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["qwenscope.training.run", "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe", "tiny_run"]
-)
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([__name__])
+
+
+@functools.cache
+def start_server() -> None:
+    """Start the process that imports everything once; it needs to be told where this module is."""
+    with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+        forkserver.ensure_running()
 
 
 def make_language_model(folder: Path) -> Path:
@@ -57,8 +66,8 @@ def tiny_recipe(model: Path, **changes: Any) -> Recipe:
         "seed": 5,
         "lm": {"model": str(model), "dtype": "float32", "device": "cpu"},
         "hook_points": {
-            "sae_delta": {"layer": 1, "kind": "deltanet", "dict_size": 64, "k": 4, "lr": 2e-3},
-            "sae_attn": {"layer": 3, "kind": "attention", "dict_size": 96, "k": 6, "lr": 2e-3},
+            "sae_delta": {"layer": 1, "kind": "deltanet", "dict_size": 256, "k": 2, "lr": 2e-3},
+            "sae_attn": {"layer": 3, "kind": "attention", "dict_size": 192, "k": 3, "lr": 2e-3},
         },
         "corpus": {"max_length": 128, "batch_tokens": 512, "sources": [{"name": "tool_use", "weight": 1.0}]},
         "activations": {"window_tokens": 1000},
@@ -67,7 +76,7 @@ def tiny_recipe(model: Path, **changes: Any) -> Recipe:
             "batch_size": BATCH,
             "warmup_steps": 4,
             "calibration_tokens": 256,
-            "dead_after_tokens": 320,
+            "dead_after_tokens": 256,
             "resample_every_steps": 10,
             "normalise": True,
         },
@@ -104,6 +113,31 @@ def status(run: Path) -> dict[str, Any]:
     return read
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What an uninterrupted run of `tiny_recipe` leaves."""
+
+    hashes: dict[str, str]
+    metrics: list[dict[str, Any]]
+
+    def check(self, run: Path) -> None:
+        """Assert that `run` ended the same, to the bit."""
+        assert status(run)["state"] == "complete", status(run)
+        assert final_hashes(run) == self.hashes
+        assert metrics(run) == self.metrics
+
+
+def make_reference(model: Path, run: Path) -> Reference:
+    """Train without interruption, in this process."""
+    train(tiny_recipe(model), run)
+    found = Reference(final_hashes(run), metrics(run))
+    assert len(found.hashes) == 4
+    assert any(
+        sae["dead"] > 0 for record in found.metrics for sae in record["saes"].values()
+    )  # aux-k, resampling at work
+    return found
+
+
 class Child:
     """A real process that trains; it reports each progress, and dies without a trace when killed."""
 
@@ -111,8 +145,9 @@ class Child:
         path = run.with_name(f"{run.name}.recipe.yaml")
         if not path.exists():
             write_text(path, recipe.to_yaml())
-        self._reader, writer = _context.Pipe(duplex=False)
-        self.process = _context.Process(target=_train, args=(path, run, resume, writer, before))
+        start_server()
+        self._reader, writer = context.Pipe(duplex=False)
+        self.process = context.Process(target=_train, args=(path, run, resume, writer, before))
         self.process.start()
         writer.close()
 

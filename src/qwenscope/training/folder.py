@@ -7,6 +7,7 @@ privacy_report.json, checkpoints/, and saes/ once every token was trained. docs/
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -21,10 +22,10 @@ from typing import Any
 import torch
 
 from qwenscope.doctor import examine
-from qwenscope.errors import CheckpointError, QwenscopeError, RecipeError
+from qwenscope.errors import CheckpointError, QwenscopeError, RecipeError, ResourceError
 from qwenscope.files import read_json, write_json, write_text
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.training.lock import LOCK_NAME, run_lock
+from qwenscope.training.lock import run_lock
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class RunFolder:
         self.path, self.target = path, target
         self.note: str | None = None
         self.checkpoint: str | None = None
-        self._written = ("", 0.0)
+        self._written = -math.inf
 
     @property
     def checkpoints(self) -> Path:
@@ -53,10 +54,18 @@ class RunFolder:
         path = self.path / "status.json"
         return dict(read_json(path)) if path.exists() else {}
 
-    def write_status(self, state: str, tokens: int, error: str | None = None) -> None:
-        """Replace status.json; an unchanged state is rewritten every few seconds at most (fsync is not free)."""
-        if self._written[0] == state and error is None and time.monotonic() - self._written[1] < _STATUS_SECONDS:
+    def still_running(self, tokens: int) -> None:
+        """Refresh a running status every few seconds (fsync is not free); a full disk makes it wait, not the run."""
+        if time.monotonic() - self._written < _STATUS_SECONDS:
             return
+        try:
+            self.write_status("running", tokens)
+        except ResourceError as error:
+            self._written = time.monotonic()
+            log.error("%s", error)
+
+    def write_status(self, state: str, tokens: int, error: str | None = None) -> None:
+        """Replace status.json."""
         write_json(
             self.path / "status.json",
             {
@@ -71,13 +80,13 @@ class RunFolder:
                 "updated": _now(),
             },
         )
-        self._written = (state, time.monotonic())
+        self._written = time.monotonic()
 
     def note_now(self, note: str | None) -> None:
-        """Set or clear the note; the next status line carries it without delay."""
+        """Set or clear the note; the next refresh carries it without delay."""
         if note != self.note:
             self.note = note
-            self._written = ("", 0.0)
+            self._written = -math.inf
 
     def begin(self, recipe: Recipe, passed_over: Sequence[str]) -> None:
         """Record the resolved recipe, and add this session's machine, versions and start to run.json."""
@@ -115,7 +124,7 @@ def open_run(recipe: Recipe, out: Path, resume: bool) -> Iterator[RunFolder]:
         RecipeError: `out` holds something else, or a run while `resume` is off, or one of another recipe.
         LockError: another process works in it.
     """
-    present = {path.name for path in out.iterdir()} - {LOCK_NAME} if out.is_dir() else set()
+    present = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if present and "recipe.yaml" not in present:
         raise RecipeError(f"{out} is not empty and holds no run; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -285,7 +285,7 @@ class Run:
             }
         )
         self.guard.check({sae_id: values["fvu"] for sae_id, values in saes.items()}, self.step)
-        self.folder.write_status("running", self.tokens)
+        self.folder.still_running(self.tokens)
         shown = {sae_id: SAEProgress(values["fvu"], values["dead"]) for sae_id, values in saes.items()}
         self._progress = Progress(
             "training", self.tokens, self.target, speed, (self.target - self.tokens) / speed if speed else None, shown
@@ -334,7 +334,7 @@ class Run:
                 raise
             log.error("%s", error)
             self.folder.note_now(str(error))
-            self.folder.write_status("running", self.tokens)
+            self.folder.still_running(self.tokens)
         else:
             self._saved()
 
