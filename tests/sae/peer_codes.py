@@ -46,5 +46,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     name, folder, rows, result, resaved = sys.argv[1:]
     with torch.no_grad():
-        codes_BN, x_hat_BD = globals()[name](Path(folder), torch.load(rows, weights_only=True), Path(resaved))
-    torch.save({"codes": codes_BN, "reconstruction": x_hat_BD}, result)
+        codes, reconstruction = globals()[name](Path(folder), torch.load(rows, weights_only=True), Path(resaved))
+    torch.save({"codes": codes, "reconstruction": reconstruction}, result)
