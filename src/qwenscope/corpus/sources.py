@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from qwenscope.corpus.hub import REPOSITORIES, hub_shards
+from qwenscope.corpus.repair import conversation_id
 from qwenscope.corpus.shards import CHUNK_ROWS, SUFFIXES, Shard, read_shard
+from qwenscope.corpus.tool_use import tool_use_conversation
 from qwenscope.errors import CorpusError
 from qwenscope.files import sha256
 from qwenscope.recipe import SourceRecipe
@@ -32,13 +36,25 @@ class Chunk:
 class Source(Protocol):
     """What the stream needs of a source."""
 
-    id: str
-    revision: str
-    schema: str
-    """What a row is: `messages`, `wildchat`, or `generated` (a number)."""
-    own_split: bool
-    """Held-out conversations come from shards or numbers of their own, not by hash."""
-    finite: bool
+    @property
+    def id(self) -> str:
+        """In reports and states."""
+
+    @property
+    def revision(self) -> str:
+        """What pins the content."""
+
+    @property
+    def schema(self) -> str:
+        """What a row is: `messages`, `wildchat`, or `generated` (a number)."""
+
+    @property
+    def own_split(self) -> bool:
+        """Held-out conversations come from shards or numbers of their own, not by hash."""
+
+    @property
+    def finite(self) -> bool:
+        """It ends by itself."""
 
     def chunks(self, shard: int, row: int) -> Iterator[Chunk]:
         """Rows from index `row` of shard number `shard` on, to the end."""
@@ -71,7 +87,7 @@ class GeneratedSource:
 
     id: str
     count: int | None
-    revision: str = "built-in"
+    revision: str
     schema: str = "generated"
     own_split: bool = True
 
@@ -114,8 +130,22 @@ def open_source(recipe: SourceRecipe, id: str, seed: int, held_out: bool, pinned
         CorpusError: missing, empty, or no longer the pinned revision; names the source.
     """
     if recipe.path is not None:
-        return _local_source(recipe, id, seed, held_out, pinned)
-    return GeneratedSource(id, None)
+        where = f"corpus source {id} ({recipe.path})"
+        revision, shards = _local_shards(recipe.path, where)
+    elif recipe.name == "tool_use" and recipe.repo is None:
+        where = f"corpus source {id} (the built-in generator)"
+        revision, shards = _generator_revision(), []
+    else:
+        repo = recipe.repo or REPOSITORIES[recipe.name]
+        where = f"corpus source {id} ({repo})"
+        revision, shards = hub_shards(repo, pinned or recipe.revision, where)
+    if pinned is not None and pinned != revision:
+        raise CorpusError(f"{where} is not what the run began with; restore it, or start a new run")
+    if not shards:
+        return GeneratedSource(id, None, revision)
+    chosen, own_split = choose_split(recipe.name, shards, held_out)
+    schema = "wildchat" if recipe.name == "wildchat" else "messages"
+    return FileSource(id, revision, schema, own_split, where, shuffled(chosen, seed), seed)
 
 
 def shuffled(shards: Sequence[Shard], seed: int) -> tuple[Shard, ...]:
@@ -125,38 +155,35 @@ def shuffled(shards: Sequence[Shard], seed: int) -> tuple[Shard, ...]:
     return tuple(ordered)
 
 
-def choose_split(name: str, files: Sequence[str], held_out: bool) -> tuple[list[str], bool]:
-    """The files of the wanted split, and whether it is a split of the dataset's own."""
-    if name == "ultrachat" and any("test_sft" in file for file in files):
-        wanted = "test_sft" if held_out else "train_sft"
-        return [file for file in files if wanted in file], True
-    return list(files), False
+def choose_split(name: str, shards: Sequence[Shard], held_out: bool) -> tuple[list[Shard], bool]:
+    """The shards of the wanted split, and whether it is the dataset's own: ultrachat's train_sft and test_sft."""
+    train, test = ([shard for shard in shards if part in shard.name] for part in ("train_sft", "test_sft"))
+    if name == "ultrachat" and train:
+        return (test, True) if held_out and test else (train, bool(test))
+    return list(shards), False
 
 
-def _local_source(recipe: SourceRecipe, id: str, seed: int, held_out: bool, pinned: str | None) -> FileSource:
-    assert recipe.path is not None
-    root = recipe.path
-    where = f"corpus source {id} ({root})"
-    if root.is_file():
-        root, names = root.parent, [root.name]
-    elif root.is_dir():
-        paths = (path for path in root.rglob("*") if path.is_file())
-        names = sorted(path.relative_to(root).as_posix() for path in paths)
-        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+def _local_shards(path: Path, where: str) -> tuple[str, list[Shard]]:
+    """A digest of all files' names and contents, and the files."""
+    if path.is_file():
+        root, names = path.parent, [path.name]
+    elif path.is_dir():
+        root, names = path, [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
     else:
-        raise CorpusError(f"{where}: no such file or folder; correct corpus.sources[].path")
-    names = [name for name in names if name.endswith(SUFFIXES)]
+        raise CorpusError(f"{where}: no such file or folder; correct the source's path")
+    hidden = re.compile(r"(^|/)\.")
+    names = sorted(name for name in names if name.endswith(SUFFIXES) and not hidden.search(name))
     if not names:
         raise CorpusError(f"{where} holds no {', '.join(SUFFIXES)} file")
-    chosen, own_split = choose_split(recipe.name, names, held_out)
-    digests = {name: sha256(root / name) for name in names}
-    text = "\n".join(f"{name} {digest}" for name, digest in digests.items())
-    revision = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    if pinned is not None and pinned != revision:
-        raise CorpusError(f"{where}: the files are not those the run began with; restore them or start a new run")
-    shards = [Shard(name, partial(_open_local, root / name)) for name in chosen]
-    schema = "wildchat" if recipe.name == "wildchat" else "messages"
-    return FileSource(id, revision, schema, own_split, where, shuffled(shards, seed), seed)
+    text = "\n".join(f"{name} {sha256(root / name)}" for name in names)
+    shards = [Shard(name, partial(_open_local, root / name)) for name in names]
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}", shards
+
+
+def _generator_revision() -> str:
+    """Changes with the generator's wording: a resumed run must not go on with other sentences."""
+    digests = (conversation_id(**tool_use_conversation(0, index)) for index in range(3))
+    return "generator:" + "-".join(digests)
 
 
 def _open_local(path: Path) -> IO[bytes]:

@@ -26,7 +26,8 @@ def survey(
         recipe: corpus, seed and window size are used.
         tokenizer: the language model's.
         limit: conversations to read. By default all of a finite local corpus, and as many as a run trains on otherwise.
-        dump: write each kept conversation there as a JSON line {source, messages, tools, text, n_tokens}; whole or not at all.
+        dump: write each kept conversation there as a JSON line {source, messages, tools, text, n_tokens}, whole or not
+            at all.
 
     Returns:
         {"sources": {id: {"rows_in", "rows_kept", "dropped": {reason: n}, "conversations", "tokens", "share",
