@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel
-
 from lm import tiny_models
+from transformers import PreTrainedModel
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]
 

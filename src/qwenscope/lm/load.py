@@ -286,6 +286,9 @@ def _build(
             f"{sorted(report['missing_keys'])[0]} is missing from the weights; the checkpoint is incomplete"
         )
     placed: PreTrainedModel = model.to(device)
+    for parameter in placed.parameters():
+        if parameter.data_ptr() % 64:  # a view of the mapped file: unaligned (the last bits of CPU products depend on
+            parameter.data = parameter.data.clone()  # alignment), and at the mercy of whoever writes that file
     return placed
 
 
