@@ -27,6 +27,12 @@ class FiringAges:
         """Bool [N]: has not fired for `dead_after_tokens` tokens or more."""
         return self.tokens_N >= self.dead_after_tokens
 
+    def longest_dead(self) -> Tensor:
+        """Dead latents, int64, the longest dead first."""
+        dead_N = self.dead()
+        order = self.tokens_N.masked_fill(~dead_N, -1).argsort(descending=True, stable=True)
+        return order[: int(dead_N.sum())]
+
 
 class ResamplingPool:
     """Residual rows of the recent past, sampled with probability proportional to their loss.
@@ -59,11 +65,8 @@ class ResamplingPool:
         race = torch.empty(weights.shape).exponential_(generator=generator) / weights
         order = race.argsort()[: int(usable.sum())]
         chosen = directions[order.to(directions.device)]
+        self.loss_P.zero_()  # no row serves twice
         return chosen[_first_of_each(chosen)][:count]
-
-    def clear(self) -> None:
-        """Forget all rows: directions are never used twice."""
-        self.loss_P.zero_()
 
 
 def _first_of_each(rows_PD: Tensor) -> Tensor:

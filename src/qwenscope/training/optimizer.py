@@ -1,36 +1,51 @@
-"""Adam (Kingma & Ba 2015) on plain tensors or slices of them, equal to `torch.optim.Adam` on the dense gradient."""
+"""Adam (Kingma & Ba 2015) with a unit-norm decoder, applied block by block so that the full gradient never exists.
+
+Each block of rows is computed, projected, stepped, normalised and copied to its shadow while it is in cache. The result
+equals `torch.optim.Adam` on the dense gradient: every row decays its moments in each step, whether it has pairs or not.
+
+Legend: D hidden, N latents, R rows of a block.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qwenscope.training.gradients import SparseGradient
+from qwenscope.training.weights import Weights
+
+BLOCK_ROWS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """One step's Adam settings; call it on each parameter (or block of rows) with its moments.
+    """Settings of one Adam step.
 
-    step: 0-dim float32 tensor, number of this step from 1 (for the bias corrections).
-    divisor: 0-dim float32 tensor that divides every gradient: the clipping.
-    skip: 0-dim float32 tensor; 1 leaves parameter and moments as they are (read on the device, without a sync).
+    lr: learning rate. step: 0-dim float32, number of this step from 1, for the bias corrections.
     """
 
     lr: float
     betas: tuple[float, float]
     eps: float
     step: Tensor
-    divisor: Tensor
-    skip: Tensor
 
-    def __call__(self, parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> None:
-        """Update `parameter`, `mean` and `square` in place; `gradient` is spent (scaled in place)."""
+    def __call__(
+        self, parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, divisor: Tensor, skip: Tensor
+    ) -> None:
+        """Update `parameter`, `mean` and `square` in place with `gradient / divisor`; `gradient` is spent.
+
+        `skip`: 0-dim float32 read on the device; 1 leaves everything as it is.
+        """
+        rounded = mean.dtype != parameter.dtype
+        first, second = (mean.to(parameter.dtype), square.to(parameter.dtype)) if rounded else (mean, square)
         torch._fused_adam_(
             [parameter],
             [gradient],
-            [mean],
-            [square],
+            [first],
+            [second],
             [],
             [self.step],
             lr=self.lr,
@@ -40,6 +55,68 @@ class Adam:
             eps=self.eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=self.divisor,
-            found_inf=self.skip,
+            grad_scale=divisor,
+            found_inf=skip,
         )
+        if rounded:
+            mean.copy_(first)
+            square.copy_(stochastic_bfloat16(second, self.step))
+
+
+def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
+    """Round float32 up or down to bfloat16 with probabilities that keep the mean; noise is a function of (step, place).
+
+    The second moment needs it: with beta2 = 0.999 nearly all its changes are below half a unit in the last place, and
+    rounding to nearest would freeze it at its maximum.
+    """
+    place = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    noise = (place + step.to(torch.int32) * -1640531527) * 747796405  # a multiplicative hash; wraps around
+    noise = ((noise >> 15) ^ noise) * 277803737
+    bits = x.view(torch.int32) + ((noise >> 16) & 0xFFFF)
+    return (bits & -0x10000).view(torch.float32).bfloat16()
+
+
+def _blocks(weights: Weights, gradient: SparseGradient) -> Iterator[tuple[str, slice, Tensor]]:
+    """(matrix, rows, their gradient), the decoder's without its component along each unit row."""
+    for start in range(0, weights.dict_size, BLOCK_ROWS):
+        block = slice(start, min(start + BLOCK_ROWS, weights.dict_size))
+        for name in ("encoder", "decoder"):
+            rows_RD = gradient.rows(name, block.start, block.stop)
+            if name == "decoder":
+                decoder_RD = weights["decoder"][block]
+                along_R = torch.linalg.vecdot(rows_RD, decoder_RD)
+                rows_RD.addcmul_(decoder_RD, along_R.unsqueeze(1), value=-1)
+            yield name, block, rows_RD
+
+
+def _norm(parts: list[Tensor]) -> Tensor:
+    """Norm of the whole from norms of the parts."""
+    return torch.stack(parts).norm()
+
+
+def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: float | None, finite: Tensor) -> Tensor:
+    """One Adam step on all parameters; returns the gradient's norm after projection, before clipping.
+
+    Clipping to `clip_norm` is exact: where the gradient's bound allows a larger norm, the blocks are computed once more
+    beforehand for the norm alone. Where `finite` (0-dim bool) is false nothing changes.
+    """
+    biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
+    bias_norms = [value.norm() for value in biases.values()]
+    divisor = torch.ones((), device=finite.device)
+    if clip_norm is not None and bool(gradient.bound > clip_norm):
+        norm = _norm([rows_RD.norm() for _, _, rows_RD in _blocks(weights, gradient)] + bias_norms)
+        divisor = (norm / clip_norm).clamp_min(1.0).float()
+    skip = (~finite).float()
+    norms = list(bias_norms)
+    for name, block, rows_RD in _blocks(weights, gradient):
+        norms.append(rows_RD.norm())
+        parameter = weights[name][block]
+        adam(parameter, rows_RD, weights.means[name][block], weights.squares[name][block], divisor, skip)
+        if name == "decoder":
+            length_R = torch.linalg.vector_norm(parameter, dim=1, keepdim=True)
+            parameter.mul_(torch.where(finite, 1 / length_R, 1.0))
+        weights.refresh(name, block)
+    norm = _norm(norms)
+    for name, value in biases.items():
+        adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
+    return norm

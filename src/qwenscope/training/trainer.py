@@ -19,15 +19,16 @@ from torch import Tensor
 
 from qwenscope.errors import CheckpointError, TrainingError
 from qwenscope.sae import ops
+from qwenscope.sae.selection import Precision, Selector, best_precision
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
 from qwenscope.training.dead_latents import FiringAges, ResamplingPool
-from qwenscope.training.optimizer import Adam
+from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
+from qwenscope.training.optimizer import Adam, update
 from qwenscope.training.schedule import learning_rate
+from qwenscope.training.weights import PARAMETERS, Weights
 
-Precision = Literal["auto", "exact", "fp32", "bf16"]
-PRECISIONS: tuple[Literal["exact", "fp32", "bf16"], ...] = ("exact", "fp32", "bf16")
-PARAMETERS = ("encoder", "encoder_bias", "decoder", "pre_bias")
+PRECISIONS: tuple[Precision, ...] = ("exact", "fp32", "bf16")
 POOL_STEPS = 100
 """Steps before a resampling whose rows may become directions."""
 
@@ -87,7 +88,7 @@ class SAETrainer:
         dead_after_tokens: int | None = None,
         resample_every_steps: int = 0,
         normalise: bool = False,
-        precision: Precision = "auto",
+        precision: Precision | Literal["auto"] = "auto",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
         clip_norm: float | None = 1.0,
@@ -106,18 +107,12 @@ class SAETrainer:
         self.aux_k = sae.hidden_dim // 2 if aux_k is None else aux_k
         self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
         self.resample_every_steps = resample_every_steps
-        self.precision = "fp32" if precision == "auto" else precision
+        self.precision = best_precision(sae) if precision == "auto" else precision
         self.normalise = normalise
-        self.parameters = {
-            "encoder": sae.encoder.weight.detach().float().contiguous().clone(),
-            "encoder_bias": sae.encoder.bias.detach().float().clone(),
-            "decoder": sae.decoder.weight.detach().float().T.contiguous().clone(),
-            "pre_bias": sae.pre_bias.detach().float().clone(),
-        }
-        self.means = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
-        self.squares = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
-        self.centre_D = torch.zeros(sae.hidden_dim, device=self.device)
-        self.rms = torch.ones((), device=self.device)
+        self.weights = Weights(sae, self.precision, moments)
+        self._selector = Selector(self.k, self.precision)
+        self.centre_D = torch.zeros_like(self.weights["pre_bias"])
+        self.rms = torch.ones_like(self.centre_D[0])
         if dead_after_tokens is None:
             dead_after_tokens = 1_000_000 if tokens is None else max(1, tokens // 50)
         self.ages = FiringAges(sae.dict_size, dead_after_tokens, self.device)
@@ -134,32 +129,33 @@ class SAETrainer:
         """Fit what does not need training, on the first rows of a run: centre, scale, and the encoder's length.
 
         pre_bias becomes the rows' mean; with `normalise`, rows are from now on centred by that mean and divided by
-        their rms deviation per element, and pre_bias starts at 0. The encoder becomes c times the decoder, with c by least
-        squares of the reconstruction on these rows (codes are homogeneous in c).
+        their rms deviation per element, and pre_bias starts at 0. The encoder becomes c times the decoder, with c by
+        least squares of the reconstruction on these rows (codes are homogeneous in c).
         """
-        rows = rows_RD.to(self.device, torch.float32)
+        rows = rows_RD.to(self.device, self.centre_D.dtype)
         mean_D = rows.mean(0)
         if self.normalise:
             self.centre_D = mean_D
             self.rms = (rows - mean_D).square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         else:
-            self.parameters["pre_bias"].copy_(mean_D)
-        decoder = self.parameters["decoder"]
-        target = fitted = torch.zeros((), device=self.device)
+            self.weights["pre_bias"].copy_(mean_D)
+        decoder = self.weights["decoder"]
+        target = fitted = torch.zeros_like(self.rms)
         for chunk in torch.split(rows, 1024):
             x = self._rows(chunk)
             values, indices = (x @ decoder.T).topk(self.k, dim=1, sorted=False)
             x_hat = ops.weighted_rows(decoder, indices, values.relu())
             target = target + (x * x_hat).sum()
             fitted = fitted + x_hat.square().sum()
-        self.parameters["encoder"].copy_(decoder * torch.where(fitted > 0, target / fitted, 1.0))
+        self.weights["encoder"].copy_(decoder * torch.where(fitted > 0, target / fitted, 1.0))
+        self.weights.refresh("encoder")
 
     def _rows(self, x_BD: Tensor) -> Tensor:
-        """What the encoder multiplies: normalised rows less pre_bias, float32."""
-        x = x_BD.to(self.device, torch.float32)
+        """What the encoder multiplies: normalised rows less pre_bias, in the weights' dtype."""
+        x = x_BD.to(self.device, self.centre_D.dtype)
         if self.normalise:
             x = (x - self.centre_D) / self.rms
-        return x - self.parameters["pre_bias"]
+        return x - self.weights["pre_bias"]
 
     @torch.no_grad()
     def step(self, x_BD: Tensor) -> StepMetrics:
@@ -170,8 +166,27 @@ class SAETrainer:
         """
         if x_BD.dim() != 2 or x_BD.shape[1] != len(self.centre_D) or not len(x_BD):
             raise TrainingError(f"a batch must be [B, {len(self.centre_D)}] with B >= 1, not {list(x_BD.shape)}")
-        weights = self.parameters
-        n = len(weights["encoder"])
+        weights = self.weights
+        dead_N = self.ages.dead()
+        names = dead_N.nonzero().squeeze(1) if self.aux_coefficient else dead_N.new_empty(0, dtype=torch.int64)
+        rows = self._rows(x_BD)
+        selection = self._selector(
+            rows, weights["encoder"], weights.table("encoder"), weights["encoder_bias"], names if len(names) else None
+        )
+        x_hat = ops.weighted_rows(weights.table("decoder"), selection.indices, selection.values)
+        residual = x_hat.to(rows.dtype).sub_(rows)
+        loss_B = torch.linalg.vector_norm(residual, dim=1).square()
+        whole = variance(rows)
+        fvu = loss_B.sum() / whole
+        auxiliary = None
+        if selection.named is not None:
+            auxiliary = Auxiliary.of(weights, rows, residual, selection.named, names, self.aux_k, self.aux_coefficient)
+        aux_loss = auxiliary.loss if auxiliary else torch.zeros_like(fvu)
+        loss = fvu + self.aux_coefficient * aux_loss
+        self._collect(residual, loss_B)
+        gradient = SparseGradient.of(weights, rows, residual.mul_(2 / whole), selection, auxiliary)
+        finite = torch.isfinite(gradient.bound) & torch.isfinite(loss)
+
         lr = learning_rate(
             self.lr,
             self.tokens_trained,
@@ -180,92 +195,29 @@ class SAETrainer:
             warmup_tokens=self.warmup_tokens,
             decay_share=self.decay_share,
         )
-        rows = self._rows(x_BD)
-        pre_BN = torch.addmm(weights["encoder_bias"], rows, weights["encoder"].T)
-        values, indices = pre_BN.topk(self.k, dim=1, sorted=False)
-        values.relu_()
-        residual = ops.weighted_rows(weights["decoder"], indices, values).sub_(rows)
-        variance = _variance(rows, rows)
-        loss_B = residual.square().sum(1)
-        fvu = loss_B.sum() / variance
-        g = residual * (2 / variance)
-        delta = ops.sampled_products(g, weights["decoder"], indices) * (values > 0)
-
-        pairs = ops.Pairs.of(indices, n)
-        a_P, delta_P = values.reshape(-1)[pairs.order], delta.reshape(-1)[pairs.order]
-        gradients = {
-            "encoder": pairs.latent_rows(rows, delta_P, 0, n),
-            "encoder_bias": delta_P.new_zeros(n).index_add_(0, indices.reshape(-1), delta.reshape(-1)),
-            "decoder": pairs.latent_rows(g, a_P, 0, n),
-        }
-        dead_N = self.ages.dead()
-        aux = self._auxiliary(rows, residual, pre_BN, dead_N, gradients)
-        gradients["pre_bias"] = g.sum(0) - gradients["encoder_bias"] @ weights["encoder"]
-        decoder = weights["decoder"]
-        along_N = (gradients["decoder"] * decoder).sum(1, keepdim=True)
-        gradients["decoder"] -= along_N * decoder
-        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-        loss = fvu + self.aux_coefficient * aux
-        finite = torch.isfinite(norm) & torch.isfinite(loss)
-
         self.steps += 1
         self.tokens_trained += len(x_BD)
-        divisor = (norm / self.clip_norm).clamp_min(1.0) if self.clip_norm is not None else torch.ones_like(norm)
-        skip = (~finite).float()
-        adam = Adam(lr, self.betas, self.eps, torch.tensor(float(self.steps), device=self.device), divisor, skip)
-        for name in PARAMETERS:
-            adam(weights[name], gradients[name], self.means[name], self.squares[name])
-        decoder.mul_(torch.where(finite, 1 / decoder.norm(dim=1, keepdim=True), 1.0))
-        fired_N = torch.zeros(n, dtype=torch.bool, device=self.device).index_fill_(0, indices[values > 0], True)
-        self.ages.update(fired_N, len(x_BD))
-        self._resample(residual, loss_B)
-        return StepMetrics(fvu, loss, aux, (values > 0).sum() / len(values), dead_N.sum(), norm, finite, lr)
+        adam = Adam(lr, self.betas, self.eps, torch.tensor(float(self.steps), device=self.device))
+        norm = update(weights, gradient, adam, self.clip_norm, finite)
+        self.ages.update(gradient.fired, len(x_BD))
+        self._resample()
+        l0 = (selection.values > 0).sum() / len(x_BD)
+        return StepMetrics(fvu, loss, aux_loss, l0, dead_N.sum(), norm, finite, lr)
 
-    def _auxiliary(
-        self, rows: Tensor, residual: Tensor, pre_BN: Tensor, dead_N: Tensor, gradients: dict[str, Tensor]
-    ) -> Tensor:
-        """Add the dead-latent loss's gradients to `gradients`; returns the loss."""
-        dead = dead_N.nonzero().squeeze(1)
-        if not self.aux_coefficient or not len(dead):
-            return torch.zeros((), device=self.device)
-        pre_BM = pre_BN[:, dead]
-        if self.aux_k < len(dead):
-            kept = pre_BM.topk(self.aux_k, dim=1, sorted=False).indices
-            mask_BM = torch.zeros_like(pre_BM).scatter_(1, kept, 1.0)
-        else:
-            mask_BM = torch.ones_like(pre_BM)
-        codes_BM = pre_BM * mask_BM
-        decoder_MD = self.parameters["decoder"][dead]
-        error = torch.addmm(residual, codes_BM, decoder_MD)  # e_hat - e, with e = -residual
-        variance = _variance(residual, residual)
-        g = error * (2 * self.aux_coefficient / variance)
-        delta_BM = (g @ decoder_MD.T) * mask_BM
-        gradients["decoder"].index_add_(0, dead, codes_BM.T @ g)
-        gradients["encoder"].index_add_(0, dead, delta_BM.T @ rows)
-        gradients["encoder_bias"].index_add_(0, dead, delta_BM.sum(0))
-        return error.square().sum() / variance
+    def _collect(self, residual_BD: Tensor, loss_B: Tensor) -> None:
+        """Before a resampling is due, put rows that are explained badly into the pool."""
+        if self.pool is not None and -(self.steps + 1) % self.resample_every_steps < POOL_STEPS:
+            self.pool.add(-residual_BD, loss_B, self.generator)
 
-    def _resample(self, residual: Tensor, loss_B: Tensor) -> None:
-        """Collect rows, and every `resample_every_steps` steps turn dead latents into their directions."""
-        if self.pool is None:
+    def _resample(self) -> None:
+        """Every `resample_every_steps` steps, turn the longest dead latents into directions from the pool."""
+        if self.pool is None or self.steps % self.resample_every_steps:
             return
-        left = -self.steps % self.resample_every_steps
-        if left < POOL_STEPS:
-            self.pool.add(-residual, loss_B, self.generator)
-        if left:
-            return
-        dead_N = self.ages.dead()
-        dead = self.ages.tokens_N.masked_fill(~dead_N, -1).argsort(descending=True, stable=True)[: int(dead_N.sum())]
+        dead = self.ages.longest_dead()
         directions = self.pool.draw(len(dead), self.generator)
+        alive_norm = self.weights["encoder"][~self.ages.dead()].norm(dim=1).mean().nan_to_num(1.0)
         dead = dead[: len(directions)]
-        self.pool.clear()
-        alive_norm = self.parameters["encoder"][~dead_N].norm(dim=1).mean().nan_to_num(1.0)
-        self.parameters["decoder"][dead] = directions
-        self.parameters["encoder"][dead] = directions * (0.2 * alive_norm)
-        self.parameters["encoder_bias"][dead] = 0.0
-        for name in ("encoder", "encoder_bias", "decoder"):
-            self.means[name][dead] = 0.0
-            self.squares[name][dead] = 0.0
+        self.weights.restart(dead, directions, 0.2 * alive_norm)
         self.ages.tokens_N[dead] = 0
 
     def sae(self) -> TopKSAE:
@@ -273,8 +225,8 @@ class SAETrainer:
 
         With x' = (x - centre) / rms, latents scale by rms: W_enc stays, encoder.bias and pre_bias are in x's own units.
         """
-        weights = self.parameters
-        sae = TopKSAE(len(self.centre_D), len(weights["encoder"]), self.k, seed=0).to(self.device)
+        weights = self.weights
+        sae = TopKSAE(len(self.centre_D), weights.dict_size, self.k, seed=0).to(self.device)
         sae.config = dict(self.config)
         with torch.no_grad():
             sae.encoder.weight.copy_(weights["encoder"])
@@ -294,9 +246,9 @@ class SAETrainer:
             "rms": self.rms,
         }
         for name in PARAMETERS:
-            state[name] = self.parameters[name]
-            state[f"{name}.mean"] = self.means[name]
-            state[f"{name}.square"] = self.squares[name]
+            state[name] = self.weights[name]
+            state[f"{name}.mean"] = self.weights.means[name]
+            state[f"{name}.square"] = self.weights.squares[name]
         if self.pool is not None:
             state["pool.rows"] = self.pool.rows_PD
             state["pool.loss"] = self.pool.loss_P
@@ -325,10 +277,5 @@ class SAETrainer:
             self.pool.cursor = int(state["pool.cursor"])
         for name in own.keys() - {"counters", "generator", "pool.cursor"}:
             own[name].copy_(state[name])
-
-
-def _variance(x_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Sum of squared deviations from the batch mean, at least 1e-6 of `scale`'s sum of squares (less is rounding)."""
-    deviation = (x_BD - x_BD.mean(0)).square().sum()
-    floor = 1e-6 * scale_BD.square().sum()
-    return torch.maximum(deviation, floor).clamp_min(torch.finfo(torch.float32).tiny)
+        for name in PARAMETERS:
+            self.weights.refresh(name)

@@ -1,0 +1,153 @@
+"""Which latents are active: the one dense product of a training step, and the top-k of its rows.
+
+Three precisions find each row's K largest pre-activations `x . W_n + b_n`:
+
+    fp32    a float32 product (float64 for float64 weights).
+    bf16    a bfloat16 product; the values carry its rounding too.
+    exact   a bfloat16 product names K + 16 candidates, which are then scored in float32. A row is certified if the
+            lowest candidate's bfloat16 score plus twice the largest rounding error seen among its candidates is below
+            its K-th float32 value: no latent outside can then belong inside, unless its error is beyond twice the
+            largest of K + 16. Rows without certificate are computed again in float32.
+
+The product is made in chunks of rows, so that a chunk's pre-activations are still in cache when their top-k is taken
+and the [B, N] matrix never exists.
+
+Legend: B rows, R rows of a chunk, D hidden, N latents, K active latents, C candidates, M latents asked for by name.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qwenscope.sae import ops
+from qwenscope.sae.topk import TopKSAE
+
+Precision = Literal["exact", "fp32", "bf16"]
+MARGIN = 16
+CHUNK_ROWS = 256
+GROUP = 8
+"""Columns per group of the two-stage top-k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The active latents of a batch.
+
+    values: [B, K], pre-activations with negatives set to 0. indices: [B, K] int64.
+    named: [B, M] pre-activations of the latents asked for by name, in the product's precision; None if none were.
+    redone: rows that were computed twice for want of a certificate (exact only).
+    """
+
+    values: Tensor
+    indices: Tensor
+    named: Tensor | None
+    redone: int
+
+
+def top_k(scores_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row -> (values [R, k], indices [R, k] int64), exact, in no particular order.
+
+    Two stages: the k groups of GROUP strided columns with the largest maxima contain k largest values, so only their
+    members are compared. Strided groups make the maxima a vectorised reduction over contiguous columns.
+    """
+    n = scores_RN.shape[1]
+    groups = n // GROUP
+    if n % GROUP or groups < 4 * k:
+        values, indices = scores_RN.topk(k, dim=1, sorted=False)
+        return values, indices
+    chosen_RK = scores_RN.view(-1, GROUP, groups).amax(1).topk(k, dim=1, sorted=False).indices
+    starts = torch.arange(0, n, groups, device=scores_RN.device)
+    members_RC = (chosen_RK.unsqueeze(1) + starts.unsqueeze(1)).flatten(1)
+    values, places = scores_RN.gather(1, members_RC).topk(k, dim=1, sorted=False)
+    return values, members_RC.gather(1, places)
+
+
+def best_precision(sae: TopKSAE) -> Precision:
+    """bf16 on CUDA; on a CPU exact where bfloat16 products are much the faster ones, else fp32.
+
+    Measured on a slice of the SAE's own encoder (milliseconds): neither flags nor names tell how fast a CPU's are.
+    """
+    if sae.pre_bias.is_cuda:
+        return "bf16"
+    weight = sae.encoder.weight.detach()[:2048].float()
+    if sae.pre_bias.dtype == torch.float64 or weight.numel() < 1 << 19:
+        return "fp32"
+    rows = weight[:128]
+    seconds = []
+    for a, b in ((rows, weight), (rows.bfloat16(), weight.bfloat16())):
+        trials = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            torch.mm(a, b.T)
+            trials.append(time.perf_counter() - begin)
+        seconds.append(min(trials))
+    return "exact" if seconds[1] < 0.7 * seconds[0] else "fp32"
+
+
+class Selector:
+    """Selects the active latents of batches; keeps the buffer of one chunk of pre-activations between calls.
+
+    Args:
+        k: active latents per row.
+        precision: see the module.
+    """
+
+    def __init__(self, k: int, precision: Precision) -> None:
+        self.k = k
+        self.precision = precision
+        self._chunk: Tensor | None = None
+
+    def __call__(
+        self, rows_BD: Tensor, weight_ND: Tensor, shadow_ND: Tensor, bias_N: Tensor, names: Tensor | None = None
+    ) -> Selection:
+        """Select among `rows @ weight.T + bias`; `shadow` is `weight` in the product's dtype.
+
+        `names`: [M] int64, latents whose pre-activations are wanted for every row.
+        """
+        n = len(weight_ND)
+        candidates = min(self.k + MARGIN, n) if self.precision == "exact" else self.k
+        bias = bias_N.to(shadow_ND.dtype)
+        scores, places, named = [], [], []
+        for chunk_RD in torch.split(rows_BD, CHUNK_ROWS):
+            pre_RN = self._buffer(len(chunk_RD), n, shadow_ND)
+            torch.addmm(bias, chunk_RD.to(shadow_ND.dtype), shadow_ND.T, out=pre_RN)
+            values, indices = top_k(pre_RN, candidates)
+            scores.append(values)
+            places.append(indices)
+            if names is not None:
+                named.append(pre_RN.index_select(1, names))
+        values, indices, redone = torch.cat(scores), torch.cat(places), 0
+        if self.precision == "exact":
+            values, indices, redone = self._rescore(rows_BD, weight_ND, bias_N, values, indices)
+        return Selection(values.to(weight_ND.dtype).relu_(), indices, torch.cat(named) if named else None, redone)
+
+    def _buffer(self, rows: int, n: int, like: Tensor) -> Tensor:
+        """Reused memory for one chunk: fresh pages cost more than the top-k."""
+        if self._chunk is None or self._chunk.shape[1] != n or self._chunk.dtype != like.dtype:
+            self._chunk = like.new_empty(CHUNK_ROWS, n)
+        return self._chunk[:rows]
+
+    def _rescore(
+        self, rows_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, rough_BC: Tensor, indices_BC: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """Float32 values of the candidates, the K largest of them, and uncertified rows done again."""
+        n = len(weight_ND)
+        pairs = ops.Pairs.of(indices_BC, n)
+        exact_BC = pairs.unsort(pairs.products(weight_ND, rows_BD)) + bias_N[indices_BC]
+        values_BK, places_BK = exact_BC.topk(self.k, dim=1, sorted=False)
+        indices_BK = indices_BC.gather(1, places_BK)
+        if indices_BC.shape[1] == n:
+            return values_BK, indices_BK, 0
+        rough_BC = rough_BC.to(exact_BC.dtype)
+        error_B = (rough_BC - exact_BC).abs().amax(1)
+        certified_B = rough_BC.amin(1) + 2 * error_B < values_BK.amin(1).relu()
+        again = (~certified_B).nonzero().squeeze(1)
+        for some in torch.split(again, CHUNK_ROWS):
+            pre_RN = torch.addmm(bias_N, rows_BD[some], weight_ND.T)
+            values_BK[some], indices_BK[some] = top_k(pre_RN, self.k)
+        return values_BK, indices_BK, len(again)

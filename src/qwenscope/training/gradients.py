@@ -1,0 +1,155 @@
+"""The gradient of the training loss, kept as pairs: rows of it are computed when they are needed, and only then.
+
+With g = dLoss/dx_hat, delta = dLoss/dz (z a pre-activation) and pairs p = (b, n) of a row and an active latent:
+
+    decoder row n   sum of a_p g_b            delta_p = g_b . decoder_n, where a_p > 0
+    encoder row n   sum of delta_p x_b        encoder bias n: sum of delta_p
+    pre_bias        sum_b g_b - sum_n bias_n encoder_n
+
+Legend: B rows (tokens), D hidden, N latents, K active latents, P = B * K pairs, M dead latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenscope.sae import ops
+from qwenscope.sae.selection import Selection
+from qwenscope.training.weights import Weights
+
+_CHUNK_ROWS = 256
+
+
+def variance(x_BD: Tensor) -> Tensor:
+    """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding."""
+    mean_D = x_BD.mean(0)
+    chunks = torch.split(x_BD, _CHUNK_ROWS)  # chunks stay in cache, whole batches do not
+    deviation = torch.stack([(chunk - mean_D).square().sum() for chunk in chunks]).sum()
+    total = torch.linalg.vector_norm(x_BD).square()
+    return torch.maximum(deviation, 1e-6 * total).clamp_min(torch.finfo(x_BD.dtype).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Auxiliary:
+    """Loss and gradient of the dead-latent loss; its matrices are dense, but only over the dead.
+
+    loss: 0-dim. latents: [M] int64, ascending. encoder_MD, decoder_MD, bias_M: gradients, the coefficient included.
+    """
+
+    loss: Tensor
+    latents: Tensor
+    encoder_MD: Tensor
+    decoder_MD: Tensor
+    bias_M: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        weights: Weights,
+        rows_BD: Tensor,
+        residual_BD: Tensor,
+        pre_BM: Tensor,
+        latents: Tensor,
+        k: int,
+        scale: float,
+    ) -> Auxiliary:
+        """Reconstruct what is left, e = -residual, from the k largest dead pre-activations of each row, without ReLU.
+
+        loss = ||e - e_hat||^2 / ||e - mean(e)||^2, e held fixed. The products run in `pre_BM`'s dtype; where that is
+        bfloat16, the gradient (weighted by `scale`) carries its rounding.
+        """
+        dtype = pre_BM.dtype
+        codes_BM = pre_BM
+        if k < len(latents):
+            kept = pre_BM.topk(k, dim=1, sorted=False).indices
+            codes_BM = torch.zeros_like(pre_BM).scatter_(1, kept, pre_BM.gather(1, kept))
+        decoder_MD = weights["decoder"][latents].to(dtype)
+        error_BD = residual_BD + codes_BM @ decoder_MD
+        whole = variance(residual_BD)
+        loss = torch.linalg.vector_norm(error_BD).square() / whole
+        g_BD = error_BD.mul_(2 * scale / whole).to(dtype)
+        delta_BM = g_BD @ decoder_MD.T
+        if k < len(latents):
+            delta_BM = torch.zeros_like(delta_BM).scatter_(1, kept, delta_BM.gather(1, kept))
+        full = residual_BD.dtype
+        return cls(
+            loss,
+            latents,
+            (delta_BM.T @ rows_BD.to(dtype)).to(full),
+            (codes_BM.T @ g_BD).to(full),
+            delta_BM.sum(0, dtype=full),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SparseGradient:
+    """Gradient of one batch's loss for all parameters, before the decoder's projection.
+
+    x_BD, g_BD: centred rows and dLoss/dx_hat, in the dtype that row gradients gather. encoder_bias [N], pre_bias [D]:
+    complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm.
+    """
+
+    x_BD: Tensor
+    g_BD: Tensor
+    pairs: ops.Pairs
+    values_P: Tensor
+    delta_P: Tensor
+    encoder_bias: Tensor
+    pre_bias: Tensor
+    fired: Tensor
+    bound: Tensor
+    auxiliary: Auxiliary | None
+
+    @classmethod
+    def of(
+        cls, weights: Weights, rows_BD: Tensor, g_BD: Tensor, selection: Selection, auxiliary: Auxiliary | None
+    ) -> SparseGradient:
+        """Products of the active pairs, and everything that is small."""
+        pairs = ops.Pairs.of(selection.indices, weights.dict_size)
+        values_P = pairs.sort(selection.values)
+        active_P = values_P > 0
+        delta_P = pairs.products(weights["decoder"], g_BD) * active_P
+        encoder_bias = pairs.totals(delta_P)
+        # Triangle inequality, latent by latent: usually far below the clipping norm, and then no norm is needed first.
+        g_norm_B = torch.linalg.vector_norm(g_BD, dim=1)
+        x_norm_B = torch.linalg.vector_norm(rows_BD, dim=1)
+        decoder_N = pairs.totals(values_P * g_norm_B[pairs.rows])
+        encoder_N = pairs.totals(delta_P.abs() * x_norm_B[pairs.rows])
+        extra = []
+        if auxiliary is not None:
+            encoder_bias.index_add_(0, auxiliary.latents, auxiliary.bias_M)
+            extra = [auxiliary.encoder_MD.norm(), auxiliary.decoder_MD.norm()]
+        pre_bias = g_BD.sum(0) - encoder_bias @ weights["encoder"]
+        bound = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm() + sum(
+            extra
+        )
+        gathered = weights.table("decoder").dtype
+        return cls(
+            rows_BD.to(gathered),
+            g_BD.to(gathered),
+            pairs,
+            values_P,
+            delta_P,
+            encoder_bias,
+            pre_bias,
+            pairs.totals(active_P.to(values_P.dtype)) > 0,
+            bound,
+            auxiliary,
+        )
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of the "encoder" or "decoder" gradient -> [stop - start, D]."""
+        if name == "encoder":
+            rows = self.pairs.latent_rows(self.x_BD, self.delta_P, start, stop)
+        else:
+            rows = self.pairs.latent_rows(self.g_BD, self.values_P, start, stop)
+        rows = rows.to(self.values_P.dtype)
+        if self.auxiliary is not None:
+            latents = self.auxiliary.latents
+            low, high = torch.searchsorted(latents, torch.tensor([start, stop], device=latents.device)).tolist()
+            extra_MD = self.auxiliary.encoder_MD if name == "encoder" else self.auxiliary.decoder_MD
+            rows.index_add_(0, latents[low:high] - start, extra_MD[low:high])
+        return rows
