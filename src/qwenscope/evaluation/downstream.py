@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qwenscope.corpus.batches import Batch
 from qwenscope.evaluation.splice import recorded, restarted
 from qwenscope.lm.load import LanguageModel
 
@@ -137,27 +136,24 @@ class StateShift:
 
 def add_state_shifts(
     lm: LanguageModel,
-    batch: Batch,
+    input_ids_CT: Tensor,
     layers: Mapping[str, int],
     splice: Callable[[str, Tensor], Tensor],
     into: Mapping[str, StateShift],
 ) -> None:
-    """Measure the recurrent state of a batch, clean and under each splice.
-
-    Padding would go on writing into the state, so the batch is cut to its shortest conversation: exact, as no layer
-    looks ahead.
+    """Measure the recurrent state at the end of rows, clean and under each splice.
 
     Args:
         lm: the language model.
-        batch: conversations.
+        input_ids_CT: int64 token ids without padding, which would go on writing into the state: conversations cut to
+            the length of their shortest, which changes nothing before the cut, as no layer looks ahead.
         layers: {sae_id: hooked layer}.
         splice: maps (sae_id, x_CTD) to the spliced stream.
         into: {sae_id: running sums}.
     """
-    ids_CT = batch.input_ids_CT[:, : min(batch.lengths_C)]
     with recorded(lm, layers.values()) as streams:
-        clean = recurrent_states(lm, ids_CT)
+        clean = recurrent_states(lm, input_ids_CT)
     for sae_id, layer in layers.items():
         with restarted(lm, layer, splice(sae_id, streams[layer])):
-            spliced = recurrent_states(lm, ids_CT)
+            spliced = recurrent_states(lm, input_ids_CT)
         into[sae_id].update(clean, {above: state for above, state in spliced.items() if above > layer})

@@ -29,7 +29,7 @@ from qwenscope.recipe import Recipe
 from qwenscope.sae.topk import TopKSAE
 
 ENCODE_ROWS = 8192  # rows encoded at once: 0.5 GB of pre-activations at 16,384 latents
-STATE_BATCHES = 4  # batches of a split on which the recurrent state is followed, spread over all lengths
+STATE_BATCHES, STATE_ROWS = 4, 8  # the recurrent state is followed on this many conversations of this many batches
 
 Sums = dict[str, np.ndarray]
 
@@ -157,13 +157,18 @@ class SplitMeter:
                 variants["splice", sae_id] = variant_pass(self.lm, clean, layer, x_CTD)
             self.routing[sae_id].update(self.routers, clean_routing, routing, real_R)
         if follow_state:
-
-            def splice(sae_id: str, x_CTD: Tensor) -> Tensor:
-                kept = kept_CT[:, : x_CTD.shape[1]]
-                return _replaced(x_CTD, kept, self.saes[sae_id](x_CTD[kept]))
-
-            add_state_shifts(self.lm, batch, self.layers, splice, self.states)
+            self._follow_state(batch, kept_CT)
         self._add_losses(batch, clean, variants)
+
+    def _follow_state(self, batch: Batch, kept_CT: Tensor) -> None:
+        """Recurrent state at the end of the batch's first conversations, all cut to the shortest of these."""
+        length = min(batch.lengths_C[:STATE_ROWS])
+        kept_CT = kept_CT[:STATE_ROWS, :length]
+
+        def splice(sae_id: str, x_CTD: Tensor) -> Tensor:
+            return _replaced(x_CTD, kept_CT, self.saes[sae_id](x_CTD[kept_CT]))
+
+        add_state_shifts(self.lm, batch.input_ids_CT[:STATE_ROWS, :length], self.layers, splice, self.states)
 
     def _padded(self, values: Sequence[Tensor], clean: CleanPass) -> Tensor:
         """One tensor [T] per conversation as [C, T]; padding is 0."""

@@ -1,0 +1,231 @@
+"""Small plots as inline SVG: no fonts, scripts or colours of their own, so that a page's CSS rules both light and dark.
+
+Marks carry classes (`deltanet`, `attention`, `other`, `first`, `second`, and `dash1` ... for further series of one
+kind); each mark has a <title>, which browsers show on hover and screen readers read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 380, 236
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 30, 34
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A value with its interval, if it has one."""
+
+    x: float
+    y: float
+    label: str
+    style: str
+    interval: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series; for `steps`, `xs` are the n + 1 edges of n bins `ys`."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    style: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A labelled difference with its interval, for `forest`."""
+
+    label: str
+    value: float
+    style: str
+    interval: Sequence[float] | None = None
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from the first at or below `low` to the first at or above `high`."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(step * index, 12) for index in range(first, last + 1)]
+
+
+def dots(title: str, values: Sequence[Dot], x_label: str, y_label: str, *, include: Sequence[float] = ()) -> Markup:
+    """Values over depth, each with a whisker for its interval; the y axis reaches to every number in `include`."""
+    ends = [end for dot in values for end in (dot.y, *(dot.interval or ()))]
+    plot = _Plot.around([dot.x for dot in values], [*ends, *include], pad_x=True)
+    marks = []
+    for dot in values:
+        x, y = plot.x(dot.x), plot.y(dot.y)
+        whisker = ""
+        if dot.interval:
+            low, high = (plot.y(end) for end in dot.interval)
+            whisker = f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
+        shape = (
+            f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
+            if "attention" in dot.style
+            else f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
+        )
+        tip = f"{dot.label}: {dot.y:.4g}{_span(dot.interval)}"
+        marks.append(f'<g class="mark {escape(dot.style)}"><title>{escape(tip)}</title>{whisker}{shape}</g>')
+    return plot.draw(title, "".join(marks), x_label, y_label)
+
+
+def lines(title: str, series: Sequence[Line], x_label: str, y_label: str, *, log_y: bool = False) -> Markup:
+    """Series as lines with a legend; with `log_y`, values must be above 0."""
+    xs, ys = [x for line in series for x in line.xs], [y for line in series for y in line.ys]
+    plot = _Plot.around(xs, ys, log_y=log_y)
+    marks = []
+    for line in series:
+        points = "L".join(f"{plot.x(x):.1f} {plot.y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
+        dot = (
+            f'<circle cx="{plot.x(line.xs[0]):.1f}" cy="{plot.y(line.ys[0]):.1f}" r="2.5"/>'
+            if len(line.xs) == 1
+            else ""
+        )
+        marks.append(_series(line, f"M{points}", dot))
+    return plot.draw(title, "".join(marks), x_label, y_label, legend=series)
+
+
+def steps(title: str, series: Sequence[Line], x_label: str, y_label: str) -> Markup:
+    """Histograms as outlines over each other, with a legend."""
+    xs = [x for line in series for x in line.xs]
+    plot = _Plot.around(xs, [0.0, *(y for line in series for y in line.ys)])
+    marks = []
+    for line in series:
+        path = f"M{plot.x(line.xs[0]):.1f} {plot.y(0):.1f}"
+        for left, right, y in zip(line.xs, line.xs[1:], line.ys, strict=False):
+            path += f"L{plot.x(left):.1f} {plot.y(y):.1f}H{plot.x(right):.1f}"
+        marks.append(_series(line, f"{path}V{plot.y(0):.1f}", "", fill=True))
+    return plot.draw(title, "".join(marks), x_label, y_label, legend=series)
+
+
+def forest(title: str, rows: Sequence[Row], x_label: str) -> Markup:
+    """Differences around 0, one row each, with intervals."""
+    ends = [end for row in rows for end in (row.value, *(row.interval or ()))]
+    height = TOP + BOTTOM + 30 * len(rows)
+    plot = _Plot.around([0.0, *ends], [0.0, float(len(rows))], height=height)
+    marks = [f'<path class="zero" d="M{plot.x(0):.1f} {TOP}V{height - BOTTOM}"/>']
+    for index, row in enumerate(rows):
+        y, x = TOP + 30 * index + 21, plot.x(row.value)
+        whisker = ""
+        if row.interval:
+            low, high = (plot.x(end) for end in row.interval)
+            whisker = f'<path class="whisker" d="M{low:.1f} {y}H{high:.1f}"/>'
+        tip = f"{row.label}: {row.value:+.4g}{_span(row.interval)}"
+        marks.append(
+            f'<g class="mark {escape(row.style)}"><title>{escape(tip)}</title>'
+            f"{_text('row', 6, y - 9, row.label)}{whisker}"
+            f'<circle cx="{x:.1f}" cy="{y}" r="4.5"/></g>'
+        )
+    return plot.draw(title, "".join(marks), x_label, "", y_axis=False)
+
+
+def _series(line: Line, path: str, extra: str, *, fill: bool = False) -> str:
+    area = f'<path class="area" d="{path}Z"/>' if fill else ""
+    return (
+        f'<g class="series {escape(line.style)}"><title>{escape(line.label)}</title>{area}'
+        f'<path class="line" d="{path}"/>{extra}</g>'
+    )
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return f" (95 % interval {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """Scales and frame."""
+
+    x_ticks: list[float]
+    y_ticks: list[float]
+    x_range: tuple[float, float]
+    log_y: bool
+    height: int
+
+    @classmethod
+    def around(
+        cls, xs: Sequence[float], ys: Sequence[float], *, pad_x: bool = False, log_y: bool = False, height: int = HEIGHT
+    ) -> _Plot:
+        x_ticks = ticks(min(xs), max(xs), 6)
+        low, high = x_ticks[0], x_ticks[-1]
+        if pad_x:
+            low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
+        low_y, high_y = min(ys), max(ys)
+        y_ticks = [math.log10(y) for y in _log_ticks(low_y, high_y)] if log_y else ticks(low_y, high_y)
+        return cls(x_ticks, y_ticks, (low, high), log_y, height)
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        position = math.log10(value) if self.log_y else value
+        return self.height - BOTTOM - (position - low) / (high - low) * (self.height - TOP - BOTTOM)
+
+    def draw(
+        self,
+        title: str,
+        marks: str,
+        x_label: str,
+        y_label: str,
+        *,
+        legend: Sequence[Line] = (),
+        y_axis: bool = True,
+    ) -> Markup:
+        floor = self.height - BOTTOM
+        parts = [f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>']
+        for tick in self.y_ticks if y_axis else ():
+            value = 10**tick if self.log_y else tick
+            parts.append(f'<path class="grid" d="M{LEFT} {self.y(value):.1f}H{WIDTH - RIGHT}"/>')
+            parts.append(_text("tick", LEFT - 6, self.y(value) + 3.5, _number(value), "end"))
+        parts += [_text("tick", self.x(tick), floor + 14, _number(tick), "middle") for tick in self.x_ticks]
+        parts.append(_text("label", WIDTH - RIGHT, floor + 28, x_label, "end"))
+        parts.append(_text("label", 2, TOP - 10, y_label))
+        parts.append(_legend(legend))
+        return Markup(
+            f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {self.height}" role="img" '
+            f'aria-label="{escape(title)}">{"".join(parts)}{marks}</svg></figure>'
+        )
+
+
+def _text(style: str, x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text class="{style}" text-anchor="{anchor}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>' if text else ""
+
+
+def _legend(series: Sequence[Line]) -> str:
+    """Names in the top right corner, one below the other."""
+    entries = []
+    for index, line in enumerate(series):
+        y = TOP + 2 + 14 * index
+        entries.append(
+            f'<g class="series {escape(line.style)}"><path class="line" d="M{WIDTH - RIGHT - 18} {y}h18"/>'
+            f"{_text('name', WIDTH - RIGHT - 23, y + 3.5, line.label, 'end')}</g>"
+        )
+    return "".join(entries)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1-2-5 numbers around [low, high]."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    first = max(index for index, step in enumerate(steps) if step <= low * 1.0001)
+    last = min((index for index, step in enumerate(steps) if step >= high * 0.9999), default=len(steps) - 1)
+    return steps[first : max(last, first + 1) + 1]
+
+
+def _number(value: float) -> str:
+    """Short tick label: 0.25, 1.5M, -3."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:.6g}"

@@ -1,0 +1,273 @@
+"""The evaluation as a page (report.html, self-contained) and as Markdown for the model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qwenscope.evaluation import plots
+
+CURVE_POINTS = 200  # of a training curve in the page
+SPLIT_NAMES = {"chat": "chat", "tool_use": "tool use"}
+KIND_NAMES = {"deltanet": "DeltaNet", "attention": "attention"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the main tables: key in evaluation.json, heading, format, explanation on hover."""
+
+    key: str
+    heading: str
+    form: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("fvu", "FVU", ".4f", "Fraction of variance unexplained: squared residuals over deviations from the mean"),
+    Column("explained_variance", "EV", ".4f", "Explained variance, 1 - FVU, over all dimensions together"),
+    Column("explained_variance_per_dim", "EV per dim", ".4f", "Mean over dimensions of each one's explained variance"),
+    Column("mse", "MSE", ".3g", "Mean squared residual per token and dimension"),
+    Column("mse_special_tokens", "MSE special", ".3g", "The same on the tokenizer's added (control) tokens"),
+    Column("cosine", "cosine", ".4f", "Mean cosine of row and reconstruction"),
+    Column("norm_ratio", "norm ratio", ".4f", "Mean of reconstruction norm over row norm"),
+    Column("l0", "L0", ".1f", "Latents above 0 per token"),
+    Column("dead_fraction", "dead", ".2%", "Latents that never fired on this split's tokens"),
+    Column("ce_clean", "CE clean", ".4f", "Next-token cross-entropy of the model, nats"),
+    Column("ce_spliced", "CE spliced", ".4f", "The same with the SAE's reconstruction in place of the stream"),
+    Column("ce_recovered_zero", "CE rec. zero", ".4f", "Share of zero ablation's harm avoided; never clipped"),
+    Column("ce_recovered_mean", "CE rec. mean", ".4f", "Share of mean ablation's harm avoided; never clipped"),
+    Column("kl", "KL", ".4f", "Divergence from the clean to the spliced next-token distribution, nats"),
+)  # fmt: skip
+MARKDOWN_KEYS = ("fvu", "explained_variance", "explained_variance_per_dim", "l0", "dead_fraction", "ce_recovered_zero",
+                 "ce_recovered_mean", "kl", "mse_special_tokens")  # fmt: skip
+DIFFERENCES = (
+    ("fvu", "FVU, attention minus DeltaNet"),
+    ("ce_increase", "CE increase in nats, attention minus DeltaNet"),
+    ("ce_recovered_mean", "CE recovered (mean ablation), attention minus DeltaNet"),
+    ("kl", "KL in nats, attention minus DeltaNet"),
+)
+
+
+def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
+    """The whole page; training curves come from `metrics.jsonl` in `folder`, if it is there."""
+    environment = Environment(
+        loader=PackageLoader("qwenscope.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    splits = list(evaluation["data"]["splits"])
+    groups = neighbours(evaluation["hook_points"])
+    return environment.get_template("report.html.j2").render(
+        evaluation=evaluation,
+        splits=splits,
+        split_names=SPLIT_NAMES,
+        kind_names=KIND_NAMES,
+        columns=COLUMNS,
+        number=number,
+        headlines=headlines(evaluation),
+        depth_plots=depth_plots(evaluation),
+        difference_plots=difference_plots(evaluation),
+        density_plots=density_plots(evaluation, groups),
+        downstream_plots=downstream_plots(evaluation, groups),
+        curve_plots=curve_plots(evaluation, groups, folder / "metrics.jsonl"),
+        roles=sorted({role for cell in _cells(evaluation) for role in cell["roles"]}),
+    )
+
+
+def report_markdown(evaluation: Mapping[str, Any]) -> str:
+    """One table per split for the model card, with the definitions in a line below."""
+    columns = [column for column in COLUMNS if column.key in MARKDOWN_KEYS]
+    blocks = []
+    for split, data in evaluation["data"]["splits"].items():
+        name = SPLIT_NAMES.get(split, split)
+        lines = [
+            f"**{name.capitalize()}**: {data['tokens']:,} held-out tokens in {data['conversations']:,} conversations.",
+            "",
+            "| SAE | layer | kind | " + " | ".join(column.heading for column in columns) + " |",
+            "|---|---:|---|" + "---:|" * len(columns),
+        ]
+        for sae_id, point in evaluation["hook_points"].items():
+            cell = evaluation["saes"][sae_id][split]
+            values = " | ".join(number(cell[column.key], column.form) for column in columns)
+            kind = KIND_NAMES.get(point["kind"], point["kind"] or "")
+            lines.append(f"| {sae_id} | {point['layer']} | {kind} | {values} |")
+        blocks.append("\n".join(lines))
+    blocks.append(
+        "FVU: squared residuals over squared deviations from the mean, all dimensions together; EV = 1 - FVU; EV per "
+        "dim: mean of each dimension's own. CE recovered against zero and mean ablation, never clipped; KL from "
+        "clean to spliced, in nats. L0 counts values above 0; dead: never fired on the split's tokens."
+    )
+    return "\n\n".join(blocks) + "\n"
+
+
+def number(value: float | None, form: str) -> str:
+    """A formatted number, or a dash where it does not exist."""
+    return "–" if value is None else format(value, form)
+
+
+def neighbours(hook_points: Mapping[str, Mapping[str, Any]], most: int = 4) -> list[list[str]]:
+    """Hook points in order of depth, grouped where layers follow each other, at most `most` to a group."""
+    ordered = sorted(hook_points, key=lambda sae_id: hook_points[sae_id]["layer"])
+    layer_minus_rank = {sae_id: hook_points[sae_id]["layer"] - rank for rank, sae_id in enumerate(ordered)}
+    groups = []
+    for _, run in groupby(ordered, key=layer_minus_rank.__getitem__):
+        members = list(run)
+        groups += [members[start : start + most] for start in range(0, len(members), most)]
+    return groups
+
+
+def headlines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(value, name, range) of the few numbers that a reader wants first; medians over SAEs and splits."""
+    cells = _cells(evaluation)
+    rows = []
+    for key, name, form in (
+        ("explained_variance", "explained variance", ".1%"),
+        ("ce_recovered_mean", "CE recovered (mean ablation)", ".1%"),
+        ("kl", "KL to the clean model, nats", ".3f"),
+    ):
+        values = sorted(cell[key] for cell in cells)
+        span = f"{format(values[0], form)} to {format(values[-1], form)}"
+        rows.append((format(values[len(values) // 2], form), name, span))
+    dead = sorted(entry["dead_fraction"] for entry in evaluation["dead"].values())
+    rows.append((f"{dead[len(dead) // 2]:.1%}", "dead latents", f"{dead[0]:.1%} to {dead[-1]:.1%}"))
+    return rows
+
+
+def depth_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
+    """FVU, CE recovered and KL by depth and kind, one figure per metric and split."""
+    figures = []
+    for key, name, include in (
+        ("fvu", "FVU", (0.0,)),
+        ("ce_recovered_mean", "CE recovered against mean ablation", (1.0,)),
+        ("kl", "KL from clean to spliced, nats", (0.0,)),
+    ):
+        for split in evaluation["data"]["splits"]:
+            values = [
+                plots.Dot(
+                    x=point["layer"],
+                    y=evaluation["saes"][sae_id][split][key],
+                    label=f"{sae_id}, layer {point['layer']}",
+                    style=_kind(point),
+                    interval=evaluation["comparison"]["splits"][split]["intervals"][sae_id][key],
+                )
+                for sae_id, point in evaluation["hook_points"].items()
+            ]
+            title = f"{name}, {SPLIT_NAMES.get(split, split)}"
+            figures.append(plots.dots(title, values, "layer", "", include=include))
+    return figures
+
+
+def difference_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
+    """Attention minus DeltaNet at matched depths, and the position control below, with intervals."""
+    comparison = evaluation["comparison"]
+    figures = []
+    for metric, title in DIFFERENCES if comparison["pairs"] else ():
+        for split, found in comparison["splits"].items():
+            rows = []
+            for pair in sorted(comparison["pairs"], key=lambda pair: pair["kind"] != "matched"):
+                cell = found["differences"][f"{pair['first']} -> {pair['second']}"][metric]
+                below, above = pair["layers"]
+                control = pair["kind"] != "matched"
+                label = f"layer {above} - layer {below}{', position control' if control else ''}"
+                style = "control" if control else "attention" if cell["difference"] > 0 else "deltanet"
+                rows.append(plots.Row(label, cell["difference"], style, cell["interval"]))
+            figures.append(plots.forest(f"{title}, {SPLIT_NAMES.get(split, split)}", rows, ""))
+    return figures
+
+
+def density_plots(evaluation: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> list[Markup]:
+    """Histograms of log10 firing frequency, neighbours together."""
+
+    def line(sae_id: str, split: str, style: str) -> plots.Line:
+        density = evaluation["saes"][sae_id][split]["density"]
+        return plots.Line(_short(evaluation, sae_id), density["log10_edges"], density["counts"], style)
+
+    return _grouped(evaluation, groups, lambda title, members, split: plots.steps(
+        title, [line(sae_id, split, style) for sae_id, style in members], "log10 of firing frequency", "latents"
+    ))  # fmt: skip
+
+
+def downstream_plots(evaluation: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> list[Markup]:
+    """Expert overlap and recurrent-state shift in the layers above each splice."""
+    figures = []
+    for section, key, name in (
+        ("routing", "overlap", "Experts kept under the splice (1 = the same top-k)"),
+        ("recurrent_state", "shift", "Relative change of the DeltaNet state under the splice"),
+    ):
+        for split, found in evaluation["comparison"][section].items():
+            for group in groups:
+                series = [
+                    plots.Line(_short(evaluation, sae_id), found[sae_id]["layers"], found[sae_id][key], style)
+                    for sae_id, style in _styled(evaluation, group)
+                    if sae_id in found
+                ]
+                if series:
+                    title = f"{name}, {SPLIT_NAMES.get(split, split)}"
+                    figures.append(plots.lines(title, series, "layer", ""))
+    return figures
+
+
+def curve_plots(evaluation: Mapping[str, Any], groups: Sequence[Sequence[str]], metrics: Path) -> list[Markup]:
+    """Training FVU over tokens, thinned; none where the run's metrics are not at hand."""
+    records = []
+    if metrics.is_file():
+        records = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
+    records = records[:: max(1, math.ceil(len(records) / CURVE_POINTS))]
+    figures = []
+    for group in groups:
+        series = []
+        for sae_id, style in _styled(evaluation, group):
+            points = [
+                (record["tokens"], record["saes"][sae_id]["fvu"])
+                for record in records
+                if (record["saes"].get(sae_id, {}).get("fvu") or 0) > 0
+            ]
+            if points:
+                tokens, fvu = zip(*points, strict=True)
+                series.append(plots.Line(_short(evaluation, sae_id), tokens, fvu, style))
+        if series:
+            figures.append(plots.lines("FVU of the training batches", series, "tokens", "log scale", log_y=True))
+    return figures
+
+
+def _grouped(
+    evaluation: Mapping[str, Any],
+    groups: Sequence[Sequence[str]],
+    draw: Callable[[str, list[tuple[str, str]], str], Markup],
+) -> list[Markup]:
+    """One figure per split and group of neighbours."""
+    return [
+        draw(f"Latent density, {SPLIT_NAMES.get(split, split)}", _styled(evaluation, group), split)
+        for split in evaluation["data"]["splits"]
+        for group in groups
+    ]
+
+
+def _styled(evaluation: Mapping[str, Any], group: Sequence[str]) -> list[tuple[str, str]]:
+    """Each SAE of a group with its kind's class, and dashes from the second of a kind on."""
+    styled: list[tuple[str, str]] = []
+    for sae_id in group:
+        kind = _kind(evaluation["hook_points"][sae_id])
+        earlier = sum(style.split()[0] == kind for _, style in styled)
+        styled.append((sae_id, f"{kind} dash{earlier}" if earlier else kind))
+    return styled
+
+
+def _short(evaluation: Mapping[str, Any], sae_id: str) -> str:
+    point = evaluation["hook_points"][sae_id]
+    kind = KIND_NAMES.get(point["kind"], point["kind"])
+    return f"layer {point['layer']}, {kind}" if kind else f"layer {point['layer']}"
+
+
+def _kind(point: Mapping[str, Any]) -> str:
+    return str(point["kind"]) if point["kind"] in KIND_NAMES else "other"
+
+
+def _cells(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [cell for splits in evaluation["saes"].values() for cell in splits.values()]
