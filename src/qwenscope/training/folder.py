@@ -40,7 +40,8 @@ class RunFolder:
     def __init__(self, path: Path, target: int) -> None:
         self.path, self.target = path, target
         self.note: str | None = None
-        self.checkpoint: str | None = None
+        self.checkpoint: str | None = self.status.get("checkpoint")
+        self.versions: dict[str, str] = {}
         self._written = -math.inf
 
     @property
@@ -93,7 +94,9 @@ class RunFolder:
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
         path = self.path / "run.json"
         run = read_json(path) if path.exists() else {"sessions": []}
-        run.update(seed=recipe.seed, fingerprint=recipe.fingerprint(), commit=_commit(), machine=examine(self.path))
+        machine = examine(self.path)
+        self.versions = machine["versions"]
+        run.update(seed=recipe.seed, fingerprint=recipe.fingerprint(), commit=_commit(), machine=machine)
         run["sessions"].append(
             {
                 "started": _now(),

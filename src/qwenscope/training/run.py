@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import logging
 import time
 from collections import deque
@@ -97,7 +96,8 @@ class Run:
     def fail(self, error: BaseException) -> None:
         """Record how the run ended; the caller re-raises. A save in flight is let through first."""
         try:
-            self.saver.ended(wait=True)
+            if self.saver.ended(wait=True):
+                self._saved()
         except (ResourceError, CheckpointError) as second:
             log.error("%s", second)
         try:
@@ -229,7 +229,7 @@ class Run:
                 or (checkpoint.every_minutes and time.monotonic() - self._saved_at > 60 * checkpoint.every_minutes)
             ):
                 self.watch.checkpoint = False
-                self._save(snapshot)
+                self._save_if_possible(snapshot)
             self._look_at_save()
 
     def _one_step(self, size: int) -> None:
@@ -318,25 +318,33 @@ class Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "revisions": self.revisions,
             "threads": torch.get_num_threads(),
-            "versions": {name: importlib.metadata.version(name) for name in ("qwenscope", "torch", "transformers")},
+            "versions": self.folder.versions,
         }
         tensors = {sae_id: trainer.state_dict() for sae_id, trainer in self.trainers.items()}
         self.saver.save(self.step, state, tensors, snapshot)
         self._saved_at = time.monotonic()
 
-    def _look_at_save(self, wait: bool = False) -> None:
-        """Take note of a save that has ended. A full disk is survived as long as an older checkpoint stands."""
+    def _save_if_possible(self, snapshot: bool) -> None:
         try:
-            if not self.saver.ended(wait):
-                return
+            self._save(snapshot)
         except ResourceError as error:
-            if self._newest() is None:
-                raise
-            log.error("%s", error)
-            self.folder.note_now(str(error))
-            self.folder.still_running(self.tokens)
-        else:
-            self._saved()
+            self._go_on_despite(error)
+
+    def _look_at_save(self, wait: bool = False) -> None:
+        """Take note of a save that has ended."""
+        try:
+            if self.saver.ended(wait):
+                self._saved()
+        except ResourceError as error:
+            self._go_on_despite(error)
+
+    def _go_on_despite(self, error: ResourceError) -> None:
+        """A full disk is survived as long as an older checkpoint stands: it may have room again before the end."""
+        if self._newest() is None:
+            raise error
+        log.error("%s", error)
+        self.folder.note_now(str(error))
+        self.folder.still_running(self.tokens)
 
     def _saved(self) -> None:
         self.folder.checkpoint = list_checkpoints(self.folder.checkpoints)[-1].name
