@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -68,9 +69,9 @@ def _print_json(value: Any) -> None:
 @app.command(rich_help_panel="Start here")
 def demo(out_: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo")) -> None:
     """Train, evaluate and package nine SAEs on the packaged stand-in model, in minutes on a CPU."""
-    from qwenscope.display import run_demo
+    from qwenscope.live import run_demo
 
-    run_demo(out_, out)
+    run_demo(out_, err, out)
 
 
 @app.command(rich_help_panel="Start here")
@@ -184,7 +185,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train every SAE of a recipe in one pass of the language model."""
-    from qwenscope.display import train_with_progress
+    from qwenscope.live import train_with_progress
     from qwenscope.recipe import load_recipe
 
     train_with_progress(load_recipe(name, overrides or ()), run, resume, err)
@@ -283,6 +284,7 @@ def _take_debug_flag() -> bool:
 def main() -> None:
     """Entry point of the console script and of `python -m qwenscope`."""
     debug = _take_debug_flag()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")  # `doctor` names missing kernels
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()

@@ -124,6 +124,18 @@ def load_config(lm: LMRecipe) -> PretrainedConfig:
     return _text_config(lm.model, folder)
 
 
+def load_tokenizer(lm: LMRecipe) -> Tokenizer:
+    """The language model's tokenizer alone; reads no weights.
+
+    Raises:
+        ModelError: no such model, or no tokenizer beside it.
+    """
+    folder, _ = _resolve(lm)
+    with _model_errors(lm.model):
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
 def layer_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
     """Kind of each decoder layer: deltanet, attention, another name the config uses, or None where it names none."""
     types = getattr(config, "layer_types", None)

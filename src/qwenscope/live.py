@@ -1,0 +1,149 @@
+"""A run as it goes: a live panel on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.training.run import OnProgress, train
+from qwenscope.training.signals import Stopped
+from qwenscope.training.telemetry import Progress as RunProgress
+
+_LINE_SECONDS = 15.0
+
+
+def train_with_progress(recipe: Recipe, run: Path, resume: bool, console: Console) -> None:
+    """Train and show it; a signal that stopped the run becomes its exit code.
+
+    Raises:
+        typer.Exit: stopped by a signal, with 128 + its number.
+        QwenscopeError: as `train`.
+    """
+    began = time.monotonic()
+    try:
+        with _shown(console) as on_progress:
+            train(recipe, run, resume=resume, on_progress=on_progress)
+    except Stopped as stopped:
+        console.print(str(stopped), highlight=False, markup=False)
+        raise typer.Exit(stopped.exit_code) from None
+    seconds = time.monotonic() - began
+    console.print(
+        f"{len(recipe.hook_points)} SAEs in {run / 'saes'}, {recipe.training.tokens:,} tokens each, {_clock(seconds)}",
+        highlight=False,
+    )
+
+
+def run_demo(run: Path, console: Console, out: Console) -> None:
+    """The main job on the embedded default: train (or go on), evaluate, package; then say what to look at.
+
+    Raises:
+        QwenscopeError: as the three steps.
+    """
+    from qwenscope.display import evaluation_table
+    from qwenscope.evaluation.run import evaluate
+    from qwenscope.files import read_json
+    from qwenscope.release.package import release
+
+    recipe = load_recipe("standin")
+    status = run / "status.json"
+    console.rule("[bold]1 of 3: train[/] nine SAEs from one pass of the stand-in language model", align="left")
+    train_with_progress(recipe, run, resume=status.exists(), console=console)
+    console.rule("[bold]2 of 3: evaluate[/] on held-out conversations", align="left")
+    evaluation = run / "evaluation.json"
+    result = read_json(evaluation) if evaluation.exists() else evaluate(run)
+    out.print(evaluation_table(result))
+    console.rule("[bold]3 of 3: package[/]", align="left")
+    package = run / "release"
+    if not package.exists():
+        release(run, package)
+    out.print(f"SAEs      {run / 'saes'}\nreport    {run / 'report.html'}\nrelease   {package}", highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[OnProgress]:
+    if console.is_terminal:
+        panel = _Panel()
+        with Live(panel, console=console, refresh_per_second=4):
+            yield panel.update
+    else:
+        yield _Lines(console).update
+
+
+class _Panel:
+    """Bar, rate and time left, above one row per SAE."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            expand=True,
+        )
+        self._task = self._bar.add_task("starting", total=1, rate="")
+        self._last: RunProgress | None = None
+
+    def update(self, progress: RunProgress) -> None:
+        self._last = progress
+        rate = f"{progress.tokens_per_second:,.0f}/s"
+        left = "" if progress.eta_seconds is None else f", {_clock(progress.eta_seconds)} left"
+        self._bar.update(
+            self._task,
+            description=progress.phase,
+            completed=progress.tokens,
+            total=progress.target,
+            rate=rate + left if progress.tokens_per_second else "",
+        )
+
+    def __rich__(self) -> RenderableType:
+        if self._last is None or not self._last.saes:
+            return self._bar
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        table.add_column("SAE", style="dim")
+        table.add_column("FVU", justify="right")
+        table.add_column("dead", justify="right")
+        for sae_id, sae in self._last.saes.items():
+            table.add_row(sae_id, f"{sae.fvu:.4f}", f"{sae.dead_share:.1%}")
+        return Group(self._bar, table)
+
+
+class _Lines:
+    """A line when the phase changes and every quarter of a minute: readable in a log file."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._phase = ""
+        self._printed = 0.0
+
+    def update(self, progress: RunProgress) -> None:
+        now = time.monotonic()
+        if progress.phase == self._phase and now - self._printed < _LINE_SECONDS:
+            return
+        self._phase, self._printed = progress.phase, now
+        line = f"{progress.phase:<14} {progress.tokens:>13,} of {progress.target:,} tokens"
+        if progress.tokens_per_second:
+            line += f"  {progress.tokens_per_second:,.0f}/s"
+        if progress.eta_seconds is not None:
+            line += f"  {_clock(progress.eta_seconds)} left"
+        if progress.saes:
+            fvu = sum(sae.fvu for sae in progress.saes.values()) / len(progress.saes)
+            dead = sum(sae.dead_share for sae in progress.saes.values()) / len(progress.saes)
+            line += f"  mean FVU {fvu:.4f}, dead {dead:.1%}"
+        self._console.print(line, highlight=False)
