@@ -24,8 +24,8 @@ from qwenscope.lm.forward import final_hidden, layer_output, logits, unembedding
 from qwenscope.lm.intervene import intervene
 from qwenscope.lm.load import LanguageModel
 
-# Elements of one chunk of logits, but at least 64 rows: on a GPU 135 rows of the published model's vocabulary (268 MB in
-# float64); on a CPU what its caches hold, three times faster than larger chunks.
+# Elements of one chunk of logits, but at least 64 rows: on a GPU 135 rows of the published model's vocabulary (268 MB
+# in float64); on a CPU what its caches hold, three times faster than larger chunks.
 GPU_CHUNK, CPU_CHUNK, LEAST_ROWS = 1 << 25, 1 << 20, 64
 
 Key = TypeVar("Key", bound=Hashable)
@@ -162,7 +162,8 @@ def _scores(lm: LanguageModel, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dot(a_PV: Tensor, b_PV: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a_PV, b_PV)
+    product_P: Tensor = torch.linalg.vecdot(a_PV, b_PV)
+    return product_P
 
 
 def _at(score_PV: Tensor, target_P: Tensor) -> Tensor:
