@@ -1,0 +1,222 @@
+"""The model card: README.md of a release, written from measured numbers and the recipe, and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qwenscope.release.facts import SPECIAL, Facts, dataset_of
+
+KINDS = {"deltanet": "DeltaNet", "attention": "attention"}
+SPLITS = {"chat": "chat", "tool_use": "tool use"}
+_BLOCK = 4  # Qwen3.5: three Gated DeltaNet layers, then one of attention
+_RESULTS = {
+    "explained_variance": "explained variance",
+    "l0": "L0",
+    "dead_fraction": "dead latents",
+    "ce_recovered_mean": "CE recovered (mean ablation)",
+}
+_NUMBER_WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a metrics table."""
+
+    key: str
+    heading: str
+    form: str
+
+
+COLUMNS = (
+    Column("fvu", "FVU", ".4f"),
+    Column("explained_variance", "EV", ".4f"),
+    Column("explained_variance_per_dim", "EV per dim", ".4f"),
+    Column("cosine", "cosine", ".4f"),
+    Column("l0", "L0", ".1f"),
+    Column("dead_fraction", "dead", ".2%"),
+    Column("ce_clean", "CE clean", ".4f"),
+    Column("ce_spliced", "CE spliced", ".4f"),
+    Column("ce_recovered_zero", "CE rec. (zero)", ".4f"),
+    Column("ce_recovered_mean", "CE rec. (mean)", ".4f"),
+    Column("kl", "KL", ".4f"),
+    Column(SPECIAL, "MSE special", ".3g"),
+)
+
+
+def model_card(facts: Facts) -> str:
+    """The whole README.md, metadata first."""
+    environment = Environment(
+        loader=PackageLoader("qwenscope.release"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown; free text passes `plain`
+    )
+    environment.filters["plain"] = plain
+    points = facts.recipe.hook_points
+    return environment.get_template("card.md.j2").render(
+        metadata=yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True, width=120),
+        facts=facts,
+        recipe=facts.recipe,
+        training=facts.recipe.training,
+        suite=facts.suite,
+        model=facts.suite["language_model"]["name"],
+        repo=facts.suite["repo"] or ".",
+        measured_on=measured_on(facts.evaluation),
+        title=title(facts),
+        count=_NUMBER_WORDS[len(points)] if len(points) < len(_NUMBER_WORDS) else str(len(points)),
+        example=example_sae(facts),
+        blocks=in_blocks(facts),
+        block=_BLOCK,
+        kinds=KINDS,
+        columns=COLUMNS,
+        metrics=list(metrics_tables(facts)),
+        differences=list(differences(facts)),
+        sources=list(sources(facts)),
+        hardware=hardware(facts.run),
+    )
+
+
+def example_sae(facts: Facts) -> str:
+    """The SAE that usage examples load: of the attention layers (or of all, if none is hooked) the middle one."""
+    points = facts.recipe.hook_points
+    candidates = [sae_id for sae_id, point in points.items() if point.kind == "attention"] or list(points)
+    return sorted(candidates, key=lambda sae_id: points[sae_id].layer)[len(candidates) // 2]
+
+
+def measured_on(evaluation: Mapping[str, Any]) -> str:
+    """What the figures were measured on, in words."""
+    origin = evaluation.get("data", {}).get("origin", "")
+    return f"the conversations of {plain(origin)}" if origin and "held out" not in origin else "held-out conversations"
+
+
+def title(facts: Facts) -> str:
+    """Heading of the card: the repository's name, or what it is."""
+    repo = facts.suite["repo"]
+    return str(repo).rsplit("/", 1)[-1] if repo else f"TopK SAEs for {facts.suite['language_model']['name']}"
+
+
+def metadata(facts: Facts) -> dict[str, Any]:
+    """The card's YAML front matter, as the Hub reads it."""
+    model = facts.suite["language_model"]["name"]
+    tags = ["sparse-autoencoder", "sae", "topk", "interpretability", "mechanistic-interpretability", "residual-stream"]
+    found: dict[str, Any] = {"license": "mit", "library_name": "qwenscope", "pipeline_tag": "feature-extraction"}
+    if model.count("/") == 1:
+        found["base_model"] = model
+    if facts.datasets:
+        found["datasets"] = facts.datasets
+    hybrid = {point.kind for point in facts.recipe.hook_points.values()} >= set(KINDS)
+    found["tags"] = [*tags, *(["gated-deltanet", "hybrid-attention"] if hybrid else []), "saelens"]
+    task = {"type": "feature-extraction", "name": "Residual-stream reconstruction"}
+    on = measured_on(facts.evaluation)
+    results = [
+        {
+            "task": task,
+            "dataset": {
+                "type": "held-out",
+                "name": f"Held-out {SPLITS.get(split, split)} conversations",
+                "split": split,
+            },
+            "metrics": [
+                {"type": key, "value": round(cell[key], 6), "name": f"{sae_id}: {name}"}
+                for sae_id, splits in facts.evaluation["saes"].items()
+                if (cell := splits.get(split))
+                for key, name in _RESULTS.items()
+            ],
+        }
+        for split in facts.splits
+    ]
+    found["model-index"] = [{"name": title(facts), "results": results}]
+    return found
+
+
+def in_blocks(facts: Facts) -> bool:
+    """Whether the hooked layers fit blocks of three DeltaNet layers and one of attention."""
+    return all(
+        point.kind is not None and (point.kind == "attention") == (point.layer % _BLOCK == _BLOCK - 1)
+        for point in facts.recipe.hook_points.values()
+    )
+
+
+def metrics_tables(facts: Facts) -> Iterator[tuple[str, int, list[tuple[str, list[str]]]]]:
+    """(split's name, most tokens measured, rows of (SAE id, formatted numbers)) per split."""
+    for split in facts.splits:
+        cells = {sae_id: facts.evaluation["saes"][sae_id].get(split) for sae_id in facts.recipe.hook_points}
+        measured = {sae_id: cell for sae_id, cell in cells.items() if cell}
+        rows = [
+            (sae_id, [_shown(cell[column.key], column.form) for column in COLUMNS]) for sae_id, cell in measured.items()
+        ]
+        yield SPLITS.get(split, split), max(cell["tokens"] for cell in measured.values()), rows
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "none seen" if value is None else format(value, form)
+
+
+def differences(facts: Facts) -> Iterator[dict[str, Any]]:
+    """One row per neighbouring pair and split: FVU and CE recovered of both, differences with intervals if measured."""
+    points = facts.recipe.hook_points
+    measured = facts.evaluation.get("comparison", {}).get("splits", {})
+    for first, below in points.items():
+        for second, above in points.items():
+            if below.kind != "deltanet" or above.kind is None or above.layer != below.layer + 1:
+                continue
+            for split in facts.splits:
+                cells = [facts.evaluation["saes"][sae_id].get(split) for sae_id in (first, second)]
+                if not all(cells):
+                    continue
+                intervals = measured.get(split, {}).get("differences", {}).get(f"{first} -> {second}", {})
+                yield {
+                    "pair": f"{first} → {second}",
+                    "what": "attention − DeltaNet" if above.kind == "attention" else "position control",
+                    "split": SPLITS.get(split, split),
+                    "cells": [_difference(cells, intervals, key) for key in ("fvu", "ce_recovered_mean", "kl")],
+                }
+
+
+def _difference(cells: Sequence[Mapping[str, Any]], intervals: Mapping[str, Any], key: str) -> str:
+    low_high = intervals.get(key, {}).get("interval")
+    text = f"{cells[1][key] - cells[0][key]:+.4f}"
+    return f"{text} [{low_high[0]:+.4f}, {low_high[1]:+.4f}]" if low_high else text
+
+
+def sources(facts: Facts) -> Iterator[dict[str, Any]]:
+    """One row per corpus source: where from, at which revision, and the report's counts if there is a report."""
+    revisions = facts.run.get("revisions", {}).get("corpus", {})
+    total = sum(source.weight for source in facts.recipe.corpus.sources)
+    reported = (facts.privacy or {}).get("sources", {})
+    ids = list(reported) if len(reported) == len(facts.recipe.corpus.sources) else []
+    for number, source in enumerate(facts.recipe.corpus.sources):
+        name = ids[number] if ids else source.name
+        generated = "packaged generator" if source.name == "tool_use" and source.path is None else "local files"
+        yield {
+            "id": name,
+            "origin": dataset_of(source) or generated,
+            "revision": str(source.revision or revisions.get(name) or ""),
+            "weight": source.weight / total,
+            "report": reported.get(name),
+        }
+
+
+def hardware(run: Mapping[str, Any]) -> str:
+    """One line: devices, or the CPU; empty where the run did not record it."""
+    machine = run.get("machine", {})
+    if machine.get("devices"):
+        names = [f"{device['name']} ({device['memory_bytes'] / 2**30:.0f} GiB)" for device in machine["devices"]]
+        return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+    cpu = machine.get("cpu")
+    return f"CPU, {cpu['cores']} cores, {cpu['torch_threads']} torch threads" if cpu else ""
+
+
+def plain(text: object) -> str:
+    """Free text for one Markdown cell: no table breaks, no HTML, no line breaks."""
+    cleaned = " ".join(str(text).split())
+    for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("`", "&#96;"), ("[", "&#91;")):
+        cleaned = cleaned.replace(sign, entity)
+    return cleaned

@@ -1,0 +1,164 @@
+"""What a release says about itself, read from its own files; a number that is missing is an error that names its key.
+
+Nothing about the machine's owner goes out: host names, process ids and absolute paths stay behind in the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwenscope.corpus.hub import REPOSITORIES
+from qwenscope.errors import FormatError
+from qwenscope.files import read_json, write_json, write_text
+from qwenscope.recipe import Recipe, SourceRecipe, load_recipe
+
+NUMBERS = (
+    "tokens",
+    "mse",
+    "fvu",
+    "explained_variance",
+    "explained_variance_per_dim",
+    "cosine",
+    "l0",
+    "dead_fraction",
+    "ce_clean",
+    "ce_spliced",
+    "ce_zero_ablation",
+    "ce_mean_ablation",
+    "ce_recovered_zero",
+    "ce_recovered_mean",
+    "kl",
+)
+SPECIAL = "mse_special_tokens"  # has no value where a split holds no special token
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The files of a release folder that its card is written from."""
+
+    recipe: Recipe
+    evaluation: dict[str, Any]
+    """{"saes": {sae_id: {split: numbers}}, ...}, every number of `NUMBERS` present."""
+    run: dict[str, Any]
+    """Machine, versions, commit and revisions."""
+    privacy: dict[str, Any] | None
+    """The corpus report, where the run left one."""
+    suite: dict[str, Any]
+    """The release's own config.json."""
+
+    @property
+    def splits(self) -> list[str]:
+        """Splits that were measured, in the order of the file."""
+        cells = self.evaluation["saes"].values()
+        return list(dict.fromkeys(split for splits in cells for split in splits))
+
+    @property
+    def datasets(self) -> list[str]:
+        """Hub datasets that the corpus was read from."""
+        return list(dict.fromkeys(repo for source in self.recipe.corpus.sources if (repo := dataset_of(source))))
+
+
+def read_facts(folder: Path) -> Facts:
+    """Read and check the files of a release folder.
+
+    Raises:
+        FormatError: a file is missing or damaged, or a measured number is missing; names file and key.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    evaluation = read_json(folder / "evaluation.json")
+    check_numbers(evaluation, recipe, folder / "evaluation.json")
+    privacy = folder / "privacy_report.json"
+    return Facts(
+        recipe,
+        evaluation,
+        read_json(folder / "run.json"),
+        read_json(privacy) if privacy.is_file() else None,
+        read_json(folder / "config.json"),
+    )
+
+
+def check_numbers(evaluation: Any, recipe: Recipe, path: Path) -> None:
+    """FormatError naming the first number that the card needs and `evaluation` lacks."""
+    cure = "run `qwenscope evaluate` again"
+    saes = evaluation.get("saes") if isinstance(evaluation, dict) else None
+    if not isinstance(saes, dict):
+        raise FormatError(f"{path}: saes is missing; {cure}")
+    if extra := sorted(set(saes) - set(recipe.hook_points)):
+        raise FormatError(f"{path}: saes.{extra[0]} is none of the recipe's SAEs; {cure}")
+    for sae_id in recipe.hook_points:
+        splits = saes.get(sae_id)
+        if not isinstance(splits, dict) or not splits:
+            raise FormatError(f"{path}: saes.{sae_id} is missing; {cure}")
+        for split, cell in splits.items():
+            for key in (*NUMBERS, SPECIAL):
+                value = cell.get(key) if isinstance(cell, dict) else None
+                absent = key == SPECIAL and isinstance(cell, dict) and key in cell and value is None
+                if not absent and not _is_number(value):
+                    raise FormatError(f"{path}: saes.{sae_id}.{split}.{key} is {_shown(value)}; {cure}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else f"{value!r}, no number"
+
+
+def dataset_of(source: SourceRecipe) -> str | None:
+    """The Hub dataset of a source, or None for local files and the packaged tool-use generator."""
+    if source.path is not None or (source.name == "tool_use" and source.repo is None):
+        return None
+    return source.repo or REPOSITORIES[source.name]
+
+
+def public_name(name: str) -> str:
+    """A model's name fit for publication: Hub ids as they are, folders by their last part."""
+    path = Path(name)
+    return path.name if path.is_absolute() or name.startswith((".", "~")) or path.is_dir() else name
+
+
+def public_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, with folders and files by their last part."""
+    tree = recipe.model_dump(mode="json")
+    tree["lm"]["model"] = public_name(recipe.lm.model)
+    for source in tree["corpus"]["sources"]:
+        if source["path"] is not None:
+            source["path"] = Path(source["path"]).name
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+
+
+def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json says of the training that others need: machine, versions, commit, revisions, precision, seed."""
+    machine = run.get("machine", {})
+    kept = {key: run[key] for key in ("seed", "fingerprint", "commit", "revisions", "precision") if key in run}
+    return kept | {
+        "machine": {
+            key: machine[key] for key in ("python", "versions", "devices", "cpu", "memory_bytes") if key in machine
+        }
+    }
+
+
+def public_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """evaluation.json with the language model's public name."""
+    model = evaluation.get("language_model")
+    if not isinstance(model, dict) or "name" not in model:
+        return evaluation
+    return evaluation | {"language_model": model | {"name": public_name(str(model["name"]))}}
+
+
+def copy_facts(run: Path, out: Path, recipe: Recipe) -> None:
+    """Write the public versions of a run's files into the release folder `out`."""
+    evaluation = read_json(run / "evaluation.json")
+    check_numbers(evaluation, recipe, run / "evaluation.json")
+    write_json(out / "evaluation.json", public_evaluation(evaluation))
+    write_text(out / "recipe.yaml", public_recipe(recipe))
+    write_json(out / "run.json", public_run(read_json(run / "run.json") if (run / "run.json").is_file() else {}))
+    if (run / "privacy_report.json").is_file():
+        write_json(out / "privacy_report.json", read_json(run / "privacy_report.json"))

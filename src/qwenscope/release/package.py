@@ -1,0 +1,131 @@
+"""Build a release folder from a complete, evaluated run; it appears whole or not at all.
+
+README.md (card), config.json (index), <sae_id>/{config.json, weights.safetensors}, saelens/<sae_id>/, evaluation.json,
+evaluation.parquet, metrics.parquet, recipe.yaml, run.json, privacy_report.json, notebook.ipynb, SHA256SUMS.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qwenscope.errors import FormatError
+from qwenscope.files import read_json, whole_folder, write_json, write_text
+from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.release.card import example_sae, model_card
+from qwenscope.release.facts import copy_facts, public_name, read_facts
+from qwenscope.release.notebook import notebook
+from qwenscope.release.tables import write_evaluation, write_training
+from qwenscope.sae.checksums import write_checksums
+from qwenscope.sae.formats import saelens
+from qwenscope.sae.hub_files import check_repo_id
+from qwenscope.sae.loading import iterate_suite
+from qwenscope.sae.topk import TopKSAE
+
+_UNIT_TOLERANCE = 1e-5
+
+
+def release(run: Path, out: Path, *, repo: str | None = None) -> None:
+    """Build the release folder `out` of the run folder `run`.
+
+    Args:
+        run: a run whose state is complete and that was evaluated.
+        out: a new or empty folder.
+        repo: `org/name` it will be pushed to, for the card's usage section; None writes it for the folder itself.
+
+    Raises:
+        FormatError: the run is not complete, not evaluated, a measured number is missing, or an SAE is damaged;
+            names file and key. Nothing is left at `out`.
+        ResourceError: the disk is full.
+    """
+    _check_complete(run)
+    recipe = load_recipe(run / "recipe.yaml")
+    with whole_folder(out) as temporary:
+        copy_facts(run, temporary, recipe)
+        write_json(temporary / "config.json", _index(run, recipe) | {"saes": _copy_saes(run, temporary, recipe)})
+        write_evaluation(read_json(temporary / "evaluation.json"), temporary / "evaluation.parquet")
+        if (run / "metrics.jsonl").is_file():
+            write_training(run / "metrics.jsonl", temporary / "metrics.parquet")
+        bind(temporary, repo)
+
+
+def bind(folder: Path, repo: str | None) -> None:
+    """Write what names the repository: config.json's `repo`, README.md, notebook.ipynb; then the checksums.
+
+    A pure function of the folder's other files and `repo`: binding twice changes nothing.
+
+    Raises:
+        FormatError: a file of the folder is missing or damaged, or `repo` is no `org/name`.
+    """
+    if repo is not None:
+        check_repo_id(repo)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"repo": repo})
+    facts = read_facts(folder)
+    write_text(folder / "README.md", model_card(facts))
+    model = str(facts.suite["language_model"]["name"])
+    write_json(folder / "notebook.ipynb", notebook(repo or ".", example_sae(facts), model))
+    write_checksums(folder)
+
+
+def _check_complete(run: Path) -> None:
+    if not (run / "recipe.yaml").is_file():
+        raise FormatError(f"{run} holds no recipe.yaml; give a run folder")
+    status = read_json(run / "status.json")
+    state = status.get("state") if isinstance(status, dict) else None
+    if state != "complete":
+        raise FormatError(f"{run} is {state!r}, not complete; go on with `qwenscope train --resume`")
+    if not (run / "evaluation.json").is_file():
+        raise FormatError(f"{run} has no evaluation.json; run `qwenscope evaluate {run}` first")
+
+
+def _index(run: Path, recipe: Recipe) -> dict[str, Any]:
+    facts = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    return {
+        "library_name": "qwenscope",
+        "architecture": "topk",
+        "format_version": 1,
+        "qwenscope": version("qwenscope"),
+        "commit": facts.get("commit"),
+        "repo": None,
+        "language_model": {
+            "name": public_name(recipe.lm.model),
+            "revision": facts.get("revisions", {}).get("model") or recipe.lm.revision,
+        },
+        "training_metrics": (run / "metrics.jsonl").is_file(),
+    }
+
+
+def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Write every SAE in both layouts, after the checks a reader would make; returns their index."""
+    index = {}
+    for sae_id, sae in iterate_suite(run):
+        if sae_id not in recipe.hook_points:
+            raise FormatError(f"{run / 'saes' / sae_id} is none of the recipe's SAEs; remove it")
+        _check_unit_norm(sae_id, sae)
+        point = recipe.hook_points[sae_id]
+        if (sae.dict_size, sae.k) != (point.dict_size, point.k):
+            sizes = f"dict_size {sae.dict_size} and k {sae.k}; recipe.yaml says {point.dict_size} and {point.k}"
+            raise FormatError(f"{run / 'saes' / sae_id} has {sizes}")
+        sae.config |= {"sae_id": sae_id, "layer": point.layer, "model": public_name(recipe.lm.model)}
+        sae.save(out / sae_id)
+        saelens.write(sae, out / "saelens" / sae_id)
+        index[sae_id] = {
+            "sae_id": sae_id,
+            "layer": point.layer,
+            "kind": point.kind,
+            "hidden_dim": sae.hidden_dim,
+            "dict_size": sae.dict_size,
+            "k": sae.k,
+        }
+    if missing := [sae_id for sae_id in recipe.hook_points if sae_id not in index]:
+        raise FormatError(f"{run / 'saes' / missing[0]} is missing; the run is not whole")
+    return [index[sae_id] for sae_id in recipe.hook_points]
+
+
+def _check_unit_norm(sae_id: str, sae: TopKSAE) -> None:
+    off = float((sae.decoder.weight.detach().norm(dim=0) - 1).abs().max())
+    if off > _UNIT_TOLERANCE:
+        raise FormatError(
+            f"{sae_id}: a decoder column's norm is off 1 by {off:.2g}; release SAEs that qwenscope trained"
+        )
