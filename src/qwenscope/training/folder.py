@@ -92,8 +92,7 @@ class RunFolder:
     def begin(self, recipe: Recipe, passed_over: Sequence[str]) -> None:
         """Record the resolved recipe, and add this session's machine, versions and start to run.json."""
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
-        path = self.path / "run.json"
-        run = read_json(path) if path.exists() else {"sessions": []}
+        run = self.recorded() or {"sessions": []}
         machine = examine(self.path)
         self.versions = machine["versions"]
         run.update(seed=recipe.seed, fingerprint=recipe.fingerprint(), commit=_commit(), machine=machine)
@@ -107,16 +106,16 @@ class RunFolder:
                 "threads": torch.get_num_threads(),
             }
         )
-        write_json(path, run)
+        write_json(self.path / "run.json", run)
 
     def record(self, **facts: Any) -> None:
         """Add top-level facts (revisions, precision ...) to run.json."""
-        write_json(self.path / "run.json", {**read_json(self.path / "run.json"), **facts})
+        write_json(self.path / "run.json", {**self.recorded(), **facts})
 
-    def recorded(self, key: str) -> Any:
-        """A fact of run.json, or None."""
+    def recorded(self) -> dict[str, Any]:
+        """run.json as it stands, or an empty dict in a new folder."""
         path = self.path / "run.json"
-        return read_json(path).get(key) if path.exists() else None
+        return dict(read_json(path)) if path.exists() else {}
 
 
 @contextmanager

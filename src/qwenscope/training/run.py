@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from qwenscope.errors import CheckpointError, CorpusError, ResourceError, Traini
 from qwenscope.files import write_json
 from qwenscope.lm.load import check_hook_points, load_language_model
 from qwenscope.recipe import Recipe
+from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import derive_seed
 from qwenscope.training.checkpoint import Checkpoint, list_checkpoints, load_newest, set_aside_newer
@@ -131,7 +132,9 @@ class Run:
         recipe = self.recipe
         self._show("loading model")
         torch.manual_seed(derive_seed(recipe.seed, "run"))  # nothing should draw from it; if something does, it repeats
-        revisions = saved.state["revisions"] if saved else self.folder.recorded("revisions")
+        # What was resolved once stays: revisions of model and data, and the precision that "auto" measured.
+        earlier = saved.state if saved else self.folder.recorded()
+        revisions, precision = earlier.get("revisions"), earlier.get("precision", {})
         pinned = recipe.lm.model_copy(update={"revision": revisions["model"]}) if revisions else recipe.lm
         self.lm = load_language_model(pinned, last_layer=max(recipe.layers))
         check_hook_points(self.lm, recipe.hook_points)
@@ -143,14 +146,16 @@ class Run:
             workers=recipe.corpus.workers,
         )
         self.windows = Windows(self.lm, self.stream, recipe)
-        self.trainers = {sae_id: self._trainer(sae_id) for sae_id in recipe.hook_points}
+        self.trainers = {
+            sae_id: self._trainer(sae_id, precision.get(sae_id, recipe.training.precision))
+            for sae_id in recipe.hook_points
+        }
+        self.precision = {sae_id: trainer.precision for sae_id, trainer in self.trainers.items()}
         self.revisions = {"model": self.lm.revision, "corpus": dict(self.stream.revisions)}
         self.probe = probe(self.lm, recipe.layers)
-        self.folder.record(
-            revisions=self.revisions, precision={name: trainer.precision for name, trainer in self.trainers.items()}
-        )
+        self.folder.record(revisions=self.revisions, precision=self.precision)
 
-    def _trainer(self, sae_id: str) -> SAETrainer:
+    def _trainer(self, sae_id: str, precision: Precision | Literal["auto"]) -> SAETrainer:
         point, training = self.recipe.hook_points[sae_id], self.recipe.training
         seed = derive_seed(self.recipe.seed, "sae", sae_id)
         sae = TopKSAE(self.lm.hidden_dim, point.dict_size, point.k, seed=seed).to(self.lm.device)
@@ -173,7 +178,7 @@ class Run:
             dead_after_tokens=training.dead_after_tokens,
             resample_every_steps=training.resample_every_steps,
             normalise=training.normalise,
-            precision=training.precision,
+            precision=precision,
             betas=training.betas,
             eps=training.eps,
             clip_norm=training.clip_norm,
@@ -317,6 +322,7 @@ class Run:
             "probe": self.probe,
             "recipe": self.recipe.model_dump(mode="json"),
             "revisions": self.revisions,
+            "precision": self.precision,
             "threads": torch.get_num_threads(),
             "versions": self.folder.versions,
         }
