@@ -10,12 +10,11 @@ from rich.table import Table
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("fvu", "FVU", ".3f"),
-    ("explained_variance", "expl. var.", ".3f"),
+    ("explained_variance", "EV", ".3f"),
     ("l0", "L0", ".1f"),
     ("dead_fraction", "dead", ".1%"),
-    ("ce_recovered_zero", "CE rec. zero", ".3f"),
-    ("ce_recovered_mean", "CE rec. mean", ".3f"),
-    ("kl", "KL", ".4f"),
+    ("ce_recovered_zero", "CE zero", ".3f"),
+    ("ce_recovered_mean", "CE mean", ".3f"),
 )
 
 
@@ -30,21 +29,21 @@ def bytes_text(count: float) -> str:
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:
     """One row per SAE and split of an `evaluation.json` object."""
-    table = Table(box=box.SIMPLE_HEAD, title="Held-out evaluation", title_style="bold", title_justify="left")
-    table.add_column("SAE")
-    table.add_column("split")
-    table.add_column("tokens", justify="right")
+    table = Table(box=None, padding=(0, 2, 0, 0), title_style="bold", title_justify="left", caption_justify="left")
+    table.title = "Held-out evaluation"
+    table.caption = "EV explained variance (1 - FVU), CE: cross-entropy recovered against zero and mean ablation"
+    table.add_column("SAE", no_wrap=True)
+    table.add_column("split", no_wrap=True)
     for _, heading, _ in _COLUMNS:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for sae_id, splits in result["saes"].items():
         for position, (split, cell) in enumerate(splits.items()):
             numbers = (format(cell[key], form) for key, _, form in _COLUMNS)
             table.add_row(
                 sae_id if position == 0 else "",
                 split,
-                f"{cell['tokens']:,}",
                 *numbers,
-                end_section=position == len(splits) - 1,
+                end_section=position == len(splits) - 1 and len(splits) > 1,
             )
     return table
 
