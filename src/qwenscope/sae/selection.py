@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from qwenscope.sae import ops
-from qwenscope.sae.topk import TopKSAE
 
 Precision = Literal["exact", "fp32", "bf16"]
 MARGIN = 16
 CHUNK_ROWS = 256
 GROUP = 8
 """Columns per group of the two-stage top-k."""
+SMALL = 1 << 19
+"""Weights below which rescoring costs more than a faster product saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +68,26 @@ def top_k(scores_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, members_RC.gather(1, places)
 
 
-def best_precision(sae: TopKSAE) -> Precision:
+def best_precision(weight_ND: Tensor) -> Precision:
     """bf16 on CUDA; on a CPU exact where bfloat16 products are much the faster ones, else fp32.
 
-    Measured on a slice of the SAE's own encoder (milliseconds): neither flags nor names tell how fast a CPU's are.
+    Measured on a slice of the encoder's own `weight` (milliseconds): no flag tells how fast a CPU's products are.
     """
-    if sae.pre_bias.is_cuda:
+    if weight_ND.is_cuda:
         return "bf16"
-    weight = sae.encoder.weight.detach()[:2048].float()
-    if sae.pre_bias.dtype == torch.float64 or weight.numel() < 1 << 19:
+    if weight_ND.dtype == torch.float64 or weight_ND.numel() < SMALL:
         return "fp32"
-    rows = weight[:128]
-    seconds = []
-    for a, b in ((rows, weight), (rows.bfloat16(), weight.bfloat16())):
+    weight = weight_ND.detach()[:2048].float()
+    best = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = weight[:128].to(dtype), weight.to(dtype)
         trials = []
         for _ in range(4):
             begin = time.perf_counter()
             torch.mm(a, b.T)
             trials.append(time.perf_counter() - begin)
-        seconds.append(min(trials))
-    return "exact" if seconds[1] < 0.7 * seconds[0] else "fp32"
+        best.append(min(trials))
+    return "exact" if best[1] < 0.7 * best[0] else "fp32"
 
 
 class Selector:

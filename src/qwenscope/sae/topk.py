@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qwenscope.errors import FormatError
 from qwenscope.files import atomic_path, write_json
-from qwenscope.sae import ops
+from qwenscope.sae.functions import SparseDecode, SparseEncode
 from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, load_sae
 
 
@@ -92,16 +92,17 @@ class TopKSAE(nn.Module):
 
     def encode(self, x_BD: Tensor) -> Codes:
         """The K largest pre-activations of each row [..., D], negatives set to 0; differentiable."""
-        pre_BN = self.encoder(x_BD.to(self.pre_bias.dtype) - self.pre_bias)
-        values_BK, indices_BK = pre_BN.topk(self.k, dim=-1, sorted=False)
-        return Codes(values_BK.relu(), indices_BK, self.dict_size)
+        rows_BD = (x_BD.to(self.pre_bias.dtype) - self.pre_bias).reshape(-1, self.hidden_dim)
+        values_BK, indices_BK = SparseEncode.apply(rows_BD, self.encoder.weight, self.encoder.bias, self.k)
+        shape = (*x_BD.shape[:-1], self.k)
+        return Codes(values_BK.view(shape), indices_BK.view(shape), self.dict_size)
 
     def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction [..., D] of `codes`; differentiable."""
-        values_BK = codes.values.reshape(-1, codes.values.shape[-1])
-        indices_BK = codes.indices.reshape(values_BK.shape)
-        x_BD = ops.weighted_rows(self.decoder.weight.T, indices_BK, values_BK) + self.pre_bias
-        return x_BD.reshape(*codes.values.shape[:-1], self.hidden_dim)
+        """Reconstruction [..., D] of `codes`, of any number of latents per row; differentiable."""
+        latents = codes.values.shape[-1]
+        values_BK, indices_BK = codes.values.reshape(-1, latents), codes.indices.reshape(-1, latents)
+        x_BD = SparseDecode.apply(values_BK, indices_BK, self.decoder.weight.T.contiguous()) + self.pre_bias
+        return x_BD.view(*codes.values.shape[:-1], self.hidden_dim)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Reconstruction of rows [..., D] -> [..., D], in the SAE's dtype; differentiable."""

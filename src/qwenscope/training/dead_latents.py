@@ -19,9 +19,10 @@ class FiringAges:
         self.tokens_N = torch.zeros(dict_size, dtype=torch.int64, device=device)
         self.dead_after_tokens = dead_after_tokens
 
-    def update(self, fired_N: Tensor, batch: int) -> None:
-        """Count one batch; `fired_N` is a bool per latent."""
-        self.tokens_N.add_(batch).masked_fill_(fired_N, 0)
+    def update(self, fired_N: Tensor, batch: int, finite: Tensor) -> None:
+        """Count one batch, unless `finite` (0-dim bool) is false; `fired_N` is a bool per latent."""
+        aged_N = (self.tokens_N + batch).masked_fill_(fired_N, 0)
+        self.tokens_N.copy_(torch.where(finite, aged_N, self.tokens_N))
 
     def dead(self) -> Tensor:
         """Bool [N]: has not fired for `dead_after_tokens` tokens or more."""
@@ -49,21 +50,21 @@ class ResamplingPool:
 
     def add(self, residual_BD: Tensor, loss_B: Tensor, generator: torch.Generator) -> None:
         """Put up to `per_step` distinct rows of this batch into the ring, drawn by loss without replacement."""
+        loss_B = torch.where(torch.isfinite(loss_B), loss_B, 0)
         # Exponential race (Efraimidis & Spirakis 2006): the smallest Exp(1) / weight are a weighted draw.
         race_B = torch.empty(loss_B.shape).exponential_(generator=generator).to(loss_B.device) / loss_B
         picks = race_B.topk(min(self.per_step, len(loss_B)), largest=False).indices
         slots = (self.cursor + torch.arange(len(picks), device=picks.device)) % len(self.loss_P)
-        self.rows_PD[slots] = residual_BD[picks]
-        self.loss_P[slots] = loss_B[picks]
+        self.rows_PD[slots] = torch.where(loss_B[picks, None] > 0, residual_BD[picks], 0).to(self.rows_PD.dtype)
+        self.loss_P[slots] = loss_B[picks].to(self.loss_P.dtype)
         self.cursor = int(self.cursor + len(picks)) % len(self.loss_P)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """At most `count` unit directions [R, D], pairwise distinct, drawn by loss without replacement."""
         directions = torch.nn.functional.normalize(self.rows_PD, dim=1)
-        usable = torch.isfinite(self.loss_P) & (self.loss_P > 0)
-        weights = torch.where(usable, self.loss_P, 0).cpu()
+        weights = self.loss_P.cpu()
         race = torch.empty(weights.shape).exponential_(generator=generator) / weights
-        order = race.argsort()[: int(usable.sum())]
+        order = race.argsort()[: int((weights > 0).sum())]
         chosen = directions[order.to(directions.device)]
         self.loss_P.zero_()  # no row serves twice
         return chosen[_first_of_each(chosen)][:count]

@@ -39,7 +39,7 @@ class StepMetrics:
 
     fvu: fraction of variance unexplained of the batch. loss: fvu + aux_coefficient * aux_loss. aux_loss: 0 without
     dead latents. l0: mean number of values above 0 per row. dead: number of dead latents. grad_norm: of all parameters,
-    after the decoder's projection, before clipping. finite: whether loss and gradients were; if not, nothing changed.
+    after the decoder's projection, before clipping. finite: whether loss and gradients were; if not, only counters changed.
     """
 
     fvu: Tensor
@@ -107,7 +107,8 @@ class SAETrainer:
         self.aux_k = sae.hidden_dim // 2 if aux_k is None else aux_k
         self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
         self.resample_every_steps = resample_every_steps
-        self.precision = best_precision(sae) if precision == "auto" else precision
+        self._precision_is_free = precision == "auto"
+        self.precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
         self.normalise = normalise
         self.weights = Weights(sae, self.precision, moments)
         self._selector = Selector(self.k, self.precision)
@@ -199,7 +200,7 @@ class SAETrainer:
         self.tokens_trained += len(x_BD)
         adam = Adam(lr, self.betas, self.eps, torch.tensor(float(self.steps), device=self.device))
         norm = update(weights, gradient, adam, self.clip_norm, finite)
-        self.ages.update(gradient.fired, len(x_BD))
+        self.ages.update(gradient.fired, len(x_BD), finite)
         self._resample()
         l0 = (selection.values > 0).sum() / len(x_BD)
         return StepMetrics(fvu, loss, aux_loss, l0, dead_N.sum(), norm, finite, lr)
@@ -259,10 +260,11 @@ class SAETrainer:
         """Continue from `state`: the next steps are bit-identical to those of the trainer that gave it.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown, or has another shape or dtype; nothing is loaded then.
+            CheckpointError: a tensor is missing, unknown, or has another shape or dtype, or another precision was
+                asked for; nothing is loaded then.
         """
         own = self.state_dict()
-        for name in own.keys() | state.keys():
+        for name in sorted(own.keys() | state.keys()):
             if name not in state or name not in own:
                 raise CheckpointError(f"trainer state and trainer differ: only one of them has {name!r}")
             if own[name].shape != state[name].shape or own[name].dtype != state[name].dtype:
@@ -270,12 +272,17 @@ class SAETrainer:
                     f"trainer state {name!r} is {state[name].dtype} {list(state[name].shape)}, "
                     f"the trainer needs {own[name].dtype} {list(own[name].shape)}"
                 )
-        self.steps, self.tokens_trained, precision = (int(value) for value in state["counters"])
-        self.precision = PRECISIONS[precision]
+        steps, tokens_trained, code = (int(value) for value in state["counters"])
+        precision = PRECISIONS[code]
+        if precision != self.precision and not self._precision_is_free:
+            raise CheckpointError(
+                f"trainer state was trained with precision {precision}, the trainer has {self.precision}"
+            )
+        self.steps, self.tokens_trained, self.precision = steps, tokens_trained, precision
         self.generator.set_state(state["generator"].cpu())
         if self.pool is not None:
             self.pool.cursor = int(state["pool.cursor"])
         for name in own.keys() - {"counters", "generator", "pool.cursor"}:
             own[name].copy_(state[name])
-        for name in PARAMETERS:
-            self.weights.refresh(name)
+        self.weights.shadow(precision)
+        self._selector = Selector(self.k, precision)

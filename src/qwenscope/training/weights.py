@@ -32,6 +32,10 @@ class Weights:
         }
         self.means = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
         self.squares = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
+        self.shadow(precision)
+
+    def shadow(self, precision: Precision) -> None:
+        """Make the shadows that `precision` needs, from the parameters."""
         shadowed = {"fp32": (), "exact": ("encoder",), "bf16": ("encoder", "decoder")}[precision]
         self.shadows = {name: self.parameters[name].bfloat16() for name in shadowed}
 

@@ -1,0 +1,86 @@
+"""The training step written the slow and obvious way: dense tensors, autograd, torch.optim.Adam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenscope.sae.selection import Selector
+from qwenscope.sae.topk import TopKSAE
+
+
+@dataclass
+class DenseLoss:
+    loss: Tensor
+    fvu: Tensor
+    aux: Tensor
+    codes: Tensor
+
+
+class DenseTrainer:
+    """Same loss as SAETrainer; `dead` and the support of the top-k are given, or computed with torch.topk."""
+
+    def __init__(
+        self, sae: TopKSAE, lr: float = 1e-3, *, aux_k: int = 0, coefficient: float = 1 / 32, clip: float | None = 1.0
+    ):
+        self.k, self.aux_k, self.coefficient, self.clip = sae.k, aux_k, coefficient, clip
+        state = sae.state_dict()
+        self.parameters = {
+            "encoder": state["encoder.weight"].clone(),
+            "encoder_bias": state["encoder.bias"].clone(),
+            "decoder": state["decoder.weight"].T.contiguous().clone(),
+            "pre_bias": state["pre_bias"].clone(),
+        }
+        for value in self.parameters.values():
+            value.requires_grad_(True)
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=(0.9, 0.999), eps=6.25e-10)
+
+    def loss(self, x: Tensor, dead: Tensor | None = None, support: Tensor | None = None) -> DenseLoss:
+        p = self.parameters
+        pre = (x - p["pre_bias"]) @ p["encoder"].T + p["encoder_bias"]
+        if support is None:
+            support = pre.topk(self.k, dim=1).indices
+        mask = torch.zeros_like(pre).scatter(1, support, 1.0)
+        codes = pre.relu() * mask
+        e = x - (codes @ p["decoder"] + p["pre_bias"])
+        fvu = e.square().sum() / (x - x.mean(0)).square().sum()
+        aux = torch.zeros((), dtype=x.dtype)
+        if dead is not None and dead.any():
+            hidden = pre.masked_fill(~dead, -torch.inf)
+            chosen = hidden.topk(min(self.aux_k, int(dead.sum())), dim=1).indices
+            aux_codes = pre * torch.zeros_like(pre).scatter(1, chosen, 1.0)
+            left = e.detach()
+            e_hat = aux_codes @ p["decoder"]
+            aux = (left - e_hat).square().sum() / (left - left.mean(0)).square().sum()
+        return DenseLoss(fvu + self.coefficient * aux, fvu, aux, codes.detach())
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Projected, then clipped, gradients by name."""
+        self.adam.zero_grad()
+        loss.backward()
+        p = self.parameters
+        along = (p["decoder"].grad * p["decoder"].detach()).sum(1, keepdim=True)
+        p["decoder"].grad -= along * p["decoder"].detach()
+        self.norm = torch.stack([value.grad.norm() for value in p.values()]).norm()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(p.values()), self.clip)
+        return {name: value.grad for name, value in p.items()}
+
+    def step(self, x: Tensor, dead: Tensor | None = None) -> DenseLoss:
+        result = self.loss(x, dead)
+        self.gradients(result.loss)
+        self.adam.step()
+        with torch.no_grad():
+            decoder = self.parameters["decoder"]
+            decoder /= decoder.norm(dim=1, keepdim=True)
+        return result
+
+
+def support_of(sae: TopKSAE, x: Tensor, precision: str) -> Tensor:
+    """The latents that the trainer selects, so that ties are broken alike."""
+    weight = sae.encoder.weight.detach()
+    shadow = weight if precision == "fp32" else weight.bfloat16()
+    rows = x - sae.pre_bias.detach()
+    return Selector(sae.k, precision)(rows, weight, shadow, sae.encoder.bias.detach()).indices
