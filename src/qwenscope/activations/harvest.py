@@ -22,7 +22,7 @@ NON_FINITE_LIMIT = 0.01
 """Share of non-finite rows at one hook point above which the model, not the row, is at fault."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Harvest:
     """Kept rows of some conversations, the same tokens at every hook point.
 

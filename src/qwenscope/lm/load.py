@@ -41,7 +41,7 @@ _LM_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
 Kind = str | None
 
 
-@dataclass
+@dataclass(eq=False)
 class LanguageModel:
     """A loaded model and what the other rooms ask about it."""
 
