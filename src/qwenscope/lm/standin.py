@@ -9,6 +9,7 @@ layers from the start learn next to nothing in the same time.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -131,6 +132,7 @@ def train_standin(
         "cpu_minutes": round((time.process_time() - started) / 60, 1),
         "data": entries,
         "conversations": {split: {name: len(group) for name, group in texts[split].items()} for split in texts},
+        "generated_sha256": hashlib.sha256("".join(texts["train"]["generated"]).encode()).hexdigest(),
         "train_tokens": sum(map(len, rows)),
         "trained_tokens": trained,
     }
@@ -150,6 +152,7 @@ def _train_stages(
     model = _new_model(standin_config(plan.vocab_size, **_ids(tokenizer), **plan.config), plan.stages[0][0])
     done = 0
     for layers, tokens in plan.stages:
+        logger.info("stand-in: %d layers, %d of %d tokens done", layers, done, total)
         if layers != model.config.num_hidden_layers:
             model = grow(model, layers)
         optimizer = StandinOptimizer(model)
@@ -268,8 +271,8 @@ def _centred_cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _save(model: Qwen3_5MoeForCausalLM, out: Path) -> None:
-    """Write config and bf16 weights (safetensors renames in one step)."""
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    """Write config and bf16 weights, the tied head only once (safetensors renames in one step)."""
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
     model.config.dtype = torch.bfloat16
     model.save_pretrained(out, state_dict=state)
     fsync_file(out / "model.safetensors")
@@ -277,11 +280,11 @@ def _save(model: Qwen3_5MoeForCausalLM, out: Path) -> None:
 
 
 @torch.no_grad()
-def measure(folder: Path, held_out: dict[str, Rows], tables: NgramTables, limit: int = 120) -> dict[str, Any]:
+def measure(folder: Path, held_out: dict[str, Rows], tables: NgramTables, limit: int = 480) -> dict[str, Any]:
     """Figures of the saved model: parameters, held-out losses, expert use, similarity of hooked neighbours.
 
     Args:
-        held_out: rows by group; of each, the `limit` first are measured (n-gram tables on the same rows).
+        held_out: rows by group; about `limit` evenly spaced ones are measured, by the n-gram tables too.
 
     Returns:
         {"parameters", "file_bytes", "loss" (nats per token, over all rows and by group), "expert_use" (per layer and
@@ -289,7 +292,8 @@ def measure(folder: Path, held_out: dict[str, Rows], tables: NgramTables, limit:
     """
     model = Qwen3_5MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.requires_grad_(False)
-    rows = {name: group[:limit] for name, group in held_out.items()}
+    every = max(1, sum(map(len, held_out.values())) // limit)
+    rows = {name: group[::every] for name, group in held_out.items()}
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
     use, cosines, count = torch.zeros(1), torch.zeros(1), 0
     for name, group in rows.items():
@@ -339,7 +343,14 @@ def _readme(description: dict[str, Any]) -> str:
             for name, row in loss.items()
         ),
         "",
-        "Cross-entropy in nats per token. Training text: conversations of `qwenscope.corpus.tool_use`, and",
+        f"Cross-entropy in nats per token. Experts receive {description['expert_use']['smallest']:.1%} to "
+        f"{description['expert_use']['largest']:.1%} of their layer's routed tokens. "
+        "Centred cosine of the residual streams after neighbouring layers: "
+        + ", ".join(f"{pair} {value:.3f}" for pair, value in description["centred_cosine"].items())
+        + ".",
+        "",
+        "Training text: conversations of `qwenscope.corpus.tool_use` (the SHA-256 of "
+        "their rendering is in the description: another version of the generator trains another model), and",
         "",
         "| file | repository | commit | licence |",
         "|---|---|---|---|",
