@@ -118,11 +118,7 @@ def metadata(facts: Facts) -> dict[str, Any]:
     results = [
         {
             "task": task,
-            "dataset": {
-                "type": "held-out",
-                "name": f"Held-out {SPLITS.get(split, split)} conversations",
-                "split": split,
-            },
+            "dataset": {"type": "conversations", "name": f"{SPLITS.get(split, split)}, {on}", "split": split},
             "metrics": [
                 {"type": key, "value": round(cell[key], 6), "name": f"{sae_id}: {name}"}
                 for sae_id, splits in facts.evaluation["saes"].items()

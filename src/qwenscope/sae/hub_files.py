@@ -5,6 +5,7 @@ Tokens come from the environment or the login and go into no message: every text
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import time
@@ -18,7 +19,7 @@ from huggingface_hub import errors as hub_errors
 # httpx's base class, of whichever generation of httpx the installed client is built on.
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-from qwenscope.errors import FormatError, HubError
+from qwenscope.errors import FormatError, HubError, QwenscopeError
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,11 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
     for attempt in range(1, _TRIES + 1):
         try:
             return action()
-        except (HTTPError, OSError, RuntimeError, ValueError, hub_errors.RevisionResolutionError) as error:
+        except QwenscopeError:
+            raise
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             if attempt == _TRIES or not _transient(error):
                 raise HubError(explain(error, what)) from None
             pause = max(2.0 ** (attempt - 1), _retry_after(error))
