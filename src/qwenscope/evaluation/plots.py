@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 380, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 30, 34
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 34
+FOREST_LEFT, ROW = 104, 26
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,18 @@ def dots(title: str, values: Sequence[Dot], x_label: str, y_label: str, *, inclu
     return plot.draw(title, "".join(marks), x_label, y_label)
 
 
-def lines(title: str, series: Sequence[Line], x_label: str, y_label: str, *, log_y: bool = False) -> Markup:
-    """Series as lines with a legend; with `log_y`, values must be above 0."""
+def lines(
+    title: str,
+    series: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    *,
+    include: Sequence[float] = (),
+    log_y: bool = False,
+) -> Markup:
+    """Series as lines with a legend; the y axis reaches to every number in `include`; `log_y` needs values above 0."""
     xs, ys = [x for line in series for x in line.xs], [y for line in series for y in line.ys]
-    plot = _Plot.around(xs, ys, log_y=log_y)
+    plot = _Plot.around(xs, [*ys, *include], log_y=log_y)
     marks = []
     for line in series:
         points = "L".join(f"{plot.x(x):.1f} {plot.y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
@@ -111,11 +120,11 @@ def steps(title: str, series: Sequence[Line], x_label: str, y_label: str) -> Mar
 def forest(title: str, rows: Sequence[Row], x_label: str) -> Markup:
     """Differences around 0, one row each, with intervals."""
     ends = [end for row in rows for end in (row.value, *(row.interval or ()))]
-    height = TOP + BOTTOM + 30 * len(rows)
-    plot = _Plot.around([0.0, *ends], [0.0, float(len(rows))], height=height)
+    height = TOP + BOTTOM + ROW * len(rows)
+    plot = _Plot.around([0.0, *ends], [0.0, 1.0], height=height, left=FOREST_LEFT, x_count=3)
     marks = [f'<path class="zero" d="M{plot.x(0):.1f} {TOP}V{height - BOTTOM}"/>']
     for index, row in enumerate(rows):
-        y, x = TOP + 30 * index + 21, plot.x(row.value)
+        y, x = TOP + ROW * index + ROW // 2, plot.x(row.value)
         whisker = ""
         if row.interval:
             low, high = (plot.x(end) for end in row.interval)
@@ -123,7 +132,7 @@ def forest(title: str, rows: Sequence[Row], x_label: str) -> Markup:
         tip = f"{row.label}: {row.value:+.4g}{_span(row.interval)}"
         marks.append(
             f'<g class="mark {escape(row.style)}"><title>{escape(tip)}</title>'
-            f"{_text('row', 6, y - 9, row.label)}{whisker}"
+            f"{_text('row', 0, y + 4, row.label)}{whisker}"
             f'<circle cx="{x:.1f}" cy="{y}" r="4.5"/></g>'
         )
     return plot.draw(title, "".join(marks), x_label, "", y_axis=False)
@@ -150,22 +159,31 @@ class _Plot:
     x_range: tuple[float, float]
     log_y: bool
     height: int
+    left: int
 
     @classmethod
     def around(
-        cls, xs: Sequence[float], ys: Sequence[float], *, pad_x: bool = False, log_y: bool = False, height: int = HEIGHT
+        cls,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        *,
+        pad_x: bool = False,
+        log_y: bool = False,
+        height: int = HEIGHT,
+        left: int = LEFT,
+        x_count: int = 6,
     ) -> _Plot:
-        x_ticks = ticks(min(xs), max(xs), 6)
+        x_ticks = ticks(min(xs), max(xs), x_count)
         low, high = x_ticks[0], x_ticks[-1]
         if pad_x:
             low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
         low_y, high_y = min(ys), max(ys)
         y_ticks = [math.log10(y) for y in _log_ticks(low_y, high_y)] if log_y else ticks(low_y, high_y)
-        return cls(x_ticks, y_ticks, (low, high), log_y, height)
+        return cls(x_ticks, y_ticks, (low, high), log_y, height, left)
 
     def x(self, value: float) -> float:
         low, high = self.x_range
-        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return self.left + (value - low) / (high - low) * (WIDTH - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
@@ -183,19 +201,19 @@ class _Plot:
         y_axis: bool = True,
     ) -> Markup:
         floor = self.height - BOTTOM
-        parts = [f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>']
+        parts = [f'<path class="axis" d="M{self.left} {floor}H{WIDTH - RIGHT}"/>']
         for tick in self.y_ticks if y_axis else ():
             value = 10**tick if self.log_y else tick
-            parts.append(f'<path class="grid" d="M{LEFT} {self.y(value):.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(_text("tick", LEFT - 6, self.y(value) + 3.5, _number(value), "end"))
+            parts.append(f'<path class="grid" d="M{self.left} {self.y(value):.1f}H{WIDTH - RIGHT}"/>')
+            parts.append(_text("tick", self.left - 6, self.y(value) + 3.5, _number(value), "end"))
         parts += [_text("tick", self.x(tick), floor + 14, _number(tick), "middle") for tick in self.x_ticks]
         parts.append(_text("label", WIDTH - RIGHT, floor + 28, x_label, "end"))
         parts.append(_text("label", 2, TOP - 10, y_label))
-        parts.append(_legend(legend))
-        return Markup(
-            f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {self.height}" role="img" '
-            f'aria-label="{escape(title)}">{"".join(parts)}{marks}</svg></figure>'
+        svg = (
+            f'<svg class="plot" viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(title)}">'
+            f"{''.join(parts)}{marks}</svg>"
         )
+        return Markup(f"<figure><figcaption>{escape(title)}</figcaption>{_legend(legend)}{svg}</figure>")
 
 
 def _text(style: str, x: float, y: float, text: str, anchor: str = "start") -> str:
@@ -203,15 +221,12 @@ def _text(style: str, x: float, y: float, text: str, anchor: str = "start") -> s
 
 
 def _legend(series: Sequence[Line]) -> str:
-    """Names in the top right corner, one below the other."""
-    entries = []
-    for index, line in enumerate(series):
-        y = TOP + 2 + 14 * index
-        entries.append(
-            f'<g class="series {escape(line.style)}"><path class="line" d="M{WIDTH - RIGHT - 18} {y}h18"/>'
-            f"{_text('name', WIDTH - RIGHT - 23, y + 3.5, line.label, 'end')}</g>"
-        )
-    return "".join(entries)
+    entries = (
+        f'<span class="series {escape(line.style)}"><svg class="sample" viewBox="0 0 22 8" aria-hidden="true">'
+        f'<path class="line" d="M0 4H22"/></svg>{escape(line.label)}</span>'
+        for line in series
+    )
+    return f'<div class="legend">{"".join(entries)}</div>' if series else ""
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

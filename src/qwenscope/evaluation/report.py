@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +16,8 @@ from markupsafe import Markup
 from qwenscope.evaluation import plots
 
 CURVE_POINTS = 200  # of a training curve in the page
+Groups = Sequence[Sequence[str]]
+
 SPLIT_NAMES = {"chat": "chat", "tool_use": "tool use"}
 KIND_NAMES = {"deltanet": "DeltaNet", "attention": "attention"}
 
@@ -46,6 +48,7 @@ COLUMNS = (
     Column("ce_recovered_mean", "CE rec. mean", ".4f", "Share of mean ablation's harm avoided; never clipped"),
     Column("kl", "KL", ".4f", "Divergence from the clean to the spliced next-token distribution, nats"),
 )  # fmt: skip
+FIDELITY_COLUMNS = 9  # of them compare activations, the rest the model's predictions
 MARKDOWN_KEYS = ("fvu", "explained_variance", "explained_variance_per_dim", "l0", "dead_fraction", "ce_recovered_zero",
                  "ce_recovered_mean", "kl", "mse_special_tokens")  # fmt: skip
 DIFFERENCES = (
@@ -68,15 +71,17 @@ def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
         splits=splits,
         split_names=SPLIT_NAMES,
         kind_names=KIND_NAMES,
+        tables={"Fidelity": COLUMNS[:FIDELITY_COLUMNS], "Effect on the language model": COLUMNS[FIDELITY_COLUMNS:]},
         columns=COLUMNS,
         number=number,
         headlines=headlines(evaluation),
         depth_plots=depth_plots(evaluation),
         difference_plots=difference_plots(evaluation),
         density_plots=density_plots(evaluation, groups),
-        downstream_plots=downstream_plots(evaluation, groups),
+        routing_plots=downstream_plots(evaluation, "routing", "overlap", groups),
+        state_plots=downstream_plots(evaluation, "recurrent_state", "shift", groups),
         curve_plots=curve_plots(evaluation, groups, folder / "metrics.jsonl"),
-        roles=sorted({role for cell in _cells(evaluation) for role in cell["roles"]}),
+        roles=list(dict.fromkeys(role for cell in _cells(evaluation) for role in cell["roles"])),
     )
 
 
@@ -174,46 +179,54 @@ def difference_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
                 cell = found["differences"][f"{pair['first']} -> {pair['second']}"][metric]
                 below, above = pair["layers"]
                 control = pair["kind"] != "matched"
-                label = f"layer {above} - layer {below}{', position control' if control else ''}"
+                label = f"{'control ' if control else ''}{above} \N{MINUS SIGN} {below}"
                 style = "control" if control else "attention" if cell["difference"] > 0 else "deltanet"
                 rows.append(plots.Row(label, cell["difference"], style, cell["interval"]))
             figures.append(plots.forest(f"{title}, {SPLIT_NAMES.get(split, split)}", rows, ""))
     return figures
 
 
-def density_plots(evaluation: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> list[Markup]:
-    """Histograms of log10 firing frequency, neighbours together."""
+def density_plots(evaluation: Mapping[str, Any], groups: Groups) -> dict[str, list[Markup]]:
+    """Histograms of log10 firing frequency by split, neighbours together, from the rarest latent of all on."""
+    densities = [cell["density"] for cell in _cells(evaluation)]
+    firsts = [next((bin for bin, count in enumerate(density["counts"]) if count), None) for density in densities]
+    first = min((bin for bin in firsts if bin is not None), default=0)
 
-    def line(sae_id: str, split: str, style: str) -> plots.Line:
+    def histogram(sae_id: str, split: str, style: str) -> plots.Line:
         density = evaluation["saes"][sae_id][split]["density"]
-        return plots.Line(_short(evaluation, sae_id), density["log10_edges"], density["counts"], style)
+        return plots.Line(_name(evaluation, sae_id), density["log10_edges"][first:], density["counts"][first:], style)
 
-    return _grouped(evaluation, groups, lambda title, members, split: plots.steps(
-        title, [line(sae_id, split, style) for sae_id, style in members], "log10 of firing frequency", "latents"
-    ))  # fmt: skip
+    return {
+        split: [
+            plots.steps(
+                _depth(evaluation, group),
+                [histogram(sae_id, split, style) for sae_id, style in _styled(evaluation, group)],
+                "log10 of firing frequency",
+                "latents",
+            )
+            for group in groups
+        ]
+        for split in evaluation["data"]["splits"]
+    }
 
 
-def downstream_plots(evaluation: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> list[Markup]:
-    """Expert overlap and recurrent-state shift in the layers above each splice."""
-    figures = []
-    for section, key, name in (
-        ("routing", "overlap", "Experts kept under the splice (1 = the same top-k)"),
-        ("recurrent_state", "shift", "Relative change of the DeltaNet state under the splice"),
-    ):
-        for split, found in evaluation["comparison"][section].items():
-            for group in groups:
-                series = [
-                    plots.Line(_short(evaluation, sae_id), found[sae_id]["layers"], found[sae_id][key], style)
-                    for sae_id, style in _styled(evaluation, group)
-                    if sae_id in found
-                ]
-                if series:
-                    title = f"{name}, {SPLIT_NAMES.get(split, split)}"
-                    figures.append(plots.lines(title, series, "layer", ""))
+def downstream_plots(evaluation: Mapping[str, Any], section: str, key: str, groups: Groups) -> dict[str, list[Markup]]:
+    """Shift in the layers above each splice by split, neighbours together; empty where nothing was measured."""
+    figures: dict[str, list[Markup]] = {}
+    for split, found in evaluation["comparison"][section].items():
+        for group in groups:
+            series = [
+                plots.Line(_name(evaluation, sae_id), found[sae_id]["layers"], found[sae_id][key], style)
+                for sae_id, style in _styled(evaluation, group)
+                if sae_id in found
+            ]
+            if series:
+                drawn = plots.lines(_depth(evaluation, group), series, "layer", "", include=(0.0, 1.0))
+                figures.setdefault(split, []).append(drawn)
     return figures
 
 
-def curve_plots(evaluation: Mapping[str, Any], groups: Sequence[Sequence[str]], metrics: Path) -> list[Markup]:
+def curve_plots(evaluation: Mapping[str, Any], groups: Groups, metrics: Path) -> list[Markup]:
     """Training FVU over tokens, thinned; none where the run's metrics are not at hand."""
     records = []
     if metrics.is_file():
@@ -230,23 +243,10 @@ def curve_plots(evaluation: Mapping[str, Any], groups: Sequence[Sequence[str]], 
             ]
             if points:
                 tokens, fvu = zip(*points, strict=True)
-                series.append(plots.Line(_short(evaluation, sae_id), tokens, fvu, style))
+                series.append(plots.Line(_name(evaluation, sae_id), tokens, fvu, style))
         if series:
-            figures.append(plots.lines("FVU of the training batches", series, "tokens", "log scale", log_y=True))
+            figures.append(plots.lines(_depth(evaluation, group), series, "tokens", "", log_y=True))
     return figures
-
-
-def _grouped(
-    evaluation: Mapping[str, Any],
-    groups: Sequence[Sequence[str]],
-    draw: Callable[[str, list[tuple[str, str]], str], Markup],
-) -> list[Markup]:
-    """One figure per split and group of neighbours."""
-    return [
-        draw(f"Latent density, {SPLIT_NAMES.get(split, split)}", _styled(evaluation, group), split)
-        for split in evaluation["data"]["splits"]
-        for group in groups
-    ]
 
 
 def _styled(evaluation: Mapping[str, Any], group: Sequence[str]) -> list[tuple[str, str]]:
@@ -259,10 +259,15 @@ def _styled(evaluation: Mapping[str, Any], group: Sequence[str]) -> list[tuple[s
     return styled
 
 
-def _short(evaluation: Mapping[str, Any], sae_id: str) -> str:
+def _name(evaluation: Mapping[str, Any], sae_id: str) -> str:
     point = evaluation["hook_points"][sae_id]
     kind = KIND_NAMES.get(point["kind"], point["kind"])
-    return f"layer {point['layer']}, {kind}" if kind else f"layer {point['layer']}"
+    return f"{point['layer']} {kind}" if kind else f"layer {point['layer']}"
+
+
+def _depth(evaluation: Mapping[str, Any], group: Sequence[str]) -> str:
+    layers = [evaluation["hook_points"][sae_id]["layer"] for sae_id in group]
+    return f"Layer {layers[0]}" if len(set(layers)) == 1 else f"Layers {layers[0]} to {layers[-1]}"
 
 
 def _kind(point: Mapping[str, Any]) -> str:

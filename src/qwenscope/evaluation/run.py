@@ -26,7 +26,7 @@ from qwenscope.sae.topk import TopKSAE
 logger = logging.getLogger(__name__)
 
 SPLITS = ("chat", "tool_use")
-PATIENCE = 10  # times the tokens of a split that are read before a split without conversations is given up
+PATIENCE = 10  # times a split's tokens that are read of an endless stream before what is rare there is given up
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def held_out_conversations(
         corpus, revisions = corpus.model_copy(update={"sources": sources, "held_out_share": 1.0}), None
     stream = CorpusStream(corpus, lm.tokenizer, seed=target.recipe.seed, held_out=True, revisions=revisions)
     try:
-        splits = fill_splits(stream, tokens)
+        splits = fill_splits(stream, tokens, limit=PATIENCE * tokens if data is None else None)
     finally:
         stream.close()
     if not splits:
@@ -146,8 +146,10 @@ def held_out_conversations(
     return splits
 
 
-def fill_splits(stream: Iterable[Conversation], tokens: int) -> dict[str, list[Conversation]]:
-    """Deal conversations into splits until each has `tokens` tokens, the stream ends, or one split stays rare."""
+def fill_splits(
+    stream: Iterable[Conversation], tokens: int, *, limit: int | None = None
+) -> dict[str, list[Conversation]]:
+    """Deal conversations into splits until each has `tokens` tokens, the stream ends, or `limit` tokens were read."""
     splits: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     room = dict.fromkeys(SPLITS, tokens)
     read = 0
@@ -157,7 +159,7 @@ def fill_splits(stream: Iterable[Conversation], tokens: int) -> dict[str, list[C
             length = min(left, len(conversation.token_ids))
             room[conversation.split] -= length
             splits[conversation.split].append(_cut(conversation, length))
-        if not any(room.values()) or read >= PATIENCE * tokens:
+        if not any(room.values()) or (limit is not None and read >= limit):
             break
     return {split: conversations for split, conversations in splits.items() if conversations}
 
