@@ -4,66 +4,32 @@ from __future__ import annotations
 
 import functools
 import os
-import random
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_run import Reference, context, running, start_server, tiny_recipe
+from tiny_kills import campaign
+from tiny_run import Reference, context, start_server, tiny_recipe
 
-from qwenscope.recipe import Recipe
 from qwenscope.training import checkpoint
 
 
-def kill_and_resume(recipe: Recipe, run: Path, draw: random.Random) -> tuple[int, list[int]]:
-    """Kill a run again and again at random instants until a session gets through.
-
-    Returns the number of kills, and for each the tokens that had been trained, at least, and were lost.
-    """
-    reached, lost = 0, []
-    for session in range(200):
-        newest = checkpoint.list_checkpoints(run / "checkpoints")
-        kept = checkpoint.load(newest[-1]).state["tokens"] if newest else 0
-        if session:
-            lost.append(reached - kept)
-        with running(recipe, run, resume=session > 0) as child:
-            patience = draw.randrange(16)
-            for _, tokens in child.progress():
-                reached = tokens
-                if (patience := patience - 1) < 0:
-                    break
-            child.process.join(timeout=draw.random() * 0.06)
-            if child.process.exitcode is not None:
-                assert child.process.exitcode == 0, run.with_name(f"{run.name}.err").read_text()
-                return session, lost
-    raise AssertionError("200 sessions did not finish a run of 48 steps")
-
-
-def campaign(kills: int, seed: int, model: Path, folder: Path, reference: Reference) -> list[int]:
-    """Runs until `kills` SIGKILLs have been dealt; each run is checked. Returns tokens lost per kill."""
-    draw, lost = random.Random(seed), []
-    recipe = tiny_recipe(model)
-    while len(lost) < kills:
-        run = folder / f"run-{len(lost)}"
-        lost += kill_and_resume(recipe, run, draw)[1]
-        reference.check(run)
-        shutil.rmtree(run)
-    return lost
+def deal(kills: int, seed: int, model: Path, folder: Path, reference: Reference) -> None:
+    struck = [kill for run in campaign(kills, seed, model, folder, reference) for kill in run]
+    assert len(struck) >= kills
+    # One interval, and what was trained while the save in flight was being written (never more than another).
+    assert max(kill.lost for kill in struck) <= 2 * tiny_recipe(model).checkpoint.every_tokens
 
 
 def test_fifteen_kills_change_nothing(tiny_model: Path, reference: Reference, tmp_path: Path) -> None:
-    lost = campaign(15, 1, tiny_model, tmp_path, reference)
-    # One interval, and what was trained while the save in flight was being written (never more than another).
-    assert max(lost) <= 2 * tiny_recipe(tiny_model).checkpoint.every_tokens
+    deal(15, 1, tiny_model, tmp_path, reference)
 
 
 @pytest.mark.slow
 def test_a_hundred_kills_change_nothing(tiny_model: Path, reference: Reference, tmp_path: Path) -> None:
-    lost = campaign(100, 2, tiny_model, tmp_path, reference)
-    assert max(lost) <= 2 * tiny_recipe(tiny_model).checkpoint.every_tokens
+    deal(100, 2, tiny_model, tmp_path, reference)
 
 
 OPERATIONS = ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"))

@@ -11,13 +11,14 @@ import torch
 
 from qwenscope.errors import TrainingError
 from qwenscope.files import disk_full_named, fsync_folder
+from qwenscope.sae.checksums import write_checksums
 from qwenscope.sae.topk import TopKSAE
 
 _UNIT_TOLERANCE = 1e-5
 
 
 def publish(saes: Mapping[str, TopKSAE], target: Path) -> None:
-    """Write every SAE below `target`, which appears whole or not at all.
+    """Write every SAE and `SHA256SUMS` below `target`, which appears whole or not at all.
 
     Raises:
         ResourceError: the disk is full; names the bytes needed.
@@ -31,6 +32,7 @@ def publish(saes: Mapping[str, TopKSAE], target: Path) -> None:
             for sae_id, sae in saes.items():
                 sae.save(temporary / sae_id)
                 _check(sae_id, sae, temporary / sae_id)
+            write_checksums(temporary)
             fsync_folder(temporary)
             if target.exists():  # of a session that was killed before it could say "complete"
                 shutil.rmtree(target)
