@@ -43,7 +43,8 @@ context.set_forkserver_preload([__name__])
 @functools.cache
 def start_server() -> None:
     """Start the process that imports everything once; it needs to be told where this module is."""
-    with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, path))):
         forkserver.ensure_running()
 
 
