@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
-from huggingface_hub.hf_api import CommitOperation, RepoFile
+from huggingface_hub.hf_api import RepoFile
 
 from qwenscope.errors import FormatError, HubError
 from qwenscope.files import disk_full_named, fsync_folder, read_json, sha256
@@ -101,6 +101,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> None:
     commit = str(retrying(lambda: api.model_info(repo, revision=revision), what).sha)
     entries = _remote(api, repo, commit)
     _check_names(repo, entries)
+    entries = {name: entry for name, entry in entries.items() if name not in _KEPT}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if _wrong_files(out, entries):
             raise FormatError(f"{out} is not empty and does not hold {what}; choose another folder")
@@ -109,7 +110,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> None:
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     for _ in range(_ATTEMPTS):
         with disk_full_named(out, sum(entry.size for entry in entries.values())):
-            retrying(lambda: snapshot_download(repo, revision=commit, local_dir=partial), what)
+            retrying(lambda: _fetch(repo, commit, partial), what)
         wrong = _wrong_files(partial, entries)
         if not wrong:
             break
@@ -121,6 +122,11 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> None:
     _verify_suite(partial)
     os.replace(partial, out.absolute())
     fsync_folder(out.absolute().parent)
+
+
+def _fetch(repo: str, commit: str, folder: Path) -> None:
+    """Download what `folder` lacks of a commit."""
+    snapshot_download(repo, revision=commit, local_dir=folder, ignore_patterns=sorted(_KEPT))
 
 
 def _checked_files(folder: Path) -> list[str]:
@@ -155,7 +161,10 @@ def _upload(api: HfApi, folder: Path, repo: str, local: Mapping[str, Entry]) -> 
             api.preupload_lfs_files(repo, [addition], free_memory=False)
         with warnings.catch_warnings():  # the Hub client wonders about Parquet in a model repository
             warnings.simplefilter("ignore", UserWarning)
-            operations: list[CommitOperation] = [*additions, *(CommitOperationDelete(name) for name in gone)]
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                *additions,
+                *(CommitOperationDelete(name) for name in gone),
+            ]
             return str(api.create_commit(repo, operations, commit_message="Release", parent_commit=head).oid)
 
     done = retrying(commit, repo)
