@@ -1,0 +1,256 @@
+"""From statistics to what is shown of each latent: rankings, examples, shares; one block of latents at a time.
+
+Legend: M latents of a block, N latents, W window positions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwenscope.evaluation.run import SPLITS
+from qwenscope.features.geometry import Company, Ranking, counterparts, neighbours, token_effects
+from qwenscope.features.reading import CONTEXT_COLUMNS, CorpusPass
+from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
+from qwenscope.files import read_json
+from qwenscope.lm.forward import final_norm, unembedding
+
+BLOCK = 256
+TOKENS_SHOWN, LATENTS_SHOWN, EXPERTS_SHOWN = 12, 10, 8
+BANDS = ("75-100", "50-75", "25-50", "0-25")
+"""Quarters of a latent's firings by strength, in percent: quantile examples are drawn from each."""
+PER_BAND, NEGATIVES = 4, 6
+DENSITY_DECADES = (-6, 0)
+DENSITY_BINS_PER_DECADE = 4
+QUALITY = ("explained_variance", "fvu", "l0", "ce_recovered_mean", "ce_recovered_zero", "dead_fraction", "kl")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent, ready to be written."""
+
+    number: int
+    columns: dict[str, Any]
+    """Its row of the SAE's table."""
+    detail: dict[str, Any]
+    """Its page; examples are (kind, address, window offsets, activations), tokens are ids."""
+    search: tuple[str, str, str]
+    """Peak tokens, promoted tokens (both joined by U+001F), context."""
+    peaks: list[tuple[str, float]]
+    """(token in lower case, spaces stripped; top examples that peak there over TOP)."""
+
+
+class Texts:
+    """The tokens of a finished corpus pass by address, in memory-mapped files."""
+
+    def __init__(self, corpus_pass: CorpusPass, vocabulary: Sequence[str]) -> None:
+        self.vocabulary = vocabulary
+        path = corpus_pass.work / "tokens.bin"
+        starts = [0]
+        with path.open("wb") as file:
+            for _, text in corpus_pass.texts():
+                file.write(text["tokens"].astype("<i4").tobytes())
+                starts.extend((starts[-1] + np.cumsum(text["lengths"])).tolist())
+        self.tokens = np.memmap(path, dtype="<i4", mode="r") if starts[-1] else np.zeros(0, dtype="<i4")
+        self._starts = np.array(starts)
+
+    def window(self, address: int, before: int = BEFORE, after: int = AFTER) -> tuple[int, list[str]]:
+        """(address of the first token, texts of the tokens) around `address`, within its conversation."""
+        conversation = int(np.searchsorted(self._starts, address, side="right")) - 1
+        low = max(int(self._starts[conversation]), address - before)
+        high = min(int(self._starts[conversation + 1]), address + after + 1)
+        return low, [self.vocabulary[token] for token in self.tokens[low:high].tolist()]
+
+
+class Describer:
+    """Describes the latents of one SAE."""
+
+    def __init__(self, corpus_pass: CorpusPass, sae_id: str, texts: Texts) -> None:
+        self._lm, self._saes, self._sae_id, self._texts = corpus_pass.lm, corpus_pass.target.saes, sae_id, texts
+        self._sae = self._saes[sae_id]
+        self._statistics = corpus_pass.statistics[sae_id]
+        self._norm, self._unembedding = final_norm(self._lm), unembedding(self._lm)
+        sample = self._statistics.company
+        self._company = Company(sample.latents_S[sample.filled], self._sae.dict_size)
+
+    @cached_property
+    def _quiet(self) -> Tensor:
+        """bool [background windows, N]: the latent does not fire in the window."""
+        background = self._statistics.background
+        latents = background.latents_S[background.filled].flatten(1).long()
+        fires_BN = torch.zeros(len(latents), self._sae.dict_size + 1, dtype=torch.bool)  # the last column takes the -1s
+        fires_BN.scatter_(1, torch.where(latents < 0, self._sae.dict_size, latents), True)
+        return ~fires_BN[:, :-1]
+
+    def blocks(self) -> Iterator[list[Latent]]:
+        """All latents, in order."""
+        for start in range(0, self._sae.dict_size, BLOCK):
+            yield self._block(start, min(start + BLOCK, self._sae.dict_size))
+
+    def _block(self, start: int, stop: int) -> list[Latent]:
+        directions_MD = self._sae.decoder.weight.detach().T[start:stop]
+        vocabulary = len(self._unembedding)
+        up, down, spread_M = token_effects(directions_MD, self._norm, self._unembedding, min(TOKENS_SHOWN, vocabulary))
+        near = neighbours(self._sae, start, stop, LATENTS_SHOWN)
+        company, together_M = self._company.of(start, stop, LATENTS_SHOWN)
+        elsewhere = {
+            sae_id: counterparts(self._sae, other, start, stop)
+            for sae_id, other in self._saes.items()
+            if sae_id != self._sae_id
+        }
+        described = []
+        for m in range(stop - start):
+            detail = {
+                **self._counts(start + m),
+                "promoted": _pairs(up, m),
+                "suppressed": _pairs(down, m),
+                "logit_spread": _short(spread_M[m]),
+                "neighbours": _pairs(near, m),
+                "elsewhere": [[id, int(found[1][m]), _short(found[0][m])] for id, found in elsewhere.items()],
+                "coactive": [
+                    [latent, phi, int(shared)]
+                    for (latent, phi), shared in zip(_pairs(company, m), together_M[m].tolist(), strict=True)
+                    if phi > 0
+                ],
+                "experts": self._experts(start + m),
+                "examples": self._examples(start + m),
+            }
+            described.append(self._latent(start + m, detail))
+        return described
+
+    def _counts(self, latent: int) -> dict[str, Any]:
+        """Density, activation histogram, shares by split and role."""
+        found = self._statistics
+        fired = int(found.fired_N[latent])
+        bins = found.histogram_NH[latent]
+        held = bins.nonzero().squeeze(1)
+        first, last = (int(held[0]), int(held[-1])) if len(held) else (0, -1)
+        context = found.context_NF[latent].tolist()
+        return {
+            "fired": fired,
+            "density": fired / max(found.rows, 1),
+            "mean": _short(found.total_N[latent] / max(fired, 1)),
+            "max": _short(found.top.values_NM[latent].max()),
+            "histogram": {
+                "first": OCTAVES[0] + first / BINS_PER_OCTAVE,
+                "per_octave": BINS_PER_OCTAVE,
+                "counts": bins[first : last + 1].tolist(),
+            },
+            "splits": context[: len(SPLITS)],
+            "roles": context[len(SPLITS) : CONTEXT_COLUMNS],
+        }
+
+    def _experts(self, latent: int) -> list[list[float]]:
+        """[expert, share of the latent's firings it was chosen in, its share over all tokens], by the difference."""
+        found = self._statistics
+        fired = int(found.fired_N[latent])
+        chosen_E = found.context_NF[latent, CONTEXT_COLUMNS:].double() / max(fired, 1)
+        base_E = found.base_F[CONTEXT_COLUMNS:].double() / max(found.rows, 1)
+        if not fired or not len(chosen_E):
+            return []
+        best = (chosen_E - base_E).topk(min(EXPERTS_SHOWN, len(base_E))).indices.tolist()
+        return [[e, _short(chosen_E[e]), _short(base_E[e])] for e in best]
+
+    def _examples(self, latent: int) -> list[list[Any]]:
+        """(kind, address, window offsets, activations): top, quantile bands, negatives."""
+        found = self._statistics
+        examples = []
+        order = found.top.keys_NM[latent].argsort(descending=True, stable=True)
+        for place in order[found.top.addresses_NM[latent][order] >= 0].tolist():
+            examples.append(_example("top", found.top, latent, place))
+        values = found.firings.values_NM[latent]
+        order = values.argsort(descending=True, stable=True)
+        order = order[found.firings.addresses_NM[latent][order] >= 0]
+        if len(order) >= len(BANDS):
+            for band, places in zip(BANDS, np.array_split(order.numpy(), len(BANDS)), strict=True):
+                chosen = places[np.linspace(0, len(places) - 1, min(PER_BAND, len(places))).round().astype(int)]
+                examples += [_example(band, found.firings, latent, int(place)) for place in chosen]
+        addresses = found.background.addresses_S[found.background.filled]
+        quiet = addresses[self._quiet[:, latent]].tolist()
+        step = max(1, len(quiet) // NEGATIVES)
+        examples += [
+            ["negative", quiet[(i * step + latent) % len(quiet)], [], []] for i in range(min(NEGATIVES, len(quiet)))
+        ]
+        return examples
+
+    def _latent(self, number: int, detail: dict[str, Any]) -> Latent:
+        vocabulary = self._texts.vocabulary
+        top = [example[1] for example in detail["examples"] if example[0] == "top"]
+        at_peak = Counter(vocabulary[self._texts.tokens[address]] for address in top)
+        contexts = ["".join(self._texts.window(address, 8, 4)[1]) for address in top[:4]]
+        peaks = [token for token, _ in at_peak.most_common(6)]
+        promoted = [vocabulary[token] for token, _ in detail["promoted"]]
+        columns = {
+            "density": detail["density"],
+            "max": detail["max"],
+            "mean": detail["mean"],
+            "role": int(np.argmax(detail["roles"])) if detail["fired"] else None,
+            "peaks": peaks[:4],
+            "promoted": promoted[:3],
+        }
+        shares: dict[str, float] = {}
+        for token, count in at_peak.items():
+            shares[token.strip().lower()] = shares.get(token.strip().lower(), 0.0) + count / TOP
+        search = "\x1f".join(peaks), "\x1f".join(promoted), "\n".join(contexts)
+        return Latent(number, columns, detail, search, list(shares.items()))
+
+
+def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """What overview and SAE page show of one SAE besides its table."""
+    sae, statistics = corpus_pass.target.saes[sae_id], corpus_pass.statistics[sae_id]
+    layer = corpus_pass.target.recipe.hook_points[sae_id].layer
+    density = np.array(columns["density"])
+    alive = density[density > 0]
+    bins = (DENSITY_DECADES[1] - DENSITY_DECADES[0]) * DENSITY_BINS_PER_DECADE
+    places = ((np.log10(alive) - DENSITY_DECADES[0]) * DENSITY_BINS_PER_DECADE).astype(int).clip(0, bins - 1)
+    rows = max(statistics.rows, 1)
+    return {
+        "layer": layer,
+        "kind": corpus_pass.lm.layer_kinds[layer],
+        "dict_size": sae.dict_size,
+        "k": sae.k,
+        "tokens": statistics.rows,
+        "dead": int((density == 0).sum()),
+        "l0": float(density.sum()),
+        "density": {
+            "first": DENSITY_DECADES[0],
+            "per_decade": DENSITY_BINS_PER_DECADE,
+            "counts": np.bincount(places, minlength=bins).tolist(),
+        },
+        "base_splits": [count / rows for count in statistics.base_F[: len(SPLITS)].tolist()],
+        "base_roles": [count / rows for count in statistics.base_F[len(SPLITS) : CONTEXT_COLUMNS].tolist()],
+        "experts": len(statistics.base_F) - CONTEXT_COLUMNS,
+        "quality": _quality(corpus_pass.target.folder, sae_id),
+    }
+
+
+def _quality(folder: Path, sae_id: str) -> dict[str, dict[str, float]]:
+    """The target's own measurements per split, if it was evaluated."""
+    path = folder / "evaluation.json"
+    splits = read_json(path)["saes"].get(sae_id, {}) if path.is_file() else {}
+    return {split: {key: figures[key] for key in QUALITY if key in figures} for split, figures in splits.items()}
+
+
+def _example(kind: str, table: Any, latent: int, place: int) -> list[Any]:
+    window_W = table.windows_NMW[latent, place].float()
+    offsets = window_W.nonzero().squeeze(1)
+    values = [_short(value) for value in window_W[offsets]]
+    return [kind, int(table.addresses_NM[latent, place]), offsets.tolist(), values]
+
+
+def _pairs(ranking: Ranking, m: int) -> list[list[Any]]:
+    scores, indices = ranking
+    return [[index, _short(score)] for index, score in zip(indices[m].tolist(), scores[m], strict=True)]
+
+
+def _short(value: Any) -> float:
+    """Four significant digits: what a page shows, and a quarter of the bytes."""
+    return float(f"{float(value):.4g}")

@@ -1,0 +1,207 @@
+"""Build a feature index: one pass over a corpus, then what each latent's page, search and Parquet need.
+
+    build_index("runs/demo", Path("runs/demo-index"))
+
+The folder holds `index.sqlite` (to browse), `latents.parquet` and `examples.parquet` (to publish; text that passed the
+recipe's privacy filter only) and `origin.json` (where SAEs and language model are, for this machine alone).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwenscope.corpus.chat import ROLES
+from qwenscope.errors import FormatError
+from qwenscope.evaluation.run import SPLITS, Target, open_target
+from qwenscope.features.describing import Describer, Latent, Texts, summary_of
+from qwenscope.features.publishing import ParquetFiles
+from qwenscope.features.reading import CorpusPass, OnProgress
+from qwenscope.features.store import FILE, SCHEMA, VERSION, key_of, pack
+from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
+from qwenscope.lm.forward import unembedding
+from qwenscope.lm.load import LanguageModel, check_hook_points, load_language_model
+
+logger = logging.getLogger(__name__)
+
+ORIGIN = "origin.json"
+DEFAULT_TOKENS = 1_000_000
+
+
+def build_index(
+    target: Path | str,
+    out: Path,
+    *,
+    data: Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Index every latent of every SAE of `target` into the folder `out`; run again, it goes on where it stopped.
+
+    Args:
+        target: run folder (complete) or release folder.
+        out: folder that is made; memory is bounded whatever `tokens` is.
+        data: .parquet, .jsonl or .jsonl.gz file, or a folder of them; None takes the conversations that the recipe
+            holds out from training. The recipe's privacy filter applies to both.
+        tokens: how many are read; fewer if the corpus ends.
+        on_progress: called with (phase, done, total).
+
+    Raises:
+        FormatError: `target` is no complete run or release; `out` holds a finished index, or the beginnings of one of
+            another target, corpus or length.
+        ModelError: the language model cannot be loaded, or does not have the hook points.
+        CorpusError: no conversations.
+        ResourceError: the disk is full.
+    """
+    report = on_progress or (lambda phase, done, total: None)
+    if tokens < 1:
+        raise FormatError(f"an index needs at least 1 token, not {tokens}")
+    if (out / FILE).exists():
+        raise FormatError(f"{out} holds a finished index; choose another folder, or remove it")
+    if out.exists() and any(path.name != ".work" for path in out.iterdir()):
+        raise FormatError(f"{out} exists and is not an index; choose another folder")
+    report("loading model", 0, tokens)
+    opened = open_target(Path(target))
+    lm = _load(opened)
+    work = out / ".work"
+    with disk_full_named(out):
+        corpus_pass = CorpusPass(opened, lm, data, tokens, work)
+        corpus_pass.run(report)
+        _finish(corpus_pass, out, work, report)
+
+
+def open_origin(index: Path) -> tuple[Target, LanguageModel]:
+    """The SAEs and the whole language model that an index was made with, for running new text.
+
+    Raises:
+        FormatError: the index was moved here from another machine, or the target is gone.
+        ModelError: the language model cannot be loaded.
+    """
+    origin = index / ORIGIN
+    if not origin.is_file():
+        raise FormatError(
+            f"{index} has no {ORIGIN}: it was published without its SAEs; build an index here to run text"
+        )
+    target = open_target(Path(read_json(origin)["target"]))
+    return target, load_language_model(_lm_recipe(target), lm_head=True)
+
+
+def _lm_recipe(target: Target) -> Any:
+    revision = target.revisions.get("model") or target.recipe.lm.revision
+    return target.recipe.lm.model_copy(update={"revision": revision})
+
+
+def _load(target: Target) -> LanguageModel:
+    """The language model up to the last hooked layer, with final norm and unembedding."""
+    lm = load_language_model(_lm_recipe(target), last_layer=max(target.recipe.layers), lm_head=True)
+    check_hook_points(lm, target.recipe.hook_points)
+    for sae_id, sae in target.saes.items():
+        if sae.hidden_dim != lm.hidden_dim:
+            raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}")
+        sae.to(lm.device)
+    return lm
+
+
+def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) -> None:
+    """Describe every latent, write the files aside, put them in place (the SQLite file last), remove the rest."""
+    aside = work / "finished"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    total = sum(sae.dict_size for sae in corpus_pass.target.saes.values())
+    done = 0
+    with closing(sqlite3.connect(aside / FILE)) as database, database:
+        database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + SCHEMA)
+        texts = Texts(corpus_pass, _write_vocabulary(database, corpus_pass.lm))
+        _write_conversations(database, corpus_pass)
+        _write_meta(database, corpus_pass)
+        # Text that was not scrubbed must not lie about in a form made for publishing.
+        publish = corpus_pass.target.recipe.corpus.privacy.scrub
+        with ParquetFiles(aside, texts) if publish else nullcontext() as parquet:
+            for ordinal, sae_id in enumerate(corpus_pass.target.saes):
+                describer = Describer(corpus_pass, sae_id, texts)
+                columns: dict[str, list[Any]] = {}
+                for block in describer.blocks():
+                    _write_block(database, ordinal, block)
+                    if parquet is not None:
+                        parquet.add(sae_id, block)
+                    for latent in block:
+                        for name, value in latent.columns.items():
+                            columns.setdefault(name, []).append(value)
+                    done += len(block)
+                    report("describing", done, total)
+                summary = json.dumps(summary_of(corpus_pass, sae_id, columns))
+                database.execute("INSERT INTO saes VALUES (?, ?, ?, ?)", (ordinal, sae_id, summary, pack(columns)))
+        database.execute("CREATE INDEX peaks_by_token ON peaks (token, share DESC)")
+        database.execute("INSERT INTO search (search) VALUES ('optimize')")
+    folder = corpus_pass.target.folder.resolve()
+    write_json(aside / ORIGIN, {"target": str(folder)})
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == FILE):
+        fsync_file(path)
+        os.replace(path, out / path.name)
+    fsync_folder(out)
+    shutil.rmtree(work)
+
+
+def _write_vocabulary(database: sqlite3.Connection, lm: LanguageModel) -> list[str]:
+    """Every token's text as it reads in a context; a piece of a character shows as the replacement character."""
+    ids = range(len(unembedding(lm)))
+    texts: list[str] = lm.tokenizer.batch_decode([[id] for id in ids], clean_up_tokenization_spaces=False)
+    database.executemany("INSERT INTO vocabulary VALUES (?, ?)", enumerate(texts))
+    return texts
+
+
+def _write_conversations(database: sqlite3.Connection, corpus_pass: CorpusPass) -> None:
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for address, text in corpus_pass.texts():
+            starts = np.concatenate([[0], np.cumsum(text["lengths"])])
+            for i, length in enumerate(text["lengths"].tolist()):
+                part = slice(int(starts[i]), int(starts[i + 1]))
+                tokens, roles = text["tokens"][part].astype("<i4").tobytes(), text["roles"][part].tobytes()
+                names = str(text["ids"][i]), str(text["sources"][i]), str(text["splits"][i])
+                yield (address + part.start, *names, length, tokens, roles)
+
+    database.executemany("INSERT INTO conversations VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
+
+
+def _write_meta(database: sqlite3.Connection, corpus_pass: CorpusPass) -> None:
+    recipe, lm = corpus_pass.target.recipe, corpus_pass.lm
+    standard = lm.name if not Path(lm.name).is_dir() else Path(lm.name).name
+    meta = {
+        "version": VERSION,
+        "qwenscope": version("qwenscope"),
+        "name": corpus_pass.target.folder.resolve().name,
+        "language_model": {"name": standard, "revision": lm.revision, "layers": len(lm.layer_kinds)},
+        "tokens": corpus_pass.read,
+        "left_out": corpus_pass.left_out,
+        "data": "held out by the recipe" if corpus_pass.data is None else corpus_pass.data.name,
+        "privacy": recipe.corpus.privacy.model_dump(),
+        "splits": list(SPLITS),
+        "roles": list(ROLES),
+    }
+    database.executemany("INSERT INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in meta.items()])
+
+
+def _write_block(database: sqlite3.Connection, ordinal: int, block: list[Latent]) -> None:
+    keys = [key_of(ordinal, latent.number) for latent in block]
+    database.executemany(
+        "INSERT INTO latents VALUES (?, ?, ?)",
+        [(key, latent.columns["density"], pack(latent.detail)) for key, latent in zip(keys, block, strict=True)],
+    )
+    database.executemany(
+        "INSERT INTO search (rowid, label, peaks, promoted, context) VALUES (?, '', ?, ?, ?)",
+        [(key, *latent.search) for key, latent in zip(keys, block, strict=True)],
+    )
+    database.executemany(
+        "INSERT INTO peaks VALUES (?, ?, ?)",
+        [(token, share, key) for key, latent in zip(keys, block, strict=True) for token, share in latent.peaks],
+    )

@@ -1,0 +1,120 @@
+"""The best examples of every latent at once, and uniform samples: tables on tensors, no loop over latents.
+
+A table keeps, for each of N latents, the M entries with the largest keys seen so far. With activations as keys it holds
+the top examples; with random numbers as keys it holds a uniform sample of the latent's firings (Li 1994's reservoir by
+keys). Entries of a latent's first M candidates fill the table; afterwards a candidate must beat the latent's floor, so
+that the work per batch shrinks as the table fills.
+
+Legend: N latents, M entries per latent, W window positions, P candidates, S candidates that enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Windows = Callable[[Tensor], Tensor]
+
+
+class LatentTable:
+    """M entries per latent with the largest keys; equal keys keep the earlier address.
+
+    keys_NM: float32, -inf where empty. values_NM: float32 activation. addresses_NM: int64, -1 where empty.
+    windows_NMW: float16 activations of the same latent around the address.
+    """
+
+    def __init__(self, latents: int, entries: int, window: int) -> None:
+        self.keys_NM = torch.full((latents, entries), -torch.inf)
+        self.values_NM = torch.zeros(latents, entries)
+        self.addresses_NM = torch.full((latents, entries), -1, dtype=torch.int64)
+        self.windows_NMW = torch.zeros(latents, entries, window, dtype=torch.float16)
+
+    def offer(self, latents_P: Tensor, keys_P: Tensor, values_P: Tensor, addresses_P: Tensor, windows: Windows) -> None:
+        """Take the candidates that belong among their latent's M best.
+
+        Args:
+            latents_P: int64 latent of each candidate.
+            keys_P: float32.
+            values_P: float32 activations.
+            addresses_P: int64 token addresses, ascending among equal latents and larger than any offered before.
+            windows: maps indices [S] into the candidates to [S, W] activations; called for those that enter only.
+        """
+        entries = self.keys_NM.shape[1]
+        worthy = (keys_P > self.keys_NM.amin(1)[latents_P]).nonzero().squeeze(1)
+        if not len(worthy):
+            return
+        touched_U, place = torch.unique(latents_P[worthy], return_inverse=True)
+        held = len(touched_U) * entries
+        rows = torch.cat([torch.arange(len(touched_U)).repeat_interleave(entries), place])
+        keys = torch.cat([self.keys_NM[touched_U].flatten(), keys_P[worthy]])
+        # Held entries stand first, so that a stable sort prefers them, and the earlier address, among equal keys.
+        order = torch.sort(keys, descending=True, stable=True).indices
+        order = order[torch.sort(rows[order], stable=True).indices]
+        starts = torch.searchsorted(rows[order], torch.arange(len(touched_U)))
+        kept_UM = order[starts.unsqueeze(1) + torch.arange(entries)]
+        new_UM = kept_UM >= held
+        old_UM, fresh = kept_UM.clamp(max=held - 1), worthy[kept_UM[new_UM] - held]
+        for table, candidates in (
+            (self.keys_NM, keys_P),
+            (self.values_NM, values_P),
+            (self.addresses_NM, addresses_P),
+        ):
+            merged_UM = table[touched_U].flatten()[old_UM]
+            merged_UM[new_UM] = candidates[fresh]
+            table[touched_U] = merged_UM
+        windows_UMW = self.windows_NMW[touched_U].flatten(0, 1)[old_UM]
+        windows_UMW[new_UM] = windows(fresh).to(torch.float16)
+        self.windows_NMW[touched_U] = windows_UMW
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor by name; `load` takes it back."""
+        return {
+            "keys": self.keys_NM,
+            "values": self.values_NM,
+            "addresses": self.addresses_NM,
+            "windows": self.windows_NMW,
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.keys_NM, self.values_NM = state["keys"], state["values"]
+        self.addresses_NM, self.windows_NMW = state["addresses"], state["windows"]
+
+
+class Sample:
+    """A uniform sample of fixed size over all items offered, each with one tensor of int32 latents (-1: none)."""
+
+    def __init__(self, size: int, shape: tuple[int, ...]) -> None:
+        self.keys_S = torch.full((size,), -torch.inf)
+        self.addresses_S = torch.full((size,), -1, dtype=torch.int64)
+        self.latents_S = torch.full((size, *shape), -1, dtype=torch.int32)
+
+    def enter(self, keys_P: Tensor) -> tuple[Tensor, Tensor]:
+        """(candidates that enter, places they take) for random keys [P]."""
+        size = len(self.keys_S)
+        chosen = torch.cat([self.keys_S, keys_P]).topk(size).indices
+        fresh = chosen[chosen >= size] - size
+        gone = torch.ones(size, dtype=torch.bool)
+        gone[chosen[chosen < size]] = False
+        places = gone.nonzero().squeeze(1)
+        return fresh, places
+
+    def put(self, places: Tensor, keys: Tensor, addresses: Tensor, latents: Tensor) -> None:
+        """Store items at `places`."""
+        self.keys_S[places], self.addresses_S[places] = keys, addresses
+        self.latents_S[places] = latents.to(torch.int32)
+
+    @property
+    def filled(self) -> Tensor:
+        """bool [S], which places hold an item."""
+        return self.addresses_S >= 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor by name; `load` takes it back."""
+        return {"keys": self.keys_S, "addresses": self.addresses_S, "latents": self.latents_S}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.keys_S, self.addresses_S, self.latents_S = state["keys"], state["addresses"], state["latents"]

@@ -1,0 +1,184 @@
+"""What one SAE's latents do on a corpus: counts, histograms, examples, in bounded memory whatever the corpus' length.
+
+Legend: R rows (kept tokens of a chunk), T tokens of a chunk (left-out ones too), K active latents per row, N latents,
+P pairs (row, latent) that fire, F context columns (splits, roles, experts), H histogram bins, W window positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenscope.features.keeping import LatentTable, Sample
+from qwenscope.sae import ops
+from qwenscope.sae.topk import TopKSAE
+from qwenscope.seeds import generator
+
+BEFORE, AFTER = 31, 16
+WINDOW = BEFORE + 1 + AFTER
+TOP = 20
+FIRINGS = 32
+"""Firings per latent that are sampled uniformly; quantile examples are drawn from them."""
+BACKGROUND = 192
+"""Random windows of text; a latent's negatives are those in which it does not fire."""
+COMPANY = 65_536
+"""Tokens sampled for co-activation."""
+OCTAVES = (-12, 12)
+BINS_PER_OCTAVE = 4
+BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
+ENCODE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of some whole conversations, all SAEs alike.
+
+    token_R: int64, index of each row among the chunk's T tokens. row_T: int64, the row of each token, -1 if left out.
+    conversation_T: int64, conversation of each token. start: address of the chunk's first token. number: 0, 1, ...
+    """
+
+    number: int
+    start: int
+    token_R: Tensor  # noqa: N815
+    row_T: Tensor  # noqa: N815
+    conversation_T: Tensor  # noqa: N815
+
+
+class LatentStatistics:
+    """Running statistics of one SAE."""
+
+    def __init__(self, sae: TopKSAE, columns: int, seed: int, name: str) -> None:
+        """`columns` is F; `seed` and `name` govern the samples."""
+        n, k = sae.dict_size, sae.k
+        self._sae, self._seed, self._name = sae, seed, name
+        self.rows = 0
+        self.fired_N = torch.zeros(n, dtype=torch.int64)
+        self.total_N = torch.zeros(n, dtype=torch.float64)
+        self.histogram_NH = torch.zeros(n, BINS, dtype=torch.int32)
+        self.context_NF = torch.zeros(n, columns, dtype=torch.int32)
+        self.base_F = torch.zeros(columns, dtype=torch.int64)
+        self.top = LatentTable(n, TOP, WINDOW)
+        self.firings = LatentTable(n, FIRINGS, WINDOW)
+        self.background = Sample(BACKGROUND, (WINDOW, k))
+        self.company = Sample(COMPANY, (k,))
+
+    @torch.no_grad()
+    def update(self, x_RD: Tensor, chunk: Chunk, context_RF: Tensor) -> None:
+        """Add a chunk: its residual-stream rows at this SAE's hook point, and their context columns (0 or 1)."""
+        codes = [self._sae.encode(part) for part in torch.split(x_RD, ENCODE_ROWS)]
+        values_RK = torch.cat([code.values for code in codes]).float().cpu()
+        indices_RK = torch.cat([code.indices for code in codes]).cpu()
+        active_RK = values_RK > 0
+        self.rows += len(x_RD)
+        self.base_F += context_RF.sum(0).long()
+        self._count(values_RK, indices_RK, active_RK, context_RF)
+        latents_RK = torch.where(active_RK, indices_RK, -1).to(torch.int32)
+        random = generator(self._seed, "features", self._name, chunk.number)
+        row_P, place_P = active_RK.nonzero(as_tuple=True)
+        latent_P, value_P = indices_RK[row_P, place_P], values_RK[row_P, place_P]
+        address_P = chunk.token_R[row_P] + chunk.start
+
+        def windows(latents_P: Tensor, addresses_P: Tensor, chosen_S: Tensor) -> Tensor:
+            tokens_S = addresses_P[chosen_S] - chunk.start
+            return _windows(latents_RK, values_RK, latents_P[chosen_S], tokens_S, chunk)
+
+        self.firings.offer(
+            latent_P,
+            torch.rand(len(latent_P), generator=random),
+            value_P,
+            address_P,
+            lambda chosen_S: windows(latent_P, address_P, chosen_S),
+        )
+        worthy = value_P > self.top.keys_NM.amin(1)[latent_P]
+        best = _best_per_conversation(
+            latent_P[worthy], value_P[worthy], chunk.conversation_T[chunk.token_R[row_P[worthy]]]
+        )
+        best = worthy.nonzero().squeeze(1)[best]
+        latent_B, value_B, address_B = latent_P[best], value_P[best], address_P[best]
+        self.top.offer(latent_B, value_B, value_B, address_B, lambda chosen_S: windows(latent_B, address_B, chosen_S))
+        self._sample(latents_RK, chunk, random)
+
+    def _count(self, values_RK: Tensor, indices_RK: Tensor, active_RK: Tensor, context_RF: Tensor) -> None:
+        n = len(self.fired_N)
+        latent_P, value_P = indices_RK[active_RK], values_RK[active_RK]
+        self.fired_N += torch.bincount(latent_P, minlength=n)
+        self.total_N += torch.bincount(latent_P, weights=value_P.double(), minlength=n)
+        cells_P = latent_P * BINS + bin_of(value_P)
+        self.histogram_NH += torch.bincount(cells_P, minlength=n * BINS).view(n, BINS).to(torch.int32)
+        pairs = ops.Pairs.of(indices_RK, n)
+        weights_P = pairs.sort(active_RK.float())
+        self.context_NF += pairs.latent_rows(context_RF, weights_P, 0, n).to(torch.int32)
+
+    def _sample(self, latents_RK: Tensor, chunk: Chunk, random: torch.Generator) -> None:
+        """Offer every row to the two samples of text."""
+        keys_R = torch.rand(len(latents_RK), generator=random)
+        fresh, places = self.company.enter(keys_R)
+        self.company.put(places, keys_R[fresh], chunk.token_R[fresh] + chunk.start, latents_RK[fresh])
+        keys_R = torch.rand(len(latents_RK), generator=random)
+        fresh, places = self.background.enter(keys_R)
+        token_S = chunk.token_R[fresh]
+        rows_SW = _window_rows(token_S, chunk)
+        latents_SWK = torch.where(rows_SW.unsqueeze(2) >= 0, latents_RK[rows_SW.clamp(min=0)], -1)
+        self.background.put(places, keys_R[fresh], token_S + chunk.start, latents_SWK)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed pass needs, as flat named tensors."""
+        tensors = {
+            "rows": torch.tensor(self.rows),
+            "fired": self.fired_N,
+            "total": self.total_N,
+            "histogram": self.histogram_NH,
+            "context": self.context_NF,
+            "base": self.base_F,
+        }
+        for name in ("top", "firings", "background", "company"):
+            tensors |= {f"{name}.{key}": value for key, value in getattr(self, name).state().items()}
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.rows = int(tensors["rows"])
+        self.fired_N, self.total_N = tensors["fired"], tensors["total"]
+        self.histogram_NH, self.context_NF, self.base_F = tensors["histogram"], tensors["context"], tensors["base"]
+        for name in ("top", "firings", "background", "company"):
+            prefix = f"{name}."
+            part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            getattr(self, name).load(part)
+
+
+def bin_of(values: Tensor) -> Tensor:
+    """Histogram bin of positive activations: BINS_PER_OCTAVE per factor of 2; the end bins take the rest."""
+    return ((values.log2() - OCTAVES[0]) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
+
+
+def _best_per_conversation(latent_P: Tensor, value_P: Tensor, conversation_P: Tensor) -> Tensor:
+    """Indices of the largest value of each (latent, conversation), the earliest among equals; ascending by address."""
+    order = torch.sort(value_P, descending=True, stable=True).indices
+    group_P = latent_P * (int(conversation_P.max()) + 1 if len(conversation_P) else 1) + conversation_P
+    order = order[torch.sort(group_P[order], stable=True).indices]
+    sorted_P = group_P[order]
+    first_P = torch.ones(len(order), dtype=torch.bool)
+    first_P[1:] = sorted_P[1:] != sorted_P[:-1]
+    return order[first_P].sort().values
+
+
+def _window_rows(token_S: Tensor, chunk: Chunk) -> Tensor:
+    """Rows [S, W] of the tokens around each of `token_S`; -1 outside the conversation and for left-out tokens."""
+    tokens_SW = token_S.unsqueeze(1) + torch.arange(-BEFORE, AFTER + 1)
+    inside_SW = (tokens_SW >= 0) & (tokens_SW < len(chunk.row_T))
+    tokens_SW = tokens_SW.clamp(0, len(chunk.row_T) - 1)
+    inside_SW &= chunk.conversation_T[tokens_SW] == chunk.conversation_T[token_S].unsqueeze(1)
+    return torch.where(inside_SW, chunk.row_T[tokens_SW], -1)
+
+
+def _windows(latents_RK: Tensor, values_RK: Tensor, latent_S: Tensor, token_S: Tensor, chunk: Chunk) -> Tensor:
+    """Activations [S, W] of each latent around its token."""
+    parts = []
+    for latent_s, token_s in zip(torch.split(latent_S, 4096), torch.split(token_S, 4096), strict=True):
+        rows_SW = _window_rows(token_s, chunk)
+        safe_SW = rows_SW.clamp(min=0)
+        mine_SWK = latents_RK[safe_SW] == latent_s.to(torch.int32).view(-1, 1, 1)
+        parts.append((values_RK[safe_SW] * mine_SWK).sum(2) * (rows_SW >= 0))
+    return torch.cat(parts)

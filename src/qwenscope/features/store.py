@@ -1,0 +1,232 @@
+"""The index on disk: one SQLite file to serve, opened read-only; explanations are the only thing written later.
+
+A latent's key is `sae << 32 | latent`. What its page shows beyond numbers is one compressed JSON object per latent;
+examples in it name tokens by address, and the texts of all conversations are stored once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwenscope.corpus.chat import ROLES
+from qwenscope.errors import FormatError
+from qwenscope.features.statistics import AFTER, BEFORE
+
+FILE = "index.sqlite"
+VERSION = 1
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE saes (ordinal INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, summary TEXT NOT NULL, latents BLOB NOT NULL);
+CREATE TABLE vocabulary (id INTEGER PRIMARY KEY, text TEXT NOT NULL);
+CREATE TABLE conversations (
+    start INTEGER PRIMARY KEY, id TEXT NOT NULL, source TEXT NOT NULL, split TEXT NOT NULL,
+    length INTEGER NOT NULL, tokens BLOB NOT NULL, roles BLOB NOT NULL
+);
+CREATE TABLE latents (key INTEGER PRIMARY KEY, density REAL NOT NULL, detail BLOB NOT NULL);
+CREATE TABLE peaks (token TEXT NOT NULL, share REAL NOT NULL, key INTEGER NOT NULL);
+CREATE TABLE explanations (key INTEGER PRIMARY KEY, record TEXT NOT NULL);
+CREATE VIRTUAL TABLE search USING fts5 (label, peaks, promoted, context, tokenize = "unicode61 remove_diacritics 2");
+"""
+_WORDS = re.compile(r"\w+", re.UNICODE)
+
+
+def key_of(ordinal: int, latent: int) -> int:
+    """The key of a latent in every table."""
+    return ordinal << 32 | latent
+
+
+def pack(value: Any) -> bytes:
+    """Compressed JSON."""
+    return zlib.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(), 6)
+
+
+def unpack(blob: bytes) -> Any:
+    """What `pack` packed.
+
+    Raises:
+        FormatError: the bytes are damaged.
+    """
+    try:
+        return json.loads(zlib.decompress(blob))
+    except (zlib.error, ValueError) as error:
+        raise FormatError(f"the index is damaged ({error}); build it again") from None
+
+
+class Index:
+    """Read access to an index; every method opens its own connection, so threads may share the object."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Raises FormatError if `folder` holds no index, or one of another version."""
+        self.folder = Path(folder)
+        self.path = self.folder / FILE
+        if not self.path.is_file():
+            raise FormatError(f"{folder} holds no {FILE}; build it with `qwenscope index RUN --out {folder}`")
+        self.meta = {key: json.loads(value) for key, value in self._all("SELECT key, value FROM meta")}
+        if self.meta.get("version") != VERSION:
+            raise FormatError(f"{self.path} has version {self.meta.get('version')}, not {VERSION}; build it again")
+        rows = self._all("SELECT ordinal, id, summary FROM saes ORDER BY ordinal")
+        self.saes: dict[str, dict[str, Any]] = {id: json.loads(summary) for _, id, summary in rows}
+        self._ordinals: dict[str, int] = {id: ordinal for ordinal, id, _ in rows}
+        self._ids = {ordinal: id for id, ordinal in self._ordinals.items()}
+
+    def suite(self) -> dict[str, Any]:
+        """What the overview shows: {"meta", "saes": {id: summary}}."""
+        return {"meta": self.meta, "roles": list(ROLES), "saes": self.saes}
+
+    def table(self, sae_id: str) -> dict[str, Any]:
+        """Columns over all latents of one SAE, with the labels of today."""
+        ordinal = self.ordinal(sae_id)
+        ((blob,),) = self._all("SELECT latents FROM saes WHERE ordinal = ?", ordinal)
+        columns: dict[str, Any] = unpack(blob)
+        span = key_of(ordinal, 0), key_of(ordinal + 1, 0)
+        records = self._all("SELECT key, record FROM explanations WHERE key >= ? AND key < ?", *span)
+        columns["label"] = {key - span[0]: json.loads(record)["label"] for key, record in records}
+        return columns
+
+    def latent(self, sae_id: str, latent: int) -> dict[str, Any]:
+        """Everything that a latent's page shows.
+
+        Raises:
+            KeyError: no such SAE or latent.
+        """
+        key = key_of(self.ordinal(sae_id), latent)
+        with self._connect() as connection:
+            row = connection.execute("SELECT detail FROM latents WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                raise KeyError(f"{sae_id} has no latent {latent}")
+            detail: dict[str, Any] = unpack(row[0])
+            ids = {token for name in ("promoted", "suppressed") for token, _ in detail[name]}
+            contexts = [self._context(connection, example) for example in detail["examples"]]
+            ids.update(token for context in contexts for token in context["tokens"])
+            texts = _texts(connection, ids)
+            record = connection.execute("SELECT record FROM explanations WHERE key = ?", (key,)).fetchone()
+        for context in contexts:
+            context["tokens"] = [texts[token] for token in context["tokens"]]
+        detail["examples"] = contexts
+        for name in ("promoted", "suppressed"):
+            detail[name] = [[texts[token], score] for token, score in detail[name]]
+        detail["explanation"] = json.loads(record[0]) if record else None
+        return {"sae": sae_id, "latent": latent, **detail}
+
+    def search(self, text: str, *, sae_id: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
+        """Latents by peak token, promoted token, label or context, best first.
+
+        A query that is exactly a token (spaces aside, any case) finds the latents that peak there most often first;
+        after them come full-text matches, the last word as a prefix.
+        """
+        query = text.strip().lower()
+        if not query:
+            return []
+        low, high = 0, key_of(len(self._ids), 0)
+        if sae_id is not None:
+            low, high = key_of(self.ordinal(sae_id), 0), key_of(self.ordinal(sae_id) + 1, 0)
+        found: dict[int, str] = {}
+        with self._connect() as connection:
+            exact = "SELECT key FROM peaks WHERE token = ? AND key >= ? AND key < ? ORDER BY share DESC, key LIMIT ?"
+            for (key,) in connection.execute(exact, (query, low, high, limit)):
+                found.setdefault(key, "peak")
+            if (match := _match(query)) and len(found) < limit:
+                full = (
+                    "SELECT rowid FROM search WHERE search MATCH ? AND rowid >= ? AND rowid < ? "
+                    "ORDER BY bm25(search, 8, 6, 3, 1) LIMIT ?"
+                )
+                for (key,) in connection.execute(full, (match, low, high, limit)):
+                    found.setdefault(key, "text")
+            return [self._hit(connection, key, why) for key, why in list(found.items())[:limit]]
+
+    def _hit(self, connection: sqlite3.Connection, key: int, why: str) -> dict[str, Any]:
+        row = connection.execute(
+            "SELECT label, peaks, promoted, density FROM search JOIN latents ON key = search.rowid WHERE search.rowid = ?",
+            (key,),
+        ).fetchone()
+        label, peaks, promoted, density = row
+        return {
+            "sae": self._ids[key >> 32],
+            "latent": key & 0xFFFFFFFF,
+            "why": why,
+            "label": label,
+            "peaks": peaks.split("\x1f") if peaks else [],
+            "promoted": promoted.split("\x1f") if promoted else [],
+            "density": density,
+        }
+
+    def ordinal(self, sae_id: str) -> int:
+        """Place of an SAE in the suite; KeyError if there is none."""
+        if sae_id not in self._ordinals:
+            raise KeyError(f"the index has no SAE {sae_id}; it has {', '.join(self._ordinals)}")
+        return self._ordinals[sae_id]
+
+    def _context(self, connection: sqlite3.Connection, example: list[Any]) -> dict[str, Any]:
+        """The window around an example's address: token ids, activations, roles."""
+        kind, address, offsets, values = example
+        start, id, source, split, length = connection.execute(
+            "SELECT start, id, source, split, length FROM conversations WHERE start <= ? ORDER BY start DESC LIMIT 1",
+            (address,),
+        ).fetchone()
+        peak = address - start
+        low, high = max(0, peak - BEFORE), min(length, peak + AFTER + 1)
+        tokens, roles = connection.execute(
+            "SELECT substr(tokens, ?, ?), substr(roles, ?, ?) FROM conversations WHERE start = ?",
+            (4 * low + 1, 4 * (high - low), low + 1, high - low, start),
+        ).fetchone()
+        activations = [0.0] * (high - low)
+        for offset, value in zip(offsets, values, strict=True):
+            activations[peak - BEFORE + offset - low] = value
+        return {
+            "kind": kind,
+            "tokens": np.frombuffer(tokens, dtype="<i4").tolist(),
+            "roles": list(roles),
+            "activations": activations,
+            "peak": peak - low,
+            "position": peak,
+            "conversation": id,
+            "source": source,
+            "split": split,
+        }
+
+    def _all(self, sql: str, *values: Any) -> list[Any]:
+        with self._connect() as connection:
+            return connection.execute(sql, values).fetchall()
+
+    @contextmanager
+    def _connect(self) -> Iterator[sqlite3.Connection]:
+        uri = f"{self.path.absolute().as_uri()}?mode=ro"
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as connection:
+                yield connection
+        except sqlite3.DatabaseError as error:
+            raise FormatError(f"{self.path} is no index or is damaged ({error}); build it again") from None
+
+
+def add_explanations(index: Index, records: Iterable[tuple[str, int, dict[str, Any]]]) -> None:
+    """Store (sae_id, latent, record with `label`), replacing earlier ones; search finds the labels."""
+    with closing(sqlite3.connect(index.path)) as connection, connection:
+        for sae_id, latent, record in records:
+            key = key_of(index.ordinal(sae_id), latent)
+            connection.execute("INSERT OR REPLACE INTO explanations VALUES (?, ?)", (key, json.dumps(record)))
+            connection.execute("UPDATE search SET label = ? WHERE rowid = ?", (record["label"], key))
+
+
+def _texts(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, str]:
+    wanted: Sequence[int] = sorted(ids)
+    texts: dict[int, str] = {}
+    for start in range(0, len(wanted), 500):
+        part = wanted[start : start + 500]
+        marks = ",".join("?" * len(part))
+        texts |= dict(connection.execute(f"SELECT id, text FROM vocabulary WHERE id IN ({marks})", part))
+    return texts
+
+
+def _match(query: str) -> str:
+    """An FTS5 expression that holds nothing but quoted words: all of them, the last one as a prefix."""
+    words = _WORDS.findall(query)
+    return " ".join(f'"{word}"' for word in words) + "*" if words else ""
