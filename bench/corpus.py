@@ -1,10 +1,10 @@
-"""Throughput of the corpus room: read, filter, render, tokenise, assign roles, batch; beside the bare tokenizer on the same text.
+"""Throughput of the corpus room (read, filter, render, tokenise, roles, batch) beside the bare tokenizer's own.
 
-    python bench/corpus.py DATA --tokenizer FOLDER [--kind files|wildchat] [--conversations N] [--rounds R] [--workers W]
+    python bench/corpus.py DATA --tokenizer FOLDER [--kind files|wildchat] [--conversations N] [--workers N]
 
-DATA is a file or folder of conversations (or of WildChat rows). Prints one JSON object. Rates are rendered tokens (before
-truncation) per second of this process's CPU time, medians over rounds in which the two take turns. With --workers, the
-wall-clock rate through worker processes stands beside it.
+DATA is a file or folder of conversations (or of WildChat rows). Prints one JSON object. Rates are rendered tokens
+(before truncation) per second of this process's CPU time on the same text, medians over rounds in which the two take
+turns. With --workers, the wall-clock rate through worker processes stands beside it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def stream(corpus: CorpusRecipe, tokenizer: PreTrainedTokenizerBase, count: int, workers: int = 0) -> list[Conversation]:
+def stream(
+    corpus: CorpusRecipe, tokenizer: PreTrainedTokenizerBase, count: int, workers: int = 0
+) -> list[Conversation]:
     """The first `count` conversations, from a fresh stream."""
     source = CorpusStream(corpus, tokenizer, seed=0, workers=workers)
     conversations = [conversation for _, conversation in zip(range(count), source, strict=False)]

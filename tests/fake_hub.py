@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on the loopback: real HTTP, so that the real client code runs against it.
 
-It serves what huggingface_hub asks for when it reads (repository info, tree, paths-info, resolve with ranges), for datasets
-and models, and fails on demand: status codes, connection resets, bodies cut short.
+It serves what huggingface_hub asks for when it reads (repository info, tree, paths-info, resolve with ranges), for
+datasets and models, and fails on demand: status codes, connection resets, bodies cut short.
 
     with FakeHub() as hub:
         hub.add("datasets", "org/name", {"data/train.parquet": payload})

@@ -1,9 +1,10 @@
 """Conversations through a tokenizer's own chat template: text, token ids, and which role each token plays.
 
-Roles are found without knowing the template. Every content string is rendered a second time between two noncharacters
-(U+FDD0 + role ... U+FDDF), which a template passes through like any text; taking them out again must give the plain
-rendering, and then they stand exactly where each role begins and ends. Where a template looks into the content and so
-treats marked text differently, the strings are searched for in order instead.
+Roles are found without knowing the template. The content strings are looked for in the rendered text, in order, from
+the front and from the back: where both agree there is only one way to place them. Otherwise the conversation is
+rendered once more with every string between two noncharacters (U+FDD0 + role ... U+FDDF), which a template passes
+through like any text; without them it must be the plain rendering, and then they stand exactly where each role begins
+and ends.
 """
 
 from __future__ import annotations
@@ -171,11 +172,17 @@ class Renderer:
     def _character_roles(self, text: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> _Roles:
         roles = np.full(len(text), _TEMPLATE, dtype=np.uint8)
         marked, cores = _mark(messages)
-        pieces = _MARKERS.split(self._apply(marked, tools))
-        if "".join(pieces[::2]) == text:
-            _fill_between_markers(roles, pieces)
-        else:
-            _fill_by_search(roles, text, cores)
+        starts = _only_placement(text, cores)
+        if starts is None:
+            pieces = _MARKERS.split(self._apply(marked, tools))
+            if "".join(pieces[::2]) == text:
+                _fill_between_markers(roles, pieces)
+            else:  # the template looks into the content and treats marked text differently
+                starts = _first_placement(text, cores)
+        if starts is not None:
+            for start, (code, core) in zip(starts, cores, strict=True):
+                if start >= 0:
+                    roles[start : start + len(core)] = code
         end = 0
         for tool in tools or ():
             schema = json.dumps(tool, ensure_ascii=False)  # as transformers' tojson writes it
@@ -282,10 +289,21 @@ def _fill_between_markers(roles: _Roles, pieces: list[str]) -> None:
         code = _TEMPLATE if marker == _CLOSE else ord(marker) - _OPEN
 
 
-def _fill_by_search(roles: _Roles, text: str, cores: list[tuple[int, str]]) -> None:
-    end = 0
-    for code, core in cores:
+def _first_placement(text: str, cores: list[tuple[int, str]]) -> list[int]:
+    """Where each string is found first after the one before it, -1 if it is not."""
+    starts, end = [], 0
+    for _, core in cores:
         start = text.find(core, end)
-        if start >= 0:
-            end = start + len(core)
-            roles[start:end] = code
+        starts.append(start)
+        end = max(end, start + len(core) if start >= 0 else end)
+    return starts
+
+
+def _only_placement(text: str, cores: list[tuple[int, str]]) -> list[int] | None:
+    """`_first_placement` if it is the only one possible; None also with reasoning, which templates may leave out."""
+    starts, end = _first_placement(text, cores), len(text)
+    for start, (code, core) in zip(reversed(starts), reversed(cores), strict=True):
+        if start < 0 or code == _THINK or text.rfind(core, 0, end) != start:
+            return None
+        end = start
+    return starts

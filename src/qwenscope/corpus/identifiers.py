@@ -92,6 +92,7 @@ _IBAN_LENGTHS = {
         YE30""",
     )
 }
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _PUBLIC_RESOLVERS = frozenset(
     ("8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "208.67.222.222", "208.67.220.220", "4.2.2.2")
 )
@@ -142,6 +143,8 @@ def _is_ip(value: str, before: str) -> bool:
     except ValueError:
         return False
     if address.is_loopback or address.is_unspecified or address.is_multicast or _VERSION_WORD.search(before):
+        return False
+    if address.version == 6 and address not in _GLOBAL_UNICAST:  # code is full of a::b
         return False
     public = address.is_global and value not in _PUBLIC_RESOLVERS
     return public or bool(_OWN.search(before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qwenscope.corpus.countries import is_protected
@@ -11,6 +12,7 @@ from qwenscope.recipe import PrivacyRecipe
 
 FILTER_VERSION = 1
 """Counts up when the same row could get another decision."""
+NOT_DETECTED = "names of persons, postal addresses, national identity numbers, dates of birth, anything in free prose"
 REASONS = ("country", "unknown_country", "redacted", "toxic")
 
 
@@ -86,5 +88,27 @@ class PrivacyFilter:
         return [country if isinstance(country, str) and country.strip() else None for country in given]
 
 
+def privacy_report(rules: PrivacyRecipe, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the filter did, for the run folder and the card.
+
+    Args:
+        rules: the recipe's switches.
+        sources: per filtered source its `revision`, `rows_in`, `rows_kept`, `dropped`, `dropped_countries`, `scrubbed`.
+    """
+    keys = ("revision", "rows_in", "rows_kept", "dropped_countries", "scrubbed")
+    filtered = {}
+    for id, counts in sources.items():
+        dropped = {reason: counts["dropped"].get(reason, 0) for reason in REASONS}
+        filtered[id] = {key: counts[key] for key in keys} | {"dropped": dropped}
+    return {
+        "filter_version": FILTER_VERSION,
+        "rules": rules.model_dump(),
+        "sources": filtered,
+        "not_detected": NOT_DETECTED,
+    }
+
+
 def _flagged(row: dict[str, Any], turns: list[dict[str, Any]], flag: str) -> bool:
-    return bool(row.get(flag)) or any(turn.get(flag) for turn in turns)
+    if not isinstance(row.get(flag), bool):  # without the flag nobody can say
+        raise Dropped("wildchat_schema")
+    return row[flag] or any(turn.get(flag) for turn in turns)

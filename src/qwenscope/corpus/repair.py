@@ -23,7 +23,7 @@ _ROLES = {
 
 
 class Dropped(Exception):  # noqa: N818 - an outcome that is counted, not an error
-    """A conversation is left out of the corpus: `reason` is what the report counts, `country` which one if it is why."""
+    """A conversation is left out of the corpus: `reason` is counted, `country` says which one if it is why."""
 
     def __init__(self, reason: str, country: str | None = None) -> None:
         super().__init__(reason)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -83,23 +84,17 @@ class FileSource:
 
 @dataclass(frozen=True)
 class GeneratedSource:
-    """The built-in tool-use generator: row i is the number i."""
+    """The built-in tool-use generator, endless: row i is the number i."""
 
     id: str
-    count: int | None
     revision: str
     schema: str = "generated"
     own_split: bool = True
-
-    @property
-    def finite(self) -> bool:
-        return self.count is not None
+    finite: bool = False
 
     def chunks(self, shard: int, row: int) -> Iterator[Chunk]:
-        while self.count is None or row < self.count:
-            stop = row + CHUNK_ROWS if self.count is None else min(row + CHUNK_ROWS, self.count)
-            yield Chunk(shard, [(index, index) for index in range(row, stop)])
-            row = stop
+        for start in count(row, CHUNK_ROWS):
+            yield Chunk(shard, [(index, index) for index in range(start, start + CHUNK_ROWS)])
 
 
 def source_ids(sources: Sequence[SourceRecipe]) -> list[str]:
@@ -142,7 +137,7 @@ def open_source(recipe: SourceRecipe, id: str, seed: int, held_out: bool, pinned
     if pinned is not None and pinned != revision:
         raise CorpusError(f"{where} is not what the run began with; restore it, or start a new run")
     if not shards:
-        return GeneratedSource(id, None, revision)
+        return GeneratedSource(id, revision)
     chosen, own_split = choose_split(recipe.name, shards, held_out)
     schema = "wildchat" if recipe.name == "wildchat" else "messages"
     return FileSource(id, revision, schema, own_split, where, shuffled(chosen, seed), seed)

@@ -9,6 +9,7 @@ read ahead.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwenscope.corpus.chat import Conversation, Renderer
 from qwenscope.corpus.feed import Feed, worker_pool
 from qwenscope.corpus.prepare import Preparer
-from qwenscope.corpus.privacy import PrivacyFilter
+from qwenscope.corpus.privacy import PrivacyFilter, privacy_report
 from qwenscope.corpus.sources import open_source, source_ids
 from qwenscope.errors import CorpusError
 from qwenscope.recipe import CorpusRecipe
@@ -56,6 +57,7 @@ class CorpusStream:
         """
         renderer = Renderer(tokenizer, corpus.max_length)
         privacy = PrivacyFilter(corpus.privacy)
+        self._rules = corpus.privacy
         self.held_out = held_out
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
@@ -125,17 +127,27 @@ class CorpusStream:
             feed.restore(state["sources"][id])
 
     def report(self) -> dict[str, Any]:
-        """Counts of what was returned so far, per source; shares are of all tokens."""
-        counts = {id: feed.counts for id, feed in self._feeds.items()}
-        total = sum(count.tokens for count in counts.values())
-        scrubbed: dict[str, int] = {}
-        for count in counts.values():
-            for kind, number in count.scrubbed.items():
-                scrubbed[kind] = scrubbed.get(kind, 0) + number
+        """Counts of what was returned so far.
+
+        Returns:
+            {"sources": {id: {"revision", "rows_in", "rows_kept", "conversations", "tokens", "share" (of all tokens),
+            "truncated", "other_split", "dropped": {reason: n}, "dropped_countries": {name: n}, "scrubbed": {kind: n}}},
+            "scrubbed": {kind: n}, "tokens", "privacy": see `privacy_report`}, where for each source
+            rows_in = rows_kept + other_split + all dropped.
+        """
+        total = sum(feed.counts.tokens for feed in self._feeds.values())
+        sources = {
+            id: {"revision": self.revisions[id], **feed.counts.report(total)} for id, feed in self._feeds.items()
+        }
+        filtered = {id: sources[id] for id, feed in self._feeds.items() if feed.source.schema == "wildchat"}
+        scrubbed: Counter[str] = Counter()
+        for counts in sources.values():
+            scrubbed.update(counts["scrubbed"])
         return {
-            "sources": {id: count.report(total) for id, count in counts.items()},
-            "scrubbed": scrubbed,
+            "sources": sources,
+            "scrubbed": dict(scrubbed),
             "tokens": total,
+            "privacy": privacy_report(self._rules, filtered),
         }
 
     def close(self) -> None:

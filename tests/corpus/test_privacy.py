@@ -1,0 +1,200 @@
+"""The filter against the fixture's expected decisions, row by row, and each identifier against near misses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenscope.corpus import Dropped, PrivacyFilter
+from qwenscope.corpus.countries import is_protected
+from qwenscope.corpus.identifiers import find_identifiers
+from qwenscope.recipe import PrivacyRecipe
+
+STRICT = PrivacyFilter(PrivacyRecipe())
+REASON = {
+    "eea": "country",
+    "uk_ch": "country",
+    "turn_level_eea": "country",
+    "unknown_country": "unknown_country",
+    "redacted": "redacted",
+    "toxic": "toxic",
+}
+PLANTED = {
+    "EMAIL_ADDRESS": "maria.rossi@posta-esempio.it",
+    "IBAN_CODE": "DE89370400440532013000",
+    "CREDIT_CARD": "4111 1111 1111 1111",
+    "PHONE_NUMBER": "+49 228 731234",
+    "IP_ADDRESS": "203.0.113.77",
+}
+
+
+@pytest.fixture(scope="module")
+def fixture_rows(shared_data: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    path = shared_data / "fixtures" / "wildchat_schema_SYNTHETIC_META.parquet"
+    expected = json.loads(path.with_suffix(".expected.json").read_text(encoding="utf-8"))["rows"]
+    rows = pq.read_table(path, columns=["conversation", "country", "redacted", "toxic"]).to_pylist()
+    assert [row["i"] for row in expected] == list(range(len(rows)))
+    return list(zip(rows, expected, strict=True))
+
+
+def test_every_row_of_the_fixture_is_decided_as_expected(
+    fixture_rows: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    decisions = [STRICT.decide(row) for row, _ in fixture_rows]
+    assert decisions == [REASON.get(expected["kind"]) for _, expected in fixture_rows]
+    assert len(decisions) - decisions.count(None) == 350
+
+
+def test_every_planted_identifier_goes_and_nothing_else(
+    fixture_rows: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    scrubbed = 0
+    for row, expected in fixture_rows:
+        if STRICT.decide(row) is not None:
+            continue
+        turns, counts = STRICT.apply(row)
+        kind = expected["pii"]
+        assert counts == ({kind: 1} if kind else {})
+        scrubbed += bool(kind)
+        for turn, original in zip(turns, row["conversation"], strict=True):
+            assert turn.keys() == {"role", "content"}
+            content = original["content"]
+            assert turn["content"] == (content.replace(PLANTED[kind], f"<{kind}>") if kind else content)
+    assert scrubbed == 50
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        ("drop_countries", {"country": "France"}),
+        ("drop_countries", {"turn": "Réunion"}),
+        ("drop_countries", {"assistant": "Norway"}),
+        ("drop_unknown_country", {"country": None}),
+        ("drop_unknown_country", {"turn": None}),
+        ("drop_redacted", {"redacted": True}),
+        ("drop_redacted", {"turn_redacted": True}),
+        ("drop_toxic", {"toxic": True}),
+        ("drop_toxic", {"turn_toxic": True}),
+    ],
+)
+def test_each_rule_can_be_switched_off(rule: str, changes: dict[str, Any]) -> None:
+    assert STRICT.decide(wildchat()) is None
+    reason = {"drop_countries": "country"}.get(rule, rule.removeprefix("drop_"))
+    assert STRICT.decide(wildchat(**changes)) == reason
+    assert PrivacyFilter(PrivacyRecipe(**{rule: False})).decide(wildchat(**changes)) is None
+
+
+def wildchat(**changes: Any) -> dict[str, Any]:
+    user = {
+        "role": "user",
+        "content": "hi",
+        "country": changes.get("turn", "Japan"),
+        "redacted": changes.get("turn_redacted", False),
+        "toxic": changes.get("turn_toxic", False),
+    }
+    assistant = user | {"role": "assistant", "country": changes.get("assistant"), "redacted": False, "toxic": False}
+    row = {"country": "Japan", "redacted": False, "toxic": False, "conversation": [user, assistant]}
+    return row | {key: value for key, value in changes.items() if key in row}
+
+
+@pytest.mark.parametrize(
+    "broken", [{"conversation": None}, {"conversation": ["x"]}, {"redacted": None}, {"toxic": "no"}]
+)
+def test_a_row_that_cannot_be_judged_is_dropped(broken: dict[str, Any]) -> None:
+    with pytest.raises(Dropped, match="wildchat_schema"):
+        STRICT.apply(wildchat() | broken)
+
+
+def test_scrubbing_can_be_switched_off() -> None:
+    row = wildchat()
+    row["conversation"][0]["content"] = "bo@firm.de"
+    assert STRICT.apply(row)[0][0]["content"] == "<EMAIL_ADDRESS>"
+    assert PrivacyFilter(PrivacyRecipe(scrub=False)).apply(row)[0][0]["content"] == "bo@firm.de"
+
+
+PROTECTED = re.findall(
+    r"\w+",
+    """Austria Belgium Bulgaria Croatia Cyprus Czechia Denmark Estonia Finland France Germany Greece Hungary Ireland
+    Italy Latvia Lithuania Luxembourg Malta Netherlands Poland Portugal Romania Slovakia Slovenia Spain Sweden
+    Iceland Liechtenstein Norway Switzerland""",
+)
+
+
+@pytest.mark.parametrize("name", [*PROTECTED, "The Netherlands", "Åland Islands", "UNITED KINGDOM", "St. Martin", "gb"])
+def test_protected_countries(name: str) -> None:
+    assert is_protected(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["United States", "Georgia", "Türkiye", "New Caledonia", "Sint Maarten", "", "Paris, TX"]
+)
+def test_other_countries(name: str) -> None:
+    assert not is_protected(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mail bo.li+x@sub.firm.co.uk.", ["bo.li+x@sub.firm.co.uk"]),
+        ("my email is jane@example.com", ["jane@example.com"]),
+        ("IBAN: GB29 NWBK 6016 1331 9268 19!", ["GB29 NWBK 6016 1331 9268 19"]),
+        ("pay with 5425-2334-3010-9903 please", ["5425-2334-3010-9903"]),
+        ("amex 3742 454554 00126", ["3742 454554 00126"]),
+        ("ring +1 (650) 253-0000 now", ["+1 (650) 253-0000"]),
+        ("call me on 0228 731234", ["0228 731234"]),
+        ("phone: (650) 253-0000", ["(650) 253-0000"]),
+        ("seen from 81.2.69.142 and 2001:4860:4860::8844", ["81.2.69.142", "2001:4860:4860::8844"]),
+        ("he logged in from 192.168.1.7", ["192.168.1.7"]),
+    ],
+)
+def test_identifiers_are_found_whole(text: str, expected: list[str]) -> None:
+    assert [text[found.start : found.end] for found in find_identifiers(text)] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "write to jane@example.com or root@localhost",
+        "git clone git@github.com:org/repo.git",
+        "@decorator x @ y, user@host",
+        "IBAN: GB29 NWBK 6016 1331 9268 18",
+        "order 4111111111111112, id 1234567890123456",
+        "test with 4242 4242 4242 4242",
+        "0.30000000000000004 and 3.141592653589793",
+        "2023-06-01 12:30:45, 1024x768, 10 000 000 000",
+        "version 10.4.2.1, v1.2.3.4",
+        "http://127.0.0.1:8080 on 192.168.0.1, 8.8.8.8, 198.51.100.4",
+        "x = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]",
+        "std::vector<int> a::b ::1 12:34:56",
+        "999.999.999.999",
+    ],
+)
+def test_near_misses_stay(text: str) -> None:
+    assert find_identifiers(text) == []
+
+
+@given(st.text(alphabet=st.sampled_from("0123456789 +-().@:abcdefDE\nmy"), max_size=80))
+def test_scrubbing_replaces_spans_and_touches_nothing_else(text: str) -> None:
+    found = find_identifiers(text)
+    assert all(a.end <= b.start for a, b in itertools.pairwise(found))
+    rebuilt, end = "", 0
+    for span in found:
+        rebuilt += text[end : span.start] + f"<{span.kind}>"
+        end = span.end
+    scrubbed, counts = STRICT.scrub(text)
+    assert scrubbed == rebuilt + text[end:]
+    assert sum(counts.values()) == len(found)
+
+
+def test_long_digit_text_is_read_in_linear_time() -> None:
+    assert STRICT.scrub("1 " * 200_000)[0]
+    assert STRICT.scrub("a@" * 200_000)[0]
+    assert STRICT.scrub("a." * 200_000 + "@")[0]
