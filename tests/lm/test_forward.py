@@ -14,6 +14,7 @@ from qwenscope.corpus.batches import make_batches
 from qwenscope.errors import ModelError
 from qwenscope.lm.forward import final_hidden, logits, residual_streams, unembedding
 from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.recipe import LMRecipe
 
 LENGTHS = [1, 2, 3, 5, 17, 63, 64, 65, 127, 128, 129, 300, 511, 512, 777, 1024, 1500, 2047, 2048]
@@ -92,6 +93,28 @@ def test_padded_rows_equal_the_conversation_alone(checkpoint: Checkpoint, family
                 assert worst < 1e-5, (family, length, layer)
             compared += length
     assert compared == sum(lengths)
+
+
+@pytest.mark.parametrize("lengths", [[1, 5, 65, 400], pytest.param(LENGTHS, marks=pytest.mark.slow)])
+def test_padded_rows_of_the_standin_are_exact_at_its_nine_hook_points(lengths: list[int]) -> None:
+    """The same on a trained model with both layer kinds 36 layers deep."""
+    if not (STANDIN_FOLDER / "model.safetensors").is_file():
+        pytest.skip("the stand-in's weights are not here yet")
+    lm = load_language_model(LMRecipe(model="standin", dtype="float32"), last_layer=35)
+    hooked = [6, 7, 14, 15, 21, 22, 23, 34, 35]
+    assert [lm.layer_kinds[layer] for layer in hooked] == ["deltanet", "attention"] * 2 + ["deltanet"] * 2 + [
+        "attention",
+        "deltanet",
+        "attention",
+    ]
+    token_ids = [ids(length, seed=length).numpy() for length in lengths]
+    for batch in make_batches(lengths, token_ids, budget=8192, pad_id=0):
+        streams = residual_streams(lm, batch.input_ids_CT, hooked)
+        for row, length in enumerate(batch.lengths_C):
+            alone = residual_streams(lm, batch.input_ids_CT[row : row + 1, :length], hooked)
+            for layer in hooked:
+                apart_TD = streams[layer][row, :length] - alone[layer][0]
+                assert (apart_TD.norm(dim=-1) / alone[layer][0].norm(dim=-1)).max() < 1e-5, (length, layer)
 
 
 def test_padding_and_neighbours_do_not_matter(lm: LanguageModel) -> None:

@@ -31,6 +31,10 @@ def point(layer: int, kind: Any) -> HookPoint:
     return HookPoint(layer=layer, kind=kind, dict_size=64, k=4, lr=1e-3)
 
 
+def copy_of(checkpoint: Checkpoint, target: Path) -> Path:
+    return Path(shutil.copytree(checkpoint("text")[0], target / "model"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lm_head", [False, True])
 @pytest.mark.parametrize("last_layer", [0, 2, None])
@@ -145,6 +149,14 @@ def test_dtype_is_the_recipes(checkpoint: Checkpoint) -> None:
     assert residual_streams(lm, IDS, [3])[3].dtype == torch.bfloat16
 
 
+def test_generation_settings_come_along(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    settings = {"eos_token_id": [5, 7], "temperature": 0.6, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    generation: Any = load_language_model(LMRecipe(model=str(folder)), lm_head=True).model.generation_config
+    assert {key: getattr(generation, key) for key in settings} == settings
+
+
 def test_fp8_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Block-scaled FP8 weights come out as their products with the scales; without accelerate, an error says so."""
     folder, _ = checkpoint("text")
@@ -242,10 +254,6 @@ def test_kind_of_a_model_without_kinds_is_refused() -> None:
     check_hook_points((None, None), {"sae_x": point(1, None)})
     with pytest.raises(ModelError, match=r"hook_points\.sae_x\.kind is attention; this model's layers have no kinds"):
         check_hook_points((None, None), {"sae_x": point(1, "attention")})
-
-
-def copy_of(checkpoint: Checkpoint, target: Path) -> Path:
-    return Path(shutil.copytree(checkpoint("text")[0], target / "model"))
 
 
 def test_layer_beyond_the_model(checkpoint: Checkpoint) -> None:

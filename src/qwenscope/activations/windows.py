@@ -162,7 +162,7 @@ class Windows:
         return self._window
 
     def _take(self, most: int) -> dict[int, Tensor]:
-        """Up to `most` further rows of one window, which is let go with its last row; empty when the corpus is used up."""
+        """Up to `most` further rows, all of one window, which is let go with its last row; {} at the corpus's end."""
         window = self._current()
         if window is None:
             return {}

@@ -26,7 +26,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError, ResourceError
@@ -98,6 +106,8 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
         slices = _open_slices(lm, folder, revision, last, head)
         dtype = _pick_dtype(lm, config)
         model = _build(cut, slices, dtype, device, lm_head)
+        if lm_head and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model.requires_grad_(False)
     model.train(False)
@@ -225,7 +235,6 @@ def cut_config(config: PretrainedConfig, layers: int) -> PretrainedConfig:
         if isinstance(value, list) and len(value) == whole and whole > layers:
             setattr(cut, key, value[:layers])
     cut.num_hidden_layers = layers
-    cut.use_cache = False
     return cut
 
 
