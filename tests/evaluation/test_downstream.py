@@ -39,14 +39,15 @@ def test_every_layer_of_the_mixture_has_its_router(lm) -> None:
 def test_routing_shift_equals_single_conversations(lm, recipe, conversations) -> None:
     saes = {sae_id: identity_sae(0.6) for sae_id in LAYER_OF}
     routing = SplitMeter(lm, saes, LAYER_OF, conversations, recipe).run().routing
+    clean = [route(lm, c.token_ids) for c in conversations]
     for sae_id, layer in LAYER_OF.items():
         found = routing[sae_id]
+        spliced = [route(lm, c.token_ids, {layer: lambda x: x * 0.6}) for c in conversations]
         assert found["layers"] == list(range(layer + 1, 8))
         for above, overlap, kl in zip(found["layers"], found["overlap"], found["kl"], strict=True):
             shared, divergence = [], []
-            for c in conversations:
-                p, before = route(lm, c.token_ids)[above]
-                q, after = route(lm, c.token_ids, {layer: lambda x: x * 0.6})[above]
+            for whole, edited in zip(clean, spliced, strict=True):
+                (p, before), (q, after) = whole[above], edited[above]
                 shared += [len(set(a.tolist()) & set(b.tolist())) / 2 for a, b in zip(before, after, strict=True)]
                 divergence.append((p * (p / q).log()).sum(1))
             assert overlap == pytest.approx(np.mean(shared), abs=0.02), "rounding may swap experts that tie"

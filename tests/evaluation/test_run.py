@@ -20,6 +20,7 @@ from qwenscope.errors import CorpusError, FormatError, QwenscopeError
 from qwenscope.evaluation.report import number, report_html, report_markdown
 from qwenscope.evaluation.run import evaluate, fill_splits
 from qwenscope.lm.standin import STANDIN_FOLDER
+from qwenscope.sae.checksums import verify_folder, write_checksums
 from qwenscope.sae.topk import TopKSAE
 
 CONTRACT = {
@@ -183,6 +184,20 @@ def test_a_release_folder_is_measured_alike(run_folder: Path, tmp_path: Path) ->
     data = write_data(tmp_path / "d.jsonl")
     run = shutil.copytree(run_folder, tmp_path / "run")
     assert evaluate(target, data=data, tokens=60)["saes"] == evaluate(run, data=data, tokens=60)["saes"]
+
+
+def test_a_release_is_verified_before_and_listed_anew_after(run_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "release"
+    shutil.copytree(run_folder / "saes", target)
+    shutil.copy(run_folder / "recipe.yaml", target)
+    write_checksums(target)
+    evaluate(target, data=write_data(tmp_path / "d.jsonl"), tokens=60)
+    verify_folder(target)
+    assert "evaluation.json" in (target / "SHA256SUMS").read_text(encoding="utf-8")
+    with (target / "recipe.yaml").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(FormatError, match=r"recipe\.yaml is damaged"):
+        evaluate(target, data=tmp_path / "d.jsonl", tokens=60)
 
 
 def broken(run_folder: Path, tmp_path: Path, breakage: str) -> Path:

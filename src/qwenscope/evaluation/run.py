@@ -21,6 +21,7 @@ from qwenscope.evaluation.report import report_html
 from qwenscope.files import read_json, write_json, write_text
 from qwenscope.lm.load import LanguageModel, check_hook_points, load_language_model
 from qwenscope.recipe import Recipe, SourceRecipe, load_recipe
+from qwenscope.sae.checksums import CHECKSUMS_FILE, verify_folder, write_checksums
 from qwenscope.sae.topk import TopKSAE
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Target:
 
 def evaluate(target: Path | str, *, data: Path | None = None, tokens: int | None = None) -> dict[str, Any]:
     """Measure every SAE of `target` on each split and write `evaluation.json` and `report.html` into it.
+
+    In a release, checksums are verified before and listed anew after; its card keeps the numbers it was written with.
 
     Args:
         target: run folder (complete) or release folder.
@@ -86,6 +89,8 @@ def evaluate(target: Path | str, *, data: Path | None = None, tokens: int | None
     page = report_html(result, opened.folder)
     write_json(opened.folder / "evaluation.json", result)
     write_text(opened.folder / "report.html", page)
+    if (opened.folder / CHECKSUMS_FILE).is_file():  # a release: list the new files
+        write_checksums(opened.folder)
     return result
 
 
@@ -99,6 +104,8 @@ def open_target(folder: Path) -> Target:
         raise FormatError(f"{folder} is not a folder; give a run or a release")
     if not (folder / "recipe.yaml").is_file():
         raise FormatError(f"{folder} holds no recipe.yaml; give a run or a release made by qwenscope")
+    if (folder / CHECKSUMS_FILE).is_file():
+        verify_folder(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     is_run = (folder / "status.json").is_file() or (folder / "saes").is_dir()
     if is_run and not (folder / "saes").is_dir():
