@@ -16,7 +16,6 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from qwenscope.corpus import Conversation, CorpusStream
-from qwenscope.corpus.shards import CHUNK_ROWS
 from qwenscope.errors import CorpusError
 from qwenscope.recipe import CorpusRecipe, SourceRecipe
 
@@ -74,7 +73,15 @@ def same(a: Conversation, b: Conversation) -> bool:
     return arrays and (a.id, a.source, a.text, a.messages, a.tools) == (b.id, b.source, b.text, b.messages, b.tools)
 
 
-def test_two_hundred_stops_resume_exactly(mixed: CorpusRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    for module in ("shards", "sources"):
+        monkeypatch.setattr(f"qwenscope.corpus.{module}.CHUNK_ROWS", rows)
+
+
+def test_two_hundred_stops_resume_exactly(
+    mixed: CorpusRecipe, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_chunk_rows(monkeypatch, 3)  # little is read ahead, so that 200 stops cost little
     total = 420
     stream = CorpusStream(mixed, tokenizer, seed=3)
     states, whole = [json.dumps(stream.state())], []
@@ -286,6 +293,5 @@ def test_chunks_do_not_matter(
     mixed: CorpusRecipe, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = take(CorpusStream(mixed, tokenizer, seed=0), 80)
-    assert CHUNK_ROWS != 7
-    monkeypatch.setattr("qwenscope.corpus.shards.CHUNK_ROWS", 7)
+    set_chunk_rows(monkeypatch, 7)
     assert all(map(same, expected, take(CorpusStream(mixed, tokenizer, seed=0), 80)))
