@@ -37,7 +37,7 @@ class Importer:
     """(path of the first file, name of the folder or repository) -> the SAE."""
 
 
-EXPORTERS: dict[str, Callable[[TopKSAE, str, Path], None]] = {
+EXPORTERS: dict[str, Callable[[TopKSAE, str, Path], object]] = {
     "saelens": lambda sae, sae_id, out: saelens.write(sae, out / sae_id),
     "sparsify": lambda sae, sae_id, out: sparsify.write(sae, out / sae_id),
     "dictionary_learning": lambda sae, sae_id, out: dictionary_learning.write(sae, out / sae_id),

@@ -1,7 +1,7 @@
 """Neuronpedia's bulk-import layout: `v1/<model>/<source>/` with model, source and gzipped batches of features.
 
 Written from the weights alone: one feature per latent with its nearest latents by decoder cosine, and the records that
-link it to model, layer and weights. https://github.com/hijohnnylin/neuronpedia
+link it to model, layer and weights; release/neuronpedia.py adds what a feature index knows. https://github.com/hijohnnylin/neuronpedia
 
 Legend: N latents, R rows of a block.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,19 @@ _NEAREST = 10
 _CREATOR = "clkht01d40000jv08hvalcvly"  # the default creator of Neuronpedia's public exports
 
 
-def write(sae: TopKSAE, sae_id: str, exports: Path) -> None:
+def write(
+    sae: TopKSAE, sae_id: str, exports: Path, describe: Callable[[int], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Write one SAE below `exports/v1`.
+
+    Args:
+        sae: the SAE.
+        sae_id: its id.
+        exports: folder of the export.
+        describe: further keys of a latent's feature record, by its number.
+
+    Returns:
+        The keys that name model, source and creator in every record.
 
     Raises:
         FormatError: the SAE's configuration does not say of which model and layer it is.
@@ -51,33 +63,37 @@ def write(sae: TopKSAE, sae_id: str, exports: Path) -> None:
     write_lines(
         folder / "source.jsonl", [{**owner, "id": source, "setName": source_set, "hfFolderId": f"saelens/{sae_id}"}]
     )
-    named = {
-        **owner,
-        "layer": source,
-        "sourceSetName": source_set,
-        "hookName": f"blocks.{config['layer']}.hook_resid_post",
-    }
-    for number, features in enumerate(_batches(sae, named)):
+    named = {**owner, "layer": source}
+    shared = {"sourceSetName": source_set, "hookName": f"blocks.{config['layer']}.hook_resid_post", "hasVector": False}
+    for number, features in enumerate(batches(_features(sae, named | shared, describe))):
         write_lines(folder / "features" / f"batch-{number}.jsonl.gz", features)
+    return named
 
 
-def _batches(sae: TopKSAE, named: dict[str, Any]) -> Iterable[list[dict[str, Any]]]:
-    """Feature records, `BATCH` at a time."""
+def _features(
+    sae: TopKSAE, shared: dict[str, Any], describe: Callable[[int], dict[str, Any]] | None
+) -> Iterator[dict[str, Any]]:
+    """One record per latent."""
     directions_ND: Tensor = normalize(sae.decoder.weight.detach().T, dim=1)
     nearest = min(_NEAREST, sae.dict_size)
     for start in range(0, sae.dict_size, BATCH):
         cosine_RN = directions_ND[start : start + BATCH] @ directions_ND.T
         values, indices = (found.tolist() for found in cosine_RN.topk(nearest, dim=1))
-        yield [
-            {
-                **named,
+        for row in range(len(values)):
+            record = {
+                **shared,
                 "index": str(start + row),
-                "hasVector": False,
                 "topkCosSimIndices": indices[row],
                 "topkCosSimValues": [round(value, 5) for value in values[row]],
             }
-            for row in range(len(values))
-        ]
+            yield record | (describe(start + row) if describe else {})
+
+
+def batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """`BATCH` records at a time."""
+    remaining = iter(records)
+    while batch := list(islice(remaining, BATCH)):
+        yield batch
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

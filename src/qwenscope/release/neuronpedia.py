@@ -1,0 +1,95 @@
+"""Neuronpedia's bulk-import layout with what a feature index knows: density, logit effects, examples, explanations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qwenscope.errors import FormatError
+from qwenscope.features.store import Index
+from qwenscope.files import whole_folder
+from qwenscope.sae.formats import neuronpedia
+from qwenscope.sae.loading import iterate_suite
+
+
+def export_with_index(target: str | Path, index: Path, out: Path) -> None:
+    """Write every SAE of a suite with features, activations and explanations, for Neuronpedia's importer.
+
+    Args:
+        target: what `load_suite` takes.
+        index: folder made by `qwenscope index` from the same suite.
+        out: a new or empty folder.
+
+    Raises:
+        FormatError: the index lacks an SAE of the suite or a latent of it, or is damaged.
+    """
+    known = Index(index)
+    with whole_folder(out) as temporary:
+        for sae_id, sae in iterate_suite(target):
+            if sae_id not in known.saes:
+                raise FormatError(f"{index} does not know {sae_id}; build it from {target} with `qwenscope index`")
+            page = partial(_page, known, sae_id)
+            named = neuronpedia.write(sae, sae_id, temporary, partial(_described, known, sae_id))
+            folder = temporary / "v1" / named["modelId"] / named["layer"]
+            for kind, records in (("activations", _activations), ("explanations", _explanations)):
+                rows = (row for latent in range(sae.dict_size) for row in records(page(latent), named))
+                _write(folder / kind, rows)
+
+
+def _page(index: Index, sae_id: str, latent: int) -> dict[str, Any]:
+    try:
+        return index.latent(sae_id, latent)
+    except KeyError:
+        raise FormatError(f"{index.folder} has no latent {latent} of {sae_id}; build it from this suite") from None
+
+
+def _write(folder: Path, records: Iterable[dict[str, Any]]) -> None:
+    folder.mkdir()
+    for number, batch in enumerate(neuronpedia.batches(records)):
+        neuronpedia.write_lines(folder / f"batch-{number}.jsonl.gz", batch)
+
+
+def _described(index: Index, sae_id: str, latent: int) -> dict[str, Any]:
+    """Further keys of a feature record."""
+    page = _page(index, sae_id, latent)
+    return {
+        "frac_nonzero": page["density"],
+        "maxActApprox": page["max"] if page["fired"] else 0.0,
+        "pos_str": [token for token, _ in page["promoted"]],
+        "pos_values": [score for _, score in page["promoted"]],
+        "neg_str": [token for token, _ in page["suppressed"]],
+        "neg_values": [score for _, score in page["suppressed"]],
+    }
+
+
+def _activations(page: dict[str, Any], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One record per example in which the latent fires; ids are stable, so that equal exports are equal files."""
+    firing = [example for example in page["examples"] if any(example["activations"])]
+    for number, example in enumerate(firing):
+        values = example["activations"]
+        peak = max(range(len(values)), key=values.__getitem__)
+        yield {
+            **named,
+            "id": f"{named['layer']}-{page['latent']}-{number}",
+            "index": str(page["latent"]),
+            "tokens": example["tokens"],
+            "values": values,
+            "maxValue": values[peak],
+            "maxValueTokenIndex": peak,
+            "minValue": min(values),
+        }
+
+
+def _explanations(page: dict[str, Any], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The latent's explanation, if it has one."""
+    if page["explanation"]:
+        yield {
+            "id": f"{named['layer']}-{page['latent']}",
+            "modelId": named["modelId"],
+            "layer": named["layer"],
+            "index": str(page["latent"]),
+            "authorId": named["creatorId"],
+            "description": page["explanation"]["label"],
+        }
