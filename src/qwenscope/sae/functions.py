@@ -17,7 +17,7 @@ from qwenscope.sae import ops
 from qwenscope.sae.selection import top_k
 
 
-class SparseEncode(torch.autograd.Function):
+class _SparseEncode(torch.autograd.Function):
     """(rows [B, D], weight [N, D], bias [N], k) -> (values [B, K] of at least 0, indices [B, K])."""
 
     @staticmethod
@@ -39,7 +39,7 @@ class SparseEncode(torch.autograd.Function):
         return rows, weight, pairs.totals(delta_P), None
 
 
-class SparseDecode(torch.autograd.Function):
+class _SparseDecode(torch.autograd.Function):
     """(values [B, K], indices [B, K], table [N, D]) -> their weighted sum [B, D]."""
 
     @staticmethod
@@ -57,3 +57,15 @@ class SparseDecode(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             table = pairs.latent_rows(g_BD, pairs.sort(values_BK), 0, len(table_ND))
         return values, None, table
+
+
+def sparse_encode(rows_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of `rows @ weight.T + bias`, negatives set to 0 -> (values [B, K], indices [B, K])."""
+    values_BK, indices_BK = _SparseEncode.apply(rows_BD, weight_ND, bias_N, k)  # type: ignore[no-untyped-call]
+    return values_BK, indices_BK
+
+
+def sparse_decode(values_BK: Tensor, indices_BK: Tensor, table_ND: Tensor) -> Tensor:
+    """Sum of `values[b, j] * table[indices[b, j]]` over j -> [B, D]."""
+    x_BD: Tensor = _SparseDecode.apply(values_BK, indices_BK, table_ND)  # type: ignore[no-untyped-call]
+    return x_BD

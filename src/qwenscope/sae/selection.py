@@ -5,9 +5,9 @@ Three precisions find each row's K largest pre-activations `x . W_n + b_n`:
     fp32    a float32 product (float64 for float64 weights).
     bf16    a bfloat16 product; the values carry its rounding too.
     exact   a bfloat16 product names K + 16 candidates, which are then scored in float32. A row is certified if the
-            lowest candidate's bfloat16 score plus twice the largest rounding error seen among its candidates is below
-            its K-th float32 value: no latent outside can then belong inside, unless its error is beyond twice the
-            largest of K + 16. Rows without certificate are computed again in float32.
+            lowest candidate's bfloat16 score plus twice the largest error seen among candidates near the threshold is
+            below the K-th float32 value: a latent outside could then belong inside only if its error were beyond twice
+            any of those seen. Rows without certificate are computed again in float32.
 
 The product is made in chunks of rows, so that a chunk's pre-activations are still in cache when their top-k is taken
 and the [B, N] matrix never exists.
@@ -145,8 +145,10 @@ class Selector:
         if indices_BC.shape[1] == n:
             return values_BK, indices_BK, 0
         rough_BC = rough_BC.to(exact_BC.dtype)
-        error_B = (rough_BC - exact_BC).abs().amax(1)
-        certified_B = rough_BC.amin(1) + 2 * error_B < values_BK.amin(1).relu()
+        threshold_B1 = values_BK.amin(1, keepdim=True).relu_()
+        # The product's rounding grows with the score: only errors near the threshold say what happens below it.
+        error_BC = (rough_BC - exact_BC).abs_().masked_fill_(exact_BC > 2 * threshold_B1, 0)
+        certified_B = rough_BC.amin(1) + 2 * error_BC.amax(1) < threshold_B1.squeeze(1)
         again = (~certified_B).nonzero().squeeze(1)
         for some in torch.split(again, CHUNK_ROWS):
             pre_RN = torch.addmm(bias_N, rows_BD[some], weight_ND.T)

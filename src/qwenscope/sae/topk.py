@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qwenscope.errors import FormatError
 from qwenscope.files import atomic_path, write_json
-from qwenscope.sae.functions import SparseDecode, SparseEncode
+from qwenscope.sae.functions import sparse_decode, sparse_encode
 from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, load_sae
 
 
@@ -93,7 +93,7 @@ class TopKSAE(nn.Module):
     def encode(self, x_BD: Tensor) -> Codes:
         """The K largest pre-activations of each row [..., D], negatives set to 0; differentiable."""
         rows_BD = (x_BD.to(self.pre_bias.dtype) - self.pre_bias).reshape(-1, self.hidden_dim)
-        values_BK, indices_BK = SparseEncode.apply(rows_BD, self.encoder.weight, self.encoder.bias, self.k)
+        values_BK, indices_BK = sparse_encode(rows_BD, self.encoder.weight, self.encoder.bias, self.k)
         shape = (*x_BD.shape[:-1], self.k)
         return Codes(values_BK.view(shape), indices_BK.view(shape), self.dict_size)
 
@@ -101,7 +101,7 @@ class TopKSAE(nn.Module):
         """Reconstruction [..., D] of `codes`, of any number of latents per row; differentiable."""
         latents = codes.values.shape[-1]
         values_BK, indices_BK = codes.values.reshape(-1, latents), codes.indices.reshape(-1, latents)
-        x_BD = SparseDecode.apply(values_BK, indices_BK, self.decoder.weight.T.contiguous()) + self.pre_bias
+        x_BD = sparse_decode(values_BK, indices_BK, self.decoder.weight.T.contiguous()) + self.pre_bias
         return x_BD.view(*codes.values.shape[:-1], self.hidden_dim)
 
     def forward(self, x_BD: Tensor) -> Tensor:
