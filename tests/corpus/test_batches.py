@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenscope.corpus import make_batches
-from qwenscope.corpus.batches import BATCH_OVERHEAD, cut
+from qwenscope.corpus.batches import BATCH_OVERHEAD, cut, make_batches
 from qwenscope.errors import CorpusError
 
 

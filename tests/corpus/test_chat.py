@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from qwenscope.corpus import ROLES, Dropped, render
-from qwenscope.corpus.chat import Renderer
-from qwenscope.corpus.repair import clean
+from qwenscope.corpus.chat import ROLES, Renderer, render
+from qwenscope.corpus.repair import Dropped, clean
 from qwenscope.errors import CorpusError
 
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Says the weather.", "parameters": {}}}

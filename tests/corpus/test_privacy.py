@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenscope.corpus import Dropped, PrivacyFilter
 from qwenscope.corpus.countries import is_protected
 from qwenscope.corpus.identifiers import find_identifiers
+from qwenscope.corpus.privacy import PrivacyFilter
+from qwenscope.corpus.repair import Dropped
 from qwenscope.recipe import PrivacyRecipe
 
 STRICT = PrivacyFilter(PrivacyRecipe())

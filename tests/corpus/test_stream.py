@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qwenscope.corpus import Conversation, CorpusStream
+from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError
 from qwenscope.recipe import CorpusRecipe, SourceRecipe
 

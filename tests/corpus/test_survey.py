@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qwenscope.corpus import survey, write_privacy_report
+from qwenscope.corpus.survey import survey, write_privacy_report
 from qwenscope.errors import CorpusError
 from qwenscope.recipe import Recipe, load_recipe
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.prepare import Outcome, Preparer
 from qwenscope.corpus.sources import Chunk, Source
+from qwenscope.corpus.workers import prepare_in_worker
 from qwenscope.errors import CorpusError
 
 _Prepared = tuple[int, list[Outcome]]  # shard number and what became of its rows
@@ -122,7 +120,7 @@ class Feed:
 
         def submit() -> tuple[int, Future[list[Outcome]]] | None:
             chunk = next(chunks, None)
-            return None if chunk is None else (chunk.shard, pool.submit(_prepare, self.source.id, chunk.rows))
+            return None if chunk is None else (chunk.shard, pool.submit(prepare_in_worker, self.source.id, chunk.rows))
 
         in_flight = deque(self._reader.submit(submit) for _ in range(ahead))
         try:
@@ -146,25 +144,6 @@ class Feed:
                 f"corpus source {self.source.id} keeps none of its {counts.rows_in} rows ({reasons}); "
                 "correct its schema or corpus.privacy"
             )
-
-
-def worker_pool(workers: int, preparers: Mapping[str, Preparer]) -> ProcessPoolExecutor:
-    """Fresh processes (never forks of one that may hold threads or a GPU), each with every source's preparer."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(dict(preparers),))
-
-
-_preparers: dict[str, Preparer] = {}
-
-
-def _start_worker(preparers: dict[str, Preparer]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
-    _preparers.update(preparers)
-
-
-def _prepare(source: str, rows: list[tuple[int, Any]]) -> list[Outcome]:
-    return _preparers[source](rows)
 
 
 def _rows(prepared: Iterator[_Prepared]) -> Iterator[tuple[int, Outcome]]:

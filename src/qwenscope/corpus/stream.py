@@ -15,10 +15,11 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from qwenscope.corpus.chat import Conversation, Renderer
-from qwenscope.corpus.feed import Feed, worker_pool
+from qwenscope.corpus.feed import Feed
 from qwenscope.corpus.prepare import Preparer
 from qwenscope.corpus.privacy import PrivacyFilter, privacy_report
 from qwenscope.corpus.sources import open_source, source_ids
+from qwenscope.corpus.workers import worker_pool
 from qwenscope.errors import CorpusError
 from qwenscope.recipe import CorpusRecipe
 from qwenscope.seeds import derive_seed

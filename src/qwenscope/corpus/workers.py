@@ -1,0 +1,31 @@
+"""Worker processes that prepare rows ahead of the language model; without torch they are small and quick to start."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from qwenscope.corpus.prepare import Outcome, Preparer
+
+_preparers: dict[str, Preparer] = {}
+
+
+def worker_pool(workers: int, preparers: Mapping[str, Preparer]) -> ProcessPoolExecutor:
+    """Fresh processes (never forks of one that may hold threads or a GPU), each with every source's preparer."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(dict(preparers),))
+
+
+def prepare_in_worker(source: str, rows: list[tuple[int, Any]]) -> list[Outcome]:
+    """What a worker does with a chunk of a source's rows."""
+    return _preparers[source](rows)
+
+
+def _start(preparers: dict[str, Preparer]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
+    _preparers.update(preparers)
