@@ -180,7 +180,7 @@ def _write_meta(database: sqlite3.Connection, corpus_pass: CorpusPass) -> None:
         "version": VERSION,
         "qwenscope": version("qwenscope"),
         "name": corpus_pass.target.folder.resolve().name,
-        "language_model": {"name": standard, "revision": lm.revision, "layers": len(lm.layer_kinds)},
+        "language_model": {"name": standard, "revision": lm.revision, "layers": list(lm.layer_kinds)},
         "tokens": corpus_pass.read,
         "left_out": corpus_pass.left_out,
         "data": "held out by the recipe" if corpus_pass.data is None else corpus_pass.data.name,

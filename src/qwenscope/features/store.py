@@ -145,7 +145,8 @@ class Index:
 
     def _hit(self, connection: sqlite3.Connection, key: int, why: str) -> dict[str, Any]:
         row = connection.execute(
-            "SELECT label, peaks, promoted, density FROM search JOIN latents ON key = search.rowid WHERE search.rowid = ?",
+            "SELECT label, peaks, promoted, density FROM search JOIN latents ON key = search.rowid "
+            "WHERE search.rowid = ?",
             (key,),
         ).fetchone()
         label, peaks, promoted, density = row

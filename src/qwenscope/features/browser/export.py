@@ -1,0 +1,53 @@
+"""The browser as a static site: the same page, its data as files; for any web server, no language model behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwenscope.errors import FormatError
+from qwenscope.features.browser.server import page_files
+from qwenscope.features.store import Index
+from qwenscope.files import whole_folder
+
+SHARD = 16
+"""Latents per data file: few enough to load at once, many enough to keep the number of files reasonable."""
+
+
+def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Write the site to the new folder `out`, whole or not at all. Notes stay at home; explanations go along.
+
+    Raises:
+        FormatError: no index, `out` is not empty, or the index holds text that the privacy filter did not scrub.
+        ResourceError: the disk is full.
+    """
+    opened = Index(index)
+    if not opened.meta["privacy"]["scrub"]:
+        raise FormatError(f"{index} holds text that was not scrubbed; index again with corpus.privacy.scrub on")
+    report = on_progress or (lambda phase, done, total: None)
+    total = sum(sae["dict_size"] for sae in opened.saes.values())
+    done = 0
+    with whole_folder(out) as site:
+        (site / "page").mkdir()
+        for name, content in page_files().items():
+            if name == "index.html":
+                (site / name).write_bytes(content.replace(b'content="live"', b'content="static"'))
+            else:
+                (site / "page" / name).write_bytes(content)
+        (site / ".nojekyll").touch()
+        _write(site / "data" / "suite.json", {**opened.suite(), "live": False, "shard": SHARD})
+        for sae_id, sae in opened.saes.items():
+            _write(site / "data" / sae_id / "table.json", opened.table(sae_id))
+            for start in range(0, sae["dict_size"], SHARD):
+                stop = min(start + SHARD, sae["dict_size"])
+                shard = [opened.latent(sae_id, latent) for latent in range(start, stop)]
+                _write(site / "data" / sae_id / f"{start // SHARD}.json", shard)
+                done += len(shard)
+                report("exporting", done, total)
+
+
+def _write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False), encoding="utf-8")

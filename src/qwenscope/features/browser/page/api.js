@@ -1,0 +1,90 @@
+// Where data comes from: the local server, or the files of an exported site. Nothing else is ever contacted.
+
+export const LIVE = document.querySelector('meta[name="qwenscope-mode"]').content === "live";
+const kept = new Map();
+
+async function fetchJson(path, options) {
+  const response = await fetch(path, options);
+  const value = await response.json().catch(() => ({ error: `${response.status} ${response.statusText}` }));
+  if (!response.ok) throw new Error(value.error ?? response.statusText);
+  return value;
+}
+
+function once(path) {
+  if (!kept.has(path)) {
+    const promise = fetchJson(path);
+    promise.catch(() => kept.delete(path));
+    kept.set(path, promise);
+    if (kept.size > 64) kept.delete(kept.keys().next().value);
+  }
+  return kept.get(path);
+}
+
+const post = (path, body, method = "POST") =>
+  fetchJson(path, { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+export const suite = () => once(LIVE ? "api/suite" : "data/suite.json");
+
+export const table = (sae) => once(LIVE ? `api/sae/${encodeURIComponent(sae)}` : `data/${encodeURIComponent(sae)}/table.json`);
+
+export async function latent(sae, number) {
+  if (LIVE) return once(`api/latent/${encodeURIComponent(sae)}/${number}`);
+  const { shard, saes } = await suite();
+  if (!saes[sae] || number >= saes[sae].dict_size) throw new Error(`${sae} has no latent ${number}`);
+  return (await once(`data/${encodeURIComponent(sae)}/${Math.floor(number / shard)}.json`))[number % shard];
+}
+
+export async function search(query, sae) {
+  if (LIVE) return fetchJson(`api/search?q=${encodeURIComponent(query)}${sae ? `&sae=${encodeURIComponent(sae)}` : ""}`);
+  const wanted = query.trim().toLowerCase();
+  const hits = [];
+  for (const id of sae ? [sae] : Object.keys((await suite()).saes)) {
+    const columns = await table(id);
+    columns.peaks.forEach((peaks, number) => {
+      const label = columns.label[number] ?? "";
+      const rank = peaks.findIndex((text) => text.trim().toLowerCase() === wanted);
+      const inside = [label, ...peaks, ...columns.promoted[number]].some((text) => text.toLowerCase().includes(wanted));
+      if (wanted && (rank >= 0 || inside)) {
+        const hit = { sae: id, latent: number, label, peaks, promoted: columns.promoted[number], density: columns.density[number] };
+        hits.push([rank < 0 ? 9 : rank, hit]);
+      }
+    });
+  }
+  return hits.sort((a, b) => a[0] - b[0]).slice(0, 50).map((hit) => hit[1]);
+}
+
+export const read = (text, chat) => post("api/read", { text, chat });
+
+// Calls onPiece with each piece of the steered text and its controls as it is written.
+export async function steer(body, onPiece) {
+  const response = await fetch("api/steer", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  if (!response.ok) throw new Error((await response.json()).error);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const piece = JSON.parse(line);
+      if (piece.error) throw new Error(piece.error);
+      onPiece(piece);
+    }
+  }
+}
+
+// Bookmarks and notes: beside the index on this machine, or in this browser for an exported site.
+const STORE = "qwenscope notes";
+const local = () => JSON.parse(localStorage.getItem(STORE) ?? "[]");
+export const notes = async () => (LIVE ? fetchJson("api/notes") : local());
+export async function note(sae, number) {
+  return (await notes()).find((n) => n.sae === sae && n.latent === number) ?? { sae, latent: number, note: "", bookmarked: false };
+}
+export async function keepNote({ sae, latent: number, note: text, bookmarked }) {
+  if (LIVE) return post(`api/notes/${encodeURIComponent(sae)}/${number}`, { note: text, bookmarked }, "PUT");
+  const others = local().filter((n) => n.sae !== sae || n.latent !== number);
+  const mine = text || bookmarked ? [{ sae, latent: number, note: text, bookmarked }] : [];
+  localStorage.setItem(STORE, JSON.stringify([...mine, ...others]));
+  return {};
+}

@@ -1,0 +1,62 @@
+// Building elements. Text only ever enters the page as text nodes: nothing here parses HTML.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(element, properties, children) {
+  for (const [name, value] of Object.entries(properties ?? {})) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "vars") for (const [key, v] of Object.entries(value)) element.style.setProperty(key, v);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+export const h = (tag, properties, ...children) => fill(document.createElement(tag), properties, children);
+export const s = (tag, properties, ...children) => fill(document.createElementNS(SVG, tag), properties, children);
+
+export const link = {
+  sae: (sae) => `#/sae/${encodeURIComponent(sae)}`,
+  latent: (sae, latent) => `#/sae/${encodeURIComponent(sae)}/${latent}`,
+  search: (q) => `#/search?q=${encodeURIComponent(q)}`,
+};
+
+export function percent(share) {
+  if (share === 0) return "0 %";
+  if (share < 0.0001) return `${(share * 100).toExponential(0)} %`;
+  return `${(share * 100).toPrecision(share < 0.001 ? 1 : 2).replace(/\.0+$/, "")} %`;
+}
+
+export function number(value) {
+  if (value === null || value === undefined) return "–";
+  if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
+  return String(Number(value.toPrecision(3)));
+}
+
+// A token as it is shown alone: white space made visible, pieces of characters named.
+export function visible(text) {
+  if (text === "") return "∅";
+  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍").replace(/^ +| +$/g, (run) => "·".repeat(run.length));
+}
+
+export const token = (text, properties) => h("code", { class: "chip", title: JSON.stringify(text), ...properties }, visible(text));
+
+export const ROLE_NAMES = {
+  system: "system", user: "user", assistant: "assistant", tool_call: "tool call", tool_result: "tool result",
+  think: "think", template: "template",
+};
+
+export const kindName = (kind) => ({ deltanet: "DeltaNet", attention: "Attention" })[kind] ?? kind ?? "layer";
+
+export function kindBadge(kind, layer) {
+  return h("span", { class: `kind ${kind ?? "plain"}` }, h("i", { "aria-hidden": "true" }), kindName(kind), ` · layer ${layer}`);
+}
+
+export function stat(name, value, title) {
+  return h("div", { class: "stat", title }, h("dt", null, name), h("dd", null, value));
+}
+
+export function section(title, note, ...children) {
+  return h("section", null, h("h2", null, title, note ? h("small", null, note) : null), ...children);
+}

@@ -1,0 +1,287 @@
+"""Steer a language model along SAE latents or any direction: a context manager around any forward pass or `generate`.
+
+    with steer(model, Steering(layer=23, sae=sae, latent=7, strength=2.0, unit=12.5)):
+        model.generate(...)
+
+At each chosen position the residual stream x becomes x + c(x) d, where d is the latent's unit decoder direction:
+
+    add     c = strength * unit
+    clamp   c = strength * unit - a(x)      the latent's activation a becomes strength * unit
+    ablate  c = -a(x)
+
+`unit` is the latent's largest activation (an index knows it), or "norm": each token's own residual norm. Several
+steerings at one layer all look at the unsteered x and add up.
+
+Legend: C rows of a batch, T positions, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qwenscope.errors import FormatError, ModelError
+from qwenscope.features.read import as_language_model
+from qwenscope.lm.intervene import intervene
+from qwenscope.lm.load import LanguageModel
+from qwenscope.sae.topk import TopKSAE
+from qwenscope.seeds import generator
+
+Mode = Literal["add", "clamp", "ablate"]
+Where = Literal["all", "prefill", "decode"] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """One push. Either `sae` and `latent`, or `along` alone with mode add.
+
+    Raises:
+        FormatError: no direction, a latent that does not exist, a mode without latent, or an unknown word.
+    """
+
+    layer: int
+    strength: float
+    sae: TopKSAE | None = None
+    latent: int | None = None
+    mode: Mode = "add"
+    unit: float | Literal["norm"] = "norm"
+    where: Where = "all"
+    """all positions; prefill: those of the pass that finds an empty cache; decode: all later ones; or positions of the
+    (padded) rows by number. Without a cache every pass is a prefill."""
+    along: Tensor | None = None
+    """[D], any length: push along this direction; with a latent, by the amount that the latent would be pushed."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("add", "clamp", "ablate"):
+            raise FormatError(f"steering mode is add, clamp or ablate, not {self.mode!r}")
+        if isinstance(self.where, str) and self.where not in ("all", "prefill", "decode"):
+            raise FormatError(f"steering where is all, prefill, decode or positions, not {self.where!r}")
+        if self.sae is None or self.latent is None:
+            if self.along is None or self.mode != "add":
+                raise FormatError("steering needs an SAE and a latent, or a direction with mode add")
+        elif not 0 <= self.latent < self.sae.dict_size:
+            raise FormatError(f"there is no latent {self.latent}; the SAE has 0 to {self.sae.dict_size - 1}")
+
+    @property
+    def direction_D(self) -> Tensor:  # noqa: N802
+        """Unit direction, float32 [D]."""
+        if self.along is not None:
+            return nn.functional.normalize(self.along.detach().float(), dim=0)
+        assert self.sae is not None
+        return nn.functional.normalize(self.sae.decoder.weight.detach()[:, self.latent].float(), dim=0)
+
+    def push(self, x_CTD: Tensor) -> Tensor:
+        """What is added to the residual stream at steered positions: float32 [C, T, D]."""
+        x_CTD = x_CTD.float()
+        unit_CT = x_CTD.norm(dim=-1) if self.unit == "norm" else torch.full(x_CTD.shape[:-1], self.unit)
+        amount_CT = self.strength * unit_CT.to(x_CTD.device)
+        if self.mode != "add":
+            assert self.sae is not None
+            codes = self.sae.encode(x_CTD.to(self.sae.pre_bias.device))
+            active_CT = (codes.values * (codes.indices == self.latent)).sum(-1).to(x_CTD.device)
+            amount_CT = (amount_CT if self.mode == "clamp" else 0.0) - active_CT
+        return amount_CT.unsqueeze(-1) * self.direction_D.to(x_CTD.device)
+
+    def mask(self, start: int, length: int) -> Tensor | None:
+        """bool [T] of steered positions among start .. start + length - 1; None for all."""
+        if self.where == "all" or self.where == ("prefill" if start == 0 else "decode"):
+            return None
+        if isinstance(self.where, str):
+            return torch.zeros(length, dtype=torch.bool)
+        return torch.isin(torch.arange(start, start + length), torch.tensor(list(self.where), dtype=torch.int64))
+
+
+@contextmanager
+def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Iterator[None]:
+    """Steer every pass of `model` while the block lasts, cached and batched ones alike.
+
+    Raises:
+        ModelError: a layer that the model does not have; FormatError: a direction that does not fit its width.
+    """
+    lm = as_language_model(model)
+    for steering in steerings:
+        if len(steering.direction_D) != lm.hidden_dim:
+            raise FormatError(
+                f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {lm.hidden_dim} wide"
+            )
+    seen = _Seen()
+    by_layer: dict[int, list[Steering]] = {}
+    for steering in steerings:
+        by_layer.setdefault(steering.layer, []).append(steering)
+    handle = lm.decoder.register_forward_pre_hook(seen, with_kwargs=True)
+    try:
+        with intervene(lm, {layer: _edit(group, seen) for layer, group in by_layer.items()}):
+            yield
+    finally:
+        handle.remove()
+
+
+class _Seen:
+    """How many positions the cache held before the current pass: a pre-hook of the decoder."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+
+    def __call__(self, _module: nn.Module, _inputs: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self.positions = 0 if cache is None else int(cache.get_seq_length())
+
+
+def _edit(group: Sequence[Steering], seen: _Seen) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def edit(x_CTD: Tensor) -> Tensor:
+        edited_CTD = x_CTD.float()
+        for steering in group:
+            mask_T = steering.mask(seen.positions, x_CTD.shape[1])
+            if mask_T is None:
+                edited_CTD = edited_CTD + steering.push(x_CTD)
+            elif bool(mask_T.any()):
+                edited_CTD = edited_CTD + steering.push(x_CTD) * mask_T.to(x_CTD.device).view(1, -1, 1)
+        return edited_CTD
+
+    return edit
+
+
+def controls(
+    steerings: Sequence[Steering], seed: int = 0, alive: Sequence[int] | None = None
+) -> dict[str, list[Steering]]:
+    """What honest steering is compared with, by name: without any push, negative strength, another latent at random,
+    a random direction of the same norm. A steering without a latent has no other latent; ablation has no sign.
+
+    Args:
+        steerings: the real ones.
+        seed: of the random choices.
+        alive: latents to choose from; None means all.
+    """
+    random = generator(seed, "steering controls")
+    found: dict[str, list[Steering]] = {"unsteered": []}
+    if any(steering.mode != "ablate" for steering in steerings):
+        found["negative strength"] = [replace(steering, strength=-steering.strength) for steering in steerings]
+    if all(steering.sae is not None for steering in steerings):
+        found["random latent"] = [_other_latent(steering, random, alive) for steering in steerings]
+    found["random direction"] = [
+        replace(steering, along=torch.randn(len(steering.direction_D), generator=random)) for steering in steerings
+    ]
+    return found
+
+
+def _other_latent(steering: Steering, random: torch.Generator, alive: Sequence[int] | None) -> Steering:
+    assert steering.sae is not None
+    pool = [latent for latent in (alive or range(steering.sae.dict_size)) if latent != steering.latent]
+    if not pool:
+        raise FormatError("there is no other latent to compare with")
+    return replace(steering, latent=pool[int(torch.randint(len(pool), (1,), generator=random))])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of a run's text as it appears."""
+
+    run: str
+    """steered, or the name of a control."""
+    text: str
+    effect: float | None = None
+    """With a run's first piece: KL divergence (nats) of its first next-token distribution from the unsteered one."""
+
+
+def side_by_side(
+    lm: LanguageModel,
+    prompt_ids: Sequence[int],
+    steerings: Sequence[Steering],
+    *,
+    seed: int = 0,
+    alive: Sequence[int] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+) -> Iterator[Piece]:
+    """Stream the steered continuation of a prompt and those of all `controls`, one after the other.
+
+    Args:
+        lm: whole model with its LM head.
+        prompt_ids: see `prompt_tokens`.
+        steerings: what is done together.
+        seed: of controls and sampling; every run draws the same random numbers.
+        alive: latents that the random one is chosen from.
+        max_new_tokens: per run.
+        temperature: 0 takes the likeliest token.
+
+    Raises:
+        ModelError: the model was loaded truncated or without LM head.
+        FormatError: the prompt is empty.
+    """
+    if not len(prompt_ids):
+        raise FormatError("the prompt is empty")
+    if lm.truncated:
+        raise ModelError(f"{lm.name} was loaded up to layer {len(lm.layers) - 1}; steering needs all layers")
+    clean_V = _next_distribution(lm, prompt_ids, [])
+    for name, pushes in {"steered": list(steerings), **controls(steerings, seed, alive)}.items():
+        spread_V = _next_distribution(lm, prompt_ids, pushes)
+        effect = float((spread_V.exp() * (spread_V - clean_V)).nan_to_num(0.0).sum())
+        yield Piece(name, "", effect)
+        for text in generate(lm, prompt_ids, pushes, max_new_tokens, temperature, seed):
+            yield Piece(name, text)
+
+
+def prompt_tokens(lm: LanguageModel, prompt: str) -> list[int]:
+    """A prompt as the user's turn of the model's chat template, ready for the answer; plain text without template."""
+    if getattr(lm.tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        return list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(lm.tokenizer(prompt).input_ids)
+
+
+@torch.no_grad()
+def generate(
+    lm: LanguageModel,
+    prompt_ids: Sequence[int],
+    steerings: Sequence[Steering],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Stream a continuation, text piece by text piece, under `steerings`.
+
+    The model is steered only inside each pass, so that a caller may do other things with it between pieces.
+    """
+    random = generator(seed, "steering sampling")
+    ids, cache = torch.tensor([list(prompt_ids)], device=lm.device), None
+    stops = _stop_ids(lm)
+    written: list[int] = []
+    shown = ""
+    for _ in range(max_new_tokens):
+        with steer(lm, *steerings):
+            output: Any = lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache, logits_V = output.past_key_values, output.logits[0, -1].float().cpu()
+        if temperature > 0:
+            token = int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=random))
+        else:
+            token = int(logits_V.argmax())
+        if token in stops:
+            return
+        written.append(token)
+        ids = torch.tensor([[token]], device=lm.device)
+        text = str(lm.tokenizer.decode(written))
+        if not text.endswith("\ufffd"):  # a character's last bytes are still to come
+            yield text[len(shown) :]
+            shown = text
+
+
+@torch.no_grad()
+def _next_distribution(lm: LanguageModel, prompt_ids: Sequence[int], steerings: Iterable[Steering]) -> Tensor:
+    """Log-probabilities [V] of the token after the prompt."""
+    with steer(lm, *steerings):
+        output: Any = lm.model(input_ids=torch.tensor([list(prompt_ids)], device=lm.device), use_cache=False)
+    scores: Tensor = output.logits[0, -1].double().log_softmax(0).cpu()
+    return scores
+
+
+def _stop_ids(lm: LanguageModel) -> set[int]:
+    stops = getattr(lm.model.generation_config, "eos_token_id", None)
+    ids = {stops} if isinstance(stops, int) else set(stops or ())
+    return ids | ({lm.tokenizer.eos_token_id} if lm.tokenizer.eos_token_id is not None else set())
