@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import BATCH, STEPS, Reference, make_language_model, metrics, status, tiny_recipe
+from tiny_run import BATCH, STEPS, Reference, final_hashes, make_language_model, metrics, status, tiny_recipe
 from transformers import Qwen3_5MoeForCausalLM
 
-from qwenscope.errors import CheckpointError, CorpusError, TrainingError
+from qwenscope.errors import CheckpointError, CorpusError, FormatError, TrainingError
+from qwenscope.sae.loading import load_suite
 from qwenscope.training import checkpoint
 from qwenscope.training.run import train
 from qwenscope.training.telemetry import Progress
@@ -61,6 +63,32 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_end_is_the_same(
     assert session["from"] == older.name
     assert str(victim) in session["passed_over"][0]
     assert (run / "checkpoints" / f"damaged-{newest.name}").is_dir()
+
+
+def test_flipped_bits_and_truncations_in_final_saes_are_all_found(
+    tiny_model: Path, tmp_path: Path, reference: Reference
+) -> None:
+    run = tmp_path / "run"
+    train(tiny_recipe(tiny_model), run)
+    files = {path: path.read_bytes() for path in sorted((run / "saes").rglob("*")) if path.is_file()}
+    assert set(final_hashes(run)) == {str(path.relative_to(run / "saes")) for path in files}
+    draw = random.Random(3)
+    for trial in range(440):
+        victim = draw.choice(list(files))
+        data = bytearray(files[victim])
+        if trial < 400:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        else:
+            del data[draw.randrange(len(data)) :]
+        victim.write_bytes(data)
+        # A list of checksums that was itself changed names the file that it no longer vouches for.
+        with pytest.raises(
+            FormatError, match=re.escape(str(run / "saes") if victim.parent == run / "saes" else str(victim))
+        ):
+            load_suite(run)
+        victim.write_bytes(files[victim])
+    assert set(load_suite(run)) == {"sae_attn", "sae_delta"}
+    reference.check(run)
 
 
 def test_starting_over_is_never_silent(run: Path, tiny_model: Path) -> None:
