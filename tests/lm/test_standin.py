@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwenscope.corpus.tool_use import generate_tool_use
 from qwenscope.errors import CorpusError
 from qwenscope.files import read_json
-from qwenscope.lm.standin import STANDIN_FOLDER, StandinPlan, grow, measure, standin_config, train_standin
+from qwenscope.lm.standin import STANDIN_FOLDER, Stage, StandinPlan, grow, measure, standin_config, train_standin
 from qwenscope.lm.standin_data import (
     FILES,
     MARKERS,
@@ -296,7 +296,12 @@ def test_growing_repeats_blocks_and_keeps_the_sum_of_their_outputs() -> None:
 
 def test_short_training_learns_repeats_itself_and_describes_itself(tmp_path: Path) -> None:
     plan = StandinPlan(
-        stages=((4, 16_000), (8, 4_000)), vocab_size=384, generated=40, max_length=96, batch_tokens=768, config=TINY
+        stages=(Stage(4, 16_000), Stage(8, 4_000, contrast=0.1)),
+        vocab_size=384,
+        generated=40,
+        max_length=96,
+        batch_tokens=768,
+        config=TINY,
     )
     seen: list[tuple[int, int, float]] = []
     description = train_standin(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as modeling
-from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers import PreTrainedTokenizerBase, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from qwenscope.files import fsync_file, fsync_folder, write_json, write_text
 from qwenscope.lm.standin_data import (
@@ -50,11 +50,26 @@ Progress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stretch of training at one depth."""
+
+    layers: int
+    tokens: int
+    balance: float = 0.01
+    """Weight of the load-balancing loss, averaged over layers."""
+    contrast: float = 0.0
+    """Weight of the similarity loss: how far 1 - cosine of successive residual streams falls below 0.1, in logs."""
+
+
+@dataclass(frozen=True)
 class StandinPlan:
     """Everything that decides the trained weights beside the data and the seed."""
 
-    stages: tuple[tuple[int, int], ...] = ((8, 2_600_000), (20, 1_300_000), (40, 2_000_000))
-    """(layers, tokens) one after the other."""
+    stages: tuple[Stage, ...] = (
+        Stage(8, 2_600_000),
+        Stage(20, 1_300_000),
+        Stage(40, 2_000_000, balance=0.2, contrast=0.2),
+    )
     vocab_size: int = 4096
     generated: int = 6000
     """Conversations drawn from the tool-use generator."""
@@ -65,11 +80,6 @@ class StandinPlan:
     """Steps of linear warmup at the start of every stage."""
     decay: float = 0.35
     """Share of all tokens over which the learning rate falls linearly to zero, at the end."""
-    balance: float = 0.01
-    """Weight of the per-layer load-balancing loss."""
-    contrast: float = 0.2
-    """Weight of the similarity of successive residual streams above `contrast_from`."""
-    contrast_from: float = 0.9
     config: dict[str, Any] = field(default_factory=dict)
     """Overrides of `standin_config`."""
 
@@ -143,32 +153,42 @@ def train_standin(
 
 
 def _train_stages(
-    plan: StandinPlan, rows: Rows, tokenizer: PreTrainedTokenizerFast, out: Path, seed: int, progress: Progress | None
+    plan: StandinPlan, rows: Rows, tokenizer: PreTrainedTokenizerBase, out: Path, seed: int, progress: Progress | None
 ) -> int:
-    """Train all stages, saving the model (grown to its final depth) after each and now and then in the last."""
-    total = sum(tokens for _, tokens in plan.stages)
+    """Train all stages, saving the model (grown to its final depth) after each; returns the tokens trained on."""
     stream = batches(rows, plan.batch_tokens, tokenizer.pad_token_id, Random(seed))
-    depth = plan.stages[-1][0]
-    model = _new_model(standin_config(plan.vocab_size, **_ids(tokenizer), **plan.config), plan.stages[0][0])
+    model = _new_model(standin_config(plan.vocab_size, **_ids(tokenizer), **plan.config), plan.stages[0].layers)
     done = 0
-    for layers, tokens in plan.stages:
-        logger.info("stand-in: %d layers, %d of %d tokens done", layers, done, total)
-        if layers != model.config.num_hidden_layers:
-            model = grow(model, layers)
-        optimizer = StandinOptimizer(model)
-        end, step = done + tokens, 0
-        while done < end:
-            ids, mask = next(stream)
-            rate = min(1.0, (step + 1) / plan.warmup, (total - done) / (plan.decay * total))
-            loss, cross_entropy = _loss(model, ids, mask, plan)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step(plan.lr * rate * math.sqrt(plan.stages[0][0] / layers))
-            done, step = done + int(mask.sum()), step + 1
-            if progress is not None:
-                progress(done, total, cross_entropy.item())
-            if layers == depth and step % 50 == 0:
-                _save(model, out)
-        _save(grow(model, depth), out)
+    for stage in plan.stages:
+        logger.info("stand-in: %d layers, %d tokens done", stage.layers, done)
+        if stage.layers != model.config.num_hidden_layers:
+            model = grow(model, stage.layers)
+        done = _train_stage(model, stage, plan, stream, done, progress)
+        _save(grow(model, plan.stages[-1].layers), out)
+    return done
+
+
+def _train_stage(
+    model: Qwen3_5MoeForCausalLM,
+    stage: Stage,
+    plan: StandinPlan,
+    stream: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    done: int,
+    progress: Progress | None,
+) -> int:
+    """Train in place with a fresh optimiser; `done` tokens were trained on before, returns those after."""
+    total = sum(stage.tokens for stage in plan.stages)
+    optimizer = StandinOptimizer(model)
+    end, step = done + stage.tokens, 0
+    while done < end:
+        ids, mask = next(stream)
+        rate = min(1.0, (step + 1) / plan.warmup, (total - done) / (plan.decay * total))
+        loss, cross_entropy = _loss(model, ids, mask, stage)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step(plan.lr * rate * math.sqrt(plan.stages[0].layers / stage.layers))
+        done, step = done + int(mask.sum()), step + 1
+        if progress is not None:
+            progress(done, total, cross_entropy.item())
     return done
 
 
@@ -215,20 +235,21 @@ def _outputs(layer: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
             yield parameter
 
 
-def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
 
 
 def _loss(
-    model: Qwen3_5MoeForCausalLM, ids: torch.Tensor, mask: torch.Tensor, plan: StandinPlan
+    model: Qwen3_5MoeForCausalLM, ids: torch.Tensor, mask: torch.Tensor, stage: Stage
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The training loss and its cross-entropy part in nats per token."""
     losses, output = _forward(model, ids, mask)
     cross_entropy = losses.mean()
-    loss = cross_entropy + plan.balance * _imbalance(output.router_logits, mask, model.config.num_experts_per_tok)
-    streams = torch.stack([stream[mask] for stream in output.hidden_states[:-1]])
-    similarity = _centred_cosine(streams[:-1], streams[1:])
-    loss = loss + plan.contrast * F.relu(similarity - plan.contrast_from).mean()
+    loss = cross_entropy + stage.balance * _imbalance(output.router_logits, mask, model.config.num_experts_per_tok)
+    if stage.contrast:
+        streams = torch.stack([stream[mask] for stream in output.hidden_states[:-1]])
+        difference = 1 - _centred_cosine(streams[:-1], streams[1:])
+        loss = loss + stage.contrast * F.relu(math.log(0.1) - (difference + 1e-6).log()).mean()
     return loss, cross_entropy.detach()
 
 

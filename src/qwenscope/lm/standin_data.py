@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from qwenscope.corpus.tool_use import generate_tool_use
 from qwenscope.errors import CorpusError
@@ -126,7 +127,7 @@ def render_all(data: Path | None, generated: int, seed: int) -> dict[str, dict[s
     Real conversations are held out by the hash of their rendering (so duplicates stay on one side); generated ones by
     the generator's own split, whose held-out wordings are disjoint from those trained on.
     """
-    renderer = wrap_tokenizer(Tokenizer(models.BPE()))
+    renderer = wrap_tokenizer({}, [])
     splits: dict[str, dict[str, list[str]]] = {"train": {}, "held_out": {}}
     for name in FILES if data is not None else ():
         assert data is not None
@@ -142,7 +143,7 @@ def render_all(data: Path | None, generated: int, seed: int) -> dict[str, dict[s
     return splits
 
 
-def render(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
     """The whole conversation as text, tools in the system turn."""
     text = tokenizer.apply_chat_template(
         conversation["messages"], tools=conversation.get("tools") or None, tokenize=False
@@ -151,13 +152,11 @@ def render(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> st
     return text
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` ids (single digits, no text unknown); the template's marks take the last ids."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE of `vocab_size` ids; the template's marks take the last ones."""
+    plain = Qwen3_5Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = plain.normalizer, plain.pre_tokenizer
     marks = re.compile("|".join(re.escape(mark) for mark in SPECIAL + MARKERS))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL + MARKERS),
@@ -165,24 +164,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator((part for text in texts for part in marks.split(text)), trainer)
-    tokenizer.add_tokens([AddedToken(mark, normalized=False, special=mark in SPECIAL) for mark in SPECIAL + MARKERS])
-    return wrap_tokenizer(tokenizer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return wrap_tokenizer(model["vocab"], [tuple(merge) for merge in model["merges"]])
 
 
-def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The transformers face of a `tokenizers` one, with our special tokens and chat template."""
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
+def wrap_tokenizer(vocab: dict[str, int], merges: list[Any]) -> PreTrainedTokenizerBase:
+    """Vocabulary, merges, our marks and chat template in the class that AutoTokenizer takes for a Qwen3.5 model.
+
+    Any other class would be replaced on loading, and text split another way than in training.
+    """
+    marks = {mark: len(vocab) + i for i, mark in enumerate(SPECIAL + MARKERS)}
+    tokenizer = Qwen3_5Tokenizer(
+        vocab=vocab | marks,
+        merges=merges,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+        extra_special_tokens=["<|im_start|>"],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=32768,
     )
+    tokenizer.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in MARKERS])
+    return tokenizer
 
 
-def rows_of(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int, shortest: int = 16) -> Rows:
+def rows_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, shortest: int = 16) -> Rows:
     """Token rows of at most `length`: each conversation cut into consecutive rows, short leftovers dropped."""
     rows = []
     for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
