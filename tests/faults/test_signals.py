@@ -10,6 +10,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_run import BATCH, STEPS, Child, Reference, metrics, running, status, tiny_recipe
 
@@ -62,6 +63,28 @@ def test_sigusr1_saves_and_goes_on(tiny_model: Path, reference: Reference, tmp_p
         assert child.wait() == 0
     first, last = checkpoint.list_checkpoints(run / "checkpoints")
     assert 6 <= int(first.name[5:]) < int(last.name[5:]) == STEPS
+    reference.check(run)
+
+
+@pytest.mark.slow
+def test_workers_outlive_a_signal_to_all_and_no_killed_parent(
+    tiny_model: Path, reference: Reference, tmp_path: Path
+) -> None:
+    recipe, run = tiny_recipe(tiny_model, corpus__workers=1), tmp_path / "run"
+    with running(recipe, run, resume=False) as child:
+        until(child, 10 * BATCH)
+        everybody = [*psutil.Process(child.process.pid).children(), psutil.Process(child.process.pid)]
+        assert len(everybody) > 1
+        for process in everybody:
+            process.terminate()
+        assert child.wait() == 143
+    with running(recipe, run, resume=True) as child:
+        until(child, 20 * BATCH)
+        workers = psutil.Process(child.process.pid).children()
+        child.process.kill()
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
+    with running(tiny_recipe(tiny_model), run, resume=True) as child:  # the number of workers is no part of the result
+        assert child.wait() == 0
     reference.check(run)
 
 

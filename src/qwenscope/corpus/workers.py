@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -26,6 +27,16 @@ def prepare_in_worker(source: str, rows: list[tuple[int, Any]]) -> list[Outcome]
 
 
 def _start(preparers: dict[str, Preparer]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the main process decides when to stop
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
     _preparers.update(preparers)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody: its workers would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
