@@ -292,9 +292,8 @@ def _centred_cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _save(model: Qwen3_5MoeForCausalLM, out: Path) -> None:
-    """Write config and bf16 weights, the tied head only once (safetensors renames in one step)."""
+    """Write bf16 weights, the tied head only once, and a config that computes in float32 unless told otherwise."""
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    model.config.dtype = torch.bfloat16
     model.save_pretrained(out, state_dict=state)
     fsync_file(out / "model.safetensors")
     fsync_folder(out)
