@@ -159,7 +159,7 @@ def test_a_non_finite_batch_changes_no_weight(bad: float) -> None:
     assert not bool(metrics.finite)
     after = trainer.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name for name in changed if not name.startswith("pool.")} == {"counters", "generator"}
+    assert changed <= {"counters", "generator", "candidates", "pool.rows", "pool.loss", "pool.cursor"}
     assert bool(trainer.step(rows(BATCH, 21)).finite)
 
 

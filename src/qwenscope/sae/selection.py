@@ -9,8 +9,8 @@ Three precisions find each row's K largest pre-activations `x . W_n + b_n`:
             below the K-th float32 value: a latent outside could then belong inside only if its error were beyond twice
             any of those seen. Rows without certificate are computed again in float32.
 
-The product is made in chunks of rows, so that a chunk's pre-activations are still in cache when their top-k is taken
-and the [B, N] matrix never exists.
+On a CPU the product is made in chunks of rows, so that a chunk's pre-activations are still in cache when their top-k is
+taken and the [B, N] matrix never exists.
 
 Legend: B rows, R rows of a chunk, D hidden, N latents, K active latents, C candidates, M latents asked for by name.
 """
@@ -57,6 +57,10 @@ def top_k(scores_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     members are compared. Strided groups make the maxima a vectorised reduction over contiguous columns.
     """
     n = scores_RN.shape[1]
+    if scores_RN.is_cuda and scores_RN.dtype == torch.bfloat16 and ops.HAS_TRITON and n <= 65_536:
+        from qwenscope.sae import triton_ops
+
+        return triton_ops.top_k(scores_RN, k)
     groups = n // GROUP
     if n % GROUP or groups < 4 * k:
         values, indices = scores_RN.topk(k, dim=1, sorted=False)
@@ -114,7 +118,8 @@ class Selector:
         candidates = min(self.k + MARGIN, n) if self.precision == "exact" else self.k
         bias = bias_N.to(shadow_ND.dtype)
         scores, places, named = [], [], []
-        for chunk_RD in torch.split(rows_BD, CHUNK_ROWS):
+        size = len(rows_BD) if rows_BD.is_cuda else CHUNK_ROWS
+        for chunk_RD in torch.split(rows_BD, size):
             pre_RN = self._buffer(len(chunk_RD), n, shadow_ND)
             torch.addmm(bias, chunk_RD.to(shadow_ND.dtype), shadow_ND.T, out=pre_RN)
             values, indices = top_k(pre_RN, candidates)
@@ -129,8 +134,8 @@ class Selector:
 
     def _buffer(self, rows: int, n: int, like: Tensor) -> Tensor:
         """Reused memory for one chunk: fresh pages cost more than the top-k."""
-        if self._chunk is None or self._chunk.shape[1] != n or self._chunk.dtype != like.dtype:
-            self._chunk = like.new_empty(CHUNK_ROWS, n)
+        if self._chunk is None or len(self._chunk) < rows:
+            self._chunk = like.new_empty(rows, n)
         return self._chunk[:rows]
 
     def _rescore(

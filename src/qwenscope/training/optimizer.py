@@ -8,7 +8,7 @@ Legend: D hidden, N latents, R rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,10 @@ BLOCK_ROWS = 512
 class Adam:
     """Settings of one Adam step.
 
-    lr: learning rate. step: 0-dim float32, number of this step from 1, for the bias corrections.
+    lr: 0-dim float32. step: 0-dim float32, number of this step from 1, for the bias corrections.
     """
 
-    lr: float
+    lr: Tensor
     betas: tuple[float, float]
     eps: float
     step: Tensor
@@ -78,8 +78,10 @@ def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
 
 def _blocks(weights: Weights, gradient: SparseGradient) -> Iterator[tuple[str, slice, Tensor]]:
     """(matrix, rows, their gradient), the decoder's without its component along each unit row."""
-    for start in range(0, weights.dict_size, BLOCK_ROWS):
-        block = slice(start, min(start + BLOCK_ROWS, weights.dict_size))
+    n = weights.dict_size
+    size = n if weights["decoder"].is_cuda else BLOCK_ROWS
+    for start in range(0, n, size):
+        block = slice(start, min(start + size, n))
         for name in ("encoder", "decoder"):
             rows_RD = gradient.rows(name, block.start, block.stop)
             if name == "decoder":
@@ -89,26 +91,26 @@ def _blocks(weights: Weights, gradient: SparseGradient) -> Iterator[tuple[str, s
             yield name, block, rows_RD
 
 
-def _norm(parts: list[Tensor]) -> Tensor:
-    """Norm of the whole from norms of the parts."""
-    return torch.stack(parts).norm()
-
-
 def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: float | None, finite: Tensor) -> Tensor:
     """One Adam step on all parameters; returns the gradient's norm after projection, before clipping.
 
-    Clipping to `clip_norm` is exact: where the gradient's bound allows a larger norm, the blocks are computed once more
-    beforehand for the norm alone. Where `finite` (0-dim bool) is false nothing changes.
+    Clipping to `clip_norm` is exact. A GPU holds both gradient matrices and so has their norm before it divides; a CPU
+    makes them block by block, twice where the gradient's bound does not exclude a norm above `clip_norm`.
+    Where `finite` (0-dim bool) is false nothing changes.
     """
     biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
-    bias_norms = [value.norm() for value in biases.values()]
+    norms = [value.norm() for value in biases.values()]
     divisor = torch.ones((), device=finite.device)
-    if clip_norm is not None and bool(gradient.bound > clip_norm):
-        norm = _norm([rows_RD.norm() for _, _, rows_RD in _blocks(weights, gradient)] + bias_norms)
+    blocks: Iterable[tuple[str, slice, Tensor]] = _blocks(weights, gradient)
+    on_gpu = finite.is_cuda
+    if on_gpu:
+        blocks = list(blocks)
+    if clip_norm is not None and (on_gpu or bool(gradient.bound > clip_norm)):
+        known = blocks if on_gpu else _blocks(weights, gradient)
+        norm = torch.stack(norms + [rows_RD.norm() for _, _, rows_RD in known]).norm()
         divisor = (norm / clip_norm).clamp_min(1.0).float()
     skip = (~finite).float()
-    norms = list(bias_norms)
-    for name, block, rows_RD in _blocks(weights, gradient):
+    for name, block, rows_RD in blocks:
         norms.append(rows_RD.norm())
         parameter = weights[name][block]
         adam(parameter, rows_RD, weights.means[name][block], weights.squares[name][block], divisor, skip)
@@ -116,7 +118,6 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
             length_R = torch.linalg.vector_norm(parameter, dim=1, keepdim=True)
             parameter.mul_(torch.where(finite, 1 / length_R, 1.0))
         weights.refresh(name, block)
-    norm = _norm(norms)
     for name, value in biases.items():
         adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
-    return norm
+    return torch.stack(norms).norm()

@@ -124,6 +124,12 @@ class SAETrainer:
             size = per_step * min(POOL_STEPS, resample_every_steps)
             self.pool = ResamplingPool(size, sae.hidden_dim, per_step, self.device)
         self.generator = generator(seed, "resampling")
+        # Listing the dead synchronises with a GPU, so there they are listed every so many steps.
+        self._refresh_every = 64 if self.device.type == "cuda" else 1
+        self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
+        self._names = self.candidates_N.nonzero().squeeze(1)
+        self._lr = torch.zeros((), device=self.device)
+        self._step = torch.zeros((), device=self.device)
         self.steps = 0
         self.tokens_trained = 0
 
@@ -168,27 +174,6 @@ class SAETrainer:
         """
         if x_BD.dim() != 2 or x_BD.shape[1] != len(self.centre_D) or not len(x_BD):
             raise TrainingError(f"a batch must be [B, {len(self.centre_D)}] with B >= 1, not {list(x_BD.shape)}")
-        weights = self.weights
-        dead_N = self.ages.dead()
-        names = dead_N.nonzero().squeeze(1) if self.aux_coefficient else dead_N.new_empty(0, dtype=torch.int64)
-        rows = self._rows(x_BD)
-        selection = self._selector(
-            rows, weights["encoder"], weights.table("encoder"), weights["encoder_bias"], names if len(names) else None
-        )
-        x_hat = ops.weighted_rows(weights.table("decoder"), selection.indices, selection.values)
-        residual = x_hat.to(rows.dtype).sub_(rows)
-        loss_B = torch.linalg.vector_norm(residual, dim=1).square()
-        whole = variance(rows)
-        fvu = loss_B.sum() / whole
-        auxiliary = None
-        if selection.named is not None:
-            auxiliary = Auxiliary.of(weights, rows, residual, selection.named, names, self.aux_k, self.aux_coefficient)
-        aux_loss = auxiliary.loss if auxiliary else torch.zeros_like(fvu)
-        loss = fvu + self.aux_coefficient * aux_loss
-        self._collect(residual, loss_B)
-        gradient = SparseGradient.of(weights, rows, residual.mul_(2 / whole), selection, auxiliary)
-        finite = torch.isfinite(gradient.bound) & torch.isfinite(loss)
-
         lr = learning_rate(
             self.lr,
             self.tokens_trained,
@@ -197,26 +182,61 @@ class SAETrainer:
             warmup_tokens=self.warmup_tokens,
             decay_share=self.decay_share,
         )
+        if self.steps % self._refresh_every == 0:
+            self.candidates_N.copy_(self.ages.dead())
+            self._names = self.candidates_N.nonzero().squeeze(1)
         self.steps += 1
         self.tokens_trained += len(x_BD)
-        adam = Adam(lr, self.betas, self.eps, torch.tensor(float(self.steps), device=self.device))
+        self._lr.fill_(lr)
+        self._step.fill_(self.steps)
+        metrics, gradient, loss_B = self.device_step(x_BD)
+        if self.pool is not None:
+            if -self.steps % self.resample_every_steps < POOL_STEPS:
+                self.pool.add(-gradient.g_BD, loss_B, self.generator)
+            if self.steps % self.resample_every_steps == 0:
+                self._resample(self.pool)
+        return StepMetrics(lr=lr, **metrics)
+
+    def device_step(self, x_BD: Tensor) -> tuple[dict[str, Tensor], SparseGradient, Tensor]:
+        """The part of a step that runs on the device: no host decision depends on a value, shapes are static.
+
+        On CUDA in bf16 it can be captured as a graph (see bench/gpu.py); the host's part is in `step`.
+        Returns the metrics (without lr), the gradient and the loss of each row.
+        """
+        weights, names = self.weights, self._names if self.aux_coefficient and len(self._names) else None
+        dead = self.ages.dead().sum()
+        rows = self._rows(x_BD)
+        selection = self._selector(rows, weights["encoder"], weights.table("encoder"), weights["encoder_bias"], names)
+        x_hat = ops.weighted_rows(weights.table("decoder"), selection.indices, selection.values)
+        residual = x_hat.to(rows.dtype).sub_(rows)
+        loss_B = torch.linalg.vector_norm(residual, dim=1).square()
+        whole = variance(rows)
+        fvu = loss_B.sum() / whole
+        auxiliary = None
+        if names is not None and selection.named is not None:
+            auxiliary = Auxiliary.of(weights, rows, residual, selection.named, names, self.aux_k, self.aux_coefficient)
+        aux_loss = auxiliary.loss if auxiliary else torch.zeros_like(fvu)
+        loss = fvu + self.aux_coefficient * aux_loss
+        gradient = SparseGradient.of(weights, rows, residual.mul_(2 / whole), selection, auxiliary)
+        finite = torch.isfinite(gradient.bound) & torch.isfinite(loss)
+        adam = Adam(self._lr, self.betas, self.eps, self._step)
         norm = update(weights, gradient, adam, self.clip_norm, finite)
         self.ages.update(gradient.fired, len(x_BD), finite)
-        self._resample()
-        l0 = (selection.values > 0).sum() / len(x_BD)
-        return StepMetrics(fvu, loss, aux_loss, l0, dead_N.sum(), norm, finite, lr)
+        metrics = {
+            "fvu": fvu,
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "l0": (selection.values > 0).sum() / len(x_BD),
+            "dead": dead,
+            "grad_norm": norm,
+            "finite": finite,
+        }
+        return metrics, gradient, loss_B
 
-    def _collect(self, residual_BD: Tensor, loss_B: Tensor) -> None:
-        """Before a resampling is due, put rows that are explained badly into the pool."""
-        if self.pool is not None and -(self.steps + 1) % self.resample_every_steps < POOL_STEPS:
-            self.pool.add(-residual_BD, loss_B, self.generator)
-
-    def _resample(self) -> None:
-        """Every `resample_every_steps` steps, turn the longest dead latents into directions from the pool."""
-        if self.pool is None or self.steps % self.resample_every_steps:
-            return
+    def _resample(self, pool: ResamplingPool) -> None:
+        """Turn the longest dead latents into directions from the pool."""
         dead = self.ages.longest_dead()
-        directions = self.pool.draw(len(dead), self.generator)
+        directions = pool.draw(len(dead), self.generator)
         alive_norm = self.weights["encoder"][~self.ages.dead()].norm(dim=1).mean().nan_to_num(1.0)
         dead = dead[: len(directions)]
         self.weights.restart(dead, directions, 0.2 * alive_norm)
@@ -244,6 +264,7 @@ class SAETrainer:
             "counters": torch.tensor(counters),
             "generator": self.generator.get_state(),
             "ages": self.ages.tokens_N,
+            "candidates": self.candidates_N,
             "centre": self.centre_D,
             "rms": self.rms,
         }
@@ -285,5 +306,6 @@ class SAETrainer:
             self.pool.cursor = int(state["pool.cursor"])
         for name in own.keys() - {"counters", "generator", "pool.cursor"}:
             own[name].copy_(state[name])
+        self._names = self.candidates_N.nonzero().squeeze(1)
         self.weights.shadow(precision)
         self._selector = Selector(self.k, precision)
