@@ -178,7 +178,8 @@ def _read(folder: Path, root: Path, device: str | torch.device) -> TopKSAE:
     from qwenscope.sae.topk import TopKSAE
 
     check_inside((folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE), root)
-    verify_listed(root, [folder / CONFIG_FILE, folder / WEIGHTS_FILE])
+    for listing in {root, folder}:  # a suite lists all its files, a run's SAE its own
+        verify_listed(listing, [folder / CONFIG_FILE, folder / WEIGHTS_FILE])
     config = read_config(folder / CONFIG_FILE)
     hidden_dim, dict_size, k = (config[key] for key in ("hidden_dim", "dict_size", "k"))
     shapes = weight_shapes(hidden_dim, dict_size)

@@ -18,7 +18,7 @@ _UNIT_TOLERANCE = 1e-5
 
 
 def publish(saes: Mapping[str, TopKSAE], target: Path) -> None:
-    """Write every SAE and `SHA256SUMS` below `target`, which appears whole or not at all.
+    """Write every SAE with its `SHA256SUMS` below `target`, which appears whole or not at all.
 
     Raises:
         ResourceError: the disk is full; names the bytes needed.
@@ -32,7 +32,7 @@ def publish(saes: Mapping[str, TopKSAE], target: Path) -> None:
             for sae_id, sae in saes.items():
                 sae.save(temporary / sae_id)
                 _check(sae_id, sae, temporary / sae_id)
-            write_checksums(temporary)
+                write_checksums(temporary / sae_id)
             fsync_folder(temporary)
             if target.exists():  # of a session that was killed before it could say "complete"
                 shutil.rmtree(target)
