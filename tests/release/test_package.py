@@ -25,6 +25,7 @@ from qwenscope.errors import FormatError
 from qwenscope.recipe import Recipe
 from qwenscope.release.card import COLUMNS, plain
 from qwenscope.release.facts import NUMBERS
+from qwenscope.release.notebook import notebook
 from qwenscope.release.package import bind, release
 from qwenscope.sae.checksums import verify_folder
 from qwenscope.sae.formats import import_suite
@@ -292,6 +293,26 @@ def test_binding_is_a_function_of_folder_and_name(released: Path) -> None:
     assert state() == before
     with pytest.raises(FormatError, match="neither an existing folder nor a Hub repository"):
         bind(released, "../escape")
+
+
+def test_releasing_again_into_the_same_folder_changes_nothing(tmp_path: Path) -> None:
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    release(run, out)
+    digest = (out / "SHA256SUMS").read_text()
+    release(run, out)
+    assert (out / "SHA256SUMS").read_text() == digest
+    release(run, out, repo="org/saes")  # a push that is tried again
+    release(run, out)
+    assert json.loads((out / "config.json").read_text())["repo"] == "org/saes"
+    without(run, "saes.sae_attn_mid.chat.fvu", 0.5)
+    with pytest.raises(FormatError, match="holds another release than"):
+        release(run, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_the_example_is_the_notebook_of_a_release() -> None:
+    example = Path(__file__).parents[2] / "examples/first-look.ipynb"
+    assert json.loads(example.read_text()) == notebook("../runs/demo-release", "sae_attn_mid", "standin")
 
 
 def test_metrics_as_parquet(built: Path) -> None:

@@ -18,6 +18,7 @@ def notebook(repo: str, sae_id: str, model: str) -> dict[str, Any]:
         _text("`pip install qwenscope matplotlib`"),
         _code(
             "import torch\n"
+            "\n"
             "from qwenscope import TopKSAE, load_suite\n"
             "from qwenscope.lm.forward import residual_streams\n"
             "from qwenscope.lm.load import load_language_model\n"
@@ -33,31 +34,32 @@ def notebook(repo: str, sae_id: str, model: str) -> dict[str, Any]:
             "sae = sae.to(lm.device)\n"
             'text = "What is the weather in Paris tomorrow, and should I take an umbrella?"\n'
             'ids = lm.tokenizer(text, return_tensors="pt").input_ids.to(lm.device)\n'
-            "x_TD = residual_streams(lm, ids, [layer])[layer][0].float()\n"
+            "x = residual_streams(lm, ids, [layer])[layer][0].float()\n"
             "with torch.no_grad():\n"
-            "    codes = sae.encode(x_TD)\n"
-            "    x_hat_TD = sae.decode(codes)\n"
-            "fvu = (x_TD - x_hat_TD).square().sum() / (x_TD - x_TD.mean(0)).square().sum()\n"
-            'print(f"{len(x_TD)} tokens, fraction of variance unexplained on this text: {fvu:.3f}")'
+            "    codes = sae.encode(x)\n"
+            "    x_hat = sae.decode(codes)\n"
+            "fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()\n"
+            'print(f"{len(x)} tokens, fraction of variance unexplained on this text: {fvu:.3f}")'
         ),
         _text("The three strongest latents of each token:"),
         _code(
             "values, places = codes.values.topk(3, dim=1)\n"
             "latents = codes.indices.gather(1, places)\n"
-            "for token, ids_of_token, strengths in zip(ids[0].tolist(), latents.tolist(), values.tolist()):\n"
-            '    shown = "  ".join(f"{j}: {v:.2f}" for j, v in zip(ids_of_token, strengths))\n'
+            "rows = zip(ids[0].tolist(), latents.tolist(), values.tolist(), strict=True)\n"
+            "for token, ids_of_token, strengths in rows:\n"
+            '    shown = "  ".join(f"{j}: {v:.2f}" for j, v in zip(ids_of_token, strengths, strict=True))\n'
             '    print(f"{lm.tokenizer.decode([token])!r:>16}  {shown}")'
         ),
         _text("Where the latents that fire most here are active:"),
         _code(
             "import matplotlib.pyplot as plt\n"
             "\n"
-            "dense_TN = codes.dense().cpu()\n"
-            "top = dense_TN.sum(0).topk(20).indices\n"
+            "dense = codes.dense().cpu()\n"
+            "top = dense.sum(0).topk(20).indices\n"
             "plt.figure(figsize=(10, 4))\n"
-            'plt.imshow(dense_TN[:, top].T, aspect="auto", cmap="viridis")\n'
+            'plt.imshow(dense[:, top].T, aspect="auto", cmap="viridis")\n'
             "plt.yticks(range(len(top)), top.tolist())\n"
-            "plt.xticks(range(len(x_TD)), [lm.tokenizer.decode([t]) for t in ids[0].tolist()], rotation=90)\n"
+            "plt.xticks(range(len(x)), [lm.tokenizer.decode([t]) for t in ids[0].tolist()], rotation=90)\n"
             'plt.ylabel("latent")\n'
             'plt.colorbar(label="activation")\n'
             "plt.tight_layout()"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qwenscope.errors import FormatError
@@ -17,7 +18,7 @@ from qwenscope.release.card import example_sae, model_card
 from qwenscope.release.facts import copy_facts, public_name, read_facts
 from qwenscope.release.notebook import notebook
 from qwenscope.release.tables import write_evaluation, write_training
-from qwenscope.sae.checksums import write_checksums
+from qwenscope.sae.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, write_checksums
 from qwenscope.sae.formats import saelens
 from qwenscope.sae.hub_files import check_repo_id
 from qwenscope.sae.loading import iterate_suite
@@ -31,7 +32,7 @@ def release(run: Path, out: Path, *, repo: str | None = None) -> None:
 
     Args:
         run: a run whose state is complete and that was evaluated.
-        out: a new or empty folder.
+        out: a new or empty folder; one that holds this very release already is left as it is (and bound to `repo`).
         repo: `org/name` it will be pushed to, for the card's usage section; None writes it for the folder itself.
 
     Raises:
@@ -40,13 +41,13 @@ def release(run: Path, out: Path, *, repo: str | None = None) -> None:
         ResourceError: the disk is full.
     """
     _check_complete(run)
-    recipe = load_recipe(run / "recipe.yaml")
+    if (out / CHECKSUMS_FILE).is_file():
+        _check_same(run, out)
+        if repo is not None:
+            bind(out, repo)
+        return
     with whole_folder(out) as temporary:
-        copy_facts(run, temporary, recipe)
-        write_json(temporary / "config.json", _index(run, recipe) | {"saes": _copy_saes(run, temporary, recipe)})
-        write_evaluation(read_json(temporary / "evaluation.json"), temporary / "evaluation.parquet")
-        if (run / "metrics.jsonl").is_file():
-            write_training(run / "metrics.jsonl", temporary / "metrics.parquet")
+        _build(run, temporary)
         bind(temporary, repo)
 
 
@@ -66,6 +67,26 @@ def bind(folder: Path, repo: str | None) -> None:
     model = str(facts.suite["language_model"]["name"])
     write_json(folder / "notebook.ipynb", notebook(repo or ".", example_sae(facts), model))
     write_checksums(folder)
+
+
+def _build(run: Path, out: Path) -> None:
+    """Write everything that does not name the repository."""
+    recipe = load_recipe(run / "recipe.yaml")
+    copy_facts(run, out, recipe)
+    write_json(out / "config.json", _index(run, recipe) | {"saes": _copy_saes(run, out, recipe)})
+    write_evaluation(read_json(out / "evaluation.json"), out / "evaluation.parquet")
+    if (run / "metrics.jsonl").is_file():
+        write_training(run / "metrics.jsonl", out / "metrics.parquet")
+
+
+def _check_same(run: Path, out: Path) -> None:
+    """FormatError unless `out` is, to the byte, what a build from `run` gives: a release that is to be pushed again."""
+    verify_folder(out)
+    with TemporaryDirectory(prefix=".qwenscope-", dir=out.absolute().parent) as folder:
+        _build(run, Path(folder))
+        bind(Path(folder), read_json(out / "config.json").get("repo"))
+        if read_checksums(Path(folder)) != read_checksums(out):
+            raise FormatError(f"{out} holds another release than {run} gives; choose another folder, or remove it")
 
 
 def _check_complete(run: Path) -> None:
