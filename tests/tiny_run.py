@@ -132,7 +132,7 @@ def make_reference(model: Path, run: Path) -> Reference:
     """Train without interruption, in this process."""
     train(tiny_recipe(model), run)
     found = Reference(final_hashes(run), metrics(run))
-    assert len(found.hashes) == 5
+    assert len(found.hashes) == 6
     assert any(
         sae["dead"] > 0 for record in found.metrics for sae in record["saes"].values()
     )  # aux-k, resampling at work
