@@ -30,7 +30,7 @@ def make_corpus(path: Path, conversations: int = 24, hostile: bool = False) -> P
     lines = []
     for number in range(conversations):
         words = [PLANTED if choose.random() < 0.125 else " " + choose.choice(WORDS) for _ in range(30)]
-        text = "".join(words).strip() + (HOSTILE if hostile else "")
+        text = "".join(words).strip() + (f" {HOSTILE}" if hostile else "")
         messages = [{"role": "user", "content": f"{number} {text}"}, {"role": "assistant", "content": text[::-1]}]
         row: dict[str, object] = {"messages": messages}
         if number % 3 == 0:
@@ -45,9 +45,15 @@ def make_corpus(path: Path, conversations: int = 24, hostile: bool = False) -> P
     return path
 
 
-def make_release(folder: Path, corpus: Path) -> Path:
-    """A release of two random SAEs, but for latent PLANTED_LATENT of sae_delta, which reads the corpus' planted word."""
-    recipe = tiny_recipe(_loud_word(make_language_model(folder / "lm")), corpus__batch_tokens=1024)
+def make_release(folder: Path, corpus: Path, hostile: bool = False) -> Path:
+    """A release of two random SAEs, but for latent PLANTED_LATENT of sae_delta, which reads the planted word.
+
+    `hostile`: one token of the vocabulary is HTML.
+    """
+    model = _loud_word(make_language_model(folder / "lm"))
+    if hostile:
+        _hostile_token(model)
+    recipe = tiny_recipe(model, corpus__batch_tokens=1024)
     release = folder / "release"
     release.mkdir()
     write_text(release / "recipe.yaml", recipe.to_yaml())
@@ -58,6 +64,18 @@ def make_release(folder: Path, corpus: Path) -> Path:
             _plant(sae, lm, point.layer, corpus)
         sae.save(release / sae_id)
     return release
+
+
+def _hostile_token(model: Path) -> None:
+    """Rename one added token of the tokenizer to a piece of HTML."""
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    (token,) = [token for token in tokenizer["added_tokens"] if token["content"] == "<think>"]
+    token["content"] = HOSTILE
+    vocabulary = tokenizer["model"]["vocab"]
+    if "<think>" in vocabulary:
+        vocabulary[HOSTILE] = vocabulary.pop("<think>")
+    path.write_text(json.dumps(tokenizer))
 
 
 def _loud_word(model: Path) -> Path:

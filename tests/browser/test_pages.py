@@ -1,0 +1,162 @@
+"""The pages in a real browser: views, search, try it, steering, notes, keys, export; no error, no foreign request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from planted_suite import HOSTILE, PLANTED, PLANTED_LATENT
+from playwright.sync_api import Browser, Page, expect
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+from visiting import Visit, serving
+
+from qwenscope.features.store import Index, add_explanations
+
+LATENT = f"#/sae/sae_delta/{PLANTED_LATENT}"
+ROUTES = ["", "#/sae/sae_delta", LATENT, "#/search?q=that", "#/try?text=order+that+status", "#/notes", "#/nowhere"]
+
+
+def test_the_suite_shows_every_sae_by_depth_and_kind(visit: Visit) -> None:
+    page = visit.go("")
+    expect(page.locator(".card h3")).to_have_text(["sae_delta", "sae_attn"])
+    expect(page.locator(".ladder .hooked a")).to_have_text(["1", "3"])
+    page.get_by_role("link", name="sae_attn, layer 3").click()
+    expect(page.locator("h1")).to_have_text("sae_attn")
+
+
+def test_the_table_filters_sorts_and_links(visit: Visit) -> None:
+    page = visit.go("#/sae/sae_delta")
+    rows = page.locator(".latents tbody tr")
+    page.get_by_label("Filter latents").fill("that")
+    expect(page.locator(".tools [role=status]")).to_contain_text("of 256 latents")
+    assert all("that" in text for text in rows.all_inner_texts())
+    page.get_by_role("button", name="latent", exact=True).click()
+    numbers = [int(text) for text in page.locator(".latents td.latent").all_inner_texts()]
+    assert numbers == sorted(numbers)
+    assert "q=that" in page.url
+    page.get_by_role("link", name=str(PLANTED_LATENT), exact=True).click()
+    expect(page.locator("h1")).to_contain_text(f"/ {PLANTED_LATENT}")
+
+
+def test_search_finds_the_planted_latent_and_its_page_shows_the_word(visit: Visit) -> None:
+    page = visit.go("")
+    page.get_by_label("Search latents").fill(PLANTED.strip())
+    page.locator(".hit a").first.click()
+    expect(page.locator("h1")).to_have_text(f"sae_delta / {PLANTED_LATENT}")
+    assert set(page.locator(".contexts .peak").all_inner_texts()) == {PLANTED}
+    page.get_by_role("tab", name="Not firing").click()
+    assert page.locator(".contexts li").count() > 0
+    assert page.locator(".contexts .peak").count() == 0
+
+
+def test_deep_links_and_keys(visit: Visit) -> None:
+    page = visit.go(LATENT)
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("h1")).to_have_text(f"sae_delta / {PLANTED_LATENT + 1}")
+    page.keyboard.press("k")
+    expect(page.locator("h1")).to_have_text(f"sae_delta / {PLANTED_LATENT}")
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("u")
+    expect(page.locator("h1")).to_have_text("sae_delta")
+    page.keyboard.press("/")
+    expect(page.get_by_label("Search latents")).to_be_focused()
+
+
+def test_the_try_it_box_runs_the_model(visit: Visit) -> None:
+    page = visit.go("#/try")
+    page.get_by_label("Text").fill(f"order{PLANTED} status")
+    page.get_by_role("button", name="Read").click()
+    page.locator(".readable .tok", has_text="that").click()
+    expect(page.locator(".active h3")).to_contain_text("that")
+    expect(page.locator(".active .entry a", has_text=str(PLANTED_LATENT)).first).to_be_visible()
+
+
+def test_steering_shows_its_controls(visit: Visit) -> None:
+    page = visit.go(LATENT)
+    page.get_by_label("Prompt").fill("order status")
+    page.get_by_role("button", name="Steer").click()
+    names = ["steered", "unsteered", "negative strength", "random latent", "random direction"]
+    for name in names:
+        expect(page.locator(".run h3", has_text=name).first).to_be_visible()
+    expect(page.get_by_role("button", name="Steer")).to_be_enabled()
+
+
+def test_html_in_tokens_labels_and_notes_stays_text(visit: Visit, index: Path) -> None:
+    add_explanations(
+        Index(index), [("sae_delta", 9, {"label": HOSTILE, "client": HOSTILE, "detection": 1.0, "fuzzing": 1.0})]
+    )
+    page = visit.go("#/sae/sae_delta/9")
+    expect(page.locator(".lead")).to_contain_text(HOSTILE)
+    page.get_by_label("Notes on this latent").fill(HOSTILE)
+    page.get_by_role("button", name="Bookmark").click()
+    expect(page.locator(".star")).to_have_attribute("aria-pressed", "true")
+    for route in ("#/notes", "#/sae/sae_delta?q=onerror", "#/search?q=onerror", LATENT):
+        page = visit.go(route)
+        expect(page.locator("main")).to_contain_text("<script>")
+        assert page.locator("main img, main script").count() == 0
+    assert page.evaluate("document.querySelectorAll('script').length") == 1
+
+
+def test_inline_scripts_and_foreign_connections_are_blocked(chromium: Browser, site: str) -> None:
+    visit = Visit(chromium, site)
+    page = visit.go("")
+    page.evaluate("""() => {
+        const inline = document.createElement("script");
+        inline.textContent = "window.broken = true";
+        document.body.append(inline);
+        document.body.insertAdjacentHTML("beforeend", '<b onclick="window.broken = true">x</b>');
+        document.querySelector("b").click();
+    }""")
+    assert page.evaluate("window.broken") is None
+    assert page.evaluate("fetch('http://192.0.2.1/').then(() => 'sent', () => 'blocked')") == "blocked"
+    assert any("Content Security Policy" in problem for problem in visit.problems)
+    visit.context.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
+def test_every_page_is_accessible_and_fits(chromium: Browser, site: str, scheme: str, width: int) -> None:
+    visit = Visit(chromium, site, color_scheme=scheme, viewport={"width": width, "height": 900})
+    for route in ROUTES:
+        page = visit.go(route)
+        if "try" in route:
+            page.wait_for_selector(".active .entry")
+        _check_accessible(page, route)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, route
+    visit.close()
+
+
+def _check_accessible(page: Page, route: str) -> None:
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    serious = [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")]
+    assert serious == [], route
+
+
+@pytest.fixture(scope="module")
+def static_site(exported: Path) -> Iterator[str]:
+    with serving(Starlette(routes=[Mount("/deep/below", StaticFiles(directory=exported, html=True))])) as address:
+        yield f"{address}deep/below/"
+
+
+def test_the_exported_site_shows_the_same_without_a_server(chromium: Browser, static_site: str) -> None:
+    visit = Visit(chromium, static_site)
+    page = visit.go("")
+    expect(page.locator(".card h3")).to_have_text(["sae_delta", "sae_attn"])
+    page = visit.go(LATENT)
+    assert set(page.locator(".contexts .peak").all_inner_texts()) == {PLANTED}
+    assert page.get_by_role("button", name="Steer").count() == 0
+    page.get_by_role("button", name="Bookmark").click()
+    page = visit.go("#/search?q=that")
+    expect(page.locator(".hit a").first).to_be_visible()
+    page = visit.go("#/notes")
+    expect(page.locator(".hit a")).to_have_text([f"sae_delta / {PLANTED_LATENT}"])
+    expect(visit.go("#/try").locator("main")).to_contain_text("qwenscope browse")
+    for route in ("#/sae/sae_delta", "#/sae/nope/1", "#/sae/sae_delta/99999"):
+        visit.go(route)
+    visit.problems = [problem for problem in visit.problems if "404" not in problem]  # the nope above
+    visit.close()

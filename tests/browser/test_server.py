@@ -1,0 +1,208 @@
+"""What the server refuses, and how it says so; no browser needed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted_suite import PLANTED, PLANTED_LATENT
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp
+
+from qwenscope.errors import FormatError
+from qwenscope.features.browser.export import export_site
+from qwenscope.features.browser.server import BODY_LIMIT, make_app, page_files, serve
+
+JSON = {"Content-Type": "application/json"}
+STEER = {
+    "sae": "sae_delta",
+    "latent": PLANTED_LATENT,
+    "strength": 1.0,
+    "mode": "add",
+    "unit": "max",
+    "where": "all",
+    "prompt": "order status",
+    "tokens": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def client(app: ASGIApp) -> Iterator[TestClient]:
+    with TestClient(app, base_url="http://127.0.0.1:8321") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil", "", "[::1", "0.0.0.0", "a@b"]
+)
+def test_a_foreign_host_name_is_refused(client: TestClient, host: str) -> None:
+    for path in ("/", "/api/suite", "/page/app.js"):
+        response = client.get(path, headers={"Host": host})
+        assert response.status_code == 403
+        assert "sae" not in response.text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8321", "localhost", "LOCALHOST:80", "[::1]:9"])
+def test_loopback_names_are_answered(client: TestClient, host: str) -> None:
+    assert client.get("/api/suite", headers={"Host": host}).status_code == 200
+
+
+def test_every_answer_carries_the_policy(client: TestClient) -> None:
+    for response in (
+        client.get("/"),
+        client.get("/api/suite"),
+        client.get("/nothing"),
+        client.get("/", headers={"Host": "x"}),
+    ):
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "http" not in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/page/../server.py",
+        "/page/..%2fserver.py",
+        "/page/%2e%2e%2f%2e%2e%2fstore.py",
+        "/page//etc/passwd",
+        "/page/..\\server.py",
+        "/page/app.js%00.html",
+        "/api/sae/..",
+        "/api/sae/%2e%2e%2findex.sqlite",
+        "/api/latent/sae_delta/-1",
+        "/api/latent/sae_delta/999999",
+        "/api/latent/sae_delta/99999999999999999999999999",
+        "/api/latent/%00/1",
+        "/origin.json",
+        "/index.sqlite",
+        "/data/suite.json",
+    ],
+)
+def test_path_tricks_find_nothing(client: TestClient, path: str) -> None:
+    assert client.get(path).status_code == 404
+
+
+def test_the_pages_come_with_their_types_and_hold_nothing_inline(client: TestClient) -> None:
+    for name, content in page_files().items():
+        response = client.get("/" if name == "index.html" else f"/page/{name}")
+        assert response.content == content
+        text = content.decode()
+        assert "http://" not in text.replace("http://www.w3.org", "")
+        assert "https://" not in text
+        assert "innerHTML" not in text
+        assert " style=" not in text
+        assert "<script>" not in text
+    assert client.get("/page/app.js").headers["content-type"].startswith("text/javascript")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Type": "text/plain"},
+        {**JSON, "Origin": "http://evil.example"},
+        {**JSON, "Origin": "null"},
+        {**JSON, "Sec-Fetch-Site": "cross-site"},
+        {**JSON, "Sec-Fetch-Site": "same-site"},
+    ],
+)
+def test_writes_from_elsewhere_are_refused(client: TestClient, headers: dict[str, str]) -> None:
+    body = b'{"note": "x", "bookmarked": true}'
+    assert client.put("/api/notes/sae_delta/1", content=body, headers=headers).status_code == 403
+    assert client.get("/api/notes").json() == []
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"text": 1}', b'{"text": ""}', b"{}"]
+)
+def test_bodies_that_are_no_request(client: TestClient, body: bytes) -> None:
+    for path in ("/api/read", "/api/steer"):
+        response = client.post(path, content=body, headers=JSON)
+        assert response.status_code == 400
+        assert response.json()["error"]
+
+
+def test_bodies_and_texts_have_a_limit(client: TestClient) -> None:
+    response = client.post("/api/read", content=b'"' + b"a" * BODY_LIMIT + b'"', headers=JSON)
+    assert (response.status_code, response.json()["error"]) == (400, "a request has at most 65,536 bytes")
+    assert "at most 8,000 characters" in client.post("/api/read", json={"text": "a" * 8001}).json()["error"]
+    note = {"note": "a" * 4001, "bookmarked": False}
+    assert "at most 4,000 characters" in client.put("/api/notes/sae_delta/1", json=note).json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sae": "sae_nope"}, "sae_nope"),
+        ({"sae": ["x"]}, "no latent"),
+        ({"latent": 10**9}, "no latent 1000000000"),
+        ({"latent": True}, "no latent"),
+        ({"strength": "2"}, "strength"),
+        ({"strength": 1e9}, "strength"),
+        ({"mode": "melt"}, "melt"),
+        ({"where": "nowhere"}, "nowhere"),
+        ({"where": [1, 2]}, "where"),
+        ({"tokens": 0}, "tokens"),
+        ({"prompt": " "}, "no text"),
+    ],
+)
+def test_steering_names_what_is_wrong(client: TestClient, change: dict[str, Any], named: str) -> None:
+    response = client.post("/api/steer", json=STEER | change)
+    assert response.status_code == 400
+    assert named in response.json()["error"]
+
+
+def test_reading_and_steering_answer(client: TestClient) -> None:
+    read = client.post("/api/read", json={"text": f"order{PLANTED} status", "chat": False}).json()
+    assert read["saes"]["sae_delta"][0] == []
+    at = read["tokens"].index(PLANTED)
+    assert PLANTED_LATENT in [latent for latent, _ in read["saes"]["sae_delta"][at]]
+    lines = client.post("/api/steer", json=STEER).text.splitlines()
+    assert len(lines) > 5
+
+
+def test_notes_are_kept_replaced_and_removed(client: TestClient) -> None:
+    put = lambda note, marked: client.put("/api/notes/sae_delta/3", json={"note": note, "bookmarked": marked})  # noqa: E731
+    assert put("reads HTML", True).status_code == 200
+    assert client.get("/api/notes").json() == [
+        {"sae": "sae_delta", "latent": 3, "note": "reads HTML", "bookmarked": True}
+    ]
+    put("", False)
+    assert client.get("/api/notes").json() == []
+    assert client.put("/api/notes/sae_delta/300", json={"note": "x", "bookmarked": True}).status_code == 404
+    assert client.put("/api/notes/nope/3", json={"note": "x", "bookmarked": True}).status_code == 404
+    assert client.put("/api/notes/sae_delta/3", json={"note": 5, "bookmarked": 1}).status_code == 400
+
+
+def test_search_is_served(client: TestClient) -> None:
+    hits = client.get("/api/search", params={"q": PLANTED}).json()
+    assert (hits[0]["sae"], hits[0]["latent"]) == ("sae_delta", PLANTED_LATENT)
+    assert client.get("/api/search", params={"q": PLANTED, "sae": "nope"}).status_code == 404
+
+
+def test_serving_needs_an_index_and_a_free_port(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"index\.sqlite"):
+        make_app(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(FormatError, match="--port"):
+            serve(index, taken.getsockname()[1])
+    with pytest.raises(FormatError, match="--port"):
+        serve(index, 70_000)
+
+
+def test_an_export_holds_no_path_of_this_machine_and_overwrites_nothing(
+    index: Path, exported: Path, tmp_path: Path
+) -> None:
+    for path in exported.rglob("*.json"):
+        assert str(index.parent) not in path.read_text()
+    assert not list(exported.rglob("origin.json")) + list(exported.rglob("*.sqlite"))
+    (tmp_path / "kept").touch()
+    with pytest.raises(FormatError, match="not empty"):
+        export_site(index, tmp_path)
