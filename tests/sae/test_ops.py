@@ -1,0 +1,50 @@
+"""Sparse products and sums against dense ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwenscope.sae.ops import DensePairs, Pairs, weighted_rows
+
+
+def case(rows: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices [B, K] distinct within rows, values [B, K], dense [B, N])."""
+    generator = torch.Generator().manual_seed(rows * n + k)
+    indices = torch.rand(rows, n, generator=generator).topk(k, dim=1).indices
+    values = torch.randn(rows, k, generator=generator, dtype=torch.float64)
+    return indices, values, torch.zeros(rows, n, dtype=torch.float64).scatter(1, indices, values)
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(7, 12, 3), (1, 5, 5), (40, 700, 1), (33, 40_000, 6)])
+@pytest.mark.parametrize("kind", [Pairs, DensePairs])
+def test_pairs(rows: int, n: int, k: int, kind: type[Pairs]) -> None:
+    indices, values, dense = case(rows, n, k)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 9, generator=generator, dtype=torch.float64)
+    table = torch.randn(n, 9, generator=generator, dtype=torch.float64)
+    pairs = kind.of(indices, n)
+    assert torch.equal(pairs.unsort(pairs.sort(values)), values)
+    assert (pairs.latents.diff() >= 0).all()
+    assert torch.equal(indices.reshape(-1)[pairs.order], pairs.latents.long())
+    torch.testing.assert_close(pairs.unsort(pairs.products(table, x)), (x @ table.T).gather(1, indices))
+    torch.testing.assert_close(pairs.totals(pairs.sort(values)), dense.sum(0))
+    expected = dense.T @ x
+    torch.testing.assert_close(pairs.latent_rows(x, pairs.sort(values), 0, n), expected)
+    middle = n // 3
+    torch.testing.assert_close(pairs.latent_rows(x, pairs.sort(values), middle, n), expected[middle:])
+    torch.testing.assert_close(weighted_rows(table, indices, values), dense @ table)
+
+
+def test_latents_without_pairs_get_zeros() -> None:
+    indices = torch.tensor([[4], [4]])
+    pairs = Pairs.of(indices, 6)
+    rows = pairs.latent_rows(torch.ones(2, 3), torch.tensor([1.0, 2.0]), 0, 6)
+    assert torch.equal(rows, torch.tensor([0.0, 0, 0, 0, 3, 0]).unsqueeze(1).expand(6, 3))
+    assert pairs.totals(torch.tensor([1.0, 2.0])).tolist() == [0, 0, 0, 0, 3, 0]
+
+
+def test_pairs_of_one_latent_keep_the_order_of_rows() -> None:
+    pairs = Pairs.of(torch.zeros(100, 1, dtype=torch.int64), 3)
+    assert pairs.rows.tolist() == list(range(100))
