@@ -52,7 +52,7 @@ def test_restarting_above_a_layer_is_bit_identical_to_editing_a_whole_pass(lm, c
     for handle in handles:
         handle.remove()
     assert ran == list(range(layer + 1, len(lm.layers))), "layers up to the hook are not computed"
-    assert torch.equal(final_hidden(lm, batch.input_ids_CT)[clean.predicts_CT], clean.hidden_PD), "and come back after"
+    assert torch.equal(final_hidden(lm, batch.input_ids_CT)[clean.predicting], clean.hidden_PD), "and come back after"
 
 
 def test_layers_come_back_after_an_error(lm, conversations) -> None:

@@ -54,7 +54,7 @@ class CleanPass:
     layers_return_tuple: bool
 
     @property
-    def predicts_CT(self) -> Tensor:
+    def predicting(self) -> Tensor:
         """True at tokens that have a successor in their conversation."""
         predicts_CT = torch.zeros_like(self.real_CT)
         predicts_CT[:, :-1] = self.real_CT[:, 1:]
@@ -112,7 +112,7 @@ def variant_pass(lm: LanguageModel, clean: CleanPass, layer: int, edited_CTD: Te
     """Run the layers above `layer` from `edited_CTD`; rows that enter the LM head, [P, D]."""
     with restarted(lm, layer, edited_CTD, as_tuple=clean.layers_return_tuple):
         hidden_CTD = final_hidden(lm, clean.batch.input_ids_CT)
-    return hidden_CTD[clean.predicts_CT]
+    return hidden_CTD[clean.predicting]
 
 
 def losses(
