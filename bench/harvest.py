@@ -11,8 +11,8 @@ process:
     harvest     `Windows.next_batch` to the last row: truncated passes; rows gathered, filtered, shuffled, batched
 
 Rates are kept (unpadded) tokens per second of process CPU time on a CPU and of wall time on CUDA, medians over rounds;
-ratios are medians of the rounds' own ratios. `flops_saved` counts matrix products with torch's FlopCounterMode,
-`time_saved` is what the clock says.
+ratios are medians of the rounds' own ratios: many short rounds, so that a busy machine slows all contestants alike.
+`flops_saved` counts matrix products with torch's FlopCounterMode, `time_saved` is what the clock says.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="standin", help="whose hook points, batches and windows are used")
     parser.add_argument("--model", help="instead of the recipe's lm.model")
-    parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--window-tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=2500)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--window-tokens", type=int, default=2500)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
