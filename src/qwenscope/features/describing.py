@@ -199,7 +199,7 @@ class Describer:
         shares: dict[str, float] = {}
         for token, count in at_peak.items():
             shares[token.strip().lower()] = shares.get(token.strip().lower(), 0.0) + count / TOP
-        search = "\x1f".join(peaks), "\x1f".join(promoted), "\n".join(contexts)
+        search = _joined(peaks), _joined(promoted), "\n".join(contexts)
         return Latent(number, columns, detail, search, list(shares.items()))
 
 
@@ -244,6 +244,10 @@ def _example(kind: str, table: Any, latent: int, place: int) -> list[Any]:
     offsets = window_W.nonzero().squeeze(1)
     values = [_short(value) for value in window_W[offsets]]
     return [kind, int(table.addresses_NM[latent, place]), offsets.tolist(), values]
+
+
+def _joined(tokens: Sequence[str]) -> str:
+    return "\x1f".join(token.replace("\x1f", " ") for token in tokens)
 
 
 def _pairs(ranking: Ranking, m: int) -> list[list[Any]]:

@@ -2,6 +2,8 @@
 
 import { h, s, number, percent } from "./dom.js";
 
+const LEAST_BINS = 20;
+
 // counts: numbers; label(i): text of bar i; axis: [[position 0..1, text]].
 export function histogram(counts, { label, axis = [], height = 96, title, onPick, picked }) {
   const width = 480;
@@ -19,14 +21,16 @@ export function histogram(counts, { label, axis = [], height = 96, title, onPick
     h("div", { class: "axis", "aria-hidden": "true" }, ...marks));
 }
 
-// A histogram of activations over factors of two.
+// A histogram of activations over factors of two; a narrow one keeps empty bins around it.
 export function activations({ first, per_octave, counts }) {
-  const edge = (i) => 2 ** (first + i / per_octave);
-  const places = counts.length > 1 ? [0, Math.floor(counts.length / 2), counts.length] : [0];
-  return histogram(counts, {
+  const missing = Math.max(0, LEAST_BINS - counts.length);
+  const before = Math.floor(missing / 2);
+  const all = [...Array(before).fill(0), ...counts, ...Array(missing - before).fill(0)];
+  const edge = (i) => 2 ** (first + (i - before) / per_octave);
+  return histogram(all, {
     title: "Histogram of activations, logarithmic scale",
     label: (i, count) => `${number(edge(i))} – ${number(edge(i + 1))}: ${number(count)} tokens`,
-    axis: places.map((i) => [i / Math.max(1, counts.length), number(edge(i))]),
+    axis: [0, 0.25, 0.5, 0.75, 1].map((place) => [place, number(edge(place * all.length))]),
   });
 }
 

@@ -23,9 +23,10 @@ export const link = {
 };
 
 export function percent(share) {
-  if (share === 0) return "0 %";
-  if (share < 0.0001) return `${(share * 100).toExponential(0)} %`;
-  return `${(share * 100).toPrecision(share < 0.001 ? 1 : 2).replace(/\.0+$/, "")} %`;
+  const value = share * 100;
+  if (value === 0) return "0 %";
+  if (value < 0.001) return `${value.toExponential(0)} %`;
+  return `${value >= 10 ? Math.round(value) : Number(value.toPrecision(2))} %`;
 }
 
 export function number(value) {
@@ -37,7 +38,8 @@ export function number(value) {
 // A token as it is shown alone: white space made visible, pieces of characters named.
 export function visible(text) {
   if (text === "") return "∅";
-  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍").replace(/^ +| +$/g, (run) => "·".repeat(run.length));
+  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ +| +$/g, (run) => "·".repeat(run.length))
+    .replace(/[\u0000-\u001f\u007f-\u009f]/g, (sign) => `\\x${sign.charCodeAt(0).toString(16).padStart(2, "0")}`);
 }
 
 export const token = (text, properties) => h("code", { class: "chip", title: JSON.stringify(text), ...properties }, visible(text));

@@ -1,0 +1,222 @@
+"""Steering against a hand-written hook, on every family: cached and not, batched and not; and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from planted_suite import make_corpus, make_release
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5MoeForCausalLM
+
+from qwenscope.errors import FormatError, ModelError
+from qwenscope.evaluation.run import open_target
+from qwenscope.features.steering import Piece, Steering, controls, generate, prompt_tokens, side_by_side, steer
+from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.standin import standin_config
+from qwenscope.sae.topk import TopKSAE
+
+D, LAYER, LATENT = 32, 2, 5
+
+
+def qwen() -> Any:
+    sizes = {"num_hidden_layers": 4, "hidden_size": D, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    return Qwen3_5MoeForCausalLM(standin_config(96, **sizes))
+
+
+def llama() -> Any:
+    sizes = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes))
+
+
+@pytest.fixture(scope="module", params=[qwen, llama])
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(1)
+    return request.param().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def sae() -> TopKSAE:
+    return TopKSAE(D, 64, 8, seed=0)
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(2, 96, (3, 11), generator=torch.Generator().manual_seed(2))
+
+
+def by_hand(model: Any, edit: Callable[[Tensor], Tensor], run: Callable[[], Any]) -> Any:
+    """Run with a plain forward hook on the layer."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        return (edit(x), *output[1:]) if isinstance(output, tuple) else edit(x)
+
+    handle = model.get_decoder().layers[LAYER].register_forward_hook(hook)
+    try:
+        return run()
+    finally:
+        handle.remove()
+
+
+def edits(sae: TopKSAE) -> dict[str, tuple[Steering, Callable[[Tensor], Tensor]]]:
+    direction = sae.decoder.weight.detach()[:, LATENT]
+    active = lambda x: sae.encode(x).dense()[..., LATENT : LATENT + 1]  # noqa: E731
+    make = lambda **more: Steering(LAYER, sae=sae, latent=LATENT, **{"strength": 1.5, **more})  # noqa: E731
+    random = torch.randn(D, generator=torch.Generator().manual_seed(3))
+    return {
+        "add": (make(unit=4.0), lambda x: x + 6.0 * direction),
+        "add of the norm": (make(), lambda x: x + 1.5 * x.norm(dim=-1, keepdim=True) * direction),
+        "negative": (make(unit=4.0, strength=-1.5), lambda x: x - 6.0 * direction),
+        "clamp": (make(unit=4.0, mode="clamp"), lambda x: x + (6.0 - active(x)) * direction),
+        "ablate": (make(mode="ablate"), lambda x: x - active(x) * direction),
+        "direction": (
+            Steering(LAYER, 2.0, along=5 * random, unit=3.0),
+            lambda x: x + 6.0 * torch.nn.functional.normalize(random, dim=0),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["add", "add of the norm", "negative", "clamp", "ablate", "direction"])
+def test_a_forward_pass_equals_a_hook_by_hand(model: Any, sae: TopKSAE, ids: Tensor, name: str) -> None:
+    steering, edit = edits(sae)[name]
+    clean = model(ids).logits
+    expected = by_hand(model, edit, lambda: model(ids).logits)
+    with steer(model, steering):
+        steered = model(ids).logits
+    torch.testing.assert_close(steered, expected, rtol=0, atol=1e-6)
+    assert (steered - clean).abs().max() > 1e-4
+    assert torch.equal(model(ids).logits, clean)  # nothing stays behind
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", ["add", "clamp", "ablate"])
+def test_generation_equals_a_hook_by_hand(model: Any, sae: TopKSAE, ids: Tensor, name: str, use_cache: bool) -> None:
+    steering, edit = edits(sae)[name]
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": use_cache, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = by_hand(model, edit, lambda: model.generate(ids, **options))
+    with steer(model, steering):
+        steered = model.generate(ids, **options)
+    assert torch.equal(steered.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(steered.logits), torch.stack(expected.logits), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("where", "steered"),
+    [("all", range(14)), ("prefill", range(11)), ("decode", range(11, 14)), ([0, 4, 12], [0, 4, 12]), ([], [])],
+)
+def test_positions_with_a_cache(model: Any, sae: TopKSAE, ids: Tensor, where: Any, steered: Any) -> None:
+    position = 0
+    chosen = torch.tensor([p in steered for p in range(14)]).view(1, -1, 1)
+    direction = sae.decoder.weight.detach()[:, LATENT]
+
+    def edit(x: Tensor) -> Tensor:
+        nonlocal position
+        position += x.shape[1]
+        return x + 6.0 * direction * chosen[:, position - x.shape[1] : position]
+
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = by_hand(model, edit, lambda: model.generate(ids, **options))
+    with steer(model, Steering(LAYER, 1.5, sae=sae, latent=LATENT, unit=4.0, where=where)):
+        found = model.generate(ids, **options)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0, atol=1e-6)
+
+
+def test_several_latents_at_once_look_at_the_unsteered_stream(model: Any, sae: TopKSAE, ids: Tensor) -> None:
+    other = TopKSAE(D, 32, 4, seed=9)
+    first = Steering(LAYER, 2.0, sae=sae, latent=1, mode="clamp", unit=3.0)
+    second = Steering(LAYER, 1.0, sae=other, latent=2, mode="clamp", unit=3.0)
+    third = Steering(LAYER - 1, 1.0, sae=other, latent=3, unit=3.0)
+
+    def edit(x: Tensor) -> Tensor:
+        pushed = (6.0 - sae.encode(x).dense()[..., 1:2]) * sae.decoder.weight[:, 1]
+        return x + pushed + (3.0 - other.encode(x).dense()[..., 2:3]) * other.decoder.weight[:, 2]
+
+    with steer(model, third):
+        expected = by_hand(model, edit, lambda: model(ids).logits)
+    with steer(model, first, second, third):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_hooks_are_gone_after_an_error(model: Any, sae: TopKSAE, ids: Tensor) -> None:
+    clean = model(ids).logits
+    with pytest.raises(RuntimeError, match="stop"), steer(model, Steering(LAYER, 1.0, sae=sae, latent=0)):
+        raise RuntimeError("stop")
+    assert torch.equal(model(ids).logits, clean)
+    assert not model.get_decoder()._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({}, "a direction"),
+        ({"mode": "melt"}, "melt"),
+        ({"where": "sideways"}, "sideways"),
+        ({"latent": 64}, "no latent 64"),
+        ({"latent": -1}, "no latent -1"),
+        ({"along": torch.ones(D), "mode": "clamp"}, "mode add"),
+    ],
+)
+def test_impossible_steering_is_named(sae: TopKSAE, wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(FormatError, match=named):
+        Steering(
+            0, 1.0, **({"sae": sae} if "latent" in wrong or ("mode" in wrong and "along" not in wrong) else {}), **wrong
+        )
+
+
+def test_a_wrong_width_or_layer_is_named(model: Any, sae: TopKSAE) -> None:
+    with pytest.raises(FormatError, match="33"), steer(model, Steering(0, 1.0, along=torch.ones(33))):
+        pass
+    with pytest.raises(ModelError, match="layer 9"), steer(model, Steering(9, 1.0, sae=sae, latent=0)):
+        pass
+
+
+def test_controls_keep_everything_but_what_they_vary(sae: TopKSAE) -> None:
+    real = Steering(LAYER, 2.0, sae=sae, latent=LATENT, mode="clamp", unit=3.0, where="prefill")
+    found = controls([real], seed=1, alive=[3, LATENT])
+    assert list(found) == ["unsteered", "negative strength", "random latent", "random direction"]
+    assert found["unsteered"] == []
+    assert found["negative strength"][0].strength == -2.0
+    assert found["random latent"][0].latent == 3
+    x = torch.randn(2, 4, D)
+    torch.testing.assert_close(found["random direction"][0].push(x).norm(dim=-1), real.push(x).norm(dim=-1))
+    again = controls([real], seed=1)["random direction"][0].direction_D
+    assert torch.equal(again, found["random direction"][0].direction_D)
+    assert "negative strength" not in controls([Steering(0, 1.0, sae=sae, latent=0, mode="ablate")])
+    assert "random latent" not in controls([Steering(0, 1.0, along=torch.ones(D))])
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, Steering]:
+    folder = tmp_path_factory.mktemp("steering")
+    target = open_target(make_release(folder, make_corpus(folder / "chats.jsonl")))
+    lm = load_language_model(target.recipe.lm, lm_head=True)
+    return lm, Steering(1, 3.0, sae=target.saes["sae_delta"], latent=7)
+
+
+def test_streamed_text_equals_generate(loaded: tuple[LanguageModel, Steering]) -> None:
+    lm, steering = loaded
+    prompt = prompt_tokens(lm, "order status")
+    text = "".join(generate(lm, prompt, [steering], 12))
+    with steer(lm, steering):
+        whole = lm.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    assert lm.tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True).startswith(text)
+    assert "".join(generate(lm, prompt, [steering], 5, temperature=1.0, seed=4)) == "".join(
+        generate(lm, prompt, [steering], 5, temperature=1.0, seed=4)
+    )
+
+
+def test_side_by_side_reports_effects(loaded: tuple[LanguageModel, Steering]) -> None:
+    lm, steering = loaded
+    pieces = list(side_by_side(lm, prompt_tokens(lm, "order"), [steering], max_new_tokens=2))
+    effects = {piece.run: piece.effect for piece in pieces if piece.effect is not None}
+    assert list(effects) == ["steered", "unsteered", "negative strength", "random latent", "random direction"]
+    assert effects["unsteered"] == pytest.approx(0.0, abs=1e-9)
+    assert effects["steered"] > 1e-4
+    assert all(isinstance(piece, Piece) for piece in pieces)
+    with pytest.raises(FormatError, match="empty"):
+        next(side_by_side(lm, [], [steering]))
