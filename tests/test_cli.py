@@ -97,7 +97,23 @@ def test_debug_keeps_the_traceback(call, tmp_path: Path) -> None:  # type: ignor
 def test_help_of_every_command(call) -> None:  # type: ignore[no-untyped-def]
     listed = call("--help")
     assert listed.code == 0
-    for command in ("demo", "doctor", "recipe", "data", "train", "evaluate", "export", "import", "release"):
+    for command in (
+        "demo",
+        "doctor",
+        "recipe",
+        "data",
+        "train",
+        "evaluate",
+        "export",
+        "import",
+        "release",
+        "pull",
+        "compare",
+        "index",
+        "browse",
+        "steer",
+        "plan",
+    ):
         assert command in listed.out
         assert call(command, "--help").code == 0
 

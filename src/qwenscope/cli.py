@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from qwenscope.errors import QwenscopeError, RecipeError
+from qwenscope.errors import FormatError, QwenscopeError, RecipeError
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -59,6 +59,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key: training.tokens=1000000.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Data = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="Conversations to read instead of the recipe's held-out ones.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 
 
@@ -193,8 +196,8 @@ def train(
 
 @app.command(rich_help_panel="Train and measure")
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN_OR_RELEASE", help="Folder, or a release on the Hub.")],
-    data: Annotated[Path | None, typer.Option(help="Conversations to measure on instead of the held-out ones.")] = None,
+    target: Annotated[Path, typer.Argument(metavar="RUN_OR_RELEASE", help="Folder of a complete run or a release.")],
+    data: Data = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per split at most.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -207,6 +210,103 @@ def evaluate(
         _print_json(result)
     else:
         out.print(evaluation_table(result))
+
+
+@app.command(rich_help_panel="Train and measure")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A complete run or a release: names the language model.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Run, release, imported suite or Hub repository.")],
+    data: Data = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per split at most.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure two suites on the same tokens, layer by layer, and match their latents."""
+    from qwenscope.display import comparison_table
+    from qwenscope.release.suites import compare as compare_suites
+
+    result = compare_suites(first, second, data=data, tokens=tokens)
+    if as_json:
+        _print_json(result)
+    else:
+        out.print(comparison_table(result))
+
+
+@app.command(rich_help_panel="Look and steer")
+def index(
+    target: Annotated[Path, typer.Argument(metavar="RUN_OR_RELEASE")],
+    path: Out,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 1_000_000,
+) -> None:
+    """Index every latent: examples, histograms, promoted tokens, neighbours, experts. Run again, it goes on."""
+    from qwenscope.features.index import build_index
+    from qwenscope.live import phases
+
+    with phases(err) as on_progress:
+        build_index(target, path, data=data, tokens=tokens, on_progress=on_progress)
+    err.print(f"look at it: qwenscope browse {path}", highlight=False, markup=False)
+
+
+@app.command(rich_help_panel="Look and steer")
+def browse(
+    path: Annotated[Path, typer.Argument(metavar="INDEX")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 8321,
+    export_: Annotated[Path | None, typer.Option("--export", metavar="DIR", help="Write a static site.")] = None,
+) -> None:
+    """Look at features in the web browser, offline; or write the same as a static site."""
+    if export_ is not None:
+        from qwenscope.features.browser.export import export_site
+        from qwenscope.live import phases
+
+        with phases(err) as on_progress:
+            export_site(path, export_, on_progress=on_progress)
+        return
+    from qwenscope.features.browser.server import serve
+
+    serve(path, port, on_ready=lambda address: err.print(f"{address}  (Ctrl-C ends it)", highlight=False))
+
+
+class Mode(StrEnum):
+    """What steering does with a latent."""
+
+    add = "add"
+    clamp = "clamp"
+    ablate = "ablate"
+
+
+class Where(StrEnum):
+    """Which positions are steered."""
+
+    all = "all"
+    prefill = "prefill"
+    decode = "decode"
+
+
+@app.command(rich_help_panel="Look and steer")
+def steer(
+    target: Annotated[Path, typer.Argument(metavar="RELEASE", help="A release or a complete run.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    sae: Annotated[str, typer.Option(help="SAE id.")],
+    latent: Annotated[int, typer.Option(min=0, help="Its latent.")],
+    strength: Annotated[float, typer.Option(help="In units of the residual stream's norm.")] = 1.0,
+    mode: Annotated[Mode, typer.Option(help="What to do with the latent.")] = Mode.add,
+    where: Annotated[Where, typer.Option(help="Positions.")] = Where.all,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per run.")] = 64,
+) -> None:
+    """Write on under a steered latent, beside the unsteered model and the controls that tell an effect from noise."""
+    from qwenscope.features.index import open_suite
+    from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
+
+    opened, lm = open_suite(target)
+    if sae not in opened.saes:
+        raise FormatError(f"--sae {sae} is not in {target}; it holds {', '.join(opened.saes)}")
+    layer = opened.recipe.hook_points[sae].layer
+    push = Steering(layer, strength, opened.saes[sae], latent, mode.value, where=where.value)
+    for piece in side_by_side(lm, prompt_tokens(lm, prompt), [push], max_new_tokens=max_new_tokens):
+        if piece.effect is not None:
+            out.print(f"\n[bold]{piece.run}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False)
+        out.print(piece.text, end="", markup=False, highlight=False)
+    out.print()
 
 
 class Peer(StrEnum):
@@ -266,10 +366,22 @@ def release(
 
     if dry_run and push is None:
         raise RecipeError("--dry-run lists what --push ORG/NAME would upload; name the repository")
-    build_release(run, path)
+    build_release(run, path, repo=push)
     if push is not None:
         for line in push_folder(path, push, tag=tag, dry_run=dry_run):
             out.print(line)
+
+
+@app.command(rich_help_panel="Share")
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME")],
+    path: Out,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag; the main branch by default.")] = None,
+) -> None:
+    """Fetch a whole suite from the Hub, verified. Run again, it goes on."""
+    from qwenscope.release.hub import pull as pull_suite
+
+    pull_suite(repo, path, revision=revision)
 
 
 def _take_debug_flag() -> bool:

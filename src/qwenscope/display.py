@@ -48,6 +48,23 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """`compare`'s object: per layer and split, both suites' numbers side by side."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title_style="bold", title_justify="left", caption_justify="left")
+    table.title = "{first} against {second}".format(**result["suites"])
+    table.caption = "shared: latents of the first with a decoder direction in the second above cosine 0.7"
+    for heading in ("layer", "split", "FVU", "", "L0", "", "CE mean", "", "shared"):
+        table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
+    for pair in result["pairs"]:
+        shared = pair["latents"]["overlap"]["first_in_second"]["shared"]
+        for split, sides in pair["splits"].items():
+            cells = []
+            for key, form in (("fvu", ".3f"), ("l0", ".1f"), ("ce_recovered_mean", ".3f")):
+                cells += [format(sides[side][key], form) for side in ("first", "second")]
+            table.add_row(str(pair["layer"]), split, *cells, f"{shared:.1%}")
+    return table
+
+
 def doctor_table(report: Mapping[str, Any]) -> Table:
     """`doctor.examine`'s report as two columns, problems and cures last."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

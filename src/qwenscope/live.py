@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qwenscope.recipe import Recipe, load_recipe
@@ -66,6 +66,31 @@ def run_demo(run: Path, console: Console, out: Console) -> None:
     if not package.exists():
         release(run, package)
     out.print(f"SAEs      {run / 'saes'}\nreport    {run / 'report.html'}\nrelease   {package}", highlight=False)
+
+
+@contextmanager
+def phases(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show work that reports (phase, done, total): a bar per phase on a terminal, a line per phase elsewhere."""
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            tasks[phase] = bars.add_task(phase, total=total)
+            if not console.is_terminal:
+                console.print(phase, highlight=False)
+        bars.update(tasks[phase], completed=done, total=total)
+
+    with bars:
+        yield report
 
 
 def _clock(seconds: float) -> str:

@@ -92,8 +92,18 @@ def open_origin(index: Path) -> tuple[Target, LanguageModel]:
         raise FormatError(
             f"{index} has no {ORIGIN}: it was published without its SAEs; build an index here to run text"
         )
-    target = open_target(Path(read_json(origin)["target"]))
-    return target, load_language_model(_lm_recipe(target), lm_head=True)
+    return open_suite(Path(read_json(origin)["target"]))
+
+
+def open_suite(target: Path) -> tuple[Target, LanguageModel]:
+    """A run's or release's SAEs and the whole language model they were made for, for running text.
+
+    Raises:
+        FormatError: it is no complete run or release.
+        ModelError: the language model cannot be loaded.
+    """
+    opened = open_target(target)
+    return opened, load_language_model(_lm_recipe(opened), lm_head=True)
 
 
 def _lm_recipe(target: Target) -> Any:
