@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -109,11 +111,11 @@ class FirstImplementation(nn.Module):
             (x - self.decoder(codes) - self.pre_bias).square().sum(1).topk(32)
 
 
-def saelens(latents: int, k: int, dead: Tensor) -> Step:
+def saelens(latents: int, k: int, dead: Tensor, device: str = "cpu") -> Step:
     from sae_lens.saes.sae import TrainStepInput
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=HIDDEN, d_sae=latents, k=k, device="cpu", dtype="float32"))
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=HIDDEN, d_sae=latents, k=k, device=device, dtype="float32"))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
     mask = dead if dead.any() else None
 
@@ -128,10 +130,10 @@ def saelens(latents: int, k: int, dead: Tensor) -> Step:
     return step
 
 
-def dictionary_learning(latents: int, k: int, dead: Tensor) -> Step:
+def dictionary_learning(latents: int, k: int, dead: Tensor, device: str = "cpu") -> Step:
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    trainer = TopKTrainer(10**6, HIDDEN, latents, k, layer=0, lm_name="none", lr=1e-4, device="cpu", seed=0)
+    trainer = TopKTrainer(10**6, HIDDEN, latents, k, layer=0, lm_name="none", lr=1e-4, device=device, seed=0)
 
     def step(x: Tensor) -> None:
         trainer.num_tokens_since_fired[dead] = trainer.dead_feature_threshold
@@ -140,12 +142,12 @@ def dictionary_learning(latents: int, k: int, dead: Tensor) -> Step:
     return step
 
 
-def sparsify(latents: int, k: int, dead: Tensor) -> Step:
+def sparsify(latents: int, k: int, dead: Tensor, device: str = "cpu") -> Step:
     from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
     from sparsify.sign_sgd import SignSGD
 
-    sae = SparseCoder(HIDDEN, SparseCoderConfig(num_latents=latents, k=k), device="cpu", dtype=torch.float32)
+    sae = SparseCoder(HIDDEN, SparseCoderConfig(num_latents=latents, k=k), device=device, dtype=torch.float32)
     optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=5e-3), momentum=0.95)
     optimizer.train()
     mask = dead if dead.any() else None
@@ -171,6 +173,14 @@ def seconds(step: Step, x: Tensor) -> float:
     return time.process_time() - begin
 
 
+def peak_bytes(step: Step, x: Tensor) -> int:
+    """Most memory that a call's tensors took beyond what was allocated before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(x)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate((event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), initial=0))
+
+
 def work(names: list[str], latents: int, k: int, batch: int, dead_share: float, threads: int) -> None:
     """A worker: for each line on stdin, time everything once and print the seconds as one JSON line."""
     torch.set_num_threads(threads)
@@ -187,24 +197,25 @@ def work(names: list[str], latents: int, k: int, batch: int, dead_share: float, 
             timed[name], phases = ours(name.removeprefix("ours-"), latents, k, dead, x)
             timed |= {f"{name}: {phase}": function for phase, function in phases.items()}
         elif name == "first":
-            first = FirstImplementation(latents, k)
-            timed[name] = lambda rows: first.step(rows, dead)
+            timed[name] = partial(FirstImplementation(latents, k).step, dead=dead)
         else:
             timed[name] = PEERS[name](latents, k, dead)
     for step in timed.values():
         step(x)
-    print(json.dumps({"ready": torch.__version__}), flush=True)
+    peaks = {name: peak_bytes(timed[name], x) for name in names}
+    print(json.dumps({"ready": torch.__version__, "peaks": peaks}), flush=True)
     for _ in sys.stdin:
         print(json.dumps({name: seconds(step, x) for name, step in timed.items()}), flush=True)
 
 
-def start(python: str, names: list[str], shape: str, options: argparse.Namespace) -> subprocess.Popen[str]:
-    """Start a worker and wait until it has warmed up."""
+def start(
+    python: str, names: list[str], shape: str, options: argparse.Namespace
+) -> tuple[subprocess.Popen[str], dict[str, int]]:
+    """Start a worker; returns it, warmed up, with its trainers' peak memory."""
     command = [python, __file__, "--worker", ",".join(names), "--shape", shape, "--batch", str(options.batch)]
     command += ["--dead-share", str(options.dead_share), "--threads", str(options.threads)]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    answer(worker)
-    return worker
+    return worker, answer(worker)["peaks"]
 
 
 def answer(worker: subprocess.Popen[str]) -> dict[str, Any]:
@@ -219,10 +230,12 @@ def answer(worker: subprocess.Popen[str]) -> dict[str, Any]:
 
 def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     """Medians and ratios for one shape, workers taking turns."""
-    workers = [start(sys.executable, options.trainer, shape, options)]
+    started = [start(sys.executable, options.trainer, shape, options)]
     for peer in options.peer:
         name, _, python = peer.partition("=")
-        workers.append(start(python, [name], shape, options))
+        started.append(start(python, [name], shape, options))
+    workers = [worker for worker, _ in started]
+    peaks = {name: peak for _, known in started for name, peak in known.items()}
     times: list[dict[str, list[float]]] = [{} for _ in workers]
     for _ in range(options.repeats):
         for worker, seen in zip(workers, times, strict=True):
@@ -232,13 +245,15 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
                 seen.setdefault(name, []).append(value)
     for worker in workers:
         worker.communicate()
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for seen in times:
         fp32, bf16 = median(seen["floor fp32"]), median(seen["floor bf16"])
         for name, values in seen.items():
             if not name.startswith("floor") or name not in rows:
                 middle = median(values)
                 rows[name] = {"seconds": middle, "per_fp32_product": middle / fp32, "per_bf16_product": middle / bf16}
+                if name in peaks:
+                    rows[name]["peak_bytes"] = peaks[name]
     return {"shape": shape, "batch": options.batch, "dead_share": options.dead_share, "trainers": rows}
 
 
