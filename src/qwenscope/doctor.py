@@ -34,6 +34,7 @@ _OPTIONAL: dict[str, tuple[str, str, bool]] = {
         True,
     ),
     "causal_conv1d": ("fast DeltaNet convolution (torch's own is the fallback)", "pip install causal-conv1d", True),
+    "accelerate": ("loading straight to the GPU, and FP8 checkpoints", "pip install accelerate", True),
     "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install 'qwenscope[tensorboard]'", False),
     "wandb": ("telemetry.sinks: [wandb]", "pip install 'qwenscope[wandb]'", False),
     "trackio": ("telemetry.sinks: [trackio]", "pip install 'qwenscope[trackio]'", False),

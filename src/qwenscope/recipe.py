@@ -133,8 +133,8 @@ class ActivationsRecipe(_Node):
     """Leave out rows whose norm exceeds this multiple of the window's median norm; null keeps all."""
     skip_first_position: bool = False
     """Leave out each conversation's first token."""
-    cache: Path | None = None
-    """Folder that keeps harvested windows for further runs; null harvests afresh."""
+    cache: str | None = None
+    """Folder, or fsspec address such as s3://bucket/path, that keeps harvested windows; null harvests afresh."""
 
 
 class TrainingRecipe(_Node):

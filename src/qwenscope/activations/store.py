@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +69,7 @@ class WindowStore:
         """
         self._lm = lm
         self._layers = recipe.layers
-        url = re.sub(r"^(\w{2,}):/(?!/)", r"\1://", root)  # a recipe's Path has lost one slash of s3://
-        self._files = _Files(f"{url.rstrip('/')}/{_fingerprint(lm, recipe)}")
+        self._files = _Files(f"{root.rstrip('/')}/{_fingerprint(lm, recipe)}")
         total = cache_bytes(recipe.training.tokens, len(recipe.layers), lm.hidden_dim, lm.dtype)
         self._files.make_room(total)
         logger.info("activation cache %s: %.1f GB when whole", self._files.root, total / 1e9)

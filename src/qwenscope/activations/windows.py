@@ -53,7 +53,7 @@ class Windows:
             self._names[point.layer] = " and ".join(filter(None, (self._names.get(point.layer), name)))
         self._check_size(recipe.training.batch_size)
         cache = recipe.activations.cache
-        self._store = None if cache is None else WindowStore(str(cache), lm, recipe)
+        self._store = None if cache is None else WindowStore(cache, lm, recipe)
         self._index = 0  # the window that the next row comes from
         self._offset = 0  # its rows already handed out
         self._cursor: dict[str, Any] = stream.state()  # where it begins

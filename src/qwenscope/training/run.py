@@ -21,7 +21,7 @@ from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CheckpointError, CorpusError, ResourceError, TrainingError
 from qwenscope.files import write_json
-from qwenscope.lm.load import check_hook_points, load_language_model
+from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, load_language_model
 from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE
@@ -136,8 +136,8 @@ class Run:
         earlier = saved.state if saved else self.folder.recorded()
         revisions, precision = earlier.get("revisions"), earlier.get("precision", {})
         pinned = recipe.lm.model_copy(update={"revision": revisions["model"]}) if revisions else recipe.lm
+        check_hook_points(layer_kinds(load_config(pinned)), recipe.hook_points)  # before minutes of loading
         self.lm = load_language_model(pinned, last_layer=max(recipe.layers))
-        check_hook_points(self.lm, recipe.hook_points)
         self.stream = CorpusStream(
             recipe.corpus,
             self.lm.tokenizer,
