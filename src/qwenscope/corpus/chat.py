@@ -98,7 +98,7 @@ def render(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, max_le
         Dropped: malformed beyond lossless repair, or refused by the template.
         CorpusError: the tokenizer has no chat template or is not a fast one.
     """
-    renderer = _cached_renderer(tokenizer, max_length)
+    renderer = renderer_for(tokenizer, max_length)
     return renderer.encode([renderer.layout(*clean(messages, tools))])[0]
 
 
@@ -220,7 +220,12 @@ class Renderer:
 
 
 @lru_cache(maxsize=4)
-def _cached_renderer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Renderer:
+def renderer_for(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Renderer:
+    """The tokenizer's renderer; its tables over the vocabulary are worked out once (0.3 s for 150,000 tokens).
+
+    Raises:
+        CorpusError: the tokenizer has no chat template or is not a fast one.
+    """
     return Renderer(tokenizer, max_length)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from qwenscope.corpus.chat import Conversation, Renderer
+from qwenscope.corpus.chat import Conversation, renderer_for
 from qwenscope.corpus.feed import Feed
 from qwenscope.corpus.prepare import Preparer
 from qwenscope.corpus.privacy import PrivacyFilter, privacy_report
@@ -56,7 +56,7 @@ class CorpusStream:
         Raises:
             CorpusError: a source is missing, empty or not what `revisions` say; names it.
         """
-        renderer = Renderer(tokenizer, corpus.max_length)
+        renderer = renderer_for(tokenizer, corpus.max_length)
         privacy = PrivacyFilter(corpus.privacy)
         self._rules = corpus.privacy
         self.held_out = held_out
