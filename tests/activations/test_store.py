@@ -49,7 +49,7 @@ def test_a_run_from_cache_gives_the_same_batches(
     lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path, no_harvest: Callable[[], None]
 ) -> None:
     plain = batches(lm, recipe())
-    cached = recipe(cache=tmp_path / "cache")
+    cached = recipe(cache=str(tmp_path / "cache"))
     assert equal(batches(lm, cached), plain)
     no_harvest()
     again = Windows(lm, ListStream(CORPUS), cached)
@@ -69,7 +69,7 @@ def test_a_run_from_cache_gives_the_same_batches(
 def test_resume_from_cache(
     lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path, no_harvest: Callable[[], None]
 ) -> None:
-    cached = recipe(cache=tmp_path)
+    cached = recipe(cache=str(tmp_path))
     source = Windows(lm, ListStream(CORPUS), cached)
     want = [source.next_batch(100) for _ in range(5)]
     state = json.loads(json.dumps(source.state()))
@@ -81,7 +81,7 @@ def test_resume_from_cache(
 
 
 def test_a_half_written_cache_is_completed(lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path) -> None:
-    cached = recipe(cache=tmp_path)
+    cached = recipe(cache=str(tmp_path))
     plain = batches(lm, recipe())
     batches(lm, cached, count=4)
     folders = sorted(tmp_path.glob("*/window-*"))
@@ -107,7 +107,7 @@ def test_any_fsspec_path(lm: LanguageModel, recipe: MakeRecipe, no_harvest: Call
 
 
 def test_every_flipped_bit_and_truncation_is_named(lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path) -> None:
-    cached = recipe(cache=tmp_path)
+    cached = recipe(cache=str(tmp_path))
     batches(lm, cached, count=2)
     folder = next(tmp_path.glob("*/window-000000"))
     files = sorted(folder.iterdir())
@@ -137,7 +137,7 @@ def test_every_flipped_bit_and_truncation_is_named(lm: LanguageModel, recipe: Ma
 
 
 def test_a_newer_format_is_refused(lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path, monkeypatch: Any) -> None:
-    cached = recipe(cache=tmp_path)
+    cached = recipe(cache=str(tmp_path))
     monkeypatch.setattr("qwenscope.activations.store.VERSION", 2)
     batches(lm, cached, count=1)
     monkeypatch.undo()
@@ -172,7 +172,7 @@ def test_what_the_rows_depend_on_tells_caches_apart(
 
 
 def test_a_changed_corpus_is_refused(lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path) -> None:
-    cached = recipe(cache=tmp_path)
+    cached = recipe(cache=str(tmp_path))
     batches(lm, cached)
     stream = ListStream(CORPUS)
     next(stream)
@@ -195,6 +195,6 @@ def test_too_small_a_disk_is_refused_before_the_run(
     needed = cache_bytes(1000, len(LAYERS), lm.hidden_dim, lm.dtype)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(ResourceError, match=rf"activations\.cache needs {needed:,} more bytes in {tmp_path}"):
-        Windows(lm, ListStream(CORPUS), recipe(cache=tmp_path))
+        Windows(lm, ListStream(CORPUS), recipe(cache=str(tmp_path)))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    Windows(lm, ListStream(CORPUS), recipe(cache=tmp_path))
+    Windows(lm, ListStream(CORPUS), recipe(cache=str(tmp_path)))
