@@ -3,8 +3,8 @@
     python bench/faults.py --kills 500 --seed 1
 
 prints one JSON object: how many kills, where they struck, what was lost, and whether each run ended as the
-uninterrupted one did (the first that does not ends the campaign with an error). The run is that of tests/tiny_run.py: a
-tiny random Qwen3.5-MoE, two SAEs, 48 steps, a checkpoint every three.
+uninterrupted one did (the first that does not ends the campaign with an error). Ctrl-C ends it early, with the account
+so far. The run is that of tests/tiny_run.py: a tiny random Qwen3.5-MoE, two SAEs, 48 steps, a checkpoint every three.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -40,9 +41,10 @@ def main() -> None:
         folder = Path(name)
         model = make_language_model(folder / "lm")
         reference = make_reference(model, folder / "reference")
-        for struck in campaign(chosen.kills, chosen.seed, model, folder, reference):
-            runs.append(struck)
-            print(f"{len(runs)} runs, {sum(map(len, runs))} kills", file=sys.stderr, flush=True)
+        with suppress(KeyboardInterrupt):
+            for struck in campaign(chosen.kills, chosen.seed, model, folder, reference):
+                runs.append(struck)
+                print(f"{len(runs)} runs, {sum(map(len, runs))} kills", file=sys.stderr, flush=True)
     kills = [kill for run in runs for kill in run]
     every = tiny_recipe(Path()).checkpoint.every_tokens
     print(
