@@ -89,7 +89,8 @@ def test_steering_shows_its_controls(visit: Visit) -> None:
 
 def test_html_in_tokens_labels_and_notes_stays_text(visit: Visit, index: Path) -> None:
     add_explanations(
-        Index(index), [("sae_delta", 9, {"label": HOSTILE, "client": HOSTILE, "detection": 1.0, "fuzzing": 1.0})]
+        Index(index),
+        [("sae_delta", 9, {"label": HOSTILE, "client": HOSTILE, "detection": 1.0, "fuzzing": None, "samples": {}})],
     )
     page = visit.go("#/sae/sae_delta/9")
     expect(page.locator(".lead")).to_contain_text(HOSTILE)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from planted_suite import PLANTED, PLANTED_LATENT, make_corpus, make_release
+from planted_suite import PLANTED, PLANTED_LATENT
 
 from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.errors import CorpusError, FormatError
@@ -24,24 +24,7 @@ from qwenscope.features.store import Index
 from qwenscope.lm.forward import final_norm, residual_streams, unembedding
 from qwenscope.lm.load import LanguageModel, load_language_model
 
-TOKENS = 2500
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "chats.jsonl")
-
-
-@pytest.fixture(scope="module")
-def release(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_release(tmp_path_factory.mktemp("suite"), corpus)
-
-
-@pytest.fixture(scope="module")
-def index(release: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
-    out = tmp_path_factory.mktemp("index") / "index"
-    build_index(release, out, data=corpus, tokens=TOKENS)
-    return Index(out)
+TOKENS = 2500  # as the index of conftest
 
 
 class Plain:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from planted_suite import make_corpus, make_release
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5MoeForCausalLM
 
@@ -191,9 +191,8 @@ def test_controls_keep_everything_but_what_they_vary(sae: TopKSAE) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, Steering]:
-    folder = tmp_path_factory.mktemp("steering")
-    target = open_target(make_release(folder, make_corpus(folder / "chats.jsonl")))
+def loaded(release: Path) -> tuple[LanguageModel, Steering]:
+    target = open_target(release)
     lm = load_language_model(target.recipe.lm, lm_head=True)
     return lm, Steering(1, 3.0, sae=target.saes["sae_delta"], latent=7)
 

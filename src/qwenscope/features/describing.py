@@ -27,7 +27,7 @@ BLOCK = 256
 TOKENS_SHOWN, LATENTS_SHOWN, EXPERTS_SHOWN = 12, 10, 8
 BANDS = ("75-100", "50-75", "25-50", "0-25")
 """Quarters of a latent's firings by strength, in percent: quantile examples are drawn from each."""
-PER_BAND, NEGATIVES = 4, 6
+PER_BAND, NEGATIVES = 4, 10
 DENSITY_DECADES = (-6, 0)
 DENSITY_BINS_PER_DECADE = 4
 QUALITY = ("explained_variance", "fvu", "l0", "ce_recovered_mean", "ce_recovered_zero", "dead_fraction", "kl")

@@ -41,9 +41,9 @@ class Chunk:
 
     number: int
     start: int
-    token_R: Tensor  # noqa: N815
-    row_T: Tensor  # noqa: N815
-    conversation_T: Tensor  # noqa: N815
+    token_R: Tensor
+    row_T: Tensor
+    conversation_T: Tensor
 
 
 class LatentStatistics:

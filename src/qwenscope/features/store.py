@@ -115,6 +115,8 @@ class Index:
         for name in ("promoted", "suppressed"):
             detail[name] = [[texts[token], score] for token, score in detail[name]]
         detail["explanation"] = json.loads(record[0]) if record else None
+        if record:
+            del detail["explanation"]["samples"]  # hundreds of tokens that no page shows
         return {"sae": sae_id, "latent": latent, **detail}
 
     def search(self, text: str, *, sae_id: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
@@ -209,12 +211,20 @@ class Index:
 
 
 def add_explanations(index: Index, records: Iterable[tuple[str, int, dict[str, Any]]]) -> None:
-    """Store (sae_id, latent, record with `label`), replacing earlier ones; search finds the labels."""
+    """Store (sae_id, latent, record with `label` and `samples`), replacing earlier ones; search finds the labels."""
     with closing(sqlite3.connect(index.path)) as connection, connection:
         for sae_id, latent, record in records:
             key = key_of(index.ordinal(sae_id), latent)
             connection.execute("INSERT OR REPLACE INTO explanations VALUES (?, ?)", (key, json.dumps(record)))
             connection.execute("UPDATE search SET label = ? WHERE rowid = ?", (record["label"], key))
+
+
+def read_explanations(index: Index) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Every explanation as (sae_id, latent, record), by SAE and latent."""
+    ids = list(index.saes)
+    with closing(sqlite3.connect(f"{index.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        for key, record in connection.execute("SELECT key, record FROM explanations ORDER BY key"):
+            yield ids[key >> 32], key & 0xFFFFFFFF, json.loads(record)
 
 
 def _texts(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, str]:

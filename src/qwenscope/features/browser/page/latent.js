@@ -107,7 +107,7 @@ export async function render(id, number_) {
         h("div", { class: "heading" },
           h("h1", null, h("a", { href: link.sae(id) }, id), h("span", { class: "slash" }, " / "), String(latent)),
           h("nav", { class: "steps", "aria-label": "Latents" }, h("button", { type: "button", class: "quiet", "aria-label": "Previous latent", onclick: to(-1) }, "←"), h("button", { type: "button", class: "quiet", "aria-label": "Next latent", onclick: to(1) }, "→"), note.star)),
-        label ? h("p", { class: "lead", title: `labelled by ${found.explanation.client}` }, label, found.explanation.detection === undefined ? null : h("small", null, ` detection ${percent(found.explanation.detection)} · fuzzing ${percent(found.explanation.fuzzing)}`)) : null,
+        label ? h("p", { class: "lead", title: `labelled by ${found.explanation.client}` }, label, h("small", null, ["detection", "fuzzing"].filter((name) => typeof found.explanation[name] === "number").map((name) => ` · ${name} ${percent(found.explanation[name])}`))) : null,
         h("p", { class: "chips" }, columns.peaks[latent].map((text) => token(text))),
         h("dl", { class: "stats" }, stat("density", found.fired ? percent(found.density) : "dead"), stat("largest activation", number(found.max)), stat("mean when active", number(found.mean)), stat("tokens", number(found.fired)))),
       h("div", { class: "columns" }, main, side)),
