@@ -4,7 +4,8 @@
 
 DATA is a file or folder of conversations (or of WildChat rows). Prints one JSON object. Rates are rendered tokens
 (before truncation) per second of this process's CPU time on the same text, the best of rounds in which the two take
-turns (neighbours on a machine only ever slow it down). With --workers, the wall-clock rate through worker processes stands beside it.
+turns (neighbours on a machine only ever slow it down). With --workers, the wall-clock rate through worker processes
+stands beside it.
 """
 
 from __future__ import annotations
