@@ -1,4 +1,4 @@
-"""Reading on bare transformers models, and probes against scikit-free arithmetic on planted directions."""
+"""Reading on bare transformers models, and probes on planted directions."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_probe_finds_the_planted_direction() -> None:
     probe = probe_direction(x, labels, sae)
     assert probe.latents[0][0] == 5
     assert probe.latents[0][1] > 0
-    assert float(probe.direction_D @ sae.decoder.weight[:, 5]) > 0.9
+    assert float(probe.direction_D @ sae.decoder.weight[:, 5].detach()) > 0.9
     assert probe.codes_accuracy == pytest.approx(1.0, abs=0.02)
     assert probe.raw_accuracy == pytest.approx(1.0, abs=0.02)
 

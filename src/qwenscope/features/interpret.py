@@ -119,13 +119,21 @@ def _explain_one(client: Client, found: dict[str, Any]) -> dict[str, Any]:
     quiet = [example for example in found["examples"] if example["kind"] == "negative"]
     choose = random.Random(found["latent"])
     answer = client.complete(_EXPLAIN, _numbered(_marked(example, _active(example)) for example in top), 64)
-    label = " ".join(answer.split()).strip(' "')[:LABEL_LIMIT] or "no label"
+    label = _label(answer)
     samples = {
         "detection": _detection(client, label, firing, quiet, choose),
         "fuzzing": _fuzzing(client, label, firing, choose),
     }
     scores = {name: balanced_accuracy(found) for name, found in samples.items()}
     return {"label": label, "client": client.name, **scores, "samples": samples}
+
+
+def _label(answer: str) -> str:
+    """An answer on one line, out of its quotation marks."""
+    line = " ".join(answer.split())
+    if len(line) > 1 and line[0] == line[-1] == '"':
+        line = line[1:-1]
+    return line[:LABEL_LIMIT].strip() or "no label"
 
 
 def balanced_accuracy(samples: Sequence[dict[str, Any]]) -> float | None:
