@@ -43,3 +43,14 @@ format: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) runs
+
+# Other libraries, each in an environment of its own: their pins contradict ours and each other's.
+PEERS ?= peers
+.PHONY: peers
+peers:
+	for name in saelens sparsify dictionary_learning; do \
+	  $(PYTHON) -m venv $(PEERS)/$$name && $(PEERS)/$$name/bin/pip install --quiet $$(grep '^torch==' requirements.lock); done
+	$(PEERS)/saelens/bin/pip install --quiet $$(grep '^torch==' requirements.lock) sae-lens
+	$(PEERS)/sparsify/bin/pip install --quiet $$(grep '^torch==' requirements.lock) eai-sparsify
+	$(PEERS)/dictionary_learning/bin/pip install --quiet --no-deps dictionary-learning
+	$(PEERS)/dictionary_learning/bin/pip install --quiet einops tqdm datasets nnsight $$(grep '^torch==' requirements.lock)

@@ -333,8 +333,18 @@ def export(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_RELEASE")],
     to: Annotated[Peer, typer.Option("--to", help="Format.")],
     path: Out,
+    feature_index: Annotated[
+        Path | None, typer.Option("--index", metavar="INDEX", help="For neuronpedia: add activations and explanations.")
+    ] = None,
 ) -> None:
     """Write the SAEs in another library's format."""
+    if feature_index is not None:
+        if to is not Peer.neuronpedia:
+            raise FormatError(f"--index adds activations to --to neuronpedia; {to.value} holds weights alone")
+        from qwenscope.release.neuronpedia import export_with_index
+
+        export_with_index(target, feature_index, path)
+        return
     from qwenscope.sae.formats import export_suite
 
     export_suite(target, to.value, path)

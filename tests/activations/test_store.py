@@ -182,7 +182,7 @@ def test_a_changed_corpus_is_refused(lm: LanguageModel, recipe: MakeRecipe, tmp_
 
 def test_size_is_known_beforehand(lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path) -> None:
     assert cache_bytes(1, 9, 2048, torch.bfloat16) == 36_872
-    cached = recipe(cache=tmp_path, window_tokens=1000)
+    cached = recipe(cache=str(tmp_path), window_tokens=1000)
     batches(lm, cached, count=30)
     written = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     tokens = sum(len(c.token_ids) for c in CORPUS)
