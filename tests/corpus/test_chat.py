@@ -105,6 +105,16 @@ def test_qwen_layout_with_think_parallel_calls_and_late_turns(qwen_tokenizer: Pr
     assert joined["user"] == "two cities"
 
 
+@pytest.mark.parametrize("name", ["sum", "f", "get_weather", "解析"])
+def test_a_name_that_begins_inside_a_token_is_a_call(qwen_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    messages = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "", "tool_calls": [call(name, {})]},
+    ]
+    calls = [text for role, text in by_role(qwen_tokenizer, messages) if role == "tool_call"]
+    assert [text.strip() for text in calls] == [f"<function={name}>\n</function>"]
+
+
 def test_a_user_turn_dressed_as_a_tool_response_falls_back_to_the_search(
     qwen_tokenizer: PreTrainedTokenizerBase,
 ) -> None:

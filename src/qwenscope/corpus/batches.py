@@ -23,9 +23,9 @@ BATCH_OVERHEAD = 512
 class Batch:
     """C conversations, T positions of the longest."""
 
-    input_ids_CT: torch.Tensor  # noqa: N815
+    input_ids_CT: torch.Tensor
     """int64, right-padded."""
-    lengths_C: list[int]  # noqa: N815
+    lengths_C: list[int]
     members: list[int]
     """Positions in the list of conversations that was batched."""
 

@@ -194,17 +194,19 @@ class Renderer:
 
     def _rendered(self, layout: Layout, encoding: Encoding) -> Rendered:
         ids = np.array(encoding.ids, dtype=np.int32)
-        truncated = len(ids) > self.max_length
-        starts = self._starts(layout.text, ids, encoding)[: self.max_length]
-        ids = ids[: self.max_length]
+        starts = self._starts(layout.text, ids, encoding)
         roles = layout.roles[starts]
-        # What the template writes around a call's name and values, up to the next special token, belongs to the call.
+        # What the template writes around a call's name, up to the next special token, belongs to the call. The name may
+        # begin inside a token ("=sum"), so the tokens that hold it are found by its characters.
         is_added = self._is_added_V[ids]
         run = np.cumsum(is_added)
         has_call = np.zeros(len(ids) + 1, dtype=bool)
-        has_call[run[roles == _TOOL_CALL]] = True
+        names = np.flatnonzero(layout.roles == _TOOL_CALL)
+        has_call[run[np.searchsorted(starts, names, side="right") - 1]] = True
         roles[(roles == _TEMPLATE) & has_call[run] & ~is_added] = _TOOL_CALL
-        return Rendered(ids, roles, truncated, layout.text, layout.messages, layout.tools)
+        kept = slice(self.max_length)
+        truncated = len(ids) > self.max_length
+        return Rendered(ids[kept], roles[kept], truncated, layout.text, layout.messages, layout.tools)
 
     def _starts(self, text: str, ids: NDArray[np.int32], encoding: Encoding) -> NDArray[np.int64]:
         """Index of each token's first character, [T]."""
