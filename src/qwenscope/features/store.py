@@ -98,11 +98,12 @@ class Index:
         Raises:
             KeyError: no such SAE or latent.
         """
-        key = key_of(self.ordinal(sae_id), latent)
+        ordinal = self.ordinal(sae_id)
+        if not 0 <= latent < self.saes[sae_id]["dict_size"]:
+            raise KeyError(f"{sae_id} has no latent {latent}")
+        key = key_of(ordinal, latent)
         with self._connect() as connection:
             row = connection.execute("SELECT detail FROM latents WHERE key = ?", (key,)).fetchone()
-            if row is None:
-                raise KeyError(f"{sae_id} has no latent {latent}")
             detail: dict[str, Any] = unpack(row[0])
             ids = {token for name in ("promoted", "suppressed") for token, _ in detail[name]}
             contexts = [self._context(connection, example) for example in detail["examples"]]
