@@ -181,7 +181,7 @@ def peak_bytes(step: Step, x: Tensor) -> int:
     return max(accumulate((event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), initial=0))
 
 
-def work(names: list[str], latents: int, k: int, batch: int, dead_share: float, threads: int) -> None:
+def work(names: list[str], latents: int, k: int, batch: int, dead_share: float, threads: int, phases: bool) -> None:
     """A worker: for each line on stdin, time everything once and print the seconds as one JSON line."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -194,8 +194,9 @@ def work(names: list[str], latents: int, k: int, batch: int, dead_share: float, 
     }
     for name in names:
         if name.startswith("ours-"):
-            timed[name], phases = ours(name.removeprefix("ours-"), latents, k, dead, x)
-            timed |= {f"{name}: {phase}": function for phase, function in phases.items()}
+            timed[name], parts = ours(name.removeprefix("ours-"), latents, k, dead, x)
+            if phases:
+                timed |= {f"{name}: {part}": function for part, function in parts.items()}
         elif name == "first":
             timed[name] = partial(FirstImplementation(latents, k).step, dead=dead)
         else:
@@ -214,6 +215,7 @@ def start(
     """Start a worker; returns it, warmed up, with its trainers' peak memory."""
     command = [python, __file__, "--worker", ",".join(names), "--shape", shape, "--batch", str(options.batch)]
     command += ["--dead-share", str(options.dead_share), "--threads", str(options.threads)]
+    command += ["--phases"] if options.phases else []
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return worker, answer(worker)["peaks"]
 
@@ -264,6 +266,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dead-share", type=float, default=0.0, help="share of latents that are dead")
+    parser.add_argument("--phases", action="store_true", help="time the parts of our step too")
     parser.add_argument("--trainer", action="append", choices=OURS, help="ours to time (default: all)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"one of {', '.join(PEERS)}")
     parser.add_argument("--json", help="write the result here too")
@@ -272,7 +275,7 @@ def main() -> None:
     shapes, options.trainer = options.shape or ["16384/64"], options.trainer or list(OURS)
     if options.worker:
         latents, k = map(int, shapes[0].split("/"))
-        work(options.worker.split(","), latents, k, options.batch, options.dead_share, options.threads)
+        work(options.worker.split(","), latents, k, options.batch, options.dead_share, options.threads, options.phases)
         return
     machine = {"python": platform.python_version(), "torch": torch.__version__, "capability": capability()}
     result = {"machine": machine, "results": [measure(shape, options) for shape in shapes]}

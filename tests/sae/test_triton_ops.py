@@ -22,14 +22,14 @@ in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert "10 passed, 1 skipped" in result.stdout
 
 
 @in_interpreter
-@pytest.mark.parametrize(("n", "k"), [(64, 5), (100, 1), (37, 37), (1000, 64)])
+@pytest.mark.parametrize(("n", "k"), [(64, 5), (100, 1), (37, 37), (300, 40)])
 def test_top_k(n: int, k: int) -> None:
     from qwenscope.sae import triton_ops
 
@@ -47,7 +47,7 @@ def test_top_k(n: int, k: int) -> None:
 
 
 @in_interpreter
-@pytest.mark.parametrize(("rows", "hidden", "latents", "k"), [(9, 20, 30, 4), (17, 1100, 12, 3), (5, 8, 6, 6)])
+@pytest.mark.parametrize(("rows", "hidden", "latents", "k"), [(9, 20, 30, 4), (6, 1100, 8, 3), (5, 8, 6, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_and_rows(rows: int, hidden: int, latents: int, k: int, dtype: torch.dtype) -> None:
     from qwenscope.sae import triton_ops
