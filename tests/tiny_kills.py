@@ -25,7 +25,7 @@ class Kill:
     kept: int
     """Tokens in the newest checkpoint that verifies."""
     save_torn: bool
-    """A save was being written."""
+    """A save was being written, or an old one removed."""
 
     @property
     def lost(self) -> int:
