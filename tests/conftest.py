@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests run on CPU with one thread, so that they neither fight for cores nor depend on their number."""
+"""Shared fixtures. Tests run on CPU with one thread: they neither fight for cores nor depend on their number."""
 
 from __future__ import annotations
 
