@@ -181,6 +181,24 @@ def test_impossible_batches_are_refused() -> None:
             trainer.step(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"tokens": 0},
+        {"decay_share": 1.5},
+        {"aux_k": 0},
+        {"dead_after_tokens": 0},
+        {"precision": "fp16"},
+        {"clip_norm": 0.0},
+        {"moments": torch.int8},
+    ],
+)
+def test_impossible_options_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match=next(iter(options))):
+        SAETrainer(TopKSAE(4, 8, 2, seed=0), **({"lr": 1e-3} | options))
+
+
 def test_an_active_index_with_value_zero_is_not_firing() -> None:
     sae = TopKSAE(HIDDEN, LATENTS, K, seed=2)
     with torch.no_grad():

@@ -110,9 +110,9 @@ class SparseGradient:
         cls, weights: Weights, rows_BD: Tensor, g_BD: Tensor, selection: Selection, auxiliary: Auxiliary | None
     ) -> SparseGradient:
         """Products of the active pairs, and everything that is small."""
-        n, k, on_gpu = weights.dict_size, selection.values.shape[1], g_BD.is_cuda
-        pairs = (ops.DensePairs if on_gpu and k > DENSE_SHARE * n else ops.Pairs).of(selection.indices, n)
-        table = weights.table("decoder")
+        n, k, table, on_gpu = weights.dict_size, selection.values.shape[1], weights.table("decoder"), g_BD.is_cuda
+        dense = on_gpu and table.dtype == torch.bfloat16 and k > DENSE_SHARE * n
+        pairs = (ops.DensePairs if dense else ops.Pairs).of(selection.indices, n)
         x_gathered_BD, g_gathered_BD = rows_BD.to(table.dtype), g_BD.to(table.dtype)
         values_P = pairs.sort(selection.values)
         active_P = values_P > 0
@@ -131,9 +131,7 @@ class SparseGradient:
             encoder_bias.index_copy_(0, latents, encoder_bias[latents] + auxiliary.bias_M)
             extra = [auxiliary.encoder_MD.norm(), auxiliary.decoder_MD.norm()]
         pre_bias = g_BD.sum(0) - encoder_bias @ weights["encoder"]
-        bound = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm() + sum(
-            extra
-        )
+        sparse = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm()
         return cls(
             x_gathered_BD,
             g_gathered_BD,
@@ -143,7 +141,7 @@ class SparseGradient:
             encoder_bias,
             pre_bias,
             pairs.totals(active_P.to(values_P.dtype)) > 0,
-            bound,
+            sparse + sum(extra),
             auxiliary,
         )
 

@@ -96,16 +96,25 @@ class SAETrainer:
         moments: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        if lr < 0 or not 0 <= decay_share <= 1 or (clip_norm is not None and clip_norm <= 0):
-            raise TrainingError(
-                f"lr={lr}, decay_share={decay_share}, clip_norm={clip_norm}: not a possible training step"
-            )
+        _check(
+            lr=lr >= 0,
+            tokens=tokens is None or tokens > 0,
+            warmup_tokens=warmup_tokens >= 0,
+            decay_share=0 <= decay_share <= 1,
+            aux_coefficient=aux_coefficient >= 0,
+            aux_k=aux_k is None or aux_k > 0,
+            dead_after_tokens=dead_after_tokens is None or dead_after_tokens > 0,
+            resample_every_steps=resample_every_steps >= 0,
+            precision=precision in ("auto", *PRECISIONS),
+            clip_norm=clip_norm is None or clip_norm > 0,
+            moments=moments in (torch.float32, torch.bfloat16, torch.float64),
+        )
         self.config = dict(sae.config)
         self.k = sae.k
         self.device = sae.pre_bias.device
         self.lr, self.tokens, self.warmup_tokens, self.decay_share = lr, tokens, warmup_tokens, decay_share
         self.aux_coefficient = aux_coefficient
-        self.aux_k = sae.hidden_dim // 2 if aux_k is None else aux_k
+        self.aux_k = max(1, sae.hidden_dim // 2) if aux_k is None else aux_k
         self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
         self.resample_every_steps = resample_every_steps
         self._precision_is_free = precision == "auto"
@@ -140,16 +149,17 @@ class SAETrainer:
         their rms deviation per element, and pre_bias starts at 0. The encoder becomes c times the decoder, with c by
         least squares of the reconstruction on these rows (codes are homogeneous in c).
         """
-        rows = rows_RD.to(self.device, self.centre_D.dtype)
-        mean_D = rows.mean(0)
+        dtype, chunks = self.centre_D.dtype, torch.split(rows_RD, 1024)
+        mean_D = rows_RD.mean(0, dtype=torch.float64).to(self.device, dtype)
         if self.normalise:
+            deviation = torch.stack([(chunk.to(mean_D) - mean_D).square().sum() for chunk in chunks]).sum()
             self.centre_D = mean_D
-            self.rms = (rows - mean_D).square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+            self.rms = (deviation / rows_RD.numel()).sqrt().clamp_min(torch.finfo(dtype).tiny)
         else:
             self.weights["pre_bias"].copy_(mean_D)
         decoder = self.weights["decoder"]
         target = fitted = torch.zeros_like(self.rms)
-        for chunk in torch.split(rows, 1024):
+        for chunk in chunks:
             x = self._rows(chunk)
             values, indices = (x @ decoder.T).topk(self.k, dim=1, sorted=False)
             x_hat = ops.weighted_rows(decoder, indices, values.relu())
@@ -309,3 +319,10 @@ class SAETrainer:
         self._names = self.candidates_N.nonzero().squeeze(1)
         self.weights.shadow(precision)
         self._selector = Selector(self.k, precision)
+
+
+def _check(**possible: bool) -> None:
+    """Raise a TrainingError that names the arguments whose values are impossible."""
+    wrong = [name for name, is_possible in possible.items() if not is_possible]
+    if wrong:
+        raise TrainingError(f"SAETrainer: impossible value of {', '.join(wrong)}; its docstring says what each may be")
