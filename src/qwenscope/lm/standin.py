@@ -367,7 +367,7 @@ def _readme(description: dict[str, Any]) -> str:
         f"{description['expert_use']['largest']:.1%} of their layer's routed tokens. "
         "Centred cosine of the residual streams after neighbouring layers: "
         + ", ".join(f"{pair} {value:.3f}" for pair, value in description["centred_cosine"].items())
-        + ".",
+        + " (a term of the training loss keeps them apart).",
         "",
         "Training text: conversations of `qwenscope.corpus.tool_use` (the SHA-256 of "
         "their rendering is in the description: another version of the generator trains another model), and",
