@@ -25,7 +25,7 @@ def test_the_planted_latent_is_named_found_and_scored(index: Index) -> None:
     assert record["detection"] >= 0.75  # the word also stands where the latent is not among the k strongest
     shown = index.latent("sae_delta", PLANTED_LATENT)["explanation"]
     assert shown == {key: record[key] for key in ("label", "client", "detection", "fuzzing")}
-    assert index.table("sae_delta")["label"] == {PLANTED_LATENT: record["label"]}
+    assert index.labels("sae_delta") == {PLANTED_LATENT: record["label"]}
     hit = index.search("tokens")[0]
     assert (hit["latent"], hit["label"]) == (PLANTED_LATENT, record["label"])
     again = explain(index, OfflineClient(), "sae_delta", [PLANTED_LATENT])

@@ -83,14 +83,21 @@ class Index:
         return {"meta": self.meta, "roles": list(ROLES), "saes": self.saes}
 
     def table(self, sae_id: str) -> dict[str, Any]:
-        """Columns over all latents of one SAE, with the labels of today."""
-        ordinal = self.ordinal(sae_id)
-        ((blob,),) = self._all("SELECT latents FROM saes WHERE ordinal = ?", ordinal)
-        columns: dict[str, Any] = unpack(blob)
-        span = key_of(ordinal, 0), key_of(ordinal + 1, 0)
-        records = self._all("SELECT key, record FROM explanations WHERE key >= ? AND key < ?", *span)
-        columns["label"] = {key - span[0]: json.loads(record)["label"] for key, record in records}
+        """Columns over all latents of one SAE: density, max, mean, role, peaks, promoted."""
+        columns: dict[str, Any] = unpack(self.packed_table(sae_id))
         return columns
+
+    def packed_table(self, sae_id: str) -> bytes:
+        """`table` as zlib-compressed JSON, the way it is stored: what a browser calls deflate."""
+        ((blob,),) = self._all("SELECT latents FROM saes WHERE ordinal = ?", self.ordinal(sae_id))
+        return bytes(blob)
+
+    def labels(self, sae_id: str) -> dict[int, str]:
+        """{latent: label} of those that were explained."""
+        ordinal = self.ordinal(sae_id)
+        low, high = key_of(ordinal, 0), key_of(ordinal + 1, 0)
+        records = self._all("SELECT key, record FROM explanations WHERE key >= ? AND key < ?", low, high)
+        return {key - low: json.loads(record)["label"] for key, record in records}
 
     def latent(self, sae_id: str, latent: int) -> dict[str, Any]:
         """Everything that a latent's page shows.

@@ -40,6 +40,7 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
         _write(site / "data" / "suite.json", {**opened.suite(), "live": False, "shard": SHARD})
         for sae_id, sae in opened.saes.items():
             _write(site / "data" / sae_id / "table.json", opened.table(sae_id))
+            _write(site / "data" / sae_id / "labels.json", opened.labels(sae_id))
             for start in range(0, sae["dict_size"], SHARD):
                 stop = min(start + SHARD, sae["dict_size"])
                 shard = [opened.latent(sae_id, latent) for latent in range(start, stop)]

@@ -88,6 +88,7 @@ def make_app(index: Path | Index) -> ASGIApp:
                 Route("/api/suite", routes.suite),
                 Route("/api/search", routes.search),
                 Route("/api/sae/{sae}", routes.table),
+                Route("/api/labels/{sae}", routes.labels),
                 Route("/api/latent/{sae}/{latent:int}", routes.latent),
                 Route("/api/notes", routes.notes),
                 Route("/api/notes/{sae}/{latent:int}", routes.put_note, methods=["PUT"]),
@@ -124,7 +125,11 @@ class _Routes:
         return _json({**self._index.suite(), "live": Runner.possible(self._index.folder)})
 
     def table(self, request: Request) -> Response:
-        return _json(self._index.table(request.path_params["sae"]))
+        blob = self._index.packed_table(request.path_params["sae"])
+        return Response(blob, media_type="application/json", headers={"Content-Encoding": "deflate"})
+
+    def labels(self, request: Request) -> Response:
+        return _json(self._index.labels(request.path_params["sae"]))
 
     def latent(self, request: Request) -> Response:
         return _json(self._index.latent(request.path_params["sae"], request.path_params["latent"]))

@@ -25,7 +25,14 @@ const post = (path, body, method = "POST") =>
 
 export const suite = () => once(LIVE ? "api/suite" : "data/suite.json");
 
-export const table = (sae) => once(LIVE ? `api/sae/${encodeURIComponent(sae)}` : `data/${encodeURIComponent(sae)}/table.json`);
+// Columns over all latents of an SAE; the labels may change while the page is open, the rest does not.
+export async function table(sae) {
+  const id = encodeURIComponent(sae);
+  const [columns, label] = await Promise.all(LIVE
+    ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`)]
+    : [once(`data/${id}/table.json`), once(`data/${id}/labels.json`)]);
+  return { ...columns, label };
+}
 
 export async function latent(sae, number) {
   if (LIVE) return once(`api/latent/${encodeURIComponent(sae)}/${number}`);
