@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qwenscope.corpus.chat import ROLES, Renderer, render
 from qwenscope.corpus.repair import Dropped, clean
@@ -103,6 +104,18 @@ def test_qwen_layout_with_think_parallel_calls_and_late_turns(qwen_tokenizer: Pr
     assert joined["think"] == "hm"
     assert joined["assistant"].replace("\n", "") == "Both.|Done."
     assert joined["user"] == "two cities"
+
+
+def test_roles_by_offsets_where_bytes_do_not_add_up(tokenizer: PreTrainedTokenizerBase) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)  # adds bytes of its own
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template)
+    messages = [{"role": "user", "content": "why é?"}, {"role": "assistant", "content": "so"}]
+    roles = by_role(other, messages)
+    assert [(role, text.strip()) for role, text in roles if role != "template"] == [
+        ("user", "why é?"),
+        ("assistant", "so"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["sum", "f", "get_weather", "解析"])

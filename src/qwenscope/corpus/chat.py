@@ -158,7 +158,8 @@ class Renderer:
 
     def encode(self, layouts: Sequence[Layout]) -> list[Rendered]:
         """Tokenise, truncate and carry roles from characters to tokens."""
-        encodings = self._backend.encode_batch([layout.text for layout in layouts], add_special_tokens=False)
+        encode = self._backend.encode_batch if self._bytes_V is None else self._backend.encode_batch_fast  # no offsets
+        encodings = encode([layout.text for layout in layouts], add_special_tokens=False)
         return [self._rendered(layout, encoding) for layout, encoding in zip(layouts, encodings, strict=True)]
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
@@ -217,6 +218,7 @@ class Renderer:
             if len(ends) and ends[-1] == len(raw):
                 starts = ends - lengths
                 return starts if text.isascii() else (np.cumsum((raw & 0xC0) != 0x80) - 1)[starts]
+            encoding = self._backend.encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return np.minimum(offsets[:, 0], len(text) - 1)
 

@@ -88,7 +88,7 @@ class CorpusStream:
             id = min(live, key=lambda id: self._feeds[id].counts.tokens / self._weights[id])
             if self._workers and self._pool is None:
                 self._pool = worker_pool(self._workers, {id: feed.preparer for id, feed in self._feeds.items()})
-            conversation = self._feeds[id].next(self._pool, ahead=2 * self._workers)
+            conversation = self._feeds[id].next(self._pool, ahead=self._workers + 1)
             if conversation is not None:
                 return conversation
             log.info("corpus source %s is used up after %d conversations", id, self._feeds[id].counts.conversations)
