@@ -175,9 +175,11 @@ def standin_train(
     seed: Annotated[int, typer.Option(help="Governs data order and initialisation.")] = 0,
 ) -> None:
     """Train the stand-in language model anew (about an hour of CPU)."""
+    from qwenscope.live import phases
     from qwenscope.lm.standin import train_standin
 
-    train_standin(data, path, seed=seed)
+    with phases(err) as on_progress:
+        train_standin(data, path, seed=seed, progress=lambda done, total, loss: on_progress("tokens", done, total))
 
 
 @app.command(rich_help_panel="Train and measure")
