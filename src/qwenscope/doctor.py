@@ -20,7 +20,7 @@ _PACKAGES = (
     "transformers",
     "tokenizers",
     "safetensors",
-    "datasets",
+    "pyarrow",
     "huggingface_hub",
     "pydantic",
 )

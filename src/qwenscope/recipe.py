@@ -98,7 +98,7 @@ class PrivacyRecipe(_Node):
     drop_toxic: bool = True
     """Drop WildChat rows flagged as toxic."""
     scrub: bool = True
-    """Replace e-mail addresses, IBANs, card and phone numbers and IP addresses by typed placeholders."""
+    """Replace e-mail addresses, IBANs, card and phone numbers and IP addresses in WildChat by typed placeholders."""
 
 
 class CorpusRecipe(_Node):
