@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -74,11 +74,13 @@ class Pairs:
     def products(self, table_ND: Tensor, x_BD: Tensor) -> Tensor:
         """`table[latent] . x[row]` of each pair, sorted -> [P]: these entries of `table @ x.T` and no others."""
         if x_BD.is_cuda and HAS_TRITON:
-            return _triton_ops().products(table_ND, x_BD, self.latents, self.rows)
+            fused_P: Tensor = _triton_ops().products(table_ND, x_BD, self.latents, self.rows)
+            return fused_P
         zeros = x_BD.new_zeros(len(self.rows))
         shape = (len(table_ND), len(x_BD))
         places = torch.sparse_csr_tensor(self.offsets, self.rows, zeros, shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(places, table_ND, x_BD.T, beta=0.0).values()
+        sampled_P: Tensor = torch.sparse.sampled_addmm(places, table_ND, x_BD.T, beta=0.0).values()
+        return sampled_P
 
     def totals(self, values_P: Tensor) -> Tensor:
         """Sum of each latent's (sorted) values -> [N]."""
@@ -94,7 +96,8 @@ class Pairs:
             low, high = offsets[[start, stop]].tolist()
             rows_P, weights_P, offsets = rows_P[low:high], weights_P[low:high], offsets[start : stop + 1] - low
         if x_BD.is_cuda and HAS_TRITON:
-            return _triton_ops().latent_rows(x_BD, rows_P, weights_P, offsets)
+            fused_RD: Tensor = _triton_ops().latent_rows(x_BD, rows_P, weights_P, offsets)
+            return fused_RD
         weights_P = weights_P.to(x_BD.dtype)
         return F.embedding_bag(
             rows_P, x_BD, offsets, per_sample_weights=weights_P, mode="sum", include_last_offset=True
@@ -117,7 +120,7 @@ class DensePairs(Pairs):
         return weights_NB[start:stop] @ x_BD
 
 
-def _triton_ops() -> Any:
+def _triton_ops() -> ModuleType:
     """The kernels; imported late because Triton compiles for whatever device is there when it is imported."""
     from qwenscope.sae import triton_ops
 

@@ -120,4 +120,5 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
         weights.refresh(name, block)
     for name, value in biases.items():
         adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
-    return torch.stack(norms).norm()
+    norm_of_all: Tensor = torch.stack(norms).norm()
+    return norm_of_all
