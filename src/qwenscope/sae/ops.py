@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Self
 
 import torch
