@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from qwenscope.activations.harvest import harvest
 from qwenscope.evaluation.run import Target
 from qwenscope.features.browser.server import make_app
-from qwenscope.features.reading import CorpusPass
+from qwenscope.features.reading import CorpusPass, open_stream
 from qwenscope.features.store import FILE, SCHEMA, VERSION, Index, key_of, pack
 from qwenscope.lm.load import load_language_model
 from qwenscope.recipe import load_recipe
@@ -36,27 +36,31 @@ LENGTH = 1024
 
 
 def rate(tokens: int) -> dict[str, Any]:
-    """CPU seconds of the whole corpus pass and of the forward passes inside it, over the same conversations."""
+    """CPU seconds of reading the corpus, of indexing each chunk, and of the bare forward pass over the same chunk."""
     recipe = load_recipe("standin")
     saes = {name: TopKSAE(64, point.dict_size, point.k, seed=point.layer) for name, point in recipe.hook_points.items()}
     lm = load_language_model(recipe.lm, last_layer=max(recipe.layers), lm_head=True)
+    seconds: dict[str, list[float]] = {"corpus": [], "index": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
-        corpus_pass = CorpusPass(Target(Path(folder), recipe, saes, {}), lm, None, tokens, Path(folder) / "work")
-        read: list[Any] = []
-        original = corpus_pass._add
-        corpus_pass._add = lambda conversations: (read.append(conversations), original(conversations))[1]  # type: ignore[method-assign]
-        begin = time.process_time()
-        corpus_pass.run(lambda phase, done, total: None)
-        whole = time.process_time() - begin
-    begin = time.process_time()
-    for conversations in read:
-        harvest(lm, conversations, recipe.layers, recipe.activations, recipe.corpus.batch_tokens)
-    bare = time.process_time() - begin
+        target = Target(Path(folder), recipe, saes, {})
+        corpus_pass = CorpusPass(target, lm, None, tokens, Path(folder))
+        stream = open_stream(target, lm.tokenizer, None)
+        while corpus_pass.read < tokens:
+            marks = [time.process_time()]
+            conversations = corpus_pass._next_chunk(stream)
+            marks.append(time.process_time())
+            corpus_pass._add(conversations)
+            marks.append(time.process_time())
+            harvest(lm, conversations, recipe.layers, recipe.activations, recipe.corpus.batch_tokens)
+            marks.append(time.process_time())
+            for name, spent in zip(seconds, np.diff(marks), strict=True):
+                seconds[name].append(float(spent))
+    shares = [forward / index for forward, index in zip(seconds["forward"], seconds["index"], strict=True)]
     return {
         "tokens": corpus_pass.read,
-        "corpus_pass_cpu_seconds": round(whole, 2),
-        "forward_cpu_seconds": round(bare, 2),
-        "rate_of_forward": round(bare / whole, 3),
+        "cpu_seconds": {name: round(sum(spent), 2) for name, spent in seconds.items()},
+        "rate_of_forward": round(sum(seconds["forward"]) / sum(seconds["index"]), 3),
+        "rate_of_forward_per_chunk": [round(share, 3) for share in shares],
     }
 
 

@@ -122,7 +122,7 @@ def test_inline_scripts_and_foreign_connections_are_blocked(chromium: Browser, s
 
 @pytest.mark.parametrize(
     ("scheme", "width", "routes"),
-    [("light", 1280, ROUTES), ("dark", 1280, ROUTES[1:5:3] + [LATENT]), ("light", 390, ROUTES[:5])],
+    [("light", 1280, ROUTES), ("dark", 1280, [*ROUTES[1:5:3], LATENT]), ("light", 390, ROUTES[:5])],
 )
 def test_every_page_is_accessible_and_fits(
     chromium: Browser, site: str, scheme: str, width: int, routes: list[str]

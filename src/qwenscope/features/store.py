@@ -19,7 +19,7 @@ import numpy as np
 
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
-from qwenscope.features.statistics import AFTER, BEFORE
+from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
 
 FILE = "index.sqlite"
 VERSION = 1
@@ -35,6 +35,12 @@ CREATE TABLE latents (key INTEGER PRIMARY KEY, density REAL NOT NULL, detail BLO
 CREATE TABLE peaks (token TEXT NOT NULL, share REAL NOT NULL, key INTEGER NOT NULL);
 CREATE TABLE explanations (key INTEGER PRIMARY KEY, record TEXT NOT NULL);
 CREATE VIRTUAL TABLE search USING fts5 (label, peaks, promoted, context, tokenize = "unicode61 remove_diacritics 2");
+"""
+_WINDOW = f"""
+SELECT start, id, source, split, length,
+    substr(tokens, 4 * max(0, :address - start - {BEFORE}) + 1, 4 * {WINDOW}),
+    substr(roles, max(0, :address - start - {BEFORE}) + 1, {WINDOW})
+FROM conversations WHERE start <= :address ORDER BY start DESC LIMIT 1
 """
 _WORDS = re.compile(r"\w+", re.UNICODE)
 
@@ -179,23 +185,16 @@ class Index:
     def _context(self, connection: sqlite3.Connection, example: list[Any]) -> dict[str, Any]:
         """The window around an example's address: token ids, activations, roles."""
         kind, address, offsets, values = example
-        start, id, source, split, length = connection.execute(
-            "SELECT start, id, source, split, length FROM conversations WHERE start <= ? ORDER BY start DESC LIMIT 1",
-            (address,),
-        ).fetchone()
+        start, id, source, split, length, tokens, roles = connection.execute(_WINDOW, {"address": address}).fetchone()
         peak = address - start
         low, high = max(0, peak - BEFORE), min(length, peak + AFTER + 1)
-        tokens, roles = connection.execute(
-            "SELECT substr(tokens, ?, ?), substr(roles, ?, ?) FROM conversations WHERE start = ?",
-            (4 * low + 1, 4 * (high - low), low + 1, high - low, start),
-        ).fetchone()
         activations = [0.0] * (high - low)
         for offset, value in zip(offsets, values, strict=True):
             activations[peak - BEFORE + offset - low] = value
         return {
             "kind": kind,
-            "tokens": np.frombuffer(tokens, dtype="<i4").tolist(),
-            "roles": list(roles),
+            "tokens": np.frombuffer(tokens, dtype="<i4")[: high - low].tolist(),
+            "roles": list(roles[: high - low]),
             "activations": activations,
             "peak": peak - low,
             "position": peak,
