@@ -45,6 +45,7 @@ GPUS: dict[str, Gpu] = {
 _LM_SHARE = (0.25, 0.45)
 _PRODUCT_SHARE = (0.65, 0.85)
 _TRAFFIC_SHARE = (0.55, 0.85)
+_ONE_CARD = ["`train` drives one card so far; this plan is for when it shares the SAEs among several"]
 _RESERVE = 0.92  # share of a card's memory that a run can really use
 
 
@@ -85,7 +86,7 @@ def plan(recipe: Recipe, gpu: str = "h200", gpus: int = 1) -> dict[str, Any]:
         "tokens_per_second": [round(slow), round(fast)],
         "hours": [round(value, 2) for value in hours],
         "cost_usd": [round(h * gpus * price, 2) for h, price in zip(hours, card.usd_per_hour, strict=True)],
-        "advice": [] if fits else _advice(memory, card, recipe),
+        "advice": ([] if fits else _advice(memory, card, recipe)) + (_ONE_CARD if gpus > 1 else []),
     }
 
 
@@ -182,4 +183,4 @@ def _advice(memory: dict[str, int], card: Gpu, recipe: Recipe) -> list[str]:
         advice.append("training.moments: bfloat16 fits")
     if memory["language_model"] > room:
         advice.append("the language model alone is too large: a card with more memory, or an FP8 checkpoint")
-    return [*advice, "more cards share the SAEs: --gpus"]
+    return advice
