@@ -112,6 +112,7 @@ def test_help_of_every_command(call) -> None:  # type: ignore[no-untyped-def]
         "index",
         "browse",
         "steer",
+        "explain",
         "plan",
     ):
         assert command in listed.out

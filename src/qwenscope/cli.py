@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from qwenscope import cli_features
+from qwenscope.cli_options import AsJson, Data, Out, Overrides, RecipeName, err, out
 from qwenscope.errors import FormatError, QwenscopeError, RecipeError
-
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
 
 
 class _DefaultGroup(TyperGroup):
@@ -53,16 +51,6 @@ data_app = typer.Typer(
 standin_app = typer.Typer(no_args_is_help=True, help="The packaged stand-in language model.")
 app.add_typer(data_app, name="data", rich_help_panel="Before training")
 app.add_typer(standin_app, name="standin", rich_help_panel="Before training")
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Packaged recipe (e.g. standin) or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key: training.tokens=1000000.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Data = Annotated[
-    Path | None, typer.Option(metavar="PATH", help="Conversations to read instead of the recipe's held-out ones.")
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 
 
 def _print_json(value: Any) -> None:
@@ -233,82 +221,8 @@ def compare(
         out.print(comparison_table(result))
 
 
-@app.command(rich_help_panel="Look and steer")
-def index(
-    target: Annotated[Path, typer.Argument(metavar="RUN_OR_RELEASE")],
-    path: Out,
-    data: Data = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 1_000_000,
-) -> None:
-    """Index every latent: examples, histograms, promoted tokens, neighbours, experts. Run again, it goes on."""
-    from qwenscope.features.index import build_index
-    from qwenscope.live import phases
-
-    with phases(err) as on_progress:
-        build_index(target, path, data=data, tokens=tokens, on_progress=on_progress)
-    err.print(f"look at it: qwenscope browse {path}", highlight=False, markup=False)
-
-
-@app.command(rich_help_panel="Look and steer")
-def browse(
-    path: Annotated[Path, typer.Argument(metavar="INDEX")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 8321,
-    export_: Annotated[Path | None, typer.Option("--export", metavar="DIR", help="Write a static site.")] = None,
-) -> None:
-    """Look at features in the web browser, offline; or write the same as a static site."""
-    if export_ is not None:
-        from qwenscope.features.browser.export import export_site
-        from qwenscope.live import phases
-
-        with phases(err) as on_progress:
-            export_site(path, export_, on_progress=on_progress)
-        return
-    from qwenscope.features.browser.server import serve
-
-    serve(path, port, on_ready=lambda address: err.print(f"{address}  (Ctrl-C ends it)", highlight=False))
-
-
-class Mode(StrEnum):
-    """What steering does with a latent."""
-
-    add = "add"
-    clamp = "clamp"
-    ablate = "ablate"
-
-
-class Where(StrEnum):
-    """Which positions are steered."""
-
-    all = "all"
-    prefill = "prefill"
-    decode = "decode"
-
-
-@app.command(rich_help_panel="Look and steer")
-def steer(
-    target: Annotated[Path, typer.Argument(metavar="RELEASE", help="A release or a complete run.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
-    sae: Annotated[str, typer.Option(help="SAE id.")],
-    latent: Annotated[int, typer.Option(min=0, help="Its latent.")],
-    strength: Annotated[float, typer.Option(help="In units of the residual stream's norm.")] = 1.0,
-    mode: Annotated[Mode, typer.Option(help="What to do with the latent.")] = Mode.add,
-    where: Annotated[Where, typer.Option(help="Positions.")] = Where.all,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per run.")] = 64,
-) -> None:
-    """Write on under a steered latent, beside the unsteered model and the controls that tell an effect from noise."""
-    from qwenscope.features.index import open_suite
-    from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
-
-    opened, lm = open_suite(target)
-    if sae not in opened.saes:
-        raise FormatError(f"--sae {sae} is not in {target}; it holds {', '.join(opened.saes)}")
-    layer = opened.recipe.hook_points[sae].layer
-    push = Steering(layer, strength, opened.saes[sae], latent, mode.value, where=where.value)
-    for piece in side_by_side(lm, prompt_tokens(lm, prompt), [push], max_new_tokens=max_new_tokens):
-        if piece.effect is not None:
-            out.print(f"\n[bold]{piece.run}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False)
-        out.print(piece.text, end="", markup=False, highlight=False)
-    out.print()
+for command in (cli_features.index, cli_features.browse, cli_features.steer, cli_features.explain):
+    app.command(rich_help_panel="Look and steer")(command)
 
 
 class Peer(StrEnum):

@@ -1,0 +1,131 @@
+"""The commands that look at features and steer with them; `cli.py` registers them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qwenscope.cli_options import Data, Out, err, out
+from qwenscope.errors import FormatError
+
+
+def index(
+    target: Annotated[Path, typer.Argument(metavar="RUN_OR_RELEASE")],
+    path: Out,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 1_000_000,
+) -> None:
+    """Index every latent: examples, histograms, promoted tokens, neighbours, experts. Run again, it goes on."""
+    from qwenscope.features.index import build_index
+    from qwenscope.live import phases
+
+    with phases(err) as on_progress:
+        build_index(target, path, data=data, tokens=tokens, on_progress=on_progress)
+    err.print(f"look at it: qwenscope browse {path}", highlight=False, markup=False)
+
+
+def browse(
+    path: Annotated[Path, typer.Argument(metavar="INDEX")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 8321,
+    export_: Annotated[Path | None, typer.Option("--export", metavar="DIR", help="Write a static site.")] = None,
+) -> None:
+    """Look at features in the web browser, offline; or write the same as a static site."""
+    if export_ is not None:
+        from qwenscope.features.browser.export import export_site
+        from qwenscope.live import phases
+
+        with phases(err) as on_progress:
+            export_site(path, export_, on_progress=on_progress)
+        return
+    from qwenscope.features.browser.server import serve
+
+    serve(path, port, on_ready=lambda address: err.print(f"{address}  (Ctrl-C ends it)", highlight=False))
+
+
+class Mode(StrEnum):
+    """What steering does with a latent."""
+
+    add = "add"
+    clamp = "clamp"
+    ablate = "ablate"
+
+
+class Where(StrEnum):
+    """Which positions are steered."""
+
+    all = "all"
+    prefill = "prefill"
+    decode = "decode"
+
+
+def steer(
+    target: Annotated[Path, typer.Argument(metavar="RELEASE", help="A release or a complete run.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    sae: Annotated[str, typer.Option(help="SAE id.")],
+    latent: Annotated[int, typer.Option(min=0, help="Its latent.")],
+    strength: Annotated[float, typer.Option(help="In units of the residual stream's norm, or see --index.")] = 1.0,
+    mode: Annotated[Mode, typer.Option(help="What to do with the latent.")] = Mode.add,
+    where: Annotated[Where, typer.Option(help="Positions.")] = Where.all,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per run.")] = 64,
+    feature_index: Annotated[
+        Path | None, typer.Option("--index", metavar="INDEX", help="Take the latent's maximum there as unit.")
+    ] = None,
+) -> None:
+    """Write on under a steered latent, beside the unsteered model and the controls that tell an effect from noise."""
+    from qwenscope.features.index import open_suite
+    from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
+    from qwenscope.features.store import Index
+
+    opened, lm = open_suite(target)
+    if sae not in opened.saes:
+        raise FormatError(f"--sae {sae} is not in {target}; it holds {', '.join(opened.saes)}")
+    layer = opened.recipe.hook_points[sae].layer
+    unit: float | Literal["norm"] = "norm"
+    if feature_index is not None:
+        unit = Index(feature_index).latent(sae, latent)["max"]
+    push = Steering(layer, strength, opened.saes[sae], latent, mode.value, unit=unit, where=where.value)
+    for piece in side_by_side(lm, prompt_tokens(lm, prompt), [push], max_new_tokens=max_new_tokens):
+        if piece.effect is not None:
+            out.print(f"\n[bold]{piece.run}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False)
+        out.print(piece.text, end="", markup=False, highlight=False)
+    out.print()
+
+
+def explain(
+    path: Annotated[Path, typer.Argument(metavar="INDEX")],
+    sae: Annotated[str, typer.Option(help="SAE id.")],
+    latents: Annotated[str, typer.Option(metavar="J,J,...", help="Latents, by number.")],
+    endpoint: Annotated[str | None, typer.Option(metavar="URL", help="OpenAI-compatible, with --model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model there; without --endpoint, one here.")
+    ] = None,
+    key_variable: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
+    delphi: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write all records for delphi.")] = None,
+) -> None:
+    """Label latents and score the labels by detection and fuzzing; without a model, by a simple offline rule."""
+    from qwenscope.features.clients import Client, EndpointClient, LocalClient, OfflineClient
+    from qwenscope.features.interpret import explain as explain_latents
+    from qwenscope.features.interpret import export_delphi
+    from qwenscope.features.store import Index
+
+    numbers = [int(part) for part in latents.split(",") if part.strip().isdigit()]
+    if len(numbers) != latents.count(",") + 1:
+        raise FormatError(f"--latents {latents}: write numbers such as 3,40")
+    client: Client = OfflineClient()
+    if endpoint is not None:
+        if model is None:
+            raise FormatError("--endpoint needs --model NAME")
+        client = EndpointClient(endpoint, model, key_variable)
+    elif model is not None:
+        client = LocalClient(model)
+    opened = Index(path)
+    for record in explain_latents(opened, client, sae, numbers):
+        scores = ", ".join(
+            f"{kind} {record[kind]:.2f}" for kind in ("detection", "fuzzing") if record[kind] is not None
+        )
+        out.print(f"{record['latent']:>6}  {record['label']}  ({scores})", highlight=False, markup=False)
+    if delphi is not None:
+        export_delphi(opened, delphi)
