@@ -137,11 +137,11 @@ class Feed:
     def _check_not_empty(self) -> None:
         counts = self.counts
         if counts.rows_in == 0:
-            raise CorpusError(f"corpus source {self.source.id} has no rows")
+            raise CorpusError(f"{self.source.where} has no rows; correct the source's path")
         if counts.conversations == 0 and counts.other_split == 0:
             reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts.dropped.items()))
             raise CorpusError(
-                f"corpus source {self.source.id} keeps none of its {counts.rows_in} rows ({reasons}); "
+                f"{self.source.where} keeps none of its {counts.rows_in} rows ({reasons}); "
                 "correct its schema or corpus.privacy"
             )
 

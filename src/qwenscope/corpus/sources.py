@@ -54,6 +54,10 @@ class Source(Protocol):
         """Held-out conversations come from shards or numbers of their own, not by hash."""
 
     @property
+    def where(self) -> str:
+        """Its id and place, for messages."""
+
+    @property
     def finite(self) -> bool:
         """It ends by itself."""
 
@@ -90,6 +94,7 @@ class GeneratedSource:
     revision: str
     schema: str = "generated"
     own_split: bool = True
+    where: str = "corpus source tool_use (the built-in generator)"
     finite: bool = False
 
     def chunks(self, shard: int, row: int) -> Iterator[Chunk]:
