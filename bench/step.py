@@ -32,10 +32,11 @@ HIDDEN = 2048
 Step = Callable[[Tensor], Any]
 
 
-def make_rows(batch: int) -> Tensor:
-    """Rows of a low-rank signal in noise, [batch, HIDDEN]; the work does not depend on their values."""
-    generator = torch.Generator().manual_seed(0)
-    signal = torch.randn(batch, 256, generator=generator) @ torch.randn(256, HIDDEN, generator=generator) / 16
+def make_rows(batch: int, seed: int = 0) -> Tensor:
+    """Rows of a low-rank signal in noise, [batch, HIDDEN]: the same signal, other rows, for each seed."""
+    mixer = torch.randn(256, HIDDEN, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(seed)
+    signal = torch.randn(batch, 256, generator=generator) @ mixer / 16
     return signal + 0.5 * torch.randn(batch, HIDDEN, generator=generator)
 
 
@@ -205,7 +206,8 @@ def work(names: list[str], latents: int, k: int, batch: int, dead_share: float, 
         step(x)
     peaks = {name: peak_bytes(timed[name], x) for name in names}
     print(json.dumps({"ready": torch.__version__, "peaks": peaks}), flush=True)
-    for _ in sys.stdin:
+    for turn, _ in enumerate(sys.stdin):
+        x = make_rows(batch, seed=2 + turn)  # a batch seen again and again is overfitted, and no longer typical
         print(json.dumps({name: seconds(step, x) for name, step in timed.items()}), flush=True)
 
 
