@@ -10,12 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qwenscope import TopKSAE, load_recipe
+from qwenscope.corpus.stream import CorpusStream
+from qwenscope.errors import CorpusError
 from qwenscope.evaluation.run import evaluate
+from qwenscope.lm.load import load_tokenizer
 from qwenscope.recipe import Recipe, _Node
 from qwenscope.release.package import release
 from qwenscope.training.run import train
@@ -122,7 +127,18 @@ def test_the_evaluation_holds_the_contracts_keys(run: Path) -> None:
         assert cell["explained_variance"] == pytest.approx(1 - cell["fvu"])
 
 
-def test_every_key_of_the_recipe_is_read(run: Path, reads: set[tuple[str, str]]) -> None:
+def test_every_key_of_the_recipe_is_read(run: Path, reads: set[tuple[str, str]], tmp_path: Path) -> None:
+    """The stand-in's walk reads most keys; those of sources it does not have are read from a stream of their own."""
+    turn = {"role": "user", "content": "mail me@firm.com", "country": "Japan", "redacted": False, "toxic": False}
+    answer = {**turn, "role": "assistant", "content": "done", "country": None}
+    row = {"conversation": [turn, answer], "country": "Japan", "redacted": False, "toxic": False}
+    pq.write_table(pa.Table.from_pylist([row] * 20), tmp_path / "wild.parquet")
+    local = load_recipe("standin", [f"corpus.sources=[{{name: wildchat, path: {tmp_path}, weight: 1}}]"])
+    stream = CorpusStream(local.corpus, load_tokenizer(local.lm), seed=0)
+    assert "me@firm.com" not in next(stream).text
+    offline = load_recipe("standin", ["corpus.sources=[{name: ultrachat, revision: main, weight: 1}]"])
+    with pytest.raises(CorpusError, match="ultrachat"):
+        CorpusStream(offline.corpus, load_tokenizer(offline.lm), seed=0)
     assert set(_fields(Recipe)) - reads == set()
 
 

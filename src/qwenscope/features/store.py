@@ -130,7 +130,7 @@ class Index:
             detail[name] = [[texts[token], score] for token, score in detail[name]]
         detail["explanation"] = json.loads(record[0]) if record else None
         if record:
-            del detail["explanation"]["samples"]  # hundreds of tokens that no page shows
+            detail["explanation"].pop("samples", None)  # hundreds of tokens that no page shows
         return {"sae": sae_id, "latent": latent, **detail}
 
     def search(self, text: str, *, sae_id: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
