@@ -41,8 +41,9 @@ def make_rows(batch: int, seed: int = 0) -> Tensor:
 
 
 def dead_latents(latents: int, share: float) -> Tensor:
-    """Bool [N]: every (1 / share)-th latent."""
-    return (torch.arange(latents) * share % 1.0) < share if share else torch.zeros(latents, dtype=torch.bool)
+    """Bool [N]: `share` of the latents, evenly spread."""
+    steps = torch.floor(torch.arange(latents + 1, dtype=torch.float64) * share)
+    return steps.diff() > 0
 
 
 def ours(precision: str, latents: int, k: int, dead: Tensor, x: Tensor) -> tuple[Step, dict[str, Step]]:
@@ -54,9 +55,10 @@ def ours(precision: str, latents: int, k: int, dead: Tensor, x: Tensor) -> tuple
     trainer = SAETrainer(TopKSAE(HIDDEN, latents, k, seed=0), 1e-4, precision=precision)  # type: ignore[arg-type]
     trainer.calibrate(x[:1024])
     weights = trainer.weights
+    weights["encoder"][dead] *= 0.05  # too short to reach the top-k
+    weights.refresh("encoder")
 
     def step(rows: Tensor) -> None:
-        weights["encoder_bias"][dead] = -5.0
         trainer.ages.tokens_N[dead] = trainer.ages.dead_after_tokens
         trainer.step(rows)
 

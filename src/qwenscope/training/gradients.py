@@ -64,18 +64,18 @@ class Auxiliary:
         bfloat16, the gradient (weighted by `scale`) carries its rounding.
         """
         dtype = pre_BM.dtype
-        codes_BM = pre_BM
+        codes_BM, mask_BM = pre_BM, None
         if k < len(latents):
-            kept = pre_BM.topk(k, dim=1, sorted=False).indices
-            codes_BM = torch.zeros_like(pre_BM).scatter_(1, kept, pre_BM.gather(1, kept))
+            mask_BM = torch.zeros_like(pre_BM).scatter_(1, pre_BM.topk(k, dim=1, sorted=False).indices, 1.0)
+            codes_BM = pre_BM * mask_BM
         decoder_MD = weights["decoder"][latents].to(dtype)
-        error_BD = residual_BD + codes_BM @ decoder_MD
+        error_BD = (codes_BM @ decoder_MD).to(residual_BD.dtype).add_(residual_BD)
         whole = variance(residual_BD)
         loss = torch.linalg.vector_norm(error_BD).square() / whole
         g_BD = error_BD.mul_(2 * scale / whole).to(dtype)
         delta_BM = g_BD @ decoder_MD.T
-        if k < len(latents):
-            delta_BM = torch.zeros_like(delta_BM).scatter_(1, kept, delta_BM.gather(1, kept))
+        if mask_BM is not None:
+            delta_BM *= mask_BM
         full = residual_BD.dtype
         return cls(
             loss,
