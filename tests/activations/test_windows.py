@@ -19,7 +19,6 @@ from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError, TrainingError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import LanguageModel, load_language_model
-from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.recipe import LMRecipe, Recipe
 from qwenscope.seeds import generator
 
@@ -188,8 +187,6 @@ def test_bad_input_is_named(lm: LanguageModel, recipe: MakeRecipe) -> None:
 
 def test_the_real_corpus_stream(recipe: MakeRecipe) -> None:
     """With the packaged model's tokenizer and generated conversations: once each, and resumable."""
-    if not (STANDIN_FOLDER / "model.safetensors").is_file():
-        pytest.skip("the stand-in's weights are not here yet")
     lm = load_language_model(LMRecipe(model="standin", dtype="float32"), last_layer=max(LAYERS))
     wanted = recipe(window_tokens=2000)
     corpus = wanted.corpus.model_copy(update={"max_length": 256, "batch_tokens": 2048})

@@ -14,7 +14,6 @@ from qwenscope.corpus.batches import make_batches
 from qwenscope.errors import ModelError
 from qwenscope.lm.forward import final_hidden, logits, residual_streams, unembedding
 from qwenscope.lm.load import LanguageModel, load_language_model
-from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.recipe import LMRecipe
 
 LENGTHS = [1, 2, 3, 5, 17, 63, 64, 65, 127, 128, 129, 300, 511, 512, 777, 1024, 1500, 2047, 2048]
@@ -98,8 +97,6 @@ def test_padded_rows_equal_the_conversation_alone(checkpoint: Checkpoint, family
 @pytest.mark.parametrize("lengths", [[1, 5, 65, 400], pytest.param(LENGTHS, marks=pytest.mark.slow)])
 def test_padded_rows_of_the_standin_are_exact_at_its_nine_hook_points(lengths: list[int]) -> None:
     """The same on a trained model with both layer kinds 36 layers deep."""
-    if not (STANDIN_FOLDER / "model.safetensors").is_file():
-        pytest.skip("the stand-in's weights are not here yet")
     lm = load_language_model(LMRecipe(model="standin", dtype="float32"), last_layer=35)
     hooked = [6, 7, 14, 15, 21, 22, 23, 34, 35]
     assert [lm.layer_kinds[layer] for layer in hooked] == ["deltanet", "attention"] * 2 + ["deltanet"] * 2 + [
