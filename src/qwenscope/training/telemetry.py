@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Tracked:
+class _Tracked(ABC):
     """Weights & Biases and trackio share one interface; a resumed run goes on under its folder's name."""
 
     module = ""
@@ -164,8 +165,9 @@ class _Tracked:
     def close(self) -> None:
         self._module.finish()
 
+    @abstractmethod
     def _begin(self, run: Path, config: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Open the service's own run."""
 
 
 class _WandB(_Tracked):
