@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +64,24 @@ def read_shard(shard: Shard, row: int, schema: str, seed: int, where: str) -> It
     try:
         yield from reader(shard, row, schema, seed, f"{where}: {shard.name}")
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise CorpusError(f"{where}: {shard.name} cannot be read ({_one_line(error)}); restore the file") from error
+        raise _unreadable(shard, where, error) from error
+
+
+def count_rows(shard: Shard, where: str) -> int:
+    """Row indices that `read_shard` counts through: rows of a parquet file, lines (blank ones too) of JSON lines.
+
+    Raises:
+        CorpusError: unreadable or truncated; names the shard.
+    """
+    try:
+        if shard.name.endswith(".parquet"):
+            with closing(_ParquetShard(shard)) as file:
+                rows: int = with_retries(file.metadata, where).num_rows
+                return rows
+        with closing(with_retries(shard.open, where)) as raw:
+            return sum(1 for _ in _lines(shard, raw))
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise _unreadable(shard, where, error) from error
 
 
 class _ParquetShard:
@@ -143,9 +160,8 @@ def _without_nulls(value: Any) -> Any:
 def _jsonl(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
     del seed
     with closing(with_retries(shard.open, where)) as raw:
-        lines = gzip.GzipFile(fileobj=raw) if shard.name.endswith(".gz") else raw
         rows: Rows = []
-        for index, line in enumerate(lines):
+        for index, line in enumerate(_lines(shard, raw)):
             if index < row or not line.strip():
                 continue
             try:
@@ -160,6 +176,14 @@ def _jsonl(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterat
                 rows = []
         if rows:
             yield rows
+
+
+def _lines(shard: Shard, raw: IO[bytes]) -> Iterable[bytes]:
+    return gzip.GzipFile(fileobj=raw) if shard.name.endswith(".gz") else raw
+
+
+def _unreadable(shard: Shard, where: str, error: BaseException) -> CorpusError:
+    return CorpusError(f"{where}: {shard.name} cannot be read ({_one_line(error)}); restore the file")
 
 
 def _one_line(error: BaseException) -> str:

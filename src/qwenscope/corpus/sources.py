@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from qwenscope.corpus.hub import REPOSITORIES, hub_shards
+from qwenscope.corpus.mixing import MIXED_SHARDS, read_mixed
 from qwenscope.corpus.repair import conversation_id
-from qwenscope.corpus.shards import CHUNK_ROWS, SUFFIXES, Shard, read_shard
+from qwenscope.corpus.shards import CHUNK_ROWS, SUFFIXES, Shard
 from qwenscope.corpus.tool_use import tool_use_conversation
 from qwenscope.errors import CorpusError
 from qwenscope.files import sha256
@@ -28,7 +29,7 @@ from qwenscope.seeds import derive_seed
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows of one shard in reading order, as (index, row)."""
+    """Rows in reading order, as (index, row); `shard` counts what is read as one piece."""
 
     shard: int
     rows: list[tuple[int, Any]]
@@ -67,22 +68,21 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Shards in a shuffled order, local or on the Hub."""
+    """Files in a shuffled order, local or on the Hub; the files of a group are mixed row by row."""
 
     id: str
     revision: str
     schema: str
     own_split: bool
     where: str
-    shards: tuple[Shard, ...]
+    groups: tuple[tuple[Shard, ...], ...]
     seed: int
     finite: bool = True
 
     def chunks(self, shard: int, row: int) -> Iterator[Chunk]:
-        for number in range(shard, len(self.shards)):
-            part = self.shards[number]
-            seed = derive_seed(self.seed, "row groups", part.name)
-            for rows in read_shard(part, row if number == shard else 0, self.schema, seed, self.where):
+        for number in range(shard, len(self.groups)):
+            start = row if number == shard else 0
+            for rows in read_mixed(self.groups[number], start, self.schema, self.seed, self.where):
                 yield Chunk(number, rows)
 
 
@@ -145,7 +145,10 @@ def open_source(recipe: SourceRecipe, id: str, seed: int, held_out: bool, pinned
         return GeneratedSource(id, revision)
     chosen, own_split = choose_split(recipe.name, shards, held_out)
     schema = "wildchat" if recipe.name == "wildchat" else "messages"
-    return FileSource(id, revision, schema, own_split, where, shuffled(chosen, seed), seed)
+    together = 1 if recipe.path is None else MIXED_SHARDS  # shards of one Hub dataset are alike, and each is a stream
+    ordered = shuffled(chosen, seed)
+    groups = tuple(ordered[start : start + together] for start in range(0, len(ordered), together))
+    return FileSource(id, revision, schema, own_split, where, groups, seed)
 
 
 def shuffled(shards: Sequence[Shard], seed: int) -> tuple[Shard, ...]:

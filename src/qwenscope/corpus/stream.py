@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_VERSION = 2
+"""Of the state: 1 counted a folder's files one after another, 2 counts them mixed."""
+
 
 class CorpusStream:
     """Iterator over kept conversations."""
@@ -103,7 +106,7 @@ class CorpusStream:
     def state(self) -> dict[str, Any]:
         """Cursor and counts after the last returned conversation, as JSON-able values."""
         return {
-            "version": 1,
+            "version": _VERSION,
             "held_out": self.held_out,
             "revisions": dict(self.revisions),
             "sources": {id: feed.state() for id, feed in self._feeds.items()},
@@ -115,7 +118,7 @@ class CorpusStream:
         Raises:
             CorpusError: the state is of other sources, another split, or other revisions.
         """
-        if state.get("version") != 1:
+        if state.get("version") != _VERSION:
             raise CorpusError(
                 f"corpus state version {state.get('version')} is unknown; use the qwenscope that wrote it"
             )
