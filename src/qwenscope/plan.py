@@ -1,12 +1,18 @@
-"""What a run will need before anyone rents a machine: memory per component, tokens per second, hours, cost.
+"""What a recipe needs and how long it takes, before anyone rents a machine.
 
-A roofline: every part takes the longer of its arithmetic and its memory traffic, at a stated share of the data sheet's
-peaks. The language model is built on the meta device, so its parameters are counted, not guessed. The two ends of each
-range are an optimistic and a cautious efficiency; `docs/scaling.md` compares plans with measurements.
+A roofline: each part's time is its products at the card's product rate plus its memory traffic at the card's bandwidth.
+For a card that is not here, the rates are stated shares of the data sheet's peaks, a cautious and an optimistic one at
+the ends of each range. The language model is built on the meta device, so its parameters are counted, not guessed.
+`docs/scaling.md` compares plans with measurements.
+
+Several cards (`torchrun`): each runs the language model on its own conversations and owns some of the SAEs; in every
+step the rows of a hook point travel to the card that owns its SAE. So the language model's time is divided among the
+cards, and a step lasts as long as that of the card with the most to do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,42 +26,60 @@ from qwenscope.recipe import HookPoint, LMRecipe, Recipe
 
 GIB = 1 << 30
 _BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
+Range = tuple[float, float]
+"""(cautious, optimistic)"""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet peaks of one card; `usd_per_hour` is the span of on-demand prices seen in 2026, for orientation."""
+    """Data-sheet peaks of one card.
+
+    link_gb_s: to the other cards of its machine, one direction. usd_per_hour: span of on-demand prices seen in 2026,
+    for orientation.
+    """
 
     memory_gib: float
     bf16_tflops: float
     bandwidth_tb_s: float
-    usd_per_hour: tuple[float, float]
+    link_gb_s: float
+    usd_per_hour: Range
 
 
 GPUS: dict[str, Gpu] = {
-    "h200": Gpu(141, 989, 4.8, (2.3, 5.0)),
-    "h100": Gpu(80, 989, 3.35, (1.8, 4.0)),
-    "b200": Gpu(180, 2250, 8.0, (3.8, 7.0)),
-    "a100": Gpu(80, 312, 2.0, (1.1, 2.5)),
-    "l40s": Gpu(48, 362, 0.86, (0.8, 1.9)),
-    "4090": Gpu(24, 165, 1.0, (0.3, 0.7)),
+    "h200": Gpu(141, 989, 4.8, 450, (2.3, 5.0)),
+    "h100": Gpu(80, 989, 3.35, 450, (1.8, 4.0)),
+    "b200": Gpu(180, 2250, 8.0, 900, (3.8, 7.0)),
+    "a100": Gpu(80, 312, 2.0, 300, (1.1, 2.5)),
+    "l40s": Gpu(48, 362, 0.86, 32, (0.8, 1.9)),
+    "4090": Gpu(24, 165, 1.0, 32, (0.3, 0.7)),
 }
 
-# (cautious, optimistic) share of peak: the language model's many small expert products, one large product, traffic.
-_LM_SHARE = (0.25, 0.45)
-_PRODUCT_SHARE = (0.65, 0.85)
-_TRAFFIC_SHARE = (0.55, 0.85)
-_ONE_CARD = ["`train` drives one card so far; this plan is for when it shares the SAEs among several"]
+# Shares of peak: the language model's many small expert products, one large product, memory traffic, links.
+_LM_SHARE: Range = (0.25, 0.45)
+_PRODUCT_SHARE: Range = (0.65, 0.85)
+_TRAFFIC_SHARE: Range = (0.55, 0.85)
+_LINK_SHARE: Range = (0.4, 0.8)
+_MACHINE = 8  # cards that share fast links
+_NETWORK_GB_S = 50.0  # between machines: one adapter of 400 Gbit/s per card
+_PADDING = 1.04  # positions per token in length-bucketed batches of real conversations
 _RESERVE = 0.92  # share of a card's memory that a run can really use
 
 
-def plan(recipe: Recipe, gpu: str = "h200", gpus: int = 1) -> dict[str, Any]:
+def plan(recipe: Recipe, gpu: str = "h200", gpus: int = 1, tokens: int | None = None) -> dict[str, Any]:
     """Memory, speed, time and cost of a recipe as one JSON-able object.
 
     Args:
         recipe: What to train.
         gpu: A name of `GPUS`.
         gpus: Cards; each runs the language model on its own conversations and owns its share of the SAEs.
+        tokens: Length of the run; None takes the recipe's.
+
+    Returns:
+        gpu, gpus, tokens; model {layers, parameters, active_parameters, flops_per_token}; of the fullest card
+        memory_bytes {component: bytes}, memory_total_bytes, memory_card_bytes, fits; owners [[sae_id, ...] per card];
+        seconds_per_step {language_model, saes, exchange} of one batch of `training.batch_size` rows, each
+        [cautious, optimistic]; bytes_per_step, sent by all cards together; tokens_per_second [cautious, optimistic];
+        hours and cost_usd [optimistic, cautious]; advice [sentence, ...].
 
     Raises:
         RecipeError: unknown card.
@@ -67,26 +91,37 @@ def plan(recipe: Recipe, gpu: str = "h200", gpus: int = 1) -> dict[str, Any]:
     config = _config(recipe.lm)
     check_hook_points(layer_kinds(config), recipe.hook_points)
     size = model_size(config, recipe.layers[-1] + 1)
-    owned = _owned_by_fullest_rank(recipe, config.hidden_size, gpus)
-    memory = _memory(recipe, config.hidden_size, size.parameters, owned)
-    forward = [size.flops_per_token / (card.bf16_tflops * 1e12 * share) / gpus for share in _LM_SHARE]
-    steps = [_steps_seconds(recipe, owned, config.hidden_size, card, end) for end in (0, 1)]
-    slow, fast = (1 / (a + b / recipe.training.batch_size) for a, b in zip(forward, steps, strict=True))
-    hours = [recipe.training.tokens / rate / 3600 for rate in (fast, slow)]
+    steps = {name: _step_seconds(recipe, point, config.hidden_size, card) for name, point in recipe.hook_points.items()}
+    owners = balance({name: cautious for name, (cautious, _) in steps.items()}, gpus)
+    moved = bytes_moved(recipe, owners, config.hidden_size)
+    seconds = {
+        "language_model": [_lm_seconds(recipe, size, card, share) / gpus for share in _LM_SHARE],
+        "saes": [max(sum(steps[name][end] for name in owned) for owned in owners) for end in (0, 1)],
+        "exchange": [_exchange_seconds(recipe, owners, config.hidden_size, card, share) for share in _LINK_SHARE],
+    }
+    rates = [recipe.training.batch_size / sum(part[end] for part in seconds.values()) for end in (0, 1)]
+    length = tokens or recipe.training.tokens
+    hours = [length / rate / 3600 for rate in reversed(rates)]
+    fullest = max(owners, key=lambda owned: sum(recipe.hook_points[name].dict_size for name in owned))
+    memory = _memory(recipe, config.hidden_size, size.parameters, [recipe.hook_points[name] for name in fullest])
     total = sum(memory.values())
     fits = total <= card.memory_gib * GIB * _RESERVE
     return {
         "gpu": gpu.lower(),
         "gpus": gpus,
+        "tokens": length,
         "model": {"layers": recipe.layers[-1] + 1, **asdict(size)},
         "memory_bytes": memory,
         "memory_total_bytes": total,
         "memory_card_bytes": int(card.memory_gib * GIB),
         "fits": fits,
-        "tokens_per_second": [round(slow), round(fast)],
+        "owners": owners,
+        "seconds_per_step": seconds,
+        "bytes_per_step": moved,
+        "tokens_per_second": [round(rate) for rate in rates],
         "hours": [round(value, 2) for value in hours],
         "cost_usd": [round(h * gpus * price, 2) for h, price in zip(hours, card.usd_per_hour, strict=True)],
-        "advice": ([] if fits else _advice(memory, card, recipe)) + (_ONE_CARD if gpus > 1 else []),
+        "advice": [] if fits else _advice(memory, card, recipe),
     }
 
 
@@ -119,6 +154,52 @@ def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
     return ModelSize(int(parameters), int(active), int(2 * active + 8 * delta_layers * state))
 
 
+def balance(costs: Mapping[str, float], cards: int) -> list[list[str]]:
+    """Names per card, the dearest first, each to the card with the least so far; a card may stay empty."""
+    owners: list[list[str]] = [[] for _ in range(cards)]
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        min(owners, key=lambda owned: sum(costs[other] for other in owned)).append(name)
+    return owners
+
+
+def bytes_moved(recipe: Recipe, owners: list[list[str]], hidden: int) -> int:
+    """Bytes that all cards together send in one step: of each owner's hooked layers, the rows that others harvested."""
+    return sum(_received(recipe, owned, hidden, len(owners)) for owned in owners)
+
+
+def _received(recipe: Recipe, owned: list[str], hidden: int, cards: int) -> int:
+    layers = {recipe.hook_points[name].layer for name in owned}
+    return len(layers) * (recipe.training.batch_size * (cards - 1) // cards) * hidden * _BYTES[recipe.lm.dtype]
+
+
+def _exchange_seconds(recipe: Recipe, owners: list[list[str]], hidden: int, card: Gpu, share: float) -> float:
+    """Until the card that receives the most has it."""
+    busiest = max(_received(recipe, owned, hidden, len(owners)) for owned in owners)
+    link = card.link_gb_s if len(owners) <= _MACHINE else min(card.link_gb_s, _NETWORK_GB_S)
+    return busiest / (link * 1e9 * share)
+
+
+def _lm_seconds(recipe: Recipe, size: ModelSize, card: Gpu, share: float) -> float:
+    """The truncated forward pass over one training batch's tokens."""
+    return recipe.training.batch_size * _PADDING * size.flops_per_token / (card.bf16_tflops * 1e12 * share)
+
+
+def _step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Gpu) -> Range:
+    """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser."""
+    batch = recipe.training.batch_size
+    moment = 4 if recipe.training.moments == "float32" else 2
+    product = 2 * batch * hidden * point.dict_size
+    preactivations = 2 * batch * point.dict_size * 2
+    gathers = 5 * batch * point.k * hidden * 2
+    optimiser = 2 * point.dict_size * hidden * (2 * 4 + 4 * moment + 2)
+    traffic = preactivations + gathers + optimiser
+    cautious, optimistic = (
+        product / (card.bf16_tflops * 1e12 * products) + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
+        for products, bandwidth in zip(_PRODUCT_SHARE, _TRAFFIC_SHARE, strict=True)
+    )
+    return cautious, optimistic
+
+
 def _config(lm: LMRecipe) -> PretrainedConfig:
     """The model's config; the first subject's sizes are transformers' defaults, so a plan for it needs no network."""
     try:
@@ -129,14 +210,6 @@ def _config(lm: LMRecipe) -> PretrainedConfig:
         from transformers import Qwen3_5MoeTextConfig
 
         return Qwen3_5MoeTextConfig()
-
-
-def _owned_by_fullest_rank(recipe: Recipe, hidden: int, gpus: int) -> list[HookPoint]:
-    """Largest first, each to the rank with the least so far: the SAEs of the rank that waits for nobody."""
-    ranks: list[list[HookPoint]] = [[] for _ in range(gpus)]
-    for point in sorted(recipe.hook_points.values(), key=lambda p: -p.dict_size):
-        min(ranks, key=lambda rank: sum(p.dict_size * hidden for p in rank)).append(point)
-    return max(ranks, key=lambda rank: sum(p.dict_size for p in rank))
 
 
 def _memory(recipe: Recipe, hidden: int, parameters: int, owned: list[HookPoint]) -> dict[str, int]:
@@ -154,21 +227,6 @@ def _memory(recipe: Recipe, hidden: int, parameters: int, owned: list[HookPoint]
         "sae_shadows": weights * 2 if training.precision in ("auto", "bf16", "exact") else 0,
         "step": training.batch_size * (widest * 2 + hidden * 12),
     }
-
-
-def _steps_seconds(recipe: Recipe, owned: list[HookPoint], hidden: int, card: Gpu, end: int) -> float:
-    """One sparse step of each owned SAE: the encoder product, then traffic of selection, gathers and the optimiser."""
-    batch = recipe.training.batch_size
-    moment = 4 if recipe.training.moments == "float32" else 2
-    seconds = 0.0
-    for point in owned:
-        product = 2 * batch * hidden * point.dict_size / (card.bf16_tflops * 1e12 * _PRODUCT_SHARE[end])
-        preactivations = 2 * batch * point.dict_size * 2
-        gathers = 5 * batch * point.k * hidden * 2
-        optimiser = 2 * point.dict_size * hidden * (2 * 4 + 4 * moment + 2)
-        traffic = preactivations + gathers + optimiser
-        seconds += product + traffic / (card.bandwidth_tb_s * 1e12 * _TRAFFIC_SHARE[end])
-    return seconds
 
 
 def _advice(memory: dict[str, int], card: Gpu, recipe: Recipe) -> list[str]:
