@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -73,6 +74,27 @@ def test_the_folder_is_the_contracts(built: Path) -> None:
     verify_folder(built)
     checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=built, capture_output=True)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_every_flipped_bit_and_truncation_is_found(built: Path, tmp_path: Path) -> None:
+    release_folder = tmp_path / "release"
+    shutil.copytree(built, release_folder)
+    files = {path: path.read_bytes() for path in sorted(release_folder.rglob("*")) if path.is_file()}
+    draw = random.Random(11)
+    for trial in range(330):
+        victim = draw.choice(list(files))
+        data = bytearray(files[victim])
+        if trial < 300:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        else:
+            del data[draw.randrange(len(data)) :]
+        victim.write_bytes(data)
+        # A changed list of checksums names a file that it no longer vouches for, or itself.
+        named = release_folder if victim.name == "SHA256SUMS" else victim
+        with pytest.raises(FormatError, match=re.escape(str(named))):
+            verify_folder(release_folder)
+        victim.write_bytes(files[victim])
+    verify_folder(release_folder)
 
 
 def test_saes_are_the_runs_to_the_bit_in_both_layouts(built: Path, tmp_path: Path) -> None:
