@@ -18,6 +18,16 @@ from torch import Tensor
 Windows = Callable[[Tensor], Tensor]
 
 
+def order_by_group(groups_P: Tensor, keys_P: Tensor) -> Tensor:
+    """Indices [P] that sort by group, then by key from large to small, then as they stood.
+
+    groups_P: int64 below 2^31. keys_P: float32, at least 0 or -inf. One sort of integers: the bits of positive floats
+    are in their order.
+    """
+    bits_P = torch.where(keys_P < 0, -1, keys_P.view(torch.int32)).long()
+    return torch.sort((groups_P << 32) - bits_P, stable=True).indices
+
+
 class LatentTable:
     """M entries per latent with the largest keys; equal keys keep the earlier address.
 
@@ -49,11 +59,11 @@ class LatentTable:
         held = len(touched_U) * entries
         rows = torch.cat([torch.arange(len(touched_U)).repeat_interleave(entries), place])
         keys = torch.cat([self.keys_NM[touched_U].flatten(), keys_P[worthy]])
-        # Held entries stand first, so that a stable sort prefers them, and the earlier address, among equal keys.
-        order = torch.sort(keys, descending=True, stable=True).indices
-        order = order[torch.sort(rows[order], stable=True).indices]
-        starts = torch.searchsorted(rows[order], torch.arange(len(touched_U)))
-        kept_UM = order[starts.unsqueeze(1) + torch.arange(entries)]
+        # Held entries stand first: among equal keys they stay, and then the earlier address.
+        order = order_by_group(rows, keys)
+        offered_U = torch.bincount(rows)
+        starts_U = offered_U.cumsum(0) - offered_U
+        kept_UM = order[starts_U.unsqueeze(1) + torch.arange(entries)]
         new_UM = kept_UM >= held
         old_UM, fresh = kept_UM.clamp(max=held - 1), worthy[kept_UM[new_UM] - held]
         for table, candidates in (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenscope.features.keeping import LatentTable, Sample
+from qwenscope.features.keeping import LatentTable, Sample, order_by_group
 from qwenscope.sae import ops
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
@@ -155,9 +155,8 @@ def bin_of(values: Tensor) -> Tensor:
 
 def _best_per_conversation(latent_P: Tensor, value_P: Tensor, conversation_P: Tensor) -> Tensor:
     """Indices of the largest value of each (latent, conversation), the earliest among equals; ascending by address."""
-    order = torch.sort(value_P, descending=True, stable=True).indices
     group_P = latent_P * (int(conversation_P.max()) + 1 if len(conversation_P) else 1) + conversation_P
-    order = order[torch.sort(group_P[order], stable=True).indices]
+    order = order_by_group(group_P, value_P)
     sorted_P = group_P[order]
     first_P = torch.ones(len(order), dtype=torch.bool)
     first_P[1:] = sorted_P[1:] != sorted_P[:-1]
@@ -178,7 +177,10 @@ def _windows(latents_RK: Tensor, values_RK: Tensor, latent_S: Tensor, token_S: T
     parts = []
     for latent_s, token_s in zip(torch.split(latent_S, 4096), torch.split(token_S, 4096), strict=True):
         rows_SW = _window_rows(token_s, chunk)
-        safe_SW = rows_SW.clamp(min=0)
-        mine_SWK = latents_RK[safe_SW] == latent_s.to(torch.int32).view(-1, 1, 1)
-        parts.append((values_RK[safe_SW] * mine_SWK).sum(2) * (rows_SW >= 0))
+        mine_SWK = latents_RK[rows_SW.clamp(min=0)] == latent_s.to(torch.int32).view(-1, 1, 1)
+        mine_SWK &= rows_SW.unsqueeze(2) >= 0
+        s, w, k = mine_SWK.nonzero(as_tuple=True)
+        window_SW = torch.zeros(rows_SW.shape)
+        window_SW[s, w] = values_RK[rows_SW[s, w], k]
+        parts.append(window_SW)
     return torch.cat(parts)
