@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qwenscope.corpus.batches import make_batches
+from qwenscope.activations.division import Division
+from qwenscope.corpus.batches import Batch, make_batches
 from qwenscope.errors import TrainingError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import LanguageModel
 from qwenscope.recipe import ActivationsRecipe
 
-if TYPE_CHECKING:
-    from qwenscope.corpus.chat import Conversation
-
 NON_FINITE_LIMIT = 0.01
 """Share of non-finite rows at one hook point above which the model, not the row, is at fault."""
+
+
+class HasTokens(Protocol):
+    """What is harvested: a Conversation, or its token ids alone."""
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """[T], at least one."""
 
 
 @dataclass(eq=False)
@@ -30,7 +38,7 @@ class Harvest:
     """
 
     rows: dict[int, Tensor]
-    """{layer: x_RD} in the language model's dtype, on its device."""
+    """{layer: x_RD} in the language model's dtype, on its device; of several ranks, at the layers that this one owns."""
     conversation_R: Tensor
     """int32 on the CPU: position in the list of conversations."""
     position_R: Tensor
@@ -43,11 +51,12 @@ class Harvest:
 
 def harvest(
     lm: LanguageModel,
-    conversations: Sequence[Conversation],
+    conversations: Sequence[HasTokens],
     layers: Sequence[int],
     activations: ActivationsRecipe,
     batch_tokens: int,
     names: Mapping[int, str] | None = None,
+    division: Division | None = None,
 ) -> Harvest:
     """Residual-stream rows of every token of `conversations` after each of `layers`.
 
@@ -62,37 +71,59 @@ def harvest(
         activations: Which rows are left out.
         batch_tokens: Token budget of one language-model batch, padding included.
         names: {layer: hook point} for messages.
+        division: Among several ranks, which all call this with the same conversations; None is one process alone.
 
     Raises:
         TrainingError: more than 1 % non-finite rows; names the hook point.
     """
+    division = division or Division.alone(layers)
+    rank = division.group.rank
     lengths = [len(conversation.token_ids) for conversation in conversations]
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    rows = {layer: torch.empty(starts[-1], lm.hidden_dim, dtype=lm.dtype, device=lm.device) for layer in layers}
-    norms = {layer: torch.empty(starts[-1], device=lm.device) for layer in layers}
     pad_id = lm.tokenizer.pad_token_id or 0  # any id does: padding reaches no token before it
     batches = make_batches(lengths, [conversation.token_ids for conversation in conversations], batch_tokens, pad_id)
+    positions = [batch.input_ids_CT.numel() for batch in batches]
+    dealt = division.deal(positions)
+    rank_C = torch.empty(len(lengths), dtype=torch.int64)  # who harvests each conversation
+    for batch, one in zip(batches, dealt, strict=True):
+        rank_C[batch.members] = one
+    own = [batch for batch, one in zip(batches, dealt, strict=True) if one == rank]
+    own_lengths = {c: lengths[c] for c in (rank_C == rank).nonzero().squeeze(1).tolist()}
+    rows, norms = _forward(lm, own, own_lengths, layers)
+
+    lengths_C = torch.tensor(lengths)
+    conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths_C)
+    position_R = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+    rank_R = torch.repeat_interleave(rank_C, lengths_C)
+    keep_R, left_out = _kept(division.norms_of_all(norms, rank_R), position_R, activations, names or {})
+    if not bool(keep_R.all()):
+        index = keep_R[rank_R == rank].nonzero().squeeze(1).to(lm.device)
+        for layer in layers:  # one hook point at a time: the peak is one window and one layer
+            rows[layer] = rows[layer][index]
+        conversation_R, position_R, rank_R = conversation_R[keep_R], position_R[keep_R], rank_R[keep_R]
+    rows = division.rows_to_owners(rows, rank_R)
+    return Harvest(rows, conversation_R, position_R, left_out, 1 - sum(lengths) / sum(positions))
+
+
+def _forward(
+    lm: LanguageModel, batches: Sequence[Batch], lengths: Mapping[int, int], layers: Sequence[int]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """{layer: rows} and {layer: their norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
+    total, starts = 0, {}
+    for member, length in lengths.items():
+        starts[member] = total
+        total += length
+    rows = {layer: torch.empty(total, lm.hidden_dim, dtype=lm.dtype, device=lm.device) for layer in layers}
+    norms = {layer: torch.empty(total, device=lm.device) for layer in layers}
     for batch in batches:
         streams = residual_streams(lm, batch.input_ids_CT, layers)
         for layer, x_CTD in streams.items():
             norms_CT = torch.linalg.vector_norm(x_CTD, dim=-1, dtype=torch.float32)
             for c, member in enumerate(batch.members):
-                start, end = starts[member], starts[member + 1]
-                rows[layer][start:end] = x_CTD[c, : end - start]
-                norms[layer][start:end] = norms_CT[c, : end - start]
-    conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
-    position_R = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
-    keep_R, left_out = _kept(norms, position_R, activations, names or {})
-    if not bool(keep_R.all()):
-        index = keep_R.nonzero().squeeze(1)
-        conversation_R, position_R = conversation_R[index], position_R[index]
-        index = index.to(lm.device)
-        for layer in layers:  # one hook point at a time: the peak is one window and one layer
-            rows[layer] = rows[layer][index]
-    positions = sum(batch.input_ids_CT.numel() for batch in batches)
-    return Harvest(rows, conversation_R, position_R, left_out, 1 - starts[-1] / positions)
+                length = lengths[member]
+                there = slice(starts[member], starts[member] + length)
+                rows[layer][there] = x_CTD[c, :length]
+                norms[layer][there] = norms_CT[c, :length]
+    return rows, norms
 
 
 def _kept(

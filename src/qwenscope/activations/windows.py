@@ -4,16 +4,24 @@ Window i is the next conversations of the stream until they hold at least `activ
 are visited in the order `randperm(R)` of a generator seeded by (seed, "window", i), the same at every hook point. So a
 window is a pure function of (recipe, seed, i) and of where the stream stood when it began: a resumed run harvests that
 one window again and goes on in its middle. A batch that a window cannot fill continues in the next one.
+
+Of several ranks, rank 0 reads the corpus and tells the others the token ids; all harvest, and each holds the rows of the
+hook points that it owns, the same as one process would hold.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from qwenscope.activations.division import Division
 from qwenscope.activations.harvest import harvest
 from qwenscope.activations.store import Window, WindowStore
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError
@@ -22,10 +30,17 @@ from qwenscope.recipe import Recipe
 from qwenscope.seeds import generator
 
 if TYPE_CHECKING:
-    from qwenscope.corpus.chat import Conversation
     from qwenscope.corpus.stream import CorpusStream
 
 LEFT_OUT = ("non_finite", "outlier", "first_position")
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a window needs of a conversation."""
+
+    id: str
+    token_ids: NDArray[np.int32]
 
 
 class Windows:
@@ -34,20 +49,25 @@ class Windows:
     Holds one window at a time (36.9 KB per token for nine hook points of the published model).
     """
 
-    def __init__(self, lm: LanguageModel, stream: CorpusStream, recipe: Recipe) -> None:
+    def __init__(
+        self, lm: LanguageModel, stream: CorpusStream | None, recipe: Recipe, division: Division | None = None
+    ) -> None:
         """
         Args:
             lm: Built up to the recipe's last hooked layer.
-            stream: Conversations; from here on only this object draws from it.
+            stream: Conversations; from here on only this object draws from it. None on all ranks but the first.
             recipe: Its corpus, activations, training and seed.
+            division: Among several ranks, which then make the same calls; None is one process alone.
 
         Raises:
             RecipeError: `training.batch_size` exceeds `activations.window_tokens`.
             ResourceError: `activations.cache` is set and its disk cannot hold the run's rows.
         """
         self._lm = lm
-        self._stream = stream
+        self._source = stream
         self._recipe = recipe
+        self._division = division or Division.alone(recipe.layers)
+        self._group, self._layers = self._division.group, self._division.own_layers
         self._names: dict[int, str] = {}
         for name, point in recipe.hook_points.items():
             self._names[point.layer] = " and ".join(filter(None, (self._names.get(point.layer), name)))
@@ -56,7 +76,7 @@ class Windows:
         self._store = None if cache is None else WindowStore(cache, lm, recipe)
         self._index = 0  # the window that the next row comes from
         self._offset = 0  # its rows already handed out
-        self._cursor: dict[str, Any] = stream.state()  # where it begins
+        self._cursor: dict[str, Any] = self._group.share(lambda: self._stream.state())  # where it begins
         self._before = dict.fromkeys(("tokens_read", *LEFT_OUT), 0)  # counts of all windows before it
         self._window: Window | None = None  # None: not harvested yet
         self._order_R = torch.empty(0, dtype=torch.int64)  # of its rows, on the CPU
@@ -64,9 +84,9 @@ class Windows:
         self._last: list[tuple[list[str], Tensor, Tensor]] = []  # ids, conversation_B, position_B per part of the batch
 
     def next_batch(self, size: int) -> dict[int, Tensor]:
-        """The next `size` rows at every hook point: {layer: x_BD} in the language model's dtype, on its device.
+        """The next `size` rows at every own hook point: {layer: x_BD} in the language model's dtype, on its device.
 
-        Fewer rows, in the end none, only when the corpus is used up.
+        Fewer rows, in the end none, only when the corpus is used up; `batch_rows` says how many.
 
         Raises:
             RecipeError: `size` exceeds `activations.window_tokens`.
@@ -76,14 +96,17 @@ class Windows:
         self._check_size(size)
         self._last = []
         parts: list[dict[int, Tensor]] = []
-        missing = size
-        while missing and (part := self._take(missing)):
+        while (missing := size - self.batch_rows) and (part := self._take(missing)) is not None:
             parts.append(part)
-            missing -= len(part[self._recipe.layers[0]])
         if len(parts) == 1:
             return parts[0]
         nothing = torch.empty(0, self._lm.hidden_dim, dtype=self._lm.dtype, device=self._lm.device)
-        return {layer: torch.cat([nothing, *(part[layer] for part in parts)]) for layer in self._recipe.layers}
+        return {layer: torch.cat([nothing, *(part[layer] for part in parts)]) for layer in self._layers}
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the last batch, also where this rank owns no hook point."""
+        return sum(len(position_B) for _, _, position_B in self._last)
 
     def calibration_rows(self) -> dict[int, Tensor]:
         """The first `training.calibration_tokens` rows of window 0 (all of it if it has fewer), in training order.
@@ -137,7 +160,7 @@ class Windows:
         return self._before["tokens_read"] + (0 if self._window is None else self._window.tokens)
 
     def report(self) -> dict[str, Any]:
-        """The corpus report of all windows so far, also where they came from the cache."""
+        """The corpus report of all windows so far, also where they came from the cache. Rank 0's alone to make."""
         self._move_stream(self._cursor if self._window is None else self._window.next_cursor)
         report: dict[str, Any] = self._stream.report()
         return report
@@ -161,11 +184,11 @@ class Windows:
                 self._leave(window)
         return self._window
 
-    def _take(self, most: int) -> dict[int, Tensor]:
-        """Up to `most` further rows, all of one window, which is let go with its last row; {} at the corpus's end."""
+    def _take(self, most: int) -> dict[int, Tensor] | None:
+        """Up to `most` further rows, all of one window, which is let go with its last row; None at the corpus's end."""
         window = self._current()
         if window is None:
-            return {}
+            return None
         index = self._order_R[self._offset : self._offset + most]
         self._offset += len(index)
         kept = window.harvest
@@ -175,39 +198,67 @@ class Windows:
         return self._gather(window, index)
 
     def _from_cache(self) -> Window | None:
-        return self._store.read(self._index, self._cursor) if self._store else None
+        """The window as it was kept; what one rank finds damaged, or not at all, is so for all of them."""
+        found: list[Window] = []
+
+        def read() -> bool:
+            window = self._store.read(self._index, self._cursor) if self._store else None
+            found.extend([window] if window else [])
+            return window is not None
+
+        if self._store is None or not all(self._group.together(read)):
+            return None
+        rows = found[0].harvest.rows
+        found[0].harvest.rows = {layer: rows[layer] for layer in self._layers}
+        return found[0]
 
     def _harvest(self) -> Window | None:
-        self._move_stream(self._cursor)
-        conversations = self._draw()
+        conversations, next_cursor = self._draw()
         if not conversations and self._index == 0:
             raise CorpusError("the corpus holds no conversation; look at corpus.sources and its privacy report")
         if not conversations:
             return None
         recipe = self._recipe
         rows = harvest(
-            self._lm, conversations, recipe.layers, recipe.activations, recipe.corpus.batch_tokens, self._names
+            self._lm,
+            conversations,
+            recipe.layers,
+            recipe.activations,
+            recipe.corpus.batch_tokens,
+            self._names,
+            self._division,
         )
         window = Window(
             harvest=rows,
             conversation_ids=[conversation.id for conversation in conversations],
             tokens=sum(len(conversation.token_ids) for conversation in conversations),
-            next_cursor=self._stream.state(),
+            next_cursor=next_cursor,
         )
-        if self._store:
+        if self._store and self._group.size == 1:  # no rank of several holds all the rows
             self._store.write(self._index, window, self._cursor)
         return window
 
-    def _draw(self) -> list[Conversation]:
-        conversations: list[Conversation] = []
-        tokens = 0
-        while tokens < self._recipe.activations.window_tokens:
-            conversation = next(self._stream, None)
-            if conversation is None:
-                break
-            conversations.append(conversation)
-            tokens += len(conversation.token_ids)
-        return conversations
+    def _draw(self) -> tuple[Sequence[_Drawn], dict[str, Any]]:
+        """The window's conversations, and where the next one begins: read on rank 0, told to the others."""
+        drawn: list[_Drawn] = []
+
+        def read() -> tuple[list[str], list[int], dict[str, Any]]:
+            self._move_stream(self._cursor)
+            tokens = 0
+            while tokens < self._recipe.activations.window_tokens:
+                if (conversation := next(self._stream, None)) is None:
+                    break
+                drawn.append(_Drawn(conversation.id, conversation.token_ids))
+                tokens += len(conversation.token_ids)
+            return [one.id for one in drawn], [len(one.token_ids) for one in drawn], self._stream.state()
+
+        ids, lengths, next_cursor = self._group.share(read)
+        token_ids = np.concatenate(
+            [np.empty(sum(lengths) if not drawn else 0, np.int32), *(d.token_ids for d in drawn)]
+        )
+        self._group.fill(torch.from_numpy(token_ids))
+        ends = np.cumsum(lengths, dtype=np.int64)[:-1]
+        return [_Drawn(*one) for one in zip(ids, np.split(token_ids, ends), strict=True)] if ids else [], next_cursor
 
     def _gather(self, window: Window, index: Tensor) -> dict[int, Tensor]:
         index = index.to(self._lm.device, non_blocking=True)
@@ -221,6 +272,11 @@ class Windows:
         self._index += 1
         self._offset = 0
         self._window = None
+
+    @property
+    def _stream(self) -> CorpusStream:
+        assert self._source is not None, "the corpus is rank 0's to read"
+        return self._source
 
     def _move_stream(self, cursor: dict[str, Any]) -> None:
         if self._stream.state() != cursor:  # after a restore, or after windows that came from the cache

@@ -1,0 +1,89 @@
+"""How several ranks harvest one window: who runs which batch of the language model, and which rows travel to whom.
+
+Every rank runs some of the batches, at all hook points; a rank needs the rows of the hook points whose SAEs it owns. So
+norms go to all (four bytes per token and hook point: the rule that leaves rows out sees the whole window everywhere),
+then the kept rows go to their owners. The batches are those of a single process, so the rows are too, to the bit.
+
+Legend: T tokens of the window in canonical order, R those kept, L hook points, D hidden dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenscope.ranks import ALONE, Group
+
+
+@dataclass(frozen=True)
+class Division:
+    """Who does what in a window."""
+
+    group: Group
+    layers: tuple[tuple[int, ...], ...]
+    """Per rank, the hooked layers whose rows it needs, ascending."""
+    busy: tuple[float, ...]
+    """Per rank, what it does in a window besides harvesting, in positions of a language-model batch."""
+
+    @classmethod
+    def alone(cls, layers: Sequence[int]) -> Division:
+        """One process does everything."""
+        return cls(ALONE, (tuple(layers),), (0.0,))
+
+    @property
+    def own_layers(self) -> tuple[int, ...]:
+        """The hooked layers whose rows this rank needs."""
+        return self.layers[self.group.rank]
+
+    def deal(self, positions: Sequence[int]) -> list[int]:
+        """Batches of that many positions each -> the rank that runs each: the largest first, to who is free first."""
+        loads = list(self.busy)
+        ranks = [0] * len(positions)
+        for batch in sorted(range(len(positions)), key=lambda batch: -positions[batch]):
+            ranks[batch] = loads.index(min(loads))
+            loads[ranks[batch]] += positions[batch]
+        return ranks
+
+    def norms_of_all(self, norms: Mapping[int, Tensor], rank_T: Tensor) -> dict[int, Tensor]:
+        """{layer: norms of this rank's tokens} and the rank of each token -> {layer: norm_T of all tokens}."""
+        group = self.group
+        if group.size == 1:
+            return dict(norms)
+        counts = torch.bincount(rank_T, minlength=group.size).tolist()
+        own = torch.stack(list(norms.values()), dim=1)
+        arrived_TL = group.exchange(own.repeat(group.size, 1), [len(own)] * group.size, counts)
+        placed_TL = torch.empty_like(arrived_TL)
+        placed_TL[rank_T.argsort(stable=True).to(own.device)] = arrived_TL
+        return {layer: placed_TL[:, column] for column, layer in enumerate(norms)}
+
+    def rows_to_owners(self, rows: dict[int, Tensor], rank_R: Tensor) -> dict[int, Tensor]:
+        """{layer: this rank's kept rows} and the rank of each kept token -> {own layer: x_RD of all kept tokens}.
+
+        `rows` is emptied on the way: its memory is wanted for what arrives.
+        """
+        group = self.group
+        if group.size == 1:
+            return rows
+        counts = torch.bincount(rank_R, minlength=group.size).tolist()
+        count, some = counts[group.rank], next(iter(rows.values()))
+        outgoing = torch.cat([some[:0], *(rows[layer] for layers in self.layers for layer in layers)])
+        rows.clear()
+        own = self.own_layers
+        arrived = group.exchange(
+            outgoing, [count * len(layers) for layers in self.layers], [other * len(own) for other in counts]
+        )
+        pieces = [
+            piece.view(len(own), other, -1)
+            for piece, other in zip(torch.split(arrived, [other * len(own) for other in counts]), counts, strict=True)
+            if len(own)
+        ]
+        order_R = rank_R.argsort(stable=True).to(arrived.device)
+        placed = {}
+        for position, layer in enumerate(own):
+            x_RD = arrived.new_empty(len(rank_R), arrived.shape[1])
+            x_RD[order_R] = torch.cat([piece[position] for piece in pieces])
+            placed[layer] = x_RD
+        return placed

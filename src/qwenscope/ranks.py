@@ -1,0 +1,164 @@
+"""The processes of one run, and what they tell each other. One process alone is a group too, at no cost.
+
+Every method is called by all ranks in the same order, as with torch.distributed itself. What they say is JSON, so that
+nothing is ever unpickled; what they carry is bytes of tensors. `training/parallel.py` starts a group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qwenscope.errors import QwenscopeError, TrainingError
+
+T = TypeVar("T")
+
+
+class RankLostError(TrainingError):
+    """Another process of the run has ended, or failed in a way that is no user's error."""
+
+    exit_code = 12
+
+
+class Group:
+    """The ranks of one run.
+
+    Args:
+        rank: this process's number; rank 0 leads: it reads the corpus and owns the run folder.
+        size: how many there are.
+        process_group: None is torch.distributed's default one.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, process_group: Any = None) -> None:
+        self.rank, self.size = rank, size
+        self._group = process_group
+        self.bytes_sent = 0
+        """What `exchange` has sent to other ranks."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def twin(self) -> Group:
+        """The same ranks over connections of their own, for another thread."""
+        if self.size == 1:
+            return self
+        with _told():
+            return Group(self.rank, self.size, dist.new_group(backend="gloo"))
+
+    def together(self, act: Callable[[], T]) -> list[T]:
+        """Let every rank `act` -> the results (JSON-able) of all, by rank.
+
+        Raises:
+            QwenscopeError: `act` raised on some rank: its own error where it did, the same class and message elsewhere.
+            RankLostError: it raised what is no QwenscopeError on another rank; or a rank is gone.
+        """
+        if self.size == 1:
+            return [act()]
+        said, error = _outcome(act)
+        data = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        with _told():
+            dist.all_gather_into_tensor(lengths, torch.tensor([len(data)]), self._group)
+            longest = int(lengths.max())
+            padded = torch.cat([data, data.new_zeros(longest - len(data))])
+            everything = data.new_empty(self.size * longest)
+            dist.all_gather_into_tensor(everything, padded, self._group)
+        if error is not None:
+            raise error
+        rows = everything.view(self.size, longest)
+        return [_heard(rank, rows[rank, : int(length)].numpy().tobytes()) for rank, length in enumerate(lengths)]
+
+    def share(self, act: Callable[[], T]) -> T:
+        """Let rank 0 `act` -> its result (JSON-able) on every rank.
+
+        Raises:
+            QwenscopeError, RankLostError: as `together`.
+        """
+        if self.size == 1:
+            return act()
+        said, error = _outcome(act) if self.leads else (b"", None)
+        length = torch.tensor([len(said)])
+        self.fill(length)
+        data = (
+            torch.frombuffer(bytearray(said), dtype=torch.uint8)
+            if self.leads
+            else torch.empty(int(length), dtype=torch.uint8)
+        )
+        self.fill(data)
+        if error is not None:
+            raise error
+        result: T = _heard(0, data.numpy().tobytes())
+        return result
+
+    def fill(self, tensor: Tensor) -> None:
+        """Overwrite `tensor` by rank 0's, which has the same shape and dtype."""
+        if self.size > 1:
+            with _told():
+                dist.broadcast(tensor, 0, self._group)
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Rows [S, X] to their ranks -> what arrives here, [R, X].
+
+        Args:
+            rows: send[0] rows for rank 0, then send[1] for rank 1, and so on.
+            send: rows for each rank; S is their sum.
+            receive: rows from each rank, in whose order they arrive; R is their sum.
+        """
+        if self.size == 1:
+            return rows
+        raw = rows.contiguous().view(torch.uint8)  # any dtype, to the bit
+        arrived = raw.new_empty(sum(receive), raw.shape[1])
+        with _told():
+            dist.all_to_all_single(arrived, raw, list(receive), list(send), self._group)
+        self.bytes_sent += (sum(send) - send[self.rank]) * raw.shape[1]
+        return arrived.view(rows.dtype)
+
+
+ALONE = Group()
+"""One process, no launcher."""
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """gloo's and nccl's errors in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0].split(" This is typically")[0]
+        raise RankLostError(
+            f"lost contact with another rank ({reason}); its own last line says why; "
+            "the last checkpoint stands, --resume goes on from it"
+        ) from error
+
+
+def _outcome(act: Callable[[], Any]) -> tuple[bytes, Exception | None]:
+    """What to tell the others, and what to raise after that."""
+    try:
+        return json.dumps({"value": act()}).encode(), None
+    except Exception as error:  # of any kind: the others must not wait for this rank in vain
+        return json.dumps({"error": [type(error).__name__, str(error)]}).encode(), error
+
+
+def _heard(rank: int, said: bytes) -> Any:
+    outcome = json.loads(said)
+    if "error" not in outcome:
+        return outcome["value"]
+    name, message = outcome["error"]
+    for known in _family(QwenscopeError):
+        if known.__name__ == name:
+            raise known(f"rank {rank}: {message}")
+    raise RankLostError(f"rank {rank} failed: {name}: {message}")
+
+
+def _family(cls: type[QwenscopeError]) -> Iterator[type[QwenscopeError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _family(child)
