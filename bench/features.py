@@ -1,9 +1,11 @@
 """Benchmarks of the feature index and its browser; each prints one JSON object.
 
-    python bench/features.py rate --tokens 20000          index build beside the bare forward pass, on the stand-in
+    python bench/features.py rate [--tokens 100000]       index build beside the bare forward pass, on the stand-in
     python bench/features.py serve [--latents 16384]      latency of pages and search, nine SAEs of random content
+    python bench/features.py paint [--latents 16384]      first paint in headless Chromium, cold cache, the same content
 
-Times are CPU seconds of this process; `serve` adds the wall clock, which on a busy machine tells of the machine.
+`rate` counts CPU seconds of this process; `serve` the wall clock and CPU; `paint` the browser's own clock, from the
+start of the navigation.
 """
 
 from __future__ import annotations
@@ -11,28 +13,43 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sqlite3
+import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from features_content import random_index
+from playwright.sync_api import Browser, sync_playwright
 from starlette.testclient import TestClient
 
 from qwenscope.activations.harvest import harvest
 from qwenscope.evaluation.run import Target
 from qwenscope.features.browser.server import make_app
 from qwenscope.features.reading import CorpusPass, open_stream
-from qwenscope.features.store import FILE, SCHEMA, VERSION, Index, key_of, pack
+from qwenscope.features.store import FILE, Index
 from qwenscope.lm.load import load_language_model
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.topk import TopKSAE
 
-LENGTH = 1024
-"""Tokens of each random conversation."""
+ROUTES = {"suite": "#/", "sae": "#/sae/sae_attn_mid", "latent": "#/sae/sae_attn_mid/40"}
+WHEN_READY = """
+new MutationObserver(() => { if (document.querySelector("main[data-ready]")) window.readyAt ??= performance.now(); })
+    .observe(document, { subtree: true, childList: true, attributes: true });
+"""
+PAINTED = """
+new Promise((found) => new PerformanceObserver((list) => {
+    const paint = list.getEntriesByName("first-contentful-paint")[0];
+    if (paint) found([paint.startTime, window.readyAt]);
+}).observe({ type: "paint", buffered: true }))
+"""
 
 
 def rate(tokens: int) -> dict[str, Any]:
@@ -64,25 +81,24 @@ def rate(tokens: int) -> dict[str, Any]:
     }
 
 
-def serve(latents: int, saes: int = 9, requests: int = 400) -> dict[str, Any]:
+def serve(latents: int, requests: int = 400) -> dict[str, Any]:
     """Milliseconds of a latent page's data, of a search, and of an SAE's table, through the whole application."""
     choose = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        words = _random_index(Path(folder), saes, latents)
-        size = (Path(folder) / FILE).stat().st_size
-        with TestClient(make_app(Index(folder)), base_url="http://127.0.0.1") as client:
-            paths = {
-                "latent": [
-                    f"/api/latent/sae_{choose.randrange(saes)}/{choose.randrange(latents)}" for _ in range(requests)
-                ],
-                "search_token": [f"/api/search?q={choose.choice(words)}" for _ in range(requests)],
-                "search_words": [
-                    f"/api/search?q={choose.choice(words)} {choose.choice(words)[:3]}" for _ in range(requests)
-                ],
-                "table": [f"/api/sae/sae_{i % saes}" for i in range(20)],
-            }
+        words = random_index(Path(folder), latents)
+        index = Index(folder)
+        ids = list(index.saes)
+        some = lambda: choose.choice(words)  # noqa: E731
+        paths = {
+            "latent": [f"/api/latent/{choose.choice(ids)}/{choose.randrange(latents)}" for _ in range(requests)],
+            "search_token": [f"/api/search?q={some()}" for _ in range(requests)],
+            "search_words": [f"/api/search?q={some()} {some()[:3]}" for _ in range(requests)],
+            "table": [f"/api/sae/{ids[i % len(ids)]}" for i in range(20)],
+        }
+        with TestClient(make_app(index), base_url="http://127.0.0.1") as client:
             found = {name: _timed(client, some) for name, some in paths.items()}
-    return {"saes": saes, "latents": latents, "index_bytes": size, "milliseconds": found}
+        size = (Path(folder) / FILE).stat().st_size
+    return {"saes": len(ids), "latents": latents, "index_bytes": size, "milliseconds": found}
 
 
 def _timed(client: TestClient, paths: list[str]) -> dict[str, float]:
@@ -100,91 +116,64 @@ def _timed(client: TestClient, paths: list[str]) -> dict[str, float]:
     }
 
 
-def _random_index(folder: Path, saes: int, latents: int) -> list[str]:
-    """An index with the sizes of the real one and random content; returns its vocabulary."""
-    choose = random.Random(1)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = sorted({"".join(choose.choices(letters, k=choose.randint(3, 9))) for _ in range(50_000)})
-    conversations, length = 2000, LENGTH
-    random_ids = np.random.default_rng(0).integers(0, len(words), (conversations, length), dtype="<i4")
-    with closing(sqlite3.connect(folder / FILE)) as database, database:
-        database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + SCHEMA)
-        database.executemany("INSERT INTO vocabulary VALUES (?, ?)", enumerate(f" {word}" for word in words))
-        database.executemany(
-            "INSERT INTO conversations VALUES (?, ?, 'bench', 'chat', ?, ?, ?)",
-            ((i * length, f"{i:016x}", length, row.tobytes(), bytes(length)) for i, row in enumerate(random_ids)),
-        )
-        meta = {"version": VERSION, "privacy": {"scrub": True}}
-        database.executemany(
-            "INSERT INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in meta.items()]
-        )
-        details = [pack(_random_detail(choose, len(words), conversations * length, latents)) for _ in range(512)]
-        for ordinal in range(saes):
-            peaks = [choose.choices(words, k=4) for _ in range(latents)]
-            columns = {
-                "density": [choose.random() * 0.01 for _ in range(latents)],
-                "max": [choose.random() * 50 for _ in range(latents)],
-                "mean": [choose.random() * 20 for _ in range(latents)],
-                "role": [choose.randrange(7) for _ in range(latents)],
-                "peaks": peaks,
-                "promoted": [choose.choices(words, k=3) for _ in range(latents)],
+def paint(latents: int, visits: int = 10) -> dict[str, Any]:
+    """Milliseconds from the start of a navigation to the first contentful paint, and until the view stands whole.
+
+    The server is `qwenscope browse` in a process of its own; each visit has a browser context, and so a cache, of its
+    own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        random_index(Path(folder), latents)
+        with _browse(Path(folder)) as address, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            found = {
+                page: _summed([_visit(browser, address + route) for _ in range(visits)])
+                for page, route in ROUTES.items()
             }
-            summary = json.dumps({"dict_size": latents})
-            database.execute(
-                "INSERT INTO saes VALUES (?, ?, ?, ?)", (ordinal, f"sae_{ordinal}", summary, pack(columns))
-            )
-            keys = [key_of(ordinal, latent) for latent in range(latents)]
-            database.executemany(
-                "INSERT INTO latents VALUES (?, 0.01, ?)", ((key, choose.choice(details)) for key in keys)
-            )
-            database.executemany(
-                "INSERT INTO search (rowid, label, peaks, promoted, context) VALUES (?, '', ?, ?, ?)",
-                (
-                    (
-                        key,
-                        "\x1f".join(some),
-                        "\x1f".join(choose.choices(words, k=12)),
-                        " ".join(choose.choices(words, k=52)),
-                    )
-                    for key, some in zip(keys, peaks, strict=True)
-                ),
-            )
-            database.executemany(
-                "INSERT INTO peaks VALUES (?, 0.3, ?)",
-                ((word, key) for key, some in zip(keys, peaks, strict=True) for word in some),
-            )
-        database.execute("CREATE INDEX peaks_by_token ON peaks (token, share DESC)")
-    return words
+            name = browser.version
+            browser.close()
+    return {"latents": latents, "visits": visits, "chromium": name, "milliseconds": found}
 
 
-def _random_detail(choose: random.Random, words: int, tokens: int, latents: int) -> dict[str, Any]:
-    ranking = lambda top, count: [[choose.randrange(top), round(choose.random() * 5, 3)] for _ in range(count)]  # noqa: E731
-    kinds = ["top"] * 20 + ["75-100", "50-75", "25-50", "0-25"] * 4 + ["negative"] * 10
-    places = lambda: sorted(choose.sample(range(48), 8))  # noqa: E731
-    address = lambda: choose.randrange(tokens // LENGTH) * LENGTH + choose.randrange(32, LENGTH - 32)  # noqa: E731
+@contextmanager
+def _browse(index: Path) -> Iterator[str]:
+    """The address of `qwenscope browse` on a free port."""
+    command = [sys.executable, "-m", "qwenscope", "browse", str(index), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            yield process.stderr.readline().split()[0]
+        finally:
+            process.terminate()
+
+
+def _visit(browser: Browser, address: str) -> tuple[float, float]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.add_init_script(WHEN_READY)
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("main[data-ready] h1")
+    times = page.evaluate(PAINTED)
+    context.close()
+    return times[0], times[1]
+
+
+def _summed(visits: list[tuple[float, float]]) -> dict[str, float]:
     return {
-        "fired": 5000,
-        "density": 0.01,
-        "mean": 3.0,
-        "max": 20.0,
-        "histogram": {"first": -1.0, "per_octave": 4, "counts": [choose.randrange(500) for _ in range(30)]},
-        "splits": [4000, 1000],
-        "roles": [choose.randrange(1000) for _ in range(7)],
-        "promoted": ranking(words, 12),
-        "suppressed": ranking(words, 12),
-        "neighbours": ranking(latents, 10),
-        "elsewhere": [[f"sae_{i}", choose.randrange(latents), 0.5] for i in range(8)],
-        "coactive": [[*pair, 40] for pair in ranking(latents, 10)],
-        "experts": [[e, 0.3, 0.1] for e in range(8)],
-        "examples": [[kind, address(), places(), [round(choose.random() * 20, 2) for _ in range(8)]] for kind in kinds],
+        f"{name}_{kind}": round(of(times), 1)
+        for name, times in zip(("first_paint", "whole_view"), zip(*visits, strict=True), strict=True)
+        for kind, of in (("median", statistics.median), ("max", max))
     }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rate", "serve"])
-    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("what", choices=["rate", "serve", "paint"])
+    parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--latents", type=int, default=16_384)
     chosen = parser.parse_args()
-    print(json.dumps(rate(chosen.tokens) if chosen.what == "rate" else serve(chosen.latents), indent=2))
+    result = (
+        rate(chosen.tokens) if chosen.what == "rate" else {"serve": serve, "paint": paint}[chosen.what](chosen.latents)
+    )
+    print(json.dumps(result, indent=2))
