@@ -38,7 +38,7 @@ class Harvest:
     """
 
     rows: dict[int, Tensor]
-    """{layer: x_RD} in the language model's dtype, on its device; of several ranks, at the layers that this one owns."""
+    """{layer: x_RD} in the language model's dtype, on its device; of several ranks, at the layers this one owns."""
     conversation_R: Tensor
     """int32 on the CPU: position in the list of conversations."""
     position_R: Tensor
@@ -107,7 +107,7 @@ def harvest(
 def _forward(
     lm: LanguageModel, batches: Sequence[Batch], lengths: Mapping[int, int], layers: Sequence[int]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """{layer: rows} and {layer: their norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
+    """{layer: rows} and {layer: norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
     total, starts = 0, {}
     for member, length in lengths.items():
         starts[member] = total

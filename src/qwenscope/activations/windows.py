@@ -5,8 +5,8 @@ are visited in the order `randperm(R)` of a generator seeded by (seed, "window",
 window is a pure function of (recipe, seed, i) and of where the stream stood when it began: a resumed run harvests that
 one window again and goes on in its middle. A batch that a window cannot fill continues in the next one.
 
-Of several ranks, rank 0 reads the corpus and tells the others the token ids; all harvest, and each holds the rows of the
-hook points that it owns, the same as one process would hold.
+Of several ranks, rank 0 reads the corpus and tells the others the token ids; all harvest, and each holds the rows of
+the hook points that it owns, the same as one process would hold.
 """
 
 from __future__ import annotations

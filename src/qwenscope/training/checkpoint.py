@@ -6,7 +6,8 @@
         <sae_id>.safetensors     weights, moments, counters of one SAE's trainer
 
 A save writes into a hidden folder, fsyncs each file and the folder, and renames once; a kill at any instant leaves
-either the old set of checkpoints or the old set and one more. Nothing here knows what the tensors mean.
+either the old set of checkpoints or the old set and one more. Several ranks write their SAEs' files into one folder,
+and rank 0 closes it: a checkpoint does not tell how many there were. Nothing here knows what the tensors mean.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -29,9 +31,11 @@ from torch import Tensor
 
 from qwenscope.errors import CheckpointError, ResourceError
 from qwenscope.files import disk_full_named, fsync_folder
+from qwenscope.ranks import ALONE, Group
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -76,44 +80,60 @@ def save(
     state: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Tensor]],
     snapshot: bool = False,
+    group: Group = ALONE,
 ) -> Path:
     """Write one checkpoint below `folder` and return its path; the path exists only once everything is on disk.
 
     Args:
-        state: JSON-able, no NaN.
-        tensors: {file stem: {name: CPU tensor}}.
+        state: JSON-able, no NaN; rank 0's is written.
+        tensors: {file stem: {name: CPU tensor}}, this rank's.
         snapshot: marks a checkpoint that `rotate` keeps forever.
+        group: all write, or none has.
 
     Raises:
         ResourceError: not enough disk; names the bytes needed. The temporary folder is removed.
         CheckpointError: the folder cannot be written (permissions, read-only or failing disk).
+        RankLostError: a rank is gone; what was written stays hidden, and goes with the next save.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    needed = checkpoint_bytes(tensors)
+    needed = sum(group.together(lambda: checkpoint_bytes(tensors)))
+
+    def prepare() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise ResourceError(
+                f"no space left for {final}: {needed:,} bytes needed, {free:,} free; "
+                "free some disk and run again with --resume"
+            )
+        temporary.mkdir()
+
+    def close(parts: list[dict[str, dict[str, Any]]]) -> None:
+        _close(temporary, state, {name: entry for part in parts for name, entry in part.items()}, snapshot)
+        _remove(final)  # only a damaged one can stand here: resuming loads the newest that verifies
+        os.replace(temporary, final)
+        fsync_folder(folder)
+
+    def named(act: Callable[[], T]) -> T:
+        try:
+            with disk_full_named(final, needed):
+                return act()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {final}: {error.strerror or error}") from error
+
     try:
-        with disk_full_named(final, needed):
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove(temporary)
-            if (free := shutil.disk_usage(folder).free) < needed:
-                raise ResourceError(
-                    f"no space left for {final}: {needed:,} bytes needed, {free:,} free; "
-                    "free some disk and run again with --resume"
-                )
-            temporary.mkdir()
-            _write_files(temporary, state, tensors, snapshot)
-            _remove(final)  # only a damaged one can stand here: resuming loads the newest that verifies
-            os.replace(temporary, final)
-            fsync_folder(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {final}: {error.strerror or error}") from error
+        group.share(lambda: named(prepare))
+        parts = group.together(lambda: named(lambda: _write_parts(temporary, tensors)))
+        group.share(lambda: named(lambda: close(parts)))
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if group.leads:
+            shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint, each file once, and verify every byte of it on the way.
+def load(path: Path, stems: Container[str] | None = None) -> Checkpoint:
+    """Read a checkpoint, each file once, and verify every byte of it on the way; of tensors, those named, or all.
 
     Raises:
         NewerFormatError: a later version wrote it.
@@ -128,25 +148,33 @@ def load(path: Path) -> Checkpoint:
     state: dict[str, Any] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, expected in manifest["files"].items():
-        data = _read_verified(path / name, expected)
+        stem = name.removesuffix(".safetensors")
         if name == _STATE:
-            state = json.loads(data)
-        else:
-            tensors[name.removesuffix(".safetensors")] = _parse_tensors(path / name, data)
+            state = json.loads(_read_verified(path / name, expected))
+        elif stems is None or stem in stems:
+            tensors[stem] = _parse_tensors(path / name, _read_verified(path / name, expected))
     return Checkpoint(path, state, tensors)
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def load_newest(
+    folder: Path, stems: Container[str] | None = None, group: Group = ALONE
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why each newer one was passed over; (None, []) if there is none at all.
+
+    Args:
+        stems: the tensors that this rank reads; None reads all.
+        group: what one rank finds damaged, all pass over.
 
     Raises:
         NewerFormatError: the newest intact one needs a later version (an older one is not taken in its place).
         CheckpointError: there are checkpoints, and none of them verifies: starting over is the user's decision.
     """
     passed_over: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    for name in reversed(group.share(lambda: [path.name for path in list_checkpoints(folder)])):
+        loaded: list[Checkpoint] = []
         try:
-            return load(path), passed_over
+            group.together(partial(_load_into, loaded, folder / name, stems))
+            return loaded[0], passed_over
         except NewerFormatError:
             raise
         except CheckpointError as error:
@@ -193,14 +221,22 @@ def rotate(folder: Path, keep: int) -> None:
         _remove(doomed)
 
 
-def _write_files(
-    folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], snapshot: bool
-) -> None:
+def _load_into(loaded: list[Checkpoint], path: Path, stems: Container[str] | None) -> None:
+    loaded.append(load(path, stems))
+
+
+def _write_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """One file per stem -> {file: its entry in the manifest}."""
     files: dict[str, dict[str, Any]] = {}
     for stem, group in tensors.items():
         if not _SAFE_NAME.fullmatch(stem):
             raise CheckpointError(f"{stem!r} cannot name a file; use letters, digits, _ . -")
         files[f"{stem}.safetensors"] = _write_tensors(folder / f"{stem}.safetensors", group)
+    return files
+
+
+def _close(folder: Path, state: Mapping[str, Any], files: dict[str, dict[str, Any]], snapshot: bool) -> None:
+    """State and manifest, after all else is on disk."""
     text = json.dumps(dict(state), indent=1, ensure_ascii=False, allow_nan=False)
     files[_STATE] = _write_pieces(folder / _STATE, [memoryview(text.encode())])
     manifest = _manifest_bytes({"format_version": FORMAT_VERSION, "snapshot": snapshot, "files": files})

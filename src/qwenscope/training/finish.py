@@ -11,35 +11,50 @@ import torch
 
 from qwenscope.errors import TrainingError
 from qwenscope.files import disk_full_named, fsync_folder
+from qwenscope.ranks import ALONE, Group
 from qwenscope.sae.checksums import write_checksums
 from qwenscope.sae.topk import TopKSAE
 
 _UNIT_TOLERANCE = 1e-5
 
 
-def publish(saes: Mapping[str, TopKSAE], target: Path) -> None:
-    """Write every SAE with its `SHA256SUMS` below `target`, which appears whole or not at all.
+def publish(saes: Mapping[str, TopKSAE], target: Path, group: Group = ALONE) -> None:
+    """Write every SAE (each rank its own) with its `SHA256SUMS` below `target`, which appears whole or not at all.
 
     Raises:
         ResourceError: the disk is full; names the bytes needed.
         TrainingError: a weight is not finite, or what was written does not read back to the bit.
     """
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     needed = sum(value.numel() * 4 for sae in saes.values() for value in sae.state_dict().values())
-    try:
-        with disk_full_named(target, needed):
-            for sae_id, sae in saes.items():
-                sae.save(temporary / sae_id)
-                _check(sae_id, sae, temporary / sae_id)
-                write_checksums(temporary / sae_id)
-            fsync_folder(temporary)
-            if target.exists():  # of a session that was killed before it could say "complete"
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-            fsync_folder(target.parent)
-    finally:
+
+    @disk_full_named(target, needed)
+    def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    @disk_full_named(target, needed)
+    def write() -> None:
+        for sae_id, sae in saes.items():
+            sae.save(temporary / sae_id)
+            _check(sae_id, sae, temporary / sae_id)
+            write_checksums(temporary / sae_id)
+
+    @disk_full_named(target, needed)
+    def put_in_place() -> None:
+        fsync_folder(temporary)
+        if target.exists():  # of a session that was killed before it could say "complete"
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        fsync_folder(target.parent)
+
+    try:
+        group.share(prepare)
+        group.together(write)
+        group.share(put_in_place)
+    finally:
+        if group.leads:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check(sae_id: str, sae: TopKSAE, folder: Path) -> None:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,28 @@ from typing import Any
 import torch
 
 from qwenscope.doctor import examine
-from qwenscope.errors import CheckpointError, QwenscopeError, RecipeError, ResourceError
+from qwenscope.errors import CheckpointError, LockError, QwenscopeError, RecipeError, ResourceError
 from qwenscope.files import read_json, write_json, write_text
+from qwenscope.ranks import ALONE, Group, RankLostError
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.training.lock import run_lock
+from qwenscope.training.lock import LOCK_NAME, run_lock
 
 log = logging.getLogger(__name__)
 
 # Keys that may differ between a checkpoint and the recipe it is resumed with: they do not touch a single weight.
 _FREE_KEYS = ("checkpoint.", "telemetry.", "evaluation.", "corpus.workers")
+_LAST_WORDS = ".rank-{}.tmp"  # why a rank other than 0 ended; the next session removes it
 _STATUS_SECONDS = 10.0  # between rewrites of an unchanged state
 
 
 class RunFolder:
-    """One run's folder, held by this process. Open it with `open_run`."""
+    """One run's folder, held by this process. Open it with `open_run`.
 
-    def __init__(self, path: Path, target: int) -> None:
-        self.path, self.target = path, target
+    Only rank 0 writes: on the others, what would change a file does nothing.
+    """
+
+    def __init__(self, path: Path, target: int, writes: bool = True) -> None:
+        self.path, self.target, self._writes = path, target, writes
         self.note: str | None = None
         self.checkpoint: str | None = self.status.get("checkpoint")
         self.versions: dict[str, str] = {}
@@ -67,6 +72,8 @@ class RunFolder:
 
     def write_status(self, state: str, tokens: int, error: str | None = None) -> None:
         """Replace status.json."""
+        if not self._writes:
+            return
         write_json(
             self.path / "status.json",
             {
@@ -83,14 +90,30 @@ class RunFolder:
         )
         self._written = time.monotonic()
 
+    def write_failure(self, tokens: int, error: BaseException, group: Group) -> None:
+        """status.json of a failed run, with the word that a lost rank left; whichever rank is left writes it."""
+        lost = isinstance(error, RankLostError)
+        if group.leads:
+            words = [path.read_text(encoding="utf-8") for path in sorted(self.path.glob(_LAST_WORDS.format("*")))]
+            self.write_status("failed", tokens, "; ".join([describe(error), *(words if lost else [])]))
+        elif not lost:
+            (self.path / _LAST_WORDS.format(group.rank)).write_text(f"rank {group.rank}: {describe(error)}")
+        else:
+            with suppress(LockError), run_lock(self.path):  # free only once rank 0 is gone
+                if self.status.get("state") == "running":
+                    self._writes = True
+                    self.write_status("failed", tokens, describe(error))
+
     def note_now(self, note: str | None) -> None:
         """Set or clear the note; the next refresh carries it without delay."""
         if note != self.note:
             self.note = note
             self._written = -math.inf
 
-    def begin(self, recipe: Recipe, passed_over: Sequence[str]) -> None:
+    def begin(self, recipe: Recipe, passed_over: Sequence[str], ranks: int) -> None:
         """Record the resolved recipe, and add this session's machine, versions and start to run.json."""
+        if not self._writes:
+            return
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
         run = self.recorded() or {"sessions": []}
         machine = examine(self.path)
@@ -104,13 +127,15 @@ class RunFolder:
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "threads": torch.get_num_threads(),
+                "ranks": ranks,
             }
         )
         write_json(self.path / "run.json", run)
 
     def record(self, **facts: Any) -> None:
         """Add top-level facts (revisions, precision ...) to run.json."""
-        write_json(self.path / "run.json", {**self.recorded(), **facts})
+        if self._writes:
+            write_json(self.path / "run.json", {**self.recorded(), **facts})
 
     def recorded(self) -> dict[str, Any]:
         """run.json as it stands, or an empty dict in a new folder."""
@@ -119,24 +144,39 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(recipe: Recipe, out: Path, resume: bool) -> Iterator[RunFolder]:
-    """Hold `out` for this process, after checking that the run may start or go on there.
+def open_run(recipe: Recipe, out: Path, resume: bool, group: Group = ALONE) -> Iterator[RunFolder]:
+    """Hold `out` for this process (of several ranks, for rank 0), after checking that the run may start or go on there.
 
     Raises:
         RecipeError: `out` holds something else, or a run while `resume` is off, or one of another recipe.
         LockError: another process works in it.
+        ResourceError: a rank sees another folder under this name.
     """
+    with ExitStack() as held:
+        holder = group.share(lambda: _enter(recipe, out, resume, held))
+        group.together(lambda: _check_shared(out, holder))
+        yield RunFolder(out, recipe.training.tokens, group.leads)
+
+
+def _enter(recipe: Recipe, out: Path, resume: bool, held: ExitStack) -> Any:
+    """Lock the folder into `held` -> what the lock file says."""
     present = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if present and "recipe.yaml" not in present:
         raise RecipeError(f"{out} is not empty and holds no run; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    with run_lock(out):
-        _remove_leftovers(out)
-        if (out / "recipe.yaml").exists():
-            if not resume:
-                raise RecipeError(f"{out} already holds a run; go on with it by --resume, or choose a new folder")
-            check_same_recipe(load_recipe(out / "recipe.yaml").model_dump(mode="json"), recipe, out / "recipe.yaml")
-        yield RunFolder(out, recipe.training.tokens)
+    held.enter_context(run_lock(out))
+    _remove_leftovers(out)
+    if (out / "recipe.yaml").exists():
+        if not resume:
+            raise RecipeError(f"{out} already holds a run; go on with it by --resume, or choose a new folder")
+        check_same_recipe(load_recipe(out / "recipe.yaml").model_dump(mode="json"), recipe, out / "recipe.yaml")
+    return read_json(out / LOCK_NAME)
+
+
+def _check_shared(out: Path, holder: Any) -> None:
+    path = out / LOCK_NAME
+    if not path.exists() or read_json(path) != holder:
+        raise ResourceError(f"{out} is another folder here than on rank 0; put --out where all machines see the same")
 
 
 def check_same_recipe(saved: Mapping[str, Any], recipe: Recipe, where: Path) -> None:

@@ -49,6 +49,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        os.fsync(descriptor)  # other ranks read it, perhaps from other machines
         yield
     finally:
         if descriptor in _held:  # not in a child that was forked inside the block

@@ -9,35 +9,37 @@ import base64
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
-from qwenscope.errors import CheckpointError, CorpusError, ResourceError, TrainingError
+from qwenscope.errors import CheckpointError, CorpusError, ModelError, ResourceError, TrainingError
 from qwenscope.files import write_json
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, load_language_model
-from qwenscope.recipe import Recipe
-from qwenscope.sae.selection import Precision
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.ranks import Group, RankLostError
+from qwenscope.recipe import LMRecipe, Recipe
 from qwenscope.seeds import derive_seed
-from qwenscope.training.checkpoint import Checkpoint, list_checkpoints, load_newest, set_aside_newer
+from qwenscope.training.building import build_trainer
+from qwenscope.training.checkpoint import Checkpoint, load_newest, set_aside_newer
 from qwenscope.training.finish import publish
-from qwenscope.training.folder import RunFolder, check_checkpoint_expected, check_same_recipe, describe, open_run
+from qwenscope.training.folder import RunFolder, check_checkpoint_expected, check_same_recipe, open_run
 from qwenscope.training.guards import LossGuard
+from qwenscope.training.parallel import Pulse, Wishes, divide, joined, owners, restarted
 from qwenscope.training.probe import check_probe, probe
 from qwenscope.training.saver import Saver
 from qwenscope.training.signals import SignalWatch, Stopped
 from qwenscope.training.telemetry import Progress, SAEProgress, Telemetry
-from qwenscope.training.trainer import SAETrainer, StepMetrics
+from qwenscope.training.trainer import StepMetrics
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OnProgress = Callable[[Progress], None]
 _NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")  # of StepMetrics, in metrics.jsonl under these names
 
@@ -45,17 +47,23 @@ _NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")  # of StepMetr
 def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnProgress | None = None) -> None:
     """Train every SAE of `recipe` into the run folder `out`.
 
-    SIGTERM and SIGINT finish the step and save; SIGUSR1 saves and goes on (all in the main thread only).
+    SIGTERM and SIGINT finish the step and save; SIGUSR1 saves and goes on (all in the main thread only). Under torchrun
+    this is one rank of several: all call it alike, rank 0 keeps the folder and reports progress.
 
     Raises:
         Stopped: a signal ended the run; it carries the exit code.
         QwenscopeError: the run cannot start or go on; status.json says the same, and its last checkpoint stands.
     """
-    with open_run(recipe, Path(out), resume) as folder, SignalWatch() as watch:
-        if folder.status.get("state") == "complete":
+    with (
+        joined(recipe.lm.device) as group,
+        open_run(recipe, Path(out), resume or restarted(), group) as folder,
+        SignalWatch() as watch,
+    ):
+        if group.share(lambda: folder.status.get("state")) == "complete":
             log.warning("%s is complete: every token was trained; nothing to do", folder.path)
             return
-        run = Run(recipe, folder, watch, on_progress or (lambda progress: None))
+        shown = on_progress if group.leads else None
+        run = Run(recipe, folder, watch, shown or (lambda progress: None), group)
         try:
             run.go()
         except Stopped:
@@ -67,16 +75,26 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnPro
 
 
 class Run:
-    """One session of a run: from the start or a checkpoint to the end, a signal or an error."""
+    """One session of a run, or one rank's part of it: from the start or a checkpoint to the end, a signal or an error.
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, watch: SignalWatch, on_progress: OnProgress) -> None:
+    Whatever decides how it goes on is decided by `group`, in the same order on every rank.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, watch: SignalWatch, on_progress: OnProgress, group: Group
+    ) -> None:
         self.recipe, self.folder, self.watch, self.on_progress = recipe, folder, watch, on_progress
+        self.group = group
+        self.owned = owners(recipe, group.size)[group.rank]
         self.step = 0
         self.tokens = 0
         self.target = recipe.training.tokens
         self.seconds = 0.0  # of earlier sessions
         self.guard = LossGuard()
-        self.saver = Saver(folder.checkpoints, recipe.checkpoint.keep)
+        self.saver = Saver(folder.checkpoints, recipe.checkpoint.keep, group.twin())
+        self.pulse = Pulse(group)
+        self.telemetry: Telemetry | None = None  # rank 0's
+        self.stream: CorpusStream | None = None  # rank 0's
         self._began = self._saved_at = time.monotonic()
         self._finite: list[tuple[int, str, Tensor]] = []  # flags of steps not looked at yet
         self._progress = Progress("loading model", 0, self.target)
@@ -85,11 +103,8 @@ class Run:
         """Set up, train to the target, publish."""
         with ExitStack() as closing:
             saved = self._find_checkpoint()
-            config = self.recipe.model_dump(mode="json")
-            self.telemetry = Telemetry(self.folder.path, self.recipe.telemetry.sinks, config, self.step)
-            closing.callback(self.telemetry.close)
-            self._load(saved)
-            closing.callback(self.stream.close)
+            self.group.share(lambda: self._begin(closing))
+            self._load(saved, closing)
             self._calibrate_or_restore(saved)
             self._steps()
             self._finish()
@@ -99,96 +114,84 @@ class Run:
         try:
             if self.saver.ended(wait=True):
                 self._saved()
-        except (ResourceError, CheckpointError) as second:
+        except (ResourceError, CheckpointError, RankLostError) as second:
             log.error("%s", second)
         try:
-            self.folder.write_status("failed", self.tokens, describe(error))
+            self.folder.write_failure(self.tokens, error, self.group)
         except (OSError, ResourceError) as second:
             log.error("cannot write status.json: %s", second)
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        saved, passed_over = load_newest(self.folder.checkpoints)
-        for reason in passed_over:
+        saved, self.passed_over = load_newest(self.folder.checkpoints, self.owned, self.group)
+        for reason in self.passed_over:
             log.warning("passed over a checkpoint: %s", reason)
         if saved is None:
-            check_checkpoint_expected(self.folder)
+            self.group.share(lambda: check_checkpoint_expected(self.folder))
             if self.folder.status:
                 log.warning("%s holds no checkpoint yet: starting from the first token", self.folder.path)
         else:
-            check_same_recipe(saved.state["recipe"], self.recipe, saved.path)
-            set_aside_newer(self.folder.checkpoints, saved.path)
-            self.folder.checkpoint = saved.path.name
+            self.saver.newest = newest = saved.path
+            check_same_recipe(saved.state["recipe"], self.recipe, newest)
+            self.group.share(lambda: set_aside_newer(self.folder.checkpoints, newest))
+            self.folder.checkpoint = newest.name
             self.step, self.tokens, self.seconds = saved.state["step"], saved.state["tokens"], saved.state["seconds"]
             log.info("going on from %s: %s of %s tokens", saved.path, f"{self.tokens:,}", f"{self.target:,}")
-        if passed_over:
-            self.folder.note_now(f"went on from {self.folder.checkpoint}; passed over: {'; '.join(passed_over)}")
-        self.folder.begin(self.recipe, passed_over)
-        self.folder.write_status("running", self.tokens)
         return saved
 
-    def _load(self, saved: Checkpoint | None) -> None:
+    def _begin(self, closing: ExitStack) -> None:
+        """Record the session in the folder and open its metrics."""
+        if self.passed_over:
+            self.folder.note_now(f"went on from {self.folder.checkpoint}; passed over: {'; '.join(self.passed_over)}")
+        self.folder.begin(self.recipe, self.passed_over, self.group.size)
+        self.folder.write_status("running", self.tokens)
+        config = self.recipe.model_dump(mode="json")
+        self.telemetry = Telemetry(self.folder.path, self.recipe.telemetry.sinks, config, self.step)
+        closing.callback(self.telemetry.close)
+
+    def _load(self, saved: Checkpoint | None, closing: ExitStack) -> None:
         recipe = self.recipe
         self._show("loading model")
         torch.manual_seed(derive_seed(recipe.seed, "run"))  # nothing should draw from it; if something does, it repeats
         # What was resolved once stays: revisions of model and data, and the precision that "auto" measured.
-        earlier = saved.state if saved else self.folder.recorded()
-        revisions, precision = earlier.get("revisions"), earlier.get("precision", {})
+        earlier = self.group.share(lambda: _resolved(saved.state if saved else self.folder.recorded()))
+        revisions, precision = earlier.get("revisions"), earlier.get("precision") or {}
         pinned = recipe.lm.model_copy(update={"revision": revisions["model"]}) if revisions else recipe.lm
-        check_hook_points(layer_kinds(load_config(pinned)), recipe.hook_points)  # before minutes of loading
-        self.lm = load_language_model(pinned, last_layer=max(recipe.layers))
-        self.stream = CorpusStream(
-            recipe.corpus,
-            self.lm.tokenizer,
-            seed=recipe.seed,
-            revisions=revisions["corpus"] if revisions else None,
-            workers=recipe.corpus.workers,
-        )
-        self.windows = Windows(self.lm, self.stream, recipe)
+        models = self.group.together(lambda: self._load_model(pinned))
+        if len(set(models)) > 1:
+            raise ModelError(f"ranks loaded unlike revisions of {recipe.lm.model} ({models}); set lm.revision")
+        corpus = self.group.share(lambda: self._open_corpus(revisions["corpus"] if revisions else None, closing))
+        self.windows = Windows(self.lm, self.stream, recipe, divide(recipe, self.lm, self.group))
         self.trainers = {
-            sae_id: self._trainer(sae_id, precision.get(sae_id, recipe.training.precision))
-            for sae_id in recipe.hook_points
+            sae_id: build_trainer(recipe, self.lm, sae_id, precision.get(sae_id, recipe.training.precision))
+            for sae_id in self.owned
         }
-        self.precision = {sae_id: trainer.precision for sae_id, trainer in self.trainers.items()}
-        self.revisions = {"model": self.lm.revision, "corpus": dict(self.stream.revisions)}
+        own = {sae_id: trainer.precision for sae_id, trainer in self.trainers.items()}
+        self.precision = self._of_all(lambda: own)
+        self.revisions = {"model": self.lm.revision, "corpus": corpus}
         self.probe = probe(self.lm, recipe.layers)
-        self.folder.record(revisions=self.revisions, precision=self.precision)
+        self.group.share(lambda: self.folder.record(revisions=self.revisions, precision=self.precision))
 
-    def _trainer(self, sae_id: str, precision: Precision | Literal["auto"]) -> SAETrainer:
-        point, training = self.recipe.hook_points[sae_id], self.recipe.training
-        seed = derive_seed(self.recipe.seed, "sae", sae_id)
-        sae = TopKSAE(self.lm.hidden_dim, point.dict_size, point.k, seed=seed).to(self.lm.device)
-        sae.config |= {
-            "sae_id": sae_id,
-            "layer": point.layer,
-            "kind": self.lm.layer_kinds[point.layer],
-            "model": self.lm.name,
-            "model_revision": self.lm.revision,
-            "tokens": training.tokens,
-        }
-        return SAETrainer(
-            sae,
-            point.lr,
-            tokens=training.tokens,
-            warmup_tokens=training.warmup_steps * training.batch_size,
-            decay_share=training.decay_share,
-            aux_coefficient=training.aux_coefficient,
-            aux_k=training.aux_k,
-            dead_after_tokens=training.dead_after_tokens,
-            resample_every_steps=training.resample_every_steps,
-            normalise=training.normalise,
-            precision=precision,
-            betas=training.betas,
-            eps=training.eps,
-            clip_norm=training.clip_norm,
-            moments=getattr(torch, training.moments),
-            seed=derive_seed(self.recipe.seed, "resampling", sae_id),
-        )
+    def _load_model(self, lm: LMRecipe) -> str | None:
+        check_hook_points(layer_kinds(load_config(lm)), self.recipe.hook_points)  # before minutes of loading
+        self.lm = load_language_model(lm, last_layer=max(self.recipe.layers))
+        return self.lm.revision
+
+    def _open_corpus(self, revisions: dict[str, str] | None, closing: ExitStack) -> dict[str, str]:
+        corpus, seed = self.recipe.corpus, self.recipe.seed
+        self.stream = CorpusStream(corpus, self.lm.tokenizer, seed=seed, revisions=revisions, workers=corpus.workers)
+        closing.callback(self.stream.close)
+        return dict(self.stream.revisions)
+
+    def _of_all(self, act: Callable[[], dict[str, T]]) -> dict[str, T]:
+        """What `act` says of each rank's own SAEs, for all of them, in the recipe's order."""
+        merged = {sae_id: value for part in self.group.together(act) for sae_id, value in part.items()}
+        return {sae_id: merged[sae_id] for sae_id in self.recipe.hook_points}
 
     def _calibrate_or_restore(self, saved: Checkpoint | None) -> None:
-        if self.watch.stop is not None:  # during a long load: nothing to save yet
-            raise Stopped(self.watch.stop, self.tokens)
+        if (wishes := self._agree()).stop is not None:  # during a long load: nothing to save yet
+            raise Stopped(wishes.stop, self.tokens)
         if saved is None:
             self._show("calibrating")
             rows = self.windows.calibration_rows()
@@ -197,7 +200,8 @@ class Run:
             return
         self._show("resuming")
         state = saved.state
-        if (difference := check_probe(state["probe"], self.probe)) is not None:
+        (difference, *_) = self.group.together(lambda: check_probe(state["probe"], self.probe))
+        if difference is not None:
             log.warning("%s", difference)
             self.folder.note_now(difference)
         if state["threads"] != torch.get_num_threads():
@@ -206,20 +210,24 @@ class Run:
                 state["threads"],
                 torch.get_num_threads(),
             )
-        for sae_id, trainer in self.trainers.items():
-            trainer.load_state_dict(saved.tensors[sae_id])
+        self.group.together(lambda: self._load_trainers(saved.tensors))
         self.windows.restore(state["windows"])
         self.guard.restore(state["guard"])
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
+
+    def _load_trainers(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        for sae_id, trainer in self.trainers.items():
+            trainer.load_state_dict(tensors[sae_id])
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
         training, checkpoint = self.recipe.training, self.recipe.checkpoint
         self._clock = deque([(time.monotonic(), self.tokens)], maxlen=20)
+        wishes = self._agree()
         while self.tokens < self.target:
-            if self.watch.stop is not None:
-                self._stop(self.watch.stop)
+            if wishes.stop is not None:
+                self._stop(wishes.stop)
             before = self.tokens
             self._one_step(min(training.batch_size, self.target - self.tokens))
             if self.step % self.recipe.telemetry.log_every_steps == 0 or self.tokens == self.target:
@@ -227,19 +235,26 @@ class Run:
             if self.tokens == self.target:
                 break  # the last save belongs to the ending
             snapshot = _crossed(before, self.tokens, checkpoint.snapshot_every_tokens)
-            if (
-                snapshot
-                or self.watch.checkpoint
-                or _crossed(before, self.tokens, checkpoint.every_tokens)
-                or (checkpoint.every_minutes and time.monotonic() - self._saved_at > 60 * checkpoint.every_minutes)
-            ):
-                self.watch.checkpoint = False
+            wishes = self._agree()
+            if snapshot or wishes.save or _crossed(before, self.tokens, checkpoint.every_tokens):
                 self._save_if_possible(snapshot)
-            self._look_at_save()
+            elif wishes.saved:
+                self._look_at_save()
+
+    def _agree(self) -> Wishes:
+        """What all ranks do next for the sake of signals and clocks."""
+        minutes = self.recipe.checkpoint.every_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        own = Wishes(self.watch.stop, self.watch.checkpoint or due, self.saver.idle)
+        wishes = self.pulse.beat(self.step, own)
+        if wishes.save:
+            self.watch.checkpoint = False
+            self._saved_at = time.monotonic()
+        return wishes
 
     def _one_step(self, size: int) -> None:
         batch = self.windows.next_batch(size)
-        rows = len(next(iter(batch.values())))
+        rows = self.windows.batch_rows
         if not rows:
             raise CorpusError(
                 f"the corpus ended after {self.tokens:,} of training.tokens = {self.target:,}; add sources, or lower it"
@@ -265,30 +280,36 @@ class Run:
                 )
         self._finite.clear()
 
-    def _log(self) -> None:
-        """One line of metrics: one transfer for all SAEs, then guards, file, sinks and display."""
+    def _numbers(self) -> dict[str, dict[str, float]]:
+        """The last step's numbers of each own SAE: one transfer for all."""
         self._check_finite()
-        numbers = torch.stack([getattr(m, name).float() for m in self._last.values() for name in _NUMBERS]).tolist()
+        tensors = [getattr(metrics, name).float() for metrics in self._last.values() for name in _NUMBERS]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
         saes: dict[str, dict[str, float]] = {}
-        for position, (sae_id, metrics) in enumerate(self._last.items()):
-            values = numbers[position * len(_NUMBERS) : (position + 1) * len(_NUMBERS)]
-            saes[sae_id] = dict(zip(_NUMBERS, values, strict=True))
+        for sae_id, metrics in self._last.items():
+            saes[sae_id] = {name: next(numbers) for name in _NUMBERS}
             saes[sae_id]["dead"] /= self.recipe.hook_points[sae_id].dict_size
             saes[sae_id]["lr"] = metrics.lr
+        return saes
+
+    def _log(self) -> None:
+        """One line of metrics: numbers of all SAEs, then guards, file, sinks and display."""
+        saes = self._of_all(self._numbers)
         now = time.monotonic()
         then, tokens_then = self._clock[0]
         speed = (self.tokens - tokens_then) / max(now - then, 1e-9)
         self._clock.append((now, self.tokens))
-        self.telemetry.log(
-            {
-                "step": self.step,
-                "tokens": self.tokens,
-                "saes": saes,
-                "left_out": self.windows.left_out,
-                "seconds": round(self._seconds(), 3),
-                "tokens_per_second": round(speed, 1),
-            }
-        )
+        if self.telemetry is not None:
+            self.telemetry.log(
+                {
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "saes": saes,
+                    "left_out": self.windows.left_out,
+                    "seconds": round(self._seconds(), 3),
+                    "tokens_per_second": round(speed, 1),
+                }
+            )
         self.guard.check({sae_id: values["fvu"] for sae_id, values in saes.items()}, self.step)
         self.folder.still_running(self.tokens)
         shown = {sae_id: SAEProgress(values["fvu"], values["dead"]) for sae_id, values in saes.items()}
@@ -308,10 +329,9 @@ class Run:
     def _save(self, snapshot: bool = False) -> None:
         """Copy the state and go on; the writing of it happens behind. A save before this one is waited for."""
         self._look_at_save(wait=True)
-        if self._newest() == self.step:
+        if self._saved_step() == self.step:
             return
-        self._check_finite()
-        self.telemetry.file.flush()
+        self.group.together(self._make_ready)
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -330,6 +350,11 @@ class Run:
         self.saver.save(self.step, state, tensors, snapshot)
         self._saved_at = time.monotonic()
 
+    def _make_ready(self) -> None:
+        self._check_finite()
+        if self.telemetry is not None:
+            self.telemetry.file.flush()
+
     def _save_if_possible(self, snapshot: bool) -> None:
         try:
             self._save(snapshot)
@@ -346,14 +371,15 @@ class Run:
 
     def _go_on_despite(self, error: ResourceError) -> None:
         """A full disk is survived as long as an older checkpoint stands: it may have room again before the end."""
-        if self._newest() is None:
+        if self.saver.newest is None:
             raise error
         log.error("%s", error)
         self.folder.note_now(str(error))
         self.folder.still_running(self.tokens)
 
     def _saved(self) -> None:
-        self.folder.checkpoint = list_checkpoints(self.folder.checkpoints)[-1].name
+        assert self.saver.newest is not None
+        self.folder.checkpoint = self.saver.newest.name
         self.folder.note_now(None)
 
     def _save_and_wait(self) -> None:
@@ -362,19 +388,19 @@ class Run:
         if self.saver.ended(wait=True):
             self._saved()
 
-    def _newest(self) -> int | None:
-        found = list_checkpoints(self.folder.checkpoints)
-        return int(found[-1].name.removeprefix("step-")) if found else None
+    def _saved_step(self) -> int | None:
+        return None if self.saver.newest is None else int(self.saver.newest.name.removeprefix("step-"))
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         self._show("saving")
-        if self._newest() != self.step:  # a session that only has the ending left to do has not read the corpus
-            write_json(self.folder.path / "privacy_report.json", self.windows.report())
+        if self._saved_step() != self.step:  # a session that only has the ending left to do has not read the corpus
+            self.group.share(lambda: write_json(self.folder.path / "privacy_report.json", self.windows.report()))
         self._save_and_wait()
-        publish({sae_id: trainer.sae() for sae_id, trainer in self.trainers.items()}, self.folder.path / "saes")
-        self.folder.write_status("complete", self.tokens)
+        saes = {sae_id: trainer.sae() for sae_id, trainer in self.trainers.items()}
+        publish(saes, self.folder.path / "saes", self.group)
+        self.group.share(lambda: self.folder.write_status("complete", self.tokens))
         self._show("complete")
 
     def _show(self, phase: str) -> None:
@@ -384,6 +410,11 @@ class Run:
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._began
+
+
+def _resolved(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state or run.json says of choices that are made once."""
+    return {name: record.get(name) for name in ("revisions", "precision")}
 
 
 def _crossed(before: int, after: int, every: int | None) -> bool:

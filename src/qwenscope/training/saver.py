@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwenscope.ranks import ALONE, Group
 from qwenscope.training import checkpoint
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -21,10 +22,13 @@ class Saver:
     Args:
         folder: the run's `checkpoints/`.
         keep: how many of the last checkpoints stay beside the snapshots.
+        group: ranks that save together, each its own tensors, over connections that no other thread uses.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, group: Group = ALONE) -> None:
+        self.folder, self.keep, self.group = folder, keep, group
+        self.newest: Path | None = None
+        """The last checkpoint that was written, or that the session began from."""
         self._copies: Tensors = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -40,12 +44,17 @@ class Saver:
         )
         self._thread.start()
 
+    @property
+    def idle(self) -> bool:
+        """Whether a save in flight is through, well or not: `ended` will not block."""
+        return self._thread is None or not self._thread.is_alive()
+
     def ended(self, wait: bool = False) -> bool:
         """Whether a save has ended well since the last look (`wait`: block until it has); False if none was in flight.
 
         Raises the error of one that has failed.
         """
-        if self._thread is None or (self._thread.is_alive() and not wait):
+        if self._thread is None or not (self.idle or wait):
             return False
         self._thread.join()
         self._thread = None
@@ -58,8 +67,9 @@ class Saver:
         try:
             if copied is not None:
                 copied.synchronize()
-            checkpoint.save(self.folder, step, state, self._copies, snapshot)
-            checkpoint.rotate(self.folder, self.keep)
+            self.newest = checkpoint.save(self.folder, step, state, self._copies, snapshot, self.group)
+            if self.group.leads:
+                checkpoint.rotate(self.folder, self.keep)
         except BaseException as error:  # whatever it is, it belongs to the training thread
             self._error = error
 

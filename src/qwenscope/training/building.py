@@ -1,0 +1,47 @@
+"""From the recipe to one SAE's trainer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from qwenscope.lm.load import LanguageModel
+from qwenscope.recipe import Recipe
+from qwenscope.sae.selection import Precision
+from qwenscope.sae.topk import TopKSAE
+from qwenscope.seeds import derive_seed
+from qwenscope.training.trainer import SAETrainer
+
+
+def build_trainer(recipe: Recipe, lm: LanguageModel, sae_id: str, precision: Precision | Literal["auto"]) -> SAETrainer:
+    """The untrained SAE `sae_id` on the language model's device, with everything the recipe says of its training."""
+    point, training = recipe.hook_points[sae_id], recipe.training
+    seed = derive_seed(recipe.seed, "sae", sae_id)
+    sae = TopKSAE(lm.hidden_dim, point.dict_size, point.k, seed=seed).to(lm.device)
+    sae.config |= {
+        "sae_id": sae_id,
+        "layer": point.layer,
+        "kind": lm.layer_kinds[point.layer],
+        "model": lm.name,
+        "model_revision": lm.revision,
+        "tokens": training.tokens,
+    }
+    return SAETrainer(
+        sae,
+        point.lr,
+        tokens=training.tokens,
+        warmup_tokens=training.warmup_steps * training.batch_size,
+        decay_share=training.decay_share,
+        aux_coefficient=training.aux_coefficient,
+        aux_k=training.aux_k,
+        dead_after_tokens=training.dead_after_tokens,
+        resample_every_steps=training.resample_every_steps,
+        normalise=training.normalise,
+        precision=precision,
+        betas=training.betas,
+        eps=training.eps,
+        clip_norm=training.clip_norm,
+        moments=getattr(torch, training.moments),
+        seed=derive_seed(recipe.seed, "resampling", sae_id),
+    )

@@ -1,0 +1,159 @@
+"""One run on several devices: `torchrun --nproc-per-node W -m qwenscope train RECIPE --out RUN`.
+
+Every rank harvests some of the language model's batches, each SAE lives on one rank, and rows travel to it: that is
+two orders of magnitude less than gradients. Windows, batches and steps are those of one process, so any number of ranks
+gives the same weights, and a checkpoint of one number goes on with another. docs/scaling.md has the figures.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from qwenscope.activations.division import Division
+from qwenscope.errors import RecipeError, ResourceError
+from qwenscope.lm.load import LanguageModel
+from qwenscope.ranks import ALONE, Group
+from qwenscope.recipe import HookPoint, Recipe
+
+_PATIENCE = timedelta(minutes=30)  # for one collective: ranks load the model and write checkpoints at unlike speed
+_PULSE_SECONDS = 0.25
+
+# A card to weigh harvesting against SAE steps with; only their ratio matters, and only to who waits for whom.
+_FORWARD_FLOPS, _PRODUCT_FLOPS = 3.5e14, 7.9e14
+_MEMORY_BYTES, _CACHE_BYTES = 3e12, 5e12  # per second
+
+
+def launched() -> bool:
+    """Whether a launcher has started several ranks."""
+    return {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this job anew after a rank was lost: then it resumes without being told."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Group]:
+    """The ranks that the launcher started, each with a device of its own; without one, this process alone.
+
+    Args:
+        device: the recipe's `lm.device`.
+
+    Raises:
+        RecipeError: it names one device for all.
+        ResourceError: this machine has fewer GPUs than ranks.
+    """
+    if not launched():
+        yield ALONE
+        return
+    if device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"lm.device {device} is one device for all ranks; set it to auto")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        if local >= torch.cuda.device_count():
+            raise ResourceError(
+                f"local rank {local} has no GPU of its own, this machine has {torch.cuda.device_count()}; "
+                "start fewer ranks (--nproc-per-node)"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    yield Group(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # after an error the process ends anyway, and nobody may answer any more
+
+
+def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
+    """Names per rank: the largest first, each to the rank that holds the least; further ranks stay empty."""
+    held: list[list[str]] = [[] for _ in range(ranks)]
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        min(held, key=lambda names: sum(sizes[other] for other in names)).append(name)
+    return held
+
+
+def owners(recipe: Recipe, ranks: int) -> list[list[str]]:
+    """The SAEs of each rank, by weights: memory and checkpoints follow them. Time is evened out by `divide`."""
+    return deal({sae_id: point.dict_size for sae_id, point in recipe.hook_points.items()}, ranks)
+
+
+def divide(recipe: Recipe, lm: LanguageModel, group: Group) -> Division:
+    """Who owns which rows, and how busy each rank is with its SAEs: one with more to do there harvests less."""
+    position = 2 * _active_parameters(lm) / _FORWARD_FLOPS
+    steps = recipe.activations.window_tokens / recipe.training.batch_size
+    held = [[recipe.hook_points[sae_id] for sae_id in names] for names in owners(recipe, group.size)]
+    return Division(
+        group,
+        tuple(tuple(sorted({point.layer for point in points})) for points in held),
+        tuple(
+            steps * sum(step_seconds(recipe, point, lm.hidden_dim) for point in points) / position for points in held
+        ),
+    )
+
+
+def step_seconds(recipe: Recipe, point: HookPoint, hidden: int) -> float:
+    """One sparse step by a roofline: encoder product, selection, optimiser, and three gathers of active rows."""
+    batch, n = recipe.training.batch_size, point.dict_size
+    product = 2 * batch * hidden * n / _PRODUCT_FLOPS
+    traffic = (6 * batch * n + 36 * n * hidden) / _MEMORY_BYTES
+    return product + traffic + 6 * batch * point.k * hidden / _CACHE_BYTES
+
+
+def _active_parameters(lm: LanguageModel) -> float:
+    """Weights that one token is multiplied with: of a mixture of experts, the routed share."""
+    config = lm.model.config
+    routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    return sum(
+        weight.numel() * (routed if ".experts." in name else 1)
+        for name, weight in lm.model.named_parameters()
+        if weight.ndim >= 2 and "embed" not in name
+    )
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the ranks want done after this step."""
+
+    stop: int | None = None
+    """A signal's number."""
+    save: bool = False
+    saved: bool = False
+    """The save in flight has ended on every rank."""
+
+
+class Pulse:
+    """Lets signals, clocks and background saves take effect at the same step on every rank.
+
+    Alone it passes on whatever it is told, at every step. Several ranks agree about four times a second: rank 0 reckons
+    how many steps that is, and says so when they agree.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._step: int | None = None
+        self._next = 0
+        self._time = time.monotonic()
+
+    def beat(self, step: int, wishes: Wishes) -> Wishes:
+        """This rank's wishes after `step` -> those of all, or none before the time has come."""
+        if self._group.size == 1:
+            return wishes
+        if step < self._next:
+            return Wishes()
+        now = time.monotonic()
+        taken = 1 if self._step is None else max(1, step - self._step)
+        steps = min(4 * taken, max(1, round(taken * _PULSE_SECONDS / max(now - self._time, 1e-9))))
+        said = self._group.together(lambda: (wishes.stop, wishes.save, wishes.saved, steps))
+        self._step, self._time, self._next = step, now, step + said[0][3]
+        return Wishes(
+            next((stop for stop, _, _, _ in said if stop is not None), None),
+            any(save for _, save, _, _ in said),
+            all(saved for _, _, saved, _ in said),
+        )
