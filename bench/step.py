@@ -50,6 +50,7 @@ def ours(precision: str, latents: int, k: int, dead: Tensor, x: Tensor) -> tuple
     """Our trainer, and its phases by name."""
     from qwenscope.sae import ops
     from qwenscope.sae.topk import TopKSAE
+    from qwenscope.training.optimizer import BLOCK_ROWS
     from qwenscope.training.trainer import SAETrainer
 
     trainer = SAETrainer(TopKSAE(HIDDEN, latents, k, seed=0), 1e-4, precision=precision)  # type: ignore[arg-type]
@@ -68,13 +69,15 @@ def ours(precision: str, latents: int, k: int, dead: Tensor, x: Tensor) -> tuple
     found = select(x - weights["pre_bias"])
     pairs = ops.Pairs.of(found.indices, latents)
     values_P, table = pairs.sort(found.values), weights.table("decoder")
-    gathered = x.to(table.dtype)
+    panels = ops.Panels.of(x)
+    gathered = panels.to(table.dtype)
     phases = {
         "selection": select,
-        "decode": lambda rows: ops.weighted_rows(table, found.indices, found.values),
-        "pair products": lambda rows: pairs.products(weights["decoder"], rows),
+        "decode": lambda rows: ops.decode(table, found.indices, found.values),
+        "pair products": lambda rows: pairs.products(weights["decoder"], panels),
         "one gradient matrix": lambda rows: [
-            pairs.latent_rows(gathered, values_P, start, min(start + 512, latents)) for start in range(0, latents, 512)
+            pairs.latent_rows(gathered, values_P, start, min(start + BLOCK_ROWS, latents))
+            for start in range(0, latents, BLOCK_ROWS)
         ],
     }
     return step, phases

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenscope.sae.ops import DensePairs, Pairs, weighted_rows
+from qwenscope.sae.ops import PANEL_COLUMNS, DensePairs, Pairs, Panels, decode, weighted_rows
 
 
 def case(rows: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,12 +18,13 @@ def case(rows: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(7, 12, 3), (1, 5, 5), (40, 700, 1), (33, 40_000, 6)])
+@pytest.mark.parametrize("hidden", [9, PANEL_COLUMNS, 2 * PANEL_COLUMNS + 3])
 @pytest.mark.parametrize("kind", [Pairs, DensePairs])
-def test_pairs(rows: int, n: int, k: int, kind: type[Pairs]) -> None:
+def test_pairs(rows: int, n: int, k: int, hidden: int, kind: type[Pairs]) -> None:
     indices, values, dense = case(rows, n, k)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(rows, 9, generator=generator, dtype=torch.float64)
-    table = torch.randn(n, 9, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, hidden, generator=generator, dtype=torch.float64)
+    table = torch.randn(n, hidden, generator=generator, dtype=torch.float64)
     pairs = kind.of(indices, n)
     assert torch.equal(pairs.unsort(pairs.sort(values)), values)
     assert (pairs.latents.diff() >= 0).all()
@@ -35,6 +36,21 @@ def test_pairs(rows: int, n: int, k: int, kind: type[Pairs]) -> None:
     middle = n // 3
     torch.testing.assert_close(pairs.latent_rows(x, pairs.sort(values), middle, n), expected[middle:])
     torch.testing.assert_close(weighted_rows(table, indices, values), dense @ table)
+    torch.testing.assert_close(decode(table, indices, values)[:], dense @ table)
+
+
+@pytest.mark.parametrize("hidden", [1, PANEL_COLUMNS, PANEL_COLUMNS + 1, 3 * PANEL_COLUMNS - 1])
+def test_panels_are_the_matrix(hidden: int) -> None:
+    x = torch.randn(hidden, 11, generator=torch.Generator().manual_seed(2)).T  # not contiguous
+    panels = Panels.of(x)
+    assert len(panels) == 11
+    assert all(part.is_contiguous() for part in panels.parts)
+    assert torch.equal(panels[:], x)
+    assert torch.equal(panels[3:7], x[3:7])
+    some = torch.tensor([5, 5, 0])
+    assert torch.equal(panels[some], x[some])
+    assert torch.equal(panels.to(torch.bfloat16)[:], x.bfloat16())
+    torch.testing.assert_close(panels.squares(), x.square().sum(1))
 
 
 def test_latents_without_pairs_get_zeros() -> None:

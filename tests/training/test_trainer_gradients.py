@@ -13,8 +13,16 @@ from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 # rows, hidden, latents, k: nothing divides anything; k = 1; k = n; groups of the two-stage top-k in use; one row fewer
-# than a chunk, one more; more latents than fit 16 bits.
-SHAPES = [(37, 19, 53, 5), (8, 16, 40, 1), (9, 8, 12, 12), (300, 24, 512, 7), (257, 10, 1024, 3), (5, 4, 40_000, 6)]
+# than a chunk, one more; more latents than fit 16 bits; several panels of columns and blocks of latents.
+SHAPES = [
+    (37, 19, 53, 5),
+    (8, 16, 40, 1),
+    (9, 8, 12, 12),
+    (300, 24, 512, 7),
+    (257, 10, 1024, 3),
+    (5, 4, 40_000, 6),
+    (60, 300, 2500, 4),
+]
 
 
 def make_sae(hidden: int, latents: int, k: int, dtype: torch.dtype) -> TopKSAE:

@@ -50,12 +50,12 @@ class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values_BK, indices_BK, table_ND = ctx.saved_tensors
-        g_BD = grads[0].contiguous()
+        g = ops.Panels.of(grads[0])
         pairs = ops.Pairs.of(indices_BK, len(table_ND))
-        values = pairs.unsort(pairs.products(table_ND, g_BD)) if ctx.needs_input_grad[0] else None
+        values = pairs.unsort(pairs.products(table_ND, g)) if ctx.needs_input_grad[0] else None
         table = None
         if ctx.needs_input_grad[2]:
-            table = pairs.latent_rows(g_BD, pairs.sort(values_BK), 0, len(table_ND))
+            table = pairs.latent_rows(g, pairs.sort(values_BK), 0, len(table_ND))
         return values, None, table
 
 

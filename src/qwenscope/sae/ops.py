@@ -8,7 +8,11 @@ and `embedding_bag` (a gather with a weighted sum) is the workhorse of both dire
 
 The sort is stable and nothing is added atomically: every sum has one order, so a step is deterministic.
 
-Legend: B rows (tokens), D hidden, N latents, K active latents per row, P = B * K pairs (row, latent).
+On a CPU whatever is gathered from is cut into panels of columns first: all rows of one panel fit the cache, whole rows
+do not, and gathers from memory are two to three times slower.
+
+Legend: B rows (tokens), D hidden, C columns of a panel, N latents, K active latents per row, P = B * K pairs (row,
+latent).
 """
 
 from __future__ import annotations
@@ -31,6 +35,44 @@ with (
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+PANEL_COLUMNS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A matrix [B, D] as contiguous panels [B, C] of its columns; one panel of all columns on a GPU."""
+
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, x: Panels | Tensor) -> Panels:
+        """Cut (and so copy) a matrix [B, D]; panels stay what they are."""
+        return x if isinstance(x, Panels) else cls(tuple(part.contiguous() for part in cut(x)))
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Some of the rows, whole -> [R, D]."""
+        return torch.cat([part[rows] for part in self.parts], dim=1) if len(self.parts) > 1 else self.parts[0][rows]
+
+    def to(self, dtype: torch.dtype) -> Panels:
+        """The same numbers in another dtype (itself, if it has that one)."""
+        return Panels(tuple(part.to(dtype) for part in self.parts))
+
+    def squares(self) -> Tensor:
+        """Sum of squares of each row -> [B]."""
+        return torch.stack([torch.linalg.vecdot(part, part) for part in self.parts]).sum(0)
+
+
+def cut(x_BD: Tensor) -> tuple[Tensor, ...]:
+    """The columns of a matrix (or the entries of a vector [D]) in panels, as views."""
+    return torch.split(x_BD, x_BD.shape[-1] if x_BD.is_cuda else PANEL_COLUMNS, dim=-1)
+
+
+def decode(table_ND: Tensor, indices_BK: Tensor, weights_BK: Tensor) -> Panels:
+    """As `weighted_rows`, panel by panel."""
+    return Panels(tuple(weighted_rows(part.contiguous(), indices_BK, weights_BK) for part in cut(table_ND)))
 
 
 def weighted_rows(table_ND: Tensor, indices_BK: Tensor, weights_BK: Tensor) -> Tensor:
@@ -72,37 +114,44 @@ class Pairs:
         """The inverse of `sort` -> [B, K]."""
         return torch.empty_like(values_P).scatter_(0, self.order, values_P).view(self.shape)
 
-    def products(self, table_ND: Tensor, x_BD: Tensor) -> Tensor:
+    def products(self, table_ND: Tensor, x: Panels | Tensor) -> Tensor:
         """`table[latent] . x[row]` of each pair, sorted -> [P]: these entries of `table @ x.T` and no others."""
-        if x_BD.is_cuda and HAS_TRITON:
-            fused_P: Tensor = _triton_ops().products(table_ND, x_BD, self.latents, self.rows)
+        x = Panels.of(x)
+        if table_ND.is_cuda and HAS_TRITON:
+            fused_P: Tensor = _triton_ops().products(table_ND, x[:], self.latents, self.rows)
             return fused_P
-        zeros = x_BD.new_zeros(len(self.rows))
-        shape = (len(table_ND), len(x_BD))
-        places = torch.sparse_csr_tensor(self.offsets, self.rows, zeros, shape, check_invariants=False)
-        sampled_P: Tensor = torch.sparse.sampled_addmm(places, table_ND, x_BD.T, beta=0.0).values()
+        sampled_P = table_ND.new_zeros(len(self.rows))
+        shape = (len(table_ND), len(x))
+        for table_NC, x_BC in zip(cut(table_ND), x.parts, strict=True):
+            places = torch.sparse_csr_tensor(self.offsets, self.rows, sampled_P, shape, check_invariants=False)
+            sampled_P = torch.sparse.sampled_addmm(places, table_NC, x_BC.T).values()
         return sampled_P
 
     def totals(self, values_P: Tensor) -> Tensor:
         """Sum of each latent's (sorted) values -> [N]."""
         return torch.segment_reduce(values_P, "sum", offsets=self.offsets, initial=0, unsafe=True)
 
-    def latent_rows(self, x_BD: Tensor, weights_P: Tensor, start: int, stop: int) -> Tensor:
+    def latent_rows(self, x: Panels | Tensor, weights_P: Tensor, start: int, stop: int) -> Tensor:
         """For latents start..stop the sum of `weight * x[row]` over their pairs -> [stop - start, D].
 
         With `weights` (sorted) the latents' values, and x the loss's gradient, these are gradient rows of the decoder.
         """
-        rows_P, offsets = self.rows, self.offsets
+        x, rows_P, offsets = Panels.of(x), self.rows, self.offsets
         if stop - start < len(offsets) - 1:  # some of them: reads two offsets on the host, so CPU only
             low, high = offsets[[start, stop]].tolist()
             rows_P, weights_P, offsets = rows_P[low:high], weights_P[low:high], offsets[start : stop + 1] - low
-        if x_BD.is_cuda and HAS_TRITON:
-            fused_RD: Tensor = _triton_ops().latent_rows(x_BD, rows_P, weights_P, offsets)
+        if weights_P.is_cuda and HAS_TRITON:
+            fused_RD: Tensor = _triton_ops().latent_rows(x[:], rows_P, weights_P, offsets)
             return fused_RD
-        weights_P = weights_P.to(x_BD.dtype)
-        return F.embedding_bag(
-            rows_P, x_BD, offsets, per_sample_weights=weights_P, mode="sum", include_last_offset=True
-        )
+        width = sum(part.shape[1] for part in x.parts)
+        sums_RD = weights_P.new_empty(stop - start, width)
+        for sums_RC, x_BC in zip(cut(sums_RD), x.parts, strict=True):
+            weights = weights_P.to(x_BC.dtype)
+            bags = F.embedding_bag(
+                rows_P, x_BC, offsets, per_sample_weights=weights, mode="sum", include_last_offset=True
+            )
+            sums_RC.copy_(bags)
+        return sums_RD
 
 
 class DensePairs(Pairs):
@@ -110,12 +159,13 @@ class DensePairs(Pairs):
 
     __slots__ = ()
 
-    def products(self, table_ND: Tensor, x_BD: Tensor) -> Tensor:
+    def products(self, table_ND: Tensor, x: Panels | Tensor) -> Tensor:
         """As `Pairs.products`, all of `table @ x.T` made and picked from."""
-        return (table_ND @ x_BD.T)[self.latents.long(), self.rows]
+        return (table_ND @ Panels.of(x)[:].T)[self.latents.long(), self.rows]
 
-    def latent_rows(self, x_BD: Tensor, weights_P: Tensor, start: int, stop: int) -> Tensor:
+    def latent_rows(self, x: Panels | Tensor, weights_P: Tensor, start: int, stop: int) -> Tensor:
         """As `Pairs.latent_rows`, the weights spread over an [N, B] matrix."""
+        x_BD = Panels.of(x)[:]
         weights_NB = x_BD.new_zeros(len(self.offsets) - 1, len(x_BD))
         weights_NB[self.latents.long(), self.rows] = weights_P.to(x_BD.dtype)
         return weights_NB[start:stop] @ x_BD

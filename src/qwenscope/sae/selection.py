@@ -108,18 +108,24 @@ class Selector:
         self._chunk: Tensor | None = None
 
     def __call__(
-        self, rows_BD: Tensor, weight_ND: Tensor, shadow_ND: Tensor, bias_N: Tensor, names: Tensor | None = None
+        self,
+        rows: ops.Panels | Tensor,
+        weight_ND: Tensor,
+        shadow_ND: Tensor,
+        bias_N: Tensor,
+        names: Tensor | None = None,
     ) -> Selection:
         """Select among `rows @ weight.T + bias`; `shadow` is `weight` in the product's dtype.
 
         `names`: [M] int64, latents whose pre-activations are wanted for every row.
         """
-        n = len(weight_ND)
+        rows, n = ops.Panels.of(rows), len(weight_ND)
         candidates = min(self.k + MARGIN, n) if self.precision == "exact" else self.k
         bias = bias_N.to(shadow_ND.dtype)
         scores, places, named = [], [], []
-        size = len(rows_BD) if rows_BD.is_cuda else CHUNK_ROWS
-        for chunk_RD in torch.split(rows_BD, size):
+        size = len(rows) if weight_ND.is_cuda else CHUNK_ROWS
+        for start in range(0, len(rows), size):
+            chunk_RD = rows[start : start + size]
             pre_RN = self._buffer(len(chunk_RD), n, shadow_ND)
             torch.addmm(bias, chunk_RD.to(shadow_ND.dtype), shadow_ND.T, out=pre_RN)
             values, indices = top_k(pre_RN, candidates)
@@ -129,7 +135,7 @@ class Selector:
                 named.append(pre_RN.index_select(1, names))
         values, indices, redone = torch.cat(scores), torch.cat(places), 0
         if self.precision == "exact":
-            values, indices, redone = self._rescore(rows_BD, weight_ND, bias_N, values, indices)
+            values, indices, redone = self._rescore(rows, weight_ND, bias_N, values, indices)
         return Selection(values.to(weight_ND.dtype).relu_(), indices, torch.cat(named) if named else None, redone)
 
     def _buffer(self, rows: int, n: int, like: Tensor) -> Tensor:
@@ -139,12 +145,12 @@ class Selector:
         return self._chunk[:rows]
 
     def _rescore(
-        self, rows_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, rough_BC: Tensor, indices_BC: Tensor
+        self, rows: ops.Panels, weight_ND: Tensor, bias_N: Tensor, rough_BC: Tensor, indices_BC: Tensor
     ) -> tuple[Tensor, Tensor, int]:
         """Float32 values of the candidates, the K largest of them, and uncertified rows done again."""
         n = len(weight_ND)
         pairs = ops.Pairs.of(indices_BC, n)
-        exact_BC = pairs.unsort(pairs.products(weight_ND, rows_BD)) + bias_N[indices_BC]
+        exact_BC = pairs.unsort(pairs.products(weight_ND, rows)) + bias_N[indices_BC]
         values_BK, places_BK = exact_BC.topk(self.k, dim=1, sorted=False)
         indices_BK = indices_BC.gather(1, places_BK)
         if indices_BC.shape[1] == n:
@@ -156,6 +162,6 @@ class Selector:
         certified_B = rough_BC.amin(1) + 2 * error_BC.amax(1) < threshold_B1.squeeze(1)
         again = (~certified_B).nonzero().squeeze(1)
         for some in torch.split(again, CHUNK_ROWS):
-            pre_RN = torch.addmm(bias_N, rows_BD[some], weight_ND.T)
+            pre_RN = torch.addmm(bias_N, rows[some], weight_ND.T)
             values_BK[some], indices_BK[some] = top_k(pre_RN, self.k)
         return values_BK, indices_BK, len(again)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwenscope.sae.ops import Panels
+
 
 class FiringAges:
     """Tokens since each latent last fired.
@@ -48,14 +50,14 @@ class ResamplingPool:
         self.per_step = per_step
         self.cursor = 0
 
-    def add(self, residual_BD: Tensor, loss_B: Tensor, generator: torch.Generator) -> None:
+    def add(self, rows_BD: Panels | Tensor, loss_B: Tensor, generator: torch.Generator) -> None:
         """Put up to `per_step` distinct rows of this batch into the ring, drawn by loss without replacement."""
         loss_B = torch.where(torch.isfinite(loss_B), loss_B, 0)
         # Exponential race (Efraimidis & Spirakis 2006): the smallest Exp(1) / weight are a weighted draw.
         race_B = torch.empty(loss_B.shape).exponential_(generator=generator).to(loss_B.device) / loss_B
         picks = race_B.topk(min(self.per_step, len(loss_B)), largest=False).indices
         slots = (self.cursor + torch.arange(len(picks), device=picks.device)) % len(self.loss_P)
-        self.rows_PD[slots] = torch.where(loss_B[picks, None] > 0, residual_BD[picks], 0).to(self.rows_PD.dtype)
+        self.rows_PD[slots] = torch.where(loss_B[picks, None] > 0, rows_BD[picks], 0).to(self.rows_PD.dtype)
         self.loss_P[slots] = loss_B[picks].to(self.loss_P.dtype)
         self.cursor = int(self.cursor + len(picks)) % len(self.loss_P)
 

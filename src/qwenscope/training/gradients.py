@@ -22,16 +22,12 @@ from qwenscope.training.weights import Weights
 
 DENSE_SHARE = 0.007
 """On a GPU, K / N above which dense products beat the sparse ones, by an H200's roofline."""
-_CHUNK_ROWS = 256
 
 
-def variance(x_BD: Tensor) -> Tensor:
+def variance(x: ops.Panels) -> Tensor:
     """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding."""
-    mean_D = x_BD.mean(0)
-    chunks = torch.split(x_BD, _CHUNK_ROWS)  # chunks stay in cache, whole batches do not
-    deviation = torch.stack([(chunk - mean_D).square().sum() for chunk in chunks]).sum()
-    total = torch.linalg.vector_norm(x_BD).square()
-    return torch.maximum(deviation, 1e-6 * total).clamp_min(torch.finfo(x_BD.dtype).tiny)
+    deviation = torch.stack([(part - part.mean(0)).square_().sum() for part in x.parts]).sum()
+    return torch.maximum(deviation, 1e-6 * x.squares().sum()).clamp_min(torch.finfo(deviation.dtype).tiny)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +47,8 @@ class Auxiliary:
     def of(
         cls,
         weights: Weights,
-        rows_BD: Tensor,
-        residual_BD: Tensor,
+        rows: ops.Panels,
+        residual: ops.Panels,
         pre_BM: Tensor,
         latents: Tensor,
         k: int,
@@ -69,8 +65,9 @@ class Auxiliary:
             mask_BM = torch.zeros_like(pre_BM).scatter_(1, pre_BM.topk(k, dim=1, sorted=False).indices, 1.0)
             codes_BM = pre_BM * mask_BM
         decoder_MD = weights["decoder"][latents].to(dtype)
+        residual_BD = residual[:]
         error_BD = (codes_BM @ decoder_MD).to(residual_BD.dtype).add_(residual_BD)
-        whole = variance(residual_BD)
+        whole = variance(residual)
         loss = torch.linalg.vector_norm(error_BD).square() / whole
         g_BD = error_BD.mul_(2 * scale / whole).to(dtype)
         delta_BM = g_BD @ decoder_MD.T
@@ -80,7 +77,7 @@ class Auxiliary:
         return cls(
             loss,
             latents,
-            (delta_BM.T @ rows_BD.to(dtype)).to(full),
+            (delta_BM.T @ rows.to(dtype)[:]).to(full),
             (codes_BM.T @ g_BD).to(full),
             delta_BM.sum(0, dtype=full),
         )
@@ -90,12 +87,12 @@ class Auxiliary:
 class SparseGradient:
     """Gradient of one batch's loss for all parameters, before the decoder's projection.
 
-    x_BD, g_BD: centred rows and dLoss/dx_hat, in the dtype that row gradients gather. encoder_bias [N], pre_bias [D]:
+    x, g: centred rows and dLoss/dx_hat [B, D], in the dtype that row gradients gather. encoder_bias [N], pre_bias [D]:
     complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm.
     """
 
-    x_BD: Tensor
-    g_BD: Tensor
+    x: ops.Panels
+    g: ops.Panels
     pairs: ops.Pairs
     values_P: Tensor
     delta_P: Tensor
@@ -107,22 +104,22 @@ class SparseGradient:
 
     @classmethod
     def of(
-        cls, weights: Weights, rows_BD: Tensor, g_BD: Tensor, selection: Selection, auxiliary: Auxiliary | None
+        cls, weights: Weights, rows: ops.Panels, g: ops.Panels, selection: Selection, auxiliary: Auxiliary | None
     ) -> SparseGradient:
         """Products of the active pairs, and everything that is small."""
-        n, k, table, on_gpu = weights.dict_size, selection.values.shape[1], weights.table("decoder"), g_BD.is_cuda
+        n, k, table = weights.dict_size, selection.values.shape[1], weights.table("decoder")
+        on_gpu = table.is_cuda
         dense = on_gpu and table.dtype == torch.bfloat16 and k > DENSE_SHARE * n
         pairs = (ops.DensePairs if dense else ops.Pairs).of(selection.indices, n)
-        x_gathered_BD, g_gathered_BD = rows_BD.to(table.dtype), g_BD.to(table.dtype)
+        x_gathered, g_gathered = rows.to(table.dtype), g.to(table.dtype)
         values_P = pairs.sort(selection.values)
         active_P = values_P > 0
         # A CPU has no sampled product in bfloat16.
-        products_P = pairs.products(table, g_gathered_BD) if on_gpu else pairs.products(weights["decoder"], g_BD)
+        products_P = pairs.products(table, g_gathered) if on_gpu else pairs.products(weights["decoder"], g)
         delta_P = products_P.to(values_P.dtype) * active_P
         encoder_bias = pairs.totals(delta_P)
         # Triangle inequality, latent by latent: usually far below the clipping norm, and then no norm is needed first.
-        g_norm_B = torch.linalg.vector_norm(g_BD, dim=1)
-        x_norm_B = torch.linalg.vector_norm(rows_BD, dim=1)
+        g_norm_B, x_norm_B = g.squares().sqrt(), rows.squares().sqrt()
         decoder_N = pairs.totals(values_P * g_norm_B[pairs.rows])
         encoder_N = pairs.totals(delta_P.abs() * x_norm_B[pairs.rows])
         extra = []
@@ -130,11 +127,11 @@ class SparseGradient:
             latents = auxiliary.latents
             encoder_bias.index_copy_(0, latents, encoder_bias[latents] + auxiliary.bias_M)
             extra = [auxiliary.encoder_MD.norm(), auxiliary.decoder_MD.norm()]
-        pre_bias = g_BD.sum(0) - encoder_bias @ weights["encoder"]
+        pre_bias = torch.cat([part.sum(0) for part in g.parts]) - encoder_bias @ weights["encoder"]
         sparse = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm()
         return cls(
-            x_gathered_BD,
-            g_gathered_BD,
+            x_gathered,
+            g_gathered,
             pairs,
             values_P,
             delta_P,
@@ -148,10 +145,9 @@ class SparseGradient:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of the "encoder" or "decoder" gradient -> [stop - start, D]."""
         if name == "encoder":
-            rows = self.pairs.latent_rows(self.x_BD, self.delta_P, start, stop)
+            rows = self.pairs.latent_rows(self.x, self.delta_P, start, stop)
         else:
-            rows = self.pairs.latent_rows(self.g_BD, self.values_P, start, stop)
-        rows = rows.to(self.values_P.dtype)
+            rows = self.pairs.latent_rows(self.g, self.values_P, start, stop)
         if self.auxiliary is not None:
             latents = self.auxiliary.latents
             extra_MD = self.auxiliary.encoder_MD if name == "encoder" else self.auxiliary.decoder_MD

@@ -17,7 +17,7 @@ from torch import Tensor
 from qwenscope.training.gradients import SparseGradient
 from qwenscope.training.weights import Weights
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ class SAETrainer:
         decoder = self.weights["decoder"]
         target = fitted = torch.zeros_like(self.rms)
         for chunk in chunks:
-            x = self._rows(chunk)
+            x = self._rows(chunk)[:]
             values, indices = (x @ decoder.T).topk(self.k, dim=1, sorted=False)
             x_hat = ops.weighted_rows(decoder, indices, values.relu())
             target = target + (x * x_hat).sum()
@@ -168,12 +168,15 @@ class SAETrainer:
         self.weights["encoder"].copy_(decoder * torch.where(fitted > 0, target / fitted, 1.0))
         self.weights.refresh("encoder")
 
-    def _rows(self, x_BD: Tensor) -> Tensor:
+    def _rows(self, x_BD: Tensor) -> ops.Panels:
         """What the encoder multiplies: normalised rows less pre_bias, in the weights' dtype."""
-        x = x_BD.to(self.device, self.centre_D.dtype)
-        if self.normalise:
-            x = (x - self.centre_D) / self.rms
-        return x - self.weights["pre_bias"]
+        parts = []
+        matrices = (x_BD.to(self.device), self.centre_D, self.weights["pre_bias"])
+        for part, centre, bias in zip(*map(ops.cut, matrices), strict=True):
+            x = part.to(centre.dtype)
+            x = (x - centre).div_(self.rms).sub_(bias) if self.normalise else x - bias
+            parts.append(x.contiguous())
+        return ops.Panels(tuple(parts))
 
     @torch.no_grad()
     def step(self, x_BD: Tensor) -> StepMetrics:
@@ -202,7 +205,7 @@ class SAETrainer:
         metrics, gradient, loss_B = self.device_step(x_BD)
         if self.pool is not None:
             if -self.steps % self.resample_every_steps < POOL_STEPS:
-                self.pool.add(-gradient.g_BD, loss_B, self.generator)
+                self.pool.add(gradient.g, loss_B, self.generator)
             if self.steps % self.resample_every_steps == 0:
                 self._resample(self.pool)
         return StepMetrics(lr=lr, **metrics)
@@ -217,17 +220,20 @@ class SAETrainer:
         dead = self.ages.dead().sum()
         rows = self._rows(x_BD)
         selection = self._selector(rows, weights["encoder"], weights.table("encoder"), weights["encoder_bias"], names)
-        x_hat = ops.weighted_rows(weights.table("decoder"), selection.indices, selection.values)
-        residual = x_hat.to(rows.dtype).sub_(rows)
-        loss_B = torch.linalg.vector_norm(residual, dim=1).square()
-        whole = variance(rows)
+        x_hat = ops.decode(weights.table("decoder"), selection.indices, selection.values)
+        residual = x_hat.to(rows.parts[0].dtype)
+        for part, x_part in zip(residual.parts, rows.parts, strict=True):
+            part.sub_(x_part)
+        loss_B, whole = residual.squares(), variance(rows)
         fvu = loss_B.sum() / whole
         auxiliary = None
         if names is not None and selection.named is not None:
             auxiliary = Auxiliary.of(weights, rows, residual, selection.named, names, self.aux_k, self.aux_coefficient)
         aux_loss = auxiliary.loss if auxiliary else torch.zeros_like(fvu)
         loss = fvu + self.aux_coefficient * aux_loss
-        gradient = SparseGradient.of(weights, rows, residual.mul_(2 / whole), selection, auxiliary)
+        for part in residual.parts:
+            part.mul_(2 / whole)
+        gradient = SparseGradient.of(weights, rows, residual, selection, auxiliary)
         finite = torch.isfinite(gradient.bound) & torch.isfinite(loss)
         adam = Adam(self._lr, self.betas, self.eps, self._step)
         norm = update(weights, gradient, adam, self.clip_norm, finite)
@@ -246,7 +252,7 @@ class SAETrainer:
     def _resample(self, pool: ResamplingPool) -> None:
         """Turn the longest dead latents into directions from the pool."""
         dead = self.ages.longest_dead()
-        directions = pool.draw(len(dead), self.generator)
+        directions = -pool.draw(len(dead), self.generator)  # the pool has dLoss/dx_hat, a step goes against it
         alive_norm = self.weights["encoder"][~self.ages.dead()].norm(dim=1).mean().nan_to_num(1.0)
         dead = dead[: len(directions)]
         self.weights.restart(dead, directions, 0.2 * alive_norm)
