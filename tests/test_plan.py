@@ -1,13 +1,38 @@
-"""Plans: parameters are counted exactly, ranges are ordered, and a recipe that does not fit says what would."""
+"""Plans: parameters and bytes are counted, ranges are ordered, and a recipe that does not fit says what would."""
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, Qwen3_5MoeTextConfig
 
-from qwenscope.errors import RecipeError
-from qwenscope.plan import GIB, model_size, plan
-from qwenscope.recipe import load_recipe
+from qwenscope import calibration
+from qwenscope.calibration import Measured, measurable, measure
+from qwenscope.errors import ModelError, RecipeError
+from qwenscope.lm.forward import residual_streams
+from qwenscope.lm.load import load_language_model
+from qwenscope.plan import GIB, GPUS, memory_needs, model_size, plan, read_config
+from qwenscope.recipe import Recipe, load_recipe
+
+PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
+
+
+def measured(recipe: Recipe, **changes: Any) -> Measured:
+    values: dict[str, Any] = {
+        "device": "cpu",
+        "memory_bytes": 8 * GIB,
+        "process_bytes": GIB // 2,
+        "product_tflops": 0.1,
+        "traffic_tb_s": 0.02,
+        "layer_seconds": {"deltanet": 1e-5, "attention": 5e-6},
+        "step_seconds": dict.fromkeys(recipe.hook_points, 4e-3),
+    }
+    return Measured(**(values | changes))
 
 
 def test_parameters_and_active_share_match_a_built_model() -> None:
@@ -27,30 +52,150 @@ def test_parameters_and_active_share_match_a_built_model() -> None:
     assert model_size(config, 3).parameters < size.parameters
 
 
-def test_the_published_recipe_fits_one_h200_and_says_what_an_h100_needs() -> None:
-    recipe = load_recipe("qwen3.5-35b-a3b")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_recipes_fit_141_gb_as_they_are_and_80_gb_as_advised(name: str) -> None:
+    recipe = load_recipe(name)
     large = plan(recipe, "h200")
     assert large["fits"]
     assert large["advice"] == []
     assert large["model"]["parameters"] == pytest.approx(30.8e9, rel=0.01)
-    small = plan(recipe, "H100")
-    assert not small["fits"]
-    window = next(int(line.split(": ")[1].split()[0]) for line in small["advice"] if "window_tokens" in line)
-    assert plan(load_recipe("qwen3.5-35b-a3b", [f"activations.window_tokens={window}"]), "h100")["fits"]
+    assert large["model"]["flops_per_token"] == pytest.approx(4.39e9, rel=0.03)
+    for gpu in ("H100", "a100"):
+        small = plan(recipe, gpu)
+        assert not small["fits"]
+        assert small["advice"][1] == "fits with --set corpus.batch_tokens=8192"  # the recipe's own comment says so too
+        assert plan(load_recipe(name, ["corpus.batch_tokens=8192"]), gpu)["fits"]
 
 
-def test_ranges_are_ordered_and_more_cards_are_faster() -> None:
+def test_advice_can_be_followed_or_says_that_nothing_helps() -> None:
+    tight = plan(load_recipe("qwen3.5-35b-a3b", ["activations.window_tokens=300000"]), "h100")
+    changes = tight["advice"][1].removeprefix("fits with ").split("--set ")[1:]
+    assert len(changes) >= 2
+    followed = ["activations.window_tokens=300000", *(change.strip() for change in changes)]
+    assert plan(load_recipe("qwen3.5-35b-a3b", followed), "h100")["fits"]
+    assert "more memory" in plan(load_recipe("qwen3.5-35b-a3b"), "4090")["advice"][-1]
+
+
+def test_ranges_are_ordered_and_add_up() -> None:
     recipe = load_recipe("qwen3.5-35b-a3b")
-    one, eight = plan(recipe, "h200", 1), plan(recipe, "h200", 8)
-    for report in (one, eight):
+    for gpu in GPUS:
+        report = plan(recipe, gpu, 8)
         assert report["hours"][0] < report["hours"][1]
         assert report["cost_usd"][0] < report["cost_usd"][1]
         assert report["memory_total_bytes"] == sum(report["memory_bytes"].values())
-    assert eight["tokens_per_second"][0] > 4 * one["tokens_per_second"][0]
-    assert eight["memory_bytes"]["sae_weights"] < one["memory_bytes"]["sae_weights"]
-    assert one["memory_bytes"]["language_model"] > 57 * GIB
+        for cautious, optimistic in report["seconds_per_step"].values():
+            assert cautious > optimistic
+        assert report["tokens_per_second"][0] == round(4096 / report["seconds_per_step"]["step"][0])
+    assert plan(recipe, "h200", tokens=10_000_000_000)["hours"] == pytest.approx(
+        [50 * hours for hours in plan(recipe, "h200")["hours"]], rel=0.01
+    )
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8, 64])
+def test_several_cards_share_the_work_and_the_memory(gpus: int) -> None:
+    recipe = load_recipe("qwen3.5-35b-a3b", ["activations.window_tokens=2097152"])
+    one, many = plan(recipe, "h200", 1), plan(recipe, "h200", gpus)
+    assert sorted(name for owned in many["owners"] for name in owned) == sorted(recipe.hook_points)
+    whole, parts = one["seconds_per_step"], many["seconds_per_step"]
+    for end in (0, 1):
+        assert parts["step"][end] >= whole["step"][end] / gpus
+        assert parts["step"][end] >= parts["saes_of_busiest_card"][end]
+        assert parts["step"][end] <= whole["step"][end] * 1.0001
+    assert many["memory_bytes"]["saes"] <= one["memory_bytes"]["saes"]
+    assert one["memory_bytes"]["language_model"] == many["memory_bytes"]["language_model"] > 57 * GIB
+
+
+def test_bytes_moved_are_those_of_every_row_followed_on_its_way() -> None:
+    recipe = load_recipe("qwen3.5-35b-a3b")
+    for gpus in (1, 4, 16):
+        report = plan(recipe, "h200", gpus)
+        sent = 0
+        for row in range(recipe.training.batch_size):
+            for card, owned in enumerate(report["owners"]):
+                if card != row % gpus:  # harvested elsewhere
+                    layers = {recipe.hook_points[name].layer for name in owned}
+                    sent += len(layers) * 2048 * 2 + 9 * 4
+        assert report["bytes_per_step"] == sent
+
+
+def test_too_small_a_window_for_many_cards_is_said() -> None:
+    report = plan(load_recipe("qwen3.5-35b-a3b"), "h200", 64)
+    assert "activations.window_tokens=" in report["advice"][0]
+    window = report["advice"][0].split("window_tokens=")[1].split()[0]
+    fed = plan(load_recipe("qwen3.5-35b-a3b", [f"activations.window_tokens={window}"]), "h200", 64)
+    assert fed["advice"] == []
+    assert fed["tokens_per_second"][0] > report["tokens_per_second"][0]
+
+
+def test_a_plan_from_measured_times_is_their_sum() -> None:
+    recipe = load_recipe("standin")
+    report = plan(recipe, measured=measured(recipe))
+    forward = 512 * 1.05 * (27 * 1e-5 + 9 * 5e-6)  # 36 layers, one in four is attention
+    step = forward + 9 * 4e-3
+    assert report["seconds_per_step"]["step"] == pytest.approx([1.15 * step, 0.9 * step])
+    assert (report["gpu"], report["cost_usd"], report["fits"]) == ("cpu", None, True)
+    assert report["memory_bytes"]["process"] == GIB // 2
+    flops = report["model"]["flops_per_token"]
+    assert report["measured"]["lm_share"] == pytest.approx(flops / (forward / 512 / 1.05) / 0.1e12)
+    named = plan(recipe, measured=measured(recipe, device="NVIDIA H200", memory_bytes=139 * GIB))
+    assert named["cost_usd"] is not None
+    assert named["memory_card_bytes"] == 139 * GIB
+    assert "process" not in named["memory_bytes"]
+
+
+def test_every_kind_of_layer_and_every_sae_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "_POSITIONS", 128)
+    recipe = load_recipe("standin", ["corpus.max_length=64", "training.batch_size=32"])
+    assert measurable(recipe)
+    found = measure(recipe, read_config(recipe))
+    assert found.device == "cpu"
+    assert set(found.layer_seconds) == {"deltanet", "attention"}
+    assert set(found.step_seconds) == set(recipe.hook_points)
+    assert found.step_seconds["sae_delta_early"] == found.step_seconds["sae_attn_early"]
+    for value in (*found.layer_seconds.values(), *found.step_seconds.values(), found.product_tflops):
+        assert value > 0
+    assert plan(recipe, measured=found)["tokens_per_second"][0] > 0
+
+
+def test_a_recipe_for_a_gpu_is_measured_only_where_one_is() -> None:
+    assert measurable(load_recipe("qwen3.5-35b-a3b")) == torch.cuda.is_available()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operators made and that are still alive; `peak` is their maximum."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.alive = {weight.untyped_storage()._cdata: 0 for weight in model.parameters()}  # were there before
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return made
+
+
+def test_activation_memory_is_what_a_forward_pass_holds_at_once() -> None:
+    recipe = load_recipe("standin", ["corpus.batch_tokens=1024"])
+    lm = load_language_model(recipe.lm, last_layer=recipe.layers[-1])
+    needs = memory_needs(recipe, lm.model.config, 0, [list(recipe.hook_points)], process=0)
+    with LiveBytes(lm.model) as live:
+        residual_streams(lm, torch.zeros(2, 512, dtype=torch.int64), recipe.layers)
+    assert needs["language_model_activations"] == pytest.approx(live.peak, rel=0.25)
 
 
 def test_an_unknown_card_is_named_with_the_known_ones() -> None:
     with pytest.raises(RecipeError, match=r"abacus.*h200"):
         plan(load_recipe("standin"), "abacus")
+
+
+def test_a_wrong_hook_point_is_named_before_anything_is_measured() -> None:
+    with pytest.raises(ModelError, match=r"hook_points\.sae_attn_late\.kind"):
+        read_config(load_recipe("standin", ["hook_points.sae_attn_late.layer=34"]))

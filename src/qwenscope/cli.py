@@ -99,17 +99,29 @@ def recipe(name: RecipeName, overrides: Overrides = None) -> None:
 @app.command(rich_help_panel="Before training")
 def plan(
     name: RecipeName,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="Card to plan for.")] = "h200",
-    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many of them.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Card to plan for, by its data sheet. By default the device at hand is measured (ten seconds); "
+            "h200 if there is no GPU and the recipe does not ask for a CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many of them, under torchrun.")] = 1,
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
     """Memory, tokens per second, hours and cost of a recipe, before anyone rents a machine."""
+    from qwenscope.calibration import measurable, measure
     from qwenscope.display import plan_tables
     from qwenscope.plan import plan as make_plan
+    from qwenscope.plan import read_config
     from qwenscope.recipe import load_recipe
 
-    report = make_plan(load_recipe(name, overrides or ()), gpu, gpus)
+    recipe = load_recipe(name, overrides or ())
+    measured = measure(recipe, read_config(recipe)) if gpu is None and measurable(recipe) else None
+    report = make_plan(recipe, gpu or "h200", gpus, measured=measured)
     if as_json:
         _print_json(report)
     else:

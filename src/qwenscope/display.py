@@ -142,8 +142,14 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     speed.add_column()
     low, high = report["tokens_per_second"]
     speed.add_row("tokens per second", f"{low:,} to {high:,}")
-    speed.add_row("hours", "{:.1f} to {:.1f}".format(*report["hours"]))
-    speed.add_row("cost", "{:,.0f} to {:,.0f} USD at 2026 on-demand prices".format(*report["cost_usd"]))
+    speed.add_row("hours", "{:.2f} to {:.2f}".format(*report["hours"]))
+    if report["cost_usd"]:
+        speed.add_row("cost", "{:,.0f} to {:,.0f} USD at 2026 on-demand prices".format(*report["cost_usd"]))
+    if report["measured"]:
+        text = (
+            "product {product_tflops:.3g} TFLOP/s, copy {traffic_tb_s:.3g} TB/s; language model at {lm_share:.0%} of it"
+        )
+        speed.add_row("measured here", text.format(**report["measured"]))
     for line in report["advice"]:
         speed.add_row("[yellow]advice[/]", line)
     yield speed

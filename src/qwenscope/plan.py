@@ -5,53 +5,55 @@ For a card that is not here, the rates are stated shares of the data sheet's pea
 the ends of each range. The language model is built on the meta device, so its parameters are counted, not guessed.
 `docs/scaling.md` compares plans with measurements.
 
-Several cards (`torchrun`): each runs the language model on its own conversations and owns some of the SAEs; in every
-step the rows of a hook point travel to the card that owns its SAE. So the language model's time is divided among the
-cards, and a step lasts as long as that of the card with the most to do.
+Several cards (`torchrun`): each runs some of a window's language-model batches and owns some of the SAEs, to which rows
+travel. A card with more SAE steps to do harvests less, so time is evened out as far as whole batches and the card with
+the most SAEs allow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
 
+from qwenscope.calibration import Measured
 from qwenscope.errors import ModelError, RecipeError
-from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config
-from qwenscope.recipe import HookPoint, LMRecipe, Recipe
+from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config, pick_dtype
+from qwenscope.recipe import HookPoint, Recipe
+from qwenscope.training.gradients import DENSE_SHARE
+from qwenscope.training.parallel import owners
 
 GIB = 1 << 30
-_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
 Range = tuple[float, float]
 """(cautious, optimistic)"""
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Data-sheet peaks of one card.
+class Card:
+    """Peaks of one card, from its data sheet or measured.
 
     link_gb_s: to the other cards of its machine, one direction. usd_per_hour: span of on-demand prices seen in 2026,
-    for orientation.
+    for orientation; None where nothing is known.
     """
 
     memory_gib: float
     bf16_tflops: float
     bandwidth_tb_s: float
     link_gb_s: float
-    usd_per_hour: Range
+    usd_per_hour: Range | None
 
 
-GPUS: dict[str, Gpu] = {
-    "h200": Gpu(141, 989, 4.8, 450, (2.3, 5.0)),
-    "h100": Gpu(80, 989, 3.35, 450, (1.8, 4.0)),
-    "b200": Gpu(180, 2250, 8.0, 900, (3.8, 7.0)),
-    "a100": Gpu(80, 312, 2.0, 300, (1.1, 2.5)),
-    "l40s": Gpu(48, 362, 0.86, 32, (0.8, 1.9)),
-    "4090": Gpu(24, 165, 1.0, 32, (0.3, 0.7)),
+GPUS: dict[str, Card] = {
+    "h200": Card(140, 989, 4.8, 450, (2.3, 5.0)),
+    "h100": Card(79.6, 989, 3.35, 450, (1.8, 4.0)),
+    "b200": Card(179, 2250, 8.0, 900, (3.8, 7.0)),
+    "a100": Card(79.2, 312, 2.0, 300, (1.1, 2.5)),
+    "l40s": Card(45, 362, 0.86, 32, (0.8, 1.9)),
+    "4090": Card(24, 165, 1.0, 32, (0.3, 0.7)),
 }
 
 # Shares of peak: the language model's many small expert products, one large product, memory traffic, links.
@@ -59,76 +61,103 @@ _LM_SHARE: Range = (0.25, 0.45)
 _PRODUCT_SHARE: Range = (0.65, 0.85)
 _TRAFFIC_SHARE: Range = (0.55, 0.85)
 _LINK_SHARE: Range = (0.4, 0.8)
+_AROUND: Range = (1.15, 0.9)  # of measured times: corpus, checkpoints and neighbours come on top of them
 _MACHINE = 8  # cards that share fast links
 _NETWORK_GB_S = 50.0  # between machines: one adapter of 400 Gbit/s per card
-_PADDING = 1.04  # positions per token in length-bucketed batches of real conversations
+_PADDING = 1.05  # positions per token in length-bucketed batches of real conversations
+_BATCH_TOKENS = 10_000  # of a language-model batch of real conversations (corpus/batches.py)
 _RESERVE = 0.92  # share of a card's memory that a run can really use
 
 
-def plan(recipe: Recipe, gpu: str = "h200", gpus: int = 1, tokens: int | None = None) -> dict[str, Any]:
+def plan(
+    recipe: Recipe, gpu: str = "h200", gpus: int = 1, tokens: int | None = None, measured: Measured | None = None
+) -> dict[str, Any]:
     """Memory, speed, time and cost of a recipe as one JSON-able object.
 
     Args:
         recipe: What to train.
-        gpu: A name of `GPUS`.
+        gpu: A name of `GPUS`; with `measured`, of no account.
         gpus: Cards; each runs the language model on its own conversations and owns its share of the SAEs.
         tokens: Length of the run; None takes the recipe's.
+        measured: What `calibration.measure` found for this recipe on the device at hand: plan for devices like it.
 
     Returns:
-        gpu, gpus, tokens; model {layers, parameters, active_parameters, flops_per_token}; of the fullest card
+        gpu, gpus, tokens; measured {product_tflops, traffic_tb_s, lm_share of the product rate} or None;
+        model {layers, parameters, active_parameters, flops_per_token}; of the fullest card
         memory_bytes {component: bytes}, memory_total_bytes, memory_card_bytes, fits; owners [[sae_id, ...] per card];
-        seconds_per_step {language_model, saes, exchange} of one batch of `training.batch_size` rows, each
-        [cautious, optimistic]; bytes_per_step, sent by all cards together; tokens_per_second [cautious, optimistic];
-        hours and cost_usd [optimistic, cautious]; advice [sentence, ...].
+        seconds_per_step of one batch of `training.batch_size` rows, each [cautious, optimistic]: language_model and
+        saes of all cards together, saes_of_busiest_card, exchange, and step, what it takes from end to end;
+        bytes_per_step, sent by all cards together; tokens_per_second [cautious, optimistic]; hours and cost_usd
+        [optimistic, cautious] (cost null where no price is known); advice [sentence, ...].
 
     Raises:
         RecipeError: unknown card.
         ModelError: the model's config is not to be had, or lacks a hook point.
     """
-    if gpu.lower() not in GPUS:
-        raise RecipeError(f"--gpu {gpu} is unknown; one of {', '.join(GPUS)}")
-    card = GPUS[gpu.lower()]
-    config = _config(recipe.lm)
-    check_hook_points(layer_kinds(config), recipe.hook_points)
+    name, card = (gpu.lower(), _card(gpu)) if measured is None else (measured.device, _card_like(measured))
+    config = read_config(recipe)
     size = model_size(config, recipe.layers[-1] + 1)
-    steps = {name: _step_seconds(recipe, point, config.hidden_size, card) for name, point in recipe.hook_points.items()}
-    owners = balance({name: cautious for name, (cautious, _) in steps.items()}, gpus)
-    moved = bytes_moved(recipe, owners, config.hidden_size)
+    lm_seconds, steps = _roofline(recipe, config, size, card) if measured is None else _timed(recipe, config, measured)
+    owned = owners(recipe, gpus)
     seconds = {
-        "language_model": [_lm_seconds(recipe, size, card, share) / gpus for share in _LM_SHARE],
-        "saes": [max(sum(steps[name][end] for name in owned) for owned in owners) for end in (0, 1)],
-        "exchange": [_exchange_seconds(recipe, owners, config.hidden_size, card, share) for share in _LINK_SHARE],
+        "language_model": lm_seconds,
+        "saes": [sum(step[end] for step in steps.values()) for end in (0, 1)],
+        "saes_of_busiest_card": [max(sum(steps[sae_id][end] for sae_id in ids) for ids in owned) for end in (0, 1)],
+        "exchange": [_exchange_seconds(recipe, owned, config, card, share) for share in _LINK_SHARE],
     }
-    rates = [recipe.training.batch_size / sum(part[end] for part in seconds.values()) for end in (0, 1)]
+    seconds["step"] = _evened_out(recipe, seconds, gpus)
+    rates = [recipe.training.batch_size / value for value in seconds["step"]]
     length = tokens or recipe.training.tokens
     hours = [length / rate / 3600 for rate in reversed(rates)]
-    fullest = max(owners, key=lambda owned: sum(recipe.hook_points[name].dict_size for name in owned))
-    memory = _memory(recipe, config.hidden_size, size.parameters, [recipe.hook_points[name] for name in fullest])
-    total = sum(memory.values())
-    fits = total <= card.memory_gib * GIB * _RESERVE
+    process = measured.process_bytes if measured and measured.device == "cpu" else None
+
+    def needs(changed: Recipe) -> dict[str, int]:
+        return memory_needs(changed, config, size.parameters, owned, process)
+
+    memory, room = needs(recipe), card.memory_gib * GIB * _RESERVE
+    cost = [h * gpus * price for h, price in zip(hours, card.usd_per_hour, strict=True)] if card.usd_per_hour else None
     return {
-        "gpu": gpu.lower(),
+        "gpu": name,
         "gpus": gpus,
         "tokens": length,
-        "model": {"layers": recipe.layers[-1] + 1, **asdict(size)},
+        "measured": None if measured is None else _rates(measured, config, size),
+        "model": asdict(size),
         "memory_bytes": memory,
-        "memory_total_bytes": total,
+        "memory_total_bytes": sum(memory.values()),
         "memory_card_bytes": int(card.memory_gib * GIB),
-        "fits": fits,
-        "owners": owners,
+        "fits": sum(memory.values()) <= room,
+        "owners": owned,
         "seconds_per_step": seconds,
-        "bytes_per_step": moved,
+        "bytes_per_step": bytes_moved(recipe, owned, config),
         "tokens_per_second": [round(rate) for rate in rates],
         "hours": [round(value, 2) for value in hours],
-        "cost_usd": [round(h * gpus * price, 2) for h, price in zip(hours, card.usd_per_hour, strict=True)],
-        "advice": [] if fits else _advice(memory, card, recipe),
+        "cost_usd": cost and [round(value, 2) for value in cost],
+        "advice": _advice(recipe, needs, room, gpus),
     }
+
+
+def read_config(recipe: Recipe) -> PretrainedConfig:
+    """The model's config, its hook points checked; the first subject's sizes are transformers' defaults, so a plan for
+    it needs no network.
+
+    Raises:
+        ModelError: the config is not to be had, or lacks a hook point.
+    """
+    try:
+        config = load_config(recipe.lm)
+    except ModelError:
+        if recipe.lm.model != "Qwen/Qwen3.5-35B-A3B":
+            raise
+        config = Qwen3_5MoeTextConfig(dtype="bfloat16")
+    check_hook_points(layer_kinds(config), recipe.hook_points)
+    return config
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """Of the truncated language model without LM head."""
 
+    layers: int
     parameters: int
     active_parameters: int
     flops_per_token: int
@@ -151,47 +180,87 @@ def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
     delta_layers = sum(kind == "deltanet" for kind in layer_kinds(config)[:layers])
     heads = getattr(config, "linear_num_value_heads", 0)
     state = heads * getattr(config, "linear_key_head_dim", 0) * getattr(config, "linear_value_head_dim", 0)
-    return ModelSize(int(parameters), int(active), int(2 * active + 8 * delta_layers * state))
+    return ModelSize(layers, int(parameters), int(active), int(2 * active + 8 * delta_layers * state))
 
 
-def balance(costs: Mapping[str, float], cards: int) -> list[list[str]]:
-    """Names per card, the dearest first, each to the card with the least so far; a card may stay empty."""
-    owners: list[list[str]] = [[] for _ in range(cards)]
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        min(owners, key=lambda owned: sum(costs[other] for other in owned)).append(name)
-    return owners
+def bytes_moved(recipe: Recipe, owned: list[list[str]], config: PretrainedConfig) -> int:
+    """Bytes that all cards together send per step: rows that their owner did not harvest, and four bytes per token and
+    hook point to everyone else, the norms that decide which rows are left out.
+    """
+    cards = len(owned)
+    norms = 4 * recipe.training.batch_size * len(recipe.layers) * (cards - 1)
+    return norms + sum(_received(recipe, ids, config, cards) for ids in owned)
 
 
-def bytes_moved(recipe: Recipe, owners: list[list[str]], hidden: int) -> int:
-    """Bytes that all cards together send in one step: of each owner's hooked layers, the rows that others harvested."""
-    return sum(_received(recipe, owned, hidden, len(owners)) for owned in owners)
+def _received(recipe: Recipe, ids: list[str], config: PretrainedConfig, cards: int) -> int:
+    rows = recipe.training.batch_size * (cards - 1) // cards
+    return len(_layers(recipe, ids)) * rows * int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
 
 
-def _received(recipe: Recipe, owned: list[str], hidden: int, cards: int) -> int:
-    layers = {recipe.hook_points[name].layer for name in owned}
-    return len(layers) * (recipe.training.batch_size * (cards - 1) // cards) * hidden * _BYTES[recipe.lm.dtype]
+def _layers(recipe: Recipe, ids: list[str]) -> set[int]:
+    return {recipe.hook_points[sae_id].layer for sae_id in ids}
 
 
-def _exchange_seconds(recipe: Recipe, owners: list[list[str]], hidden: int, card: Gpu, share: float) -> float:
+def _exchange_seconds(
+    recipe: Recipe, owned: list[list[str]], config: PretrainedConfig, card: Card, share: float
+) -> float:
     """Until the card that receives the most has it."""
-    busiest = max(_received(recipe, owned, hidden, len(owners)) for owned in owners)
-    link = card.link_gb_s if len(owners) <= _MACHINE else min(card.link_gb_s, _NETWORK_GB_S)
+    busiest = max(_received(recipe, ids, config, len(owned)) for ids in owned)
+    link = card.link_gb_s if len(owned) <= _MACHINE else min(card.link_gb_s, _NETWORK_GB_S)
     return busiest / (link * 1e9 * share)
 
 
-def _lm_seconds(recipe: Recipe, size: ModelSize, card: Gpu, share: float) -> float:
-    """The truncated forward pass over one training batch's tokens."""
-    return recipe.training.batch_size * _PADDING * size.flops_per_token / (card.bf16_tflops * 1e12 * share)
+def _evened_out(recipe: Recipe, seconds: Mapping[str, Sequence[float]], gpus: int) -> list[float]:
+    """Seconds from end to end: all work shared evenly, but nobody does less than one whole batch or its own SAEs.
+
+    The cautious end lets every card wait for one more batch (the bound of dealing the largest first).
+    """
+    batches = window_batches(recipe)
+    ends = []
+    for end in (0, 1):
+        forward, steps = seconds["language_model"][end], seconds["saes"][end]
+        even, one_batch = (forward + steps) / gpus, forward / batches
+        even = max(even, one_batch) if end else even + one_batch * (1 - 1 / gpus)
+        ends.append(max(even, seconds["saes_of_busiest_card"][end]) + seconds["exchange"][end])
+    return ends
 
 
-def _step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Gpu) -> Range:
-    """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser."""
+def window_batches(recipe: Recipe) -> int:
+    """Language-model batches of one window of real conversations."""
+    return max(1, recipe.activations.window_tokens // min(recipe.corpus.batch_tokens, _BATCH_TOKENS))
+
+
+def _roofline(
+    recipe: Recipe, config: PretrainedConfig, size: ModelSize, card: Card
+) -> tuple[list[float], dict[str, Range]]:
+    """Seconds of the truncated forward over one training batch, and of each SAE's step, from the card's peaks."""
+    flops = recipe.training.batch_size * _PADDING * size.flops_per_token
+    forward = [flops / (card.bf16_tflops * 1e12 * share) for share in _LM_SHARE]
+    points = recipe.hook_points.items()
+    return forward, {sae_id: _step_seconds(recipe, point, config.hidden_size, card) for sae_id, point in points}
+
+
+def _timed(recipe: Recipe, config: PretrainedConfig, measured: Measured) -> tuple[list[float], dict[str, Range]]:
+    """The same from measured times."""
+    positions = recipe.training.batch_size * _PADDING
+    forward = positions * measured.lm_seconds(layer_kinds(config)[: recipe.layers[-1] + 1])
+    steps = measured.step_seconds.items()
+    return [forward * factor for factor in _AROUND], {
+        sae_id: (seconds * _AROUND[0], seconds * _AROUND[1]) for sae_id, seconds in steps
+    }
+
+
+def _step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card) -> Range:
+    """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser.
+
+    Where many latents are active the tail uses three more dense products instead of gathers.
+    """
     batch = recipe.training.batch_size
-    moment = 4 if recipe.training.moments == "float32" else 2
-    product = 2 * batch * hidden * point.dict_size
+    dense = point.k / point.dict_size > DENSE_SHARE
+    product = 2 * batch * hidden * point.dict_size * (4 if dense else 1)
     preactivations = 2 * batch * point.dict_size * 2
-    gathers = 5 * batch * point.k * hidden * 2
-    optimiser = 2 * point.dict_size * hidden * (2 * 4 + 4 * moment + 2)
+    gathers = 0 if dense else 5 * batch * point.k * hidden * 2
+    optimiser = 2 * point.dict_size * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
     traffic = preactivations + gathers + optimiser
     cautious, optimistic = (
         product / (card.bf16_tflops * 1e12 * products) + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
@@ -200,45 +269,125 @@ def _step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Gpu) -> R
     return cautious, optimistic
 
 
-def _config(lm: LMRecipe) -> PretrainedConfig:
-    """The model's config; the first subject's sizes are transformers' defaults, so a plan for it needs no network."""
-    try:
-        return load_config(lm)
-    except ModelError:
-        if lm.model != "Qwen/Qwen3.5-35B-A3B":
-            raise
-        from transformers import Qwen3_5MoeTextConfig
-
-        return Qwen3_5MoeTextConfig()
+def _card(gpu: str) -> Card:
+    if gpu.lower() not in GPUS:
+        raise RecipeError(f"--gpu {gpu} is unknown; one of {', '.join(GPUS)}")
+    return GPUS[gpu.lower()]
 
 
-def _memory(recipe: Recipe, hidden: int, parameters: int, owned: list[HookPoint]) -> dict[str, int]:
-    training, width = recipe.training, _BYTES[recipe.lm.dtype]
-    moment = 4 if training.moments == "float32" else 2
-    weights = sum(2 * point.dict_size * hidden for point in owned)
-    widest = max(point.dict_size for point in recipe.hook_points.values())
+def _card_like(measured: Measured) -> Card:
+    """Measured memory and rates; links and price are the data sheet's where the name is a known one's."""
+    known = next((card for name, card in GPUS.items() if name in measured.device.lower().split()), None)
+    return Card(
+        measured.memory_bytes / GIB,
+        measured.product_tflops,
+        measured.traffic_tb_s,
+        known.link_gb_s if known else _NETWORK_GB_S,
+        known.usd_per_hour if known else None,
+    )
+
+
+def _rates(measured: Measured, config: PretrainedConfig, size: ModelSize) -> dict[str, float]:
+    seconds = measured.lm_seconds(layer_kinds(config)[: size.layers])
     return {
-        "language_model": parameters * width,
-        # the widest live tensors of a layer: residual stream, mixer projections and routed expert inputs, about 24 rows
-        "language_model_activations": recipe.corpus.batch_tokens * hidden * width * 24,
-        "windows": 2 * recipe.activations.window_tokens * hidden * width * len(recipe.layers),
-        "sae_weights": weights * 4,
-        "sae_moments": weights * 2 * moment,
-        "sae_shadows": weights * 2 if training.precision in ("auto", "bf16", "exact") else 0,
-        "step": training.batch_size * (widest * 2 + hidden * 12),
+        "product_tflops": measured.product_tflops,
+        "traffic_tb_s": measured.traffic_tb_s,
+        "lm_share": size.flops_per_token / seconds / 1e12 / measured.product_tflops,
     }
 
 
-def _advice(memory: dict[str, int], card: Gpu, recipe: Recipe) -> list[str]:
-    """What to change so that it fits, the most effective first."""
-    room = card.memory_gib * GIB * _RESERVE
-    over = sum(memory.values()) - room
-    advice = [f"{over / GIB:.1f} GiB more than {_RESERVE:.0%} of one card"]
-    if memory["windows"] > over:
-        smaller = int(recipe.activations.window_tokens * (1 - over / memory["windows"]) / 1024) * 1024
-        advice.append(f"activations.window_tokens: {smaller} fits")
-    if memory["sae_moments"] / 2 > over and recipe.training.moments == "float32":
-        advice.append("training.moments: bfloat16 fits")
-    if memory["language_model"] > room:
-        advice.append("the language model alone is too large: a card with more memory, or an FP8 checkpoint")
-    return advice
+def _moment_bytes(recipe: Recipe) -> int:
+    return 4 if recipe.training.moments == "float32" else 2
+
+
+def memory_needs(
+    recipe: Recipe, config: PretrainedConfig, parameters: int, owned: list[list[str]], process: int | None = None
+) -> dict[str, int]:
+    """Bytes of each component on the card that owns the most, at its fullest moment.
+
+    Args:
+        parameters: Of the truncated language model.
+        owned: SAEs per card.
+        process: On a CPU, what the process itself takes; None means a GPU.
+    """
+    training, hidden, cpu = recipe.training, config.hidden_size, process is not None
+    width = pick_dtype(recipe.lm, config).itemsize
+    fullest = max(owned, key=lambda ids: sum(recipe.hook_points[sae_id].dict_size for sae_id in ids))
+    sizes = [recipe.hook_points[sae_id].dict_size for sae_id in fullest]
+    layers, cards = len(_layers(recipe, fullest)), len(owned)
+    weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
+    trained = weights * (4 + 2 * _moment_bytes(recipe))
+    shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
+    window = recipe.activations.window_tokens + recipe.corpus.max_length
+    row = hidden * width
+    needs = {
+        "language_model": parameters * width,
+        "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
+        # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
+        "windows": window * row * (layers + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)),
+        "saes": trained + shadows[training.precision],
+        # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
+        "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
+    }
+    return needs | {"checkpoint_copy": trained, "process": process} if cpu else needs
+
+
+def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: bool) -> int:
+    """Bytes per position of a language-model batch that live at once: caught streams and the widest part of a layer.
+
+    Counted by tracing the allocations of one layer of each kind at the first subject's sizes (docs/scaling.md). Without
+    fused kernels DeltaNet works on float32 copies; routed experts copy each row per expert, twice in float32.
+    """
+    hidden = int(config.hidden_size)
+    value_dim = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
+    heads_dim = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    routed = getattr(config, "num_experts_per_tok", None)
+    parts = (
+        value_dim * (20 * 4 if cpu else 14 * width),
+        heads_dim * 17 * width,
+        routed * hidden * (2 * width + 8) if routed else 3 * config.intermediate_size * width,
+    )
+    return (len(recipe.layers) + 3) * hidden * width + int(max(parts))
+
+
+def _advice(recipe: Recipe, needs: Callable[[Recipe], dict[str, int]], room: float, gpus: int) -> list[str]:
+    """What to change so that it fits, the cheapest first, as many as it takes; else what would feed all cards."""
+    over = sum(needs(recipe).values()) - room
+    if over <= 0:
+        return _feeding(recipe, gpus)
+    advice = [f"{over / GIB:.1f} GiB more than the {room / GIB:.1f} that a run can use"]
+    changes = []
+    for key, value, changed in _savings(recipe):
+        changes.append(f"--set {key}={value}")
+        if sum(needs(changed).values()) <= room:
+            return [*advice, f"fits with {' '.join(changes)}"]
+    return [*advice, "too large for this card whatever is set: take a card with more memory, or an FP8 checkpoint"]
+
+
+def _feeding(recipe: Recipe, gpus: int) -> list[str]:
+    if gpus == 1 or (batches := window_batches(recipe)) >= 2 * gpus:
+        return []
+    window = 4 * gpus * min(recipe.corpus.batch_tokens, _BATCH_TOKENS)
+    return [
+        f"a window holds about {batches} language-model batches for {gpus} cards: "
+        f"--set activations.window_tokens={1 << (window - 1).bit_length()} shares them evenly"
+    ]
+
+
+def _savings(recipe: Recipe) -> Iterator[tuple[str, int | str, Recipe]]:
+    """(key, value, recipe with all changes so far): less memory at little or no cost."""
+    batch_tokens = max(recipe.corpus.max_length, 8192)
+    if batch_tokens < recipe.corpus.batch_tokens:
+        recipe = _changed(recipe, "corpus", batch_tokens=batch_tokens)
+        yield "corpus.batch_tokens", batch_tokens, recipe
+    window = max(recipe.training.batch_size, recipe.activations.window_tokens // 2)
+    if window < recipe.activations.window_tokens:
+        recipe = _changed(recipe, "activations", window_tokens=window)
+        yield "activations.window_tokens", window, recipe
+    if recipe.training.moments == "float32":
+        recipe = _changed(recipe, "training", moments="bfloat16")
+        yield "training.moments", "bfloat16", recipe
+
+
+def _changed(recipe: Recipe, part: str, **values: Any) -> Recipe:
+    return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update=values)})

@@ -104,7 +104,7 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
     head = lm_head and not cut.tie_word_embeddings
     with _model_errors(lm.model):
         slices = _open_slices(lm, folder, revision, last, head)
-        dtype = _pick_dtype(lm, config)
+        dtype = pick_dtype(lm, config)
         model = _build(cut, slices, dtype, device, lm_head)
         if lm_head and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -114,7 +114,7 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
-        layers=_decoder_layers(model, last + 1),
+        layers=decoder_layers(model, last + 1),
         layer_kinds=kinds,
         hidden_dim=config.hidden_size,
         device=device,
@@ -238,7 +238,8 @@ def cut_config(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return cut
 
 
-def _pick_dtype(lm: LMRecipe, config: PretrainedConfig) -> torch.dtype:
+def pick_dtype(lm: LMRecipe, config: PretrainedConfig) -> torch.dtype:
+    """The dtype for a recipe's `lm.dtype`; auto is the checkpoint's own."""
     if lm.dtype != "auto":
         return torch.float32 if lm.dtype == "float32" else torch.bfloat16
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -313,7 +314,12 @@ def _build(
     return placed
 
 
-def _decoder_layers(model: Any, count: int) -> list[nn.Module]:
+def decoder_layers(model: Any, count: int) -> list[nn.Module]:
+    """The `count` layers of a transformers model of any supported family.
+
+    Raises:
+        ModelError: it keeps them under no list of that length.
+    """
     decoder = model.get_decoder()
     for module in decoder.children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
