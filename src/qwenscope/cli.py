@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
@@ -32,6 +33,8 @@ class _DefaultGroup(TyperGroup):
         known = args and args[0] in self.commands
         return super().resolve_command(ctx, args if known else [self.default, *args])
 
+
+_RANK = os.environ.get("RANK")  # of several processes that torchrun has started
 
 app = typer.Typer(
     name="qwenscope",
@@ -189,11 +192,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train every SAE of a recipe in one pass of the language model."""
+    """Train every SAE of a recipe in one pass of the language model; under torchrun, on several devices at once."""
     from qwenscope.live import train_with_progress
     from qwenscope.recipe import load_recipe
 
-    train_with_progress(load_recipe(name, overrides or ()), run, resume, err)
+    console = err if _RANK in (None, "0") else Console(quiet=True)
+    train_with_progress(load_recipe(name, overrides or ()), run, resume, console)
 
 
 @app.command(rich_help_panel="Train and measure")
@@ -341,5 +345,6 @@ def main() -> None:
     except QwenscopeError as error:
         if debug:
             raise
-        err.print("[bold red]error[/]:", escape(" ".join(str(error).split())), highlight=False)
+        label = "error" if _RANK is None else f"error on rank {_RANK}"
+        err.print(f"[bold red]{label}[/]:", escape(" ".join(str(error).split())), highlight=False)
         sys.exit(error.exit_code)

@@ -39,8 +39,12 @@ class Division:
         return self.layers[self.group.rank]
 
     def deal(self, positions: Sequence[int]) -> list[int]:
-        """Batches of that many positions each -> the rank that runs each: the largest first, to who is free first."""
-        loads = list(self.busy)
+        """Batches of that many positions each -> the rank that runs each: the largest first, to who is free first.
+
+        What a rank is busy with counts for half of an even share at most, lest a wrong guess at it leave others idle.
+        """
+        most = sum(positions) / len(self.busy) / 2
+        loads = [min(busy - min(self.busy), most) for busy in self.busy]
         ranks = [0] * len(positions)
         for batch in sorted(range(len(positions)), key=lambda batch: -positions[batch]):
             ranks[batch] = loads.index(min(loads))
@@ -76,9 +80,8 @@ class Division:
             outgoing, [count * len(layers) for layers in self.layers], [other * len(own) for other in counts]
         )
         pieces = [
-            piece.view(len(own), other, -1)
+            piece.view(len(own), other, arrived.shape[1])
             for piece, other in zip(torch.split(arrived, [other * len(own) for other in counts]), counts, strict=True)
-            if len(own)
         ]
         order_R = rank_R.argsort(stable=True).to(arrived.device)
         placed = {}

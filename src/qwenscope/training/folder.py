@@ -99,10 +99,18 @@ class RunFolder:
         elif not lost:
             (self.path / _LAST_WORDS.format(group.rank)).write_text(f"rank {group.rank}: {describe(error)}")
         else:
-            with suppress(LockError), run_lock(self.path):  # free only once rank 0 is gone
-                if self.status.get("state") == "running":
-                    self._writes = True
-                    self.write_status("failed", tokens, describe(error))
+            self._write_for_rank_0(tokens, describe(error))
+
+    def _write_for_rank_0(self, tokens: int, error: str) -> None:
+        """Where rank 0 is gone its lock is free, a moment after its connections; where it lives, it writes itself."""
+        for _ in range(40):
+            if self.status.get("state") != "running":
+                return
+            with suppress(LockError), run_lock(self.path):
+                self._writes = True
+                self.write_status("failed", tokens, error)
+                return
+            time.sleep(0.05)
 
     def note_now(self, note: str | None) -> None:
         """Set or clear the note; the next refresh carries it without delay."""

@@ -1,0 +1,202 @@
+"""Ranks that die, fail, are stopped, or are more or fewer than before: an honest end, and an exact way on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tiny_ranks import complete, ranks, three_saes
+from tiny_run import BATCH, STEPS, Reference, final_hashes, make_language_model, metrics, status
+
+from qwenscope.errors import ResourceError
+from qwenscope.recipe import Recipe
+from qwenscope.training import checkpoint, trainer
+from qwenscope.training.folder import open_run
+from qwenscope.training.run import train
+
+LOST = 12  # exit code of a rank that lost another
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_language_model(tmp_path_factory.mktemp("lm"))
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    run = tmp_path_factory.mktemp("reference") / "run"
+    train(three_saes(model), run)
+    return Reference(final_hashes(run), metrics(run))
+
+
+def rare_saves(model: Path) -> Recipe:
+    """Only signals make checkpoints."""
+    return three_saes(model, checkpoint__every_tokens=10**9)
+
+
+def test_stopped_on_two_ranks_resumed_on_one_then_on_four(model: Path, reference: Reference, tmp_path: Path) -> None:
+    recipe, run = rare_saves(model), tmp_path / "run"
+    with ranks(2, recipe, run) as job:
+        job.until(8 * BATCH)
+        for process in job.processes:  # as torchrun hands on a SIGTERM of its own
+            process.terminate()
+        assert job.wait() == [143, 143], job.errors()
+    (first,) = checkpoint.list_checkpoints(run / "checkpoints")
+    stopped = status(run)
+    assert (stopped["state"], stopped["checkpoint"]) == ("stopped", first.name)
+    assert checkpoint.load(first).state["tokens"] == stopped["tokens_trained"] < 40 * BATCH
+    with ranks(1, recipe, run, resume=True) as job:
+        job.until(stopped["tokens_trained"] + 3 * BATCH)
+        job.processes[0].terminate()
+        assert job.wait() == [143]
+    assert len(checkpoint.list_checkpoints(run / "checkpoints")) == 2
+    complete(4, recipe, run, resume=True)
+    reference.check(run)
+    sessions = json.loads((run / "run.json").read_text())["sessions"]
+    assert [session["ranks"] for session in sessions] == [2, 1, 4]
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_rank_ends_the_job_and_the_rest_is_exact(
+    model: Path, reference: Reference, tmp_path: Path, victim: int
+) -> None:
+    recipe, run = three_saes(model), tmp_path / "run"
+    with ranks(3, recipe, run) as job:
+        job.until(12 * BATCH)
+        job.processes[victim].kill()
+        codes = job.wait()
+        assert codes[victim] == -signal.SIGKILL
+        assert [code for rank, code in enumerate(codes) if rank != victim] == [LOST, LOST], job.errors()
+        assert "lost contact with another rank" in job.errors()
+        assert "Traceback" not in job.errors()
+    failed = status(run)
+    assert failed["state"] == "failed"
+    assert "lost contact with another rank" in failed["error"]
+    newest, passed_over = checkpoint.load_newest(run / "checkpoints")
+    assert newest is not None
+    assert passed_over == []
+    assert 0 < newest.state["tokens"] <= BATCH * STEPS
+    assert not (run / "saes").exists()
+    complete(2, recipe, run, resume=True)
+    reference.check(run)
+
+
+def fail_at_step_20() -> None:
+    """A bug, or a device out of memory."""
+    step = trainer.SAETrainer.step
+
+    def failing(self: trainer.SAETrainer, x_BD: torch.Tensor) -> Any:
+        if self.steps == 20:
+            raise ArithmeticError("something of its own")
+        return step(self, x_BD)
+
+    trainer.SAETrainer.step = failing  # type: ignore[method-assign]
+
+
+def nan_at_step_20() -> None:
+    """Rows that are not finite, though they were harvested finite: the update is skipped, and the flag says so."""
+    step = trainer.SAETrainer.step
+
+    def poisoned(self: trainer.SAETrainer, x_BD: torch.Tensor) -> Any:
+        return step(self, x_BD * torch.nan if self.steps == 20 else x_BD)
+
+    trainer.SAETrainer.step = poisoned  # type: ignore[method-assign]
+
+
+def disk_full() -> None:
+    """No room for this rank's files."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint._write_tensors = refuse  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "said"),
+    [
+        (fail_at_step_20, 1, "rank 1: ArithmeticError: something of its own"),
+        (nan_at_step_20, 6, "rank 1: sae_attn: loss or gradient is not finite at step 21"),
+        (disk_full, 10, "rank 1: no space left for "),
+    ],
+)
+def test_status_says_what_failed_on_another_rank(
+    model: Path, tmp_path: Path, before: Any, code: int, said: str
+) -> None:
+    run = tmp_path / "run"
+    with ranks(2, three_saes(model), run, before={1: before}) as job:
+        codes = job.wait()
+    assert codes == [code if code != 1 else LOST, code], job.errors()
+    assert status(run)["state"] == "failed"
+    assert said in status(run)["error"]
+    assert not (run / "saes").exists()
+
+
+def test_a_signal_to_one_rank_stops_all_and_an_occupied_folder_refuses_all(model: Path, tmp_path: Path) -> None:
+    recipe, run = rare_saves(model), tmp_path / "run"
+    with ranks(2, recipe, run) as job:
+        job.until(6 * BATCH)
+        os.kill(job.processes[0].pid or 0, signal.SIGSTOP)
+        with ranks(2, recipe, run, resume=True) as second:
+            assert second.wait() == [8, 8]
+            assert f"process {job.processes[0].pid} on " in second.errors()
+        os.kill(job.processes[0].pid or 0, signal.SIGCONT)
+        job.processes[1].terminate()
+        assert job.wait() == [143, 143]
+    assert status(run)["state"] == "stopped"
+
+
+def test_a_folder_that_a_rank_does_not_see_is_named(model: Path, tmp_path: Path) -> None:
+    """Rank 1 of two machines that share nothing: its own folder has no lock, or another's."""
+
+    class Elsewhere:
+        leads = False
+
+        def share(self, _: Any) -> dict[str, Any]:
+            return {"pid": 1, "host": "far-away"}
+
+        def together(self, act: Any) -> list[Any]:
+            return [act()]
+
+    for folder in (tmp_path / "none", tmp_path):
+        (tmp_path / ".lock").write_text(json.dumps({"pid": 2, "host": "here"}))
+        with (
+            pytest.raises(ResourceError, match="another folder here than on rank 0"),
+            open_run(three_saes(model), folder, False, Elsewhere()),  # type: ignore[arg-type]
+        ):
+            pass
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_and_resumes_by_itself(model: Path, reference: Reference, tmp_path: Path) -> None:
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(three_saes(model).to_yaml())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "2"]
+    job = subprocess.Popen(
+        [*launcher, "--nproc-per-node", "2", "-m", "qwenscope", "train", str(path), "--out", str(run)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not (run / "checkpoints" / "step-00000006").exists():
+            assert job.poll() is None
+            time.sleep(0.01)
+        workers = [child for child in psutil.Process(job.pid).children() if child.environ().get("RANK") == "1"]
+        workers[0].kill()
+        _, errors = job.communicate(timeout=300)
+    finally:
+        job.kill()
+    assert job.returncode == 0, errors
+    assert len(json.loads((run / "run.json").read_text())["sessions"]) == 2
+    reference.check(run)
