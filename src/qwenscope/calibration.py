@@ -68,21 +68,25 @@ def measure(recipe: Recipe, config: PretrainedConfig) -> Measured:
     layers = _layer_seconds(recipe, config, device)
     sizes = {(point.dict_size, point.k) for point in recipe.hook_points.values()}
     steps = {size: _step_seconds(recipe, *size, config.hidden_size, device) for size in sizes}
-    side, length = (8192, 1 << 28) if on_gpu else (1024, 1 << 24)
-    a = torch.randn(side, side, device=device).to(pick_dtype(recipe.lm, config))
-    product = _seconds(lambda: a @ a, device)
-    source = torch.zeros(length, device=device)
+    source = torch.zeros(1 << (28 if on_gpu else 24), device=device)
     target = torch.empty_like(source)
     copy = _seconds(lambda: target.copy_(source), device)
     return Measured(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         memory_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total,
         process_bytes=process,
-        product_tflops=2 * side**3 / product / 1e12,
+        product_tflops=product_tflops(device, pick_dtype(recipe.lm, config)),
         traffic_tb_s=2 * source.nbytes / copy / 1e12,
         layer_seconds=layers,
         step_seconds={name: steps[point.dict_size, point.k] for name, point in recipe.hook_points.items()},
     )
+
+
+def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of one large square product, in 10^12 FLOPs per second."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side**3 / _seconds(lambda: a @ a, device) / 1e12
 
 
 @torch.no_grad()
