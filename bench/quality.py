@@ -1,14 +1,15 @@
 """Compare the quality of SAEs: our recipes and the peers', on the same rows, seeds and learning-rate grid.
 
-    python bench/quality.py --data synthetic --rows 327680 --seeds 3 --json quality.json \
-        --peer saelens=ENV/bin/python --peer dictionary_learning=ENV/bin/python \
-        --peer sparsify=ENV/bin/python --peer sparsify_adam=ENV/bin/python
-    python bench/quality.py --data standin --layer 6 --layer 22 --layer 35 ...
+    python bench/quality.py runs/quality --data synthetic --peer saelens=ENV/bin/python \
+        --peer dictionary_learning=ENV/bin/python --peer sparsify=ENV/bin/python --peer sparsify_adam=ENV/bin/python
+    python bench/quality.py runs/quality-standin --data standin --layer 6 --layer 22 --layer 35 --peer ...
 
-Every trainer sees each row once, in the same order. Trainers are seeded apart from the data. `tuned` is the grid's
-best learning rate on held-out FVU (mean over seeds), `default` the trainer's own settings; quote both. Ours are the
-published recipe (card: raw rows, resampling), its learning rate matched to this budget by lr x sqrt(d) x steps, and the
-normalised recipe. `truth` starts at the known features and trains with ours: what better optimisation could reach.
+Every trainer sees each row once, in the same order, and is seeded apart from the data. `tuned` is the grid's learning
+rate with the lowest held-out FVU under the first seed, then trained under every seed; `default` are the trainer's own
+settings; quote both. Ours are the published recipe (card: raw rows, resampling), its learning rates matched to this
+budget by lr x sqrt(d) x steps, and the normalised recipe. `truth` starts at the known features and trains with ours:
+what better optimisation could reach. Each trained SAE is kept in the folder given, so an interrupted comparison goes on
+where it stopped and a trainer is measured again by removing its runs; docs/quality.md reads the JSON as tables.
 """
 
 from __future__ import annotations
@@ -17,68 +18,35 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor
+from quality_data import HELD_OUT, KINDS, Data, Splicer, standin, synthetic
+from quality_table import markdown
 
 from qwenscope.evaluation.fidelity import Fidelity
-from qwenscope.evaluation.truth import GroundTruth, cross_seed_stability, ground_truth, recovery
+from qwenscope.evaluation.truth import cross_seed_stability, recovery
+from qwenscope.files import read_json, write_json
+from qwenscope.recipe import load_recipe
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import derive_seed
 from qwenscope.training.trainer import SAETrainer
 
 GRID = (4e-4, 1.2e-3, 4e-3, 1.2e-2)
-CARD_LR, CARD_DIM, CARD_STEPS = 1e-5, 2048, 48_828  # the published suite's middle learning rate and budget
-HELD_OUT = 32_768
-OURS = ("published", "ours")
+CARD_DIM, CARD_STEPS, CARD_LAYER = 2048, 48_828, 22  # the published suite; its middle layer stands for synthetic rows
+DEFAULT = "default"
 Figures = dict[str, float]
 
 
-class Data:
-    """Training rows, held-out rows, and the known features if there are any."""
-
-    def __init__(self, name: str, train_RD: Tensor, held_out_RD: Tensor, truth: GroundTruth | None = None) -> None:
-        self.name, self.train_RD, self.held_out_RD, self.truth = name, train_RD, held_out_RD, truth
-
-
-def synthetic(options: argparse.Namespace) -> Iterator[Data]:
-    """Each kind of known features; directions, training rows and held-out rows have seeds of their own."""
-    for kind in options.kind:
-        truth = ground_truth(options.dim, options.features, kind=kind, active=options.k, noise=0.02, seed=9001)
-        train_RD, _ = truth.sample(options.rows, seed=9002)
-        held_out_RD, _ = truth.sample(HELD_OUT, seed=9003)
-        yield Data(f"synthetic {kind}", train_RD, held_out_RD, truth)
-
-
-def standin(options: argparse.Namespace) -> Iterator[Data]:
-    """Rows of the stand-in at each asked layer, shuffled; held-out ones from held-out conversations."""
-    from qwenscope.activations.harvest import harvest
-    from qwenscope.corpus.stream import CorpusStream
-    from qwenscope.lm.load import load_language_model
-    from qwenscope.recipe import load_recipe
-
-    recipe = load_recipe("standin")
-    lm = load_language_model(recipe.lm, last_layer=max(options.layer))
-
-    def rows(count: int, *, held_out: bool) -> dict[int, Tensor]:
-        stream = CorpusStream(recipe.corpus, lm.tokenizer, seed=recipe.seed, held_out=held_out)
-        conversations, tokens = [], 0
-        while tokens < count * 1.05:
-            conversations.append(next(stream))
-            tokens += len(conversations[-1].token_ids)
-        stream.close()
-        found = harvest(lm, conversations, options.layer, recipe.activations, recipe.corpus.batch_tokens).rows
-        order = torch.randperm(len(found[options.layer[0]]), generator=torch.Generator().manual_seed(9004))[:count]
-        return {layer: x_RD[order].float() for layer, x_RD in found.items()}
-
-    train, held_out = rows(options.rows, held_out=False), rows(HELD_OUT, held_out=True)
-    for layer in options.layer:
-        yield Data(f"standin layer {layer}", train[layer], held_out[layer])
+def card_rate(data: Data, steps: int) -> float:
+    """The published learning rate of this layer, matched to this width and budget."""
+    points = load_recipe("qwen3.5-35b-a3b").hook_points.values()
+    published = {point.layer: point.lr for point in points}[data.layer or CARD_LAYER]
+    return published * (CARD_DIM / data.train_RD.shape[1]) ** 0.5 * CARD_STEPS / steps
 
 
 def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argparse.Namespace) -> TopKSAE:
@@ -87,7 +55,7 @@ def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argp
     steps = rows // options.batch
     published = name == "published"
     if lr is None:
-        lr = CARD_LR * (CARD_DIM / dim) ** 0.5 * CARD_STEPS / steps if published else options.our_lr
+        lr = card_rate(data, steps) if published else load_recipe("standin").hook_points["sae_delta_mid"].lr
     start = TopKSAE(dim, options.dict_size, options.k, seed=derive_seed(seed, "bench", name))
     if name == "truth":
         assert data.truth is not None
@@ -112,23 +80,22 @@ def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argp
 
 
 class Peer:
-    """A worker in the peer's own environment."""
+    """A worker in the peer's own environment, started when first needed."""
 
-    def __init__(self, name: str, python: str, folder: Path) -> None:
-        self.name, self.folder, self.jobs = name, folder, 0
-        command = [python, str(Path(__file__).with_name("quality_peers.py")), name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, name: str, python: str) -> None:
+        self.name = name
+        self.command = [python, str(Path(__file__).with_name("quality_peers.py")), name]
+        self.process: subprocess.Popen[str] | None = None
 
-    def train(self, rows: Path, lr: float | None, seed: int, options: argparse.Namespace) -> TopKSAE:
-        self.jobs += 1
-        out = self.folder / f"{self.name}-{self.jobs}.pt"
+    def train(self, rows: Path, out: Path, lr: float | None, seed: int, options: argparse.Namespace) -> TopKSAE:
+        """Train on the rows in a file; `out` takes the worker's weights for the moment."""
+        if self.process is None:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         job = {"rows": str(rows), "dict_size": options.dict_size, "k": options.k, "lr": lr, "batch": options.batch}
+        job |= {"seed": derive_seed(seed, self.name) % 2**31, "out": str(out)}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(
-            json.dumps(job | {"seed": derive_seed(seed, self.name) % 2**31, "out": str(out)}), file=self.process.stdin
-        )
-        self.process.stdin.flush()
+        print(json.dumps(job), file=self.process.stdin, flush=True)
         for line in self.process.stdout:  # peers print lines of their own
             if line.startswith('{"out"'):
                 return self._load(out, options)
@@ -136,6 +103,7 @@ class Peer:
 
     def _load(self, path: Path, options: argparse.Namespace) -> TopKSAE:
         weights = torch.load(path, weights_only=True)
+        path.unlink()
         sae = TopKSAE(len(weights["pre_bias"]), options.dict_size, options.k, seed=0)
         with torch.no_grad():
             sae.encoder.weight.copy_(weights["encoder"])
@@ -143,6 +111,10 @@ class Peer:
             sae.decoder.weight.copy_(weights["decoder"].T)
             sae.pre_bias.copy_(weights["pre_bias"])
         return sae
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
 
 
 @torch.no_grad()
@@ -157,69 +129,137 @@ def figures(data: Data, sae: TopKSAE) -> Figures:
     return kept | (recovery(data.truth, sae, rows=8192, seed=9005) if data.truth else {})
 
 
-def summary(runs: list[tuple[Figures, TopKSAE]]) -> Figures:
-    """Means over seeds, the spread of FVU, and agreement between the first two seeds."""
-    values = [run for run, _ in runs]
-    found = {key: mean(run[key] for run in values) for key in values[0]}
-    found["fvu_spread"] = max(run["fvu"] for run in values) - min(run["fvu"] for run in values)
-    if len(runs) > 1:
-        found["stable"] = cross_seed_stability(runs[0][1], runs[1][1])["stable"]
-    return found
+Train = Callable[[float | None, int], TopKSAE]
 
 
-def compare(data: Data, peers: list[Peer], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every trainer on one set of rows."""
+class Runs:
+    """One trainer's SAEs on one set of rows, each trained once and kept in a folder of its own."""
+
+    def __init__(self, folder: Path, data: Data, train: Train, seeds: int) -> None:
+        self.folder, self.data, self.train, self.seeds = folder, data, train, seeds
+
+    def place(self, rate: float | str, seed: int) -> Path:
+        return self.folder / f"{rate}-{seed}"
+
+    def figures(self, rate: float | str, seed: int) -> Figures:
+        """Figures of one run, trained now if it never was."""
+        place = self.place(rate, seed)
+        if not (place / "figures.json").is_file():
+            started = time.monotonic()
+            sae = self.train(None if isinstance(rate, str) else rate, seed)
+            sae.save(place)
+            found = figures(self.data, sae)
+            write_json(place / "figures.json", found)
+            print(f"{place}: fvu {found['fvu']:.4f}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        return {str(key): float(value) for key, value in read_json(place / "figures.json").items()}
+
+    def best_rate(self) -> float:
+        """The grid's rate with the lowest FVU under the first seed."""
+        return min(GRID, key=lambda lr: self.figures(lr, 0)["fvu"])
+
+    def final(self) -> list[Path]:
+        """Folders of the SAEs that are reported: every seed at the best rate and, but for `truth`, at the default."""
+        rates = [self.best_rate(), *([] if self.folder.name == "truth" else [DEFAULT])]
+        places = [(rate, seed) for rate in rates for seed in range(self.seeds)]
+        for rate, seed in places:
+            self.figures(rate, seed)
+        return [self.place(rate, seed) for rate, seed in places]
+
+    def summary(self, rate: float | str) -> Figures:
+        """Means over seeds, the spread of FVU, and the mean over pairs of seeds of how many latents they share."""
+        places = [self.place(rate, seed) for seed in range(self.seeds)]
+        values = [read_json(place / "figures.json") | _spliced(place) for place in places]
+        found = {key: mean(run[key] for run in values) for key in values[0]}
+        for key in {"fvu", "ce_recovered_mean"} & found.keys():
+            found[f"{key}_spread"] = max(run[key] for run in values) - min(run[key] for run in values)
+        saes = [TopKSAE.from_pretrained(place) for place in places]
+        pairs = [(a, b) for i, a in enumerate(saes) for b in saes[i + 1 :]]
+        if pairs:
+            found["stable"] = mean(cross_seed_stability(a, b)["stable"] for a, b in pairs)
+        return found
+
+    def result(self) -> dict[str, Any]:
+        best = self.best_rate()
+        found: dict[str, Any] = {"tuned": {"lr": best} | self.summary(best)}
+        if self.folder.name != "truth":
+            found[DEFAULT] = self.summary(DEFAULT)
+        return found | {"grid": {str(lr): self.figures(lr, 0)["fvu"] for lr in GRID}}
+
+
+def _spliced(place: Path) -> Figures:
+    file = place / "spliced.json"
+    return dict(read_json(file)) if file.is_file() else {}
+
+
+def splice(places: list[Path], layer: int, splicer: Splicer) -> None:
+    """Measure the SAEs that were not spliced yet."""
+    waiting = {str(place): place for place in places if not (place / "spliced.json").is_file()}
+    if waiting:
+        saes = {name: TopKSAE.from_pretrained(place) for name, place in waiting.items()}
+        for name, found in splicer(saes, layer).items():
+            write_json(waiting[name] / "spliced.json", found)
+
+
+def compare(data: Data, peers: Mapping[str, Peer], options: argparse.Namespace) -> dict[str, Any]:
+    """Every asked trainer on one set of rows."""
+    folder = options.folder / data.name.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.pt"
-    torch.save(data.train_RD, rows)
-    trainers: dict[str, Callable[[float | None, int], TopKSAE]] = {
-        name: lambda lr, seed, name=name: train_ours(data, name, lr, seed, options)
-        for name in (*OURS, *(("truth",) if data.truth else ()))
-    }
-    trainers |= {peer.name: lambda lr, seed, peer=peer: peer.train(rows, lr, seed, options) for peer in peers}
+    if not rows.is_file():
+        torch.save(data.train_RD, rows)
     result: dict[str, Any] = {}
-    for name, train in trainers.items():
+    places: list[Path] = []
+    trainers: dict[str, Runs] = {}
+    for name in options.trainer or ("published", *peers, "ours", *(("truth",) if data.truth else ())):
 
-        def measured(lr: float | None, train: Callable[[float | None, int], TopKSAE] = train) -> Figures:
-            saes = [train(lr, seed) for seed in range(options.seeds)]
-            return summary([(figures(data, sae), sae) for sae in saes])
+        def train(lr: float | None, seed: int, name: str = name) -> TopKSAE:
+            if name in peers:
+                return peers[name].train(rows, folder / f"{name}.pt", lr, seed, options)
+            return train_ours(data, name, lr, seed, options)
 
-        grid = {str(lr): measured(lr) for lr in GRID}
-        best = min(grid, key=lambda lr: grid[lr]["fvu"])
-        result[name] = {"tuned": {"lr": float(best)} | grid[best], "default": measured(None), "grid": grid}
-        print(f"{data.name}: {name}: tuned {result[name]['tuned']}, default {result[name]['default']}", file=sys.stderr)
+        trainers[name] = Runs(folder / name, data, train, options.seeds)
+        places += trainers[name].final()
+    if data.layer is not None:
+        splice(places, data.layer, Splicer())
+    for name, runs in trainers.items():
+        result[name] = runs.result()
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="keeps each trained SAE and quality.json; one budget per folder")
     parser.add_argument("--data", choices=("synthetic", "standin"), default="synthetic")
-    parser.add_argument("--kind", action="append", choices=("sparse", "correlated", "hierarchical"))
-    parser.add_argument("--layer", action="append", type=int)
-    parser.add_argument("--rows", type=int, default=327_680)
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of synthetic rows; all by default")
+    parser.add_argument("--layer", action="append", type=int, help="of the stand-in; 6, 22 and 35 by default")
+    parser.add_argument("--rows", type=int, default=524_288)
     parser.add_argument("--dim", type=int, default=128, help="of synthetic rows")
     parser.add_argument("--features", type=int, default=512, help="known features of synthetic rows")
     parser.add_argument("--dict-size", type=int, default=512)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--our-lr", type=float, default=4e-3, help="the normalised recipe's default at this size")
+    parser.add_argument("--trainer", action="append", help="only these: published, ours, truth or a peer's name")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
-    options.kind, options.layer = options.kind or ["sparse"], options.layer or [6, 22, 35]
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="quality-") as name:
-        folder = Path(name)
-        peers = [Peer(*peer.split("=", 1), folder) for peer in options.peer]
-        source = synthetic if options.data == "synthetic" else standin
-        results = {data.name: compare(data, peers, folder, options) for data in source(options)}
-        for peer in peers:
-            peer.process.communicate()
-    settings = {key: value for key, value in vars(options).items() if key not in ("peer", "json")}
-    text = json.dumps({"settings": settings, "grid": GRID, "results": results}, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
+    budget = ("data", "rows", "dim", "features", "dict_size", "k", "batch")
+    settings = {key: getattr(options, key) for key in budget} | {"held_out": HELD_OUT}
+    options.folder.mkdir(parents=True, exist_ok=True)
+    kept = options.folder / "settings.json"
+    if kept.is_file() and read_json(kept) != settings:
+        raise SystemExit(f"{options.folder} holds runs of another budget ({kept}); give another folder")
+    write_json(kept, settings)
+    peers = {name: Peer(name, python) for name, python in (peer.split("=", 1) for peer in options.peer)}
+    if options.data == "synthetic":
+        sets = synthetic(options.rows, options.dim, options.features, options.k, options.kind or list(KINDS))
+    else:
+        sets = standin(options.rows, options.layer or [6, 22, 35], options.folder)
+    results = {data.name: compare(data, peers, options) for data in sets}
+    for peer in peers.values():
+        peer.close()
+    write_json(options.folder / "quality.json", {"settings": settings, "grid": GRID, "results": results})
+    print(markdown(results))
 
 
 if __name__ == "__main__":
