@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
 from qwenscope.cli_options import Data, Out, err, out
 from qwenscope.errors import FormatError
+
+T = TypeVar("T")
 
 
 def index(
@@ -64,34 +66,45 @@ class Where(StrEnum):
 def steer(
     target: Annotated[Path, typer.Argument(metavar="RELEASE", help="A release or a complete run.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
-    sae: Annotated[str, typer.Option(help="SAE id.")],
-    latent: Annotated[int, typer.Option(min=0, help="Its latent.")],
-    strength: Annotated[float, typer.Option(help="In units of the residual stream's norm, or see --index.")] = 1.0,
-    mode: Annotated[Mode, typer.Option(help="What to do with the latent.")] = Mode.add,
+    sae: Annotated[list[str], typer.Option(help="SAE id; once, or once per --latent.")],
+    latent: Annotated[list[int], typer.Option(min=0, help="Its latent; repeat it to steer several together.")],
+    strength: Annotated[
+        list[float], typer.Option(help="In units of the residual stream's norm, or see --index; once, or per --latent.")
+    ] = [1.0],  # noqa: B006 - typer copies it
+    mode: Annotated[Mode, typer.Option(help="What to do with the latents.")] = Mode.add,
     where: Annotated[Where, typer.Option(help="Positions.")] = Where.all,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per run.")] = 64,
     feature_index: Annotated[
-        Path | None, typer.Option("--index", metavar="INDEX", help="Take the latent's maximum there as unit.")
+        Path | None, typer.Option("--index", metavar="INDEX", help="Take each latent's maximum there as its unit.")
     ] = None,
 ) -> None:
-    """Write on under a steered latent, beside the unsteered model and the controls that tell an effect from noise."""
+    """Write on under steered latents, beside the unsteered model and the controls that tell an effect from noise."""
     from qwenscope.features.index import open_suite
     from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
     from qwenscope.features.store import Index
 
+    saes, strengths = _per_latent("--sae", sae, latent), _per_latent("--strength", strength, latent)
     opened, lm = open_suite(target)
-    if sae not in opened.saes:
-        raise FormatError(f"--sae {sae} is not in {target}; it holds {', '.join(opened.saes)}")
-    layer = opened.recipe.hook_points[sae].layer
-    unit: float | Literal["norm"] = "norm"
-    if feature_index is not None:
-        unit = Index(feature_index).latent(sae, latent)["max"]
-    push = Steering(layer, strength, opened.saes[sae], latent, mode.value, unit=unit, where=where.value)
-    for piece in side_by_side(lm, prompt_tokens(lm, prompt), [push], max_new_tokens=max_new_tokens):
+    opened_index = None if feature_index is None else Index(feature_index)
+    pushes = []
+    for id, number, amount in zip(saes, latent, strengths, strict=True):
+        if id not in opened.saes:
+            raise FormatError(f"--sae {id} is not in {target}; it holds {', '.join(opened.saes)}")
+        layer = opened.recipe.hook_points[id].layer
+        unit: float | Literal["norm"] = "norm" if opened_index is None else opened_index.latent(id, number)["max"]
+        pushes.append(Steering(layer, amount, opened.saes[id], number, mode.value, unit=unit, where=where.value))
+    for piece in side_by_side(lm, prompt_tokens(lm, prompt), pushes, max_new_tokens=max_new_tokens):
         if piece.effect is not None:
             out.print(f"\n[bold]{piece.run}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False)
         out.print(piece.text, end="", markup=False, highlight=False)
     out.print()
+
+
+def _per_latent(option: str, values: list[T], latents: list[int]) -> list[T]:
+    """One value per latent: all given, or one for all."""
+    if len(values) not in (1, len(latents)):
+        raise FormatError(f"{option} is given {len(values)} times, --latent {len(latents)}; give it once, or as often")
+    return values * len(latents) if len(values) == 1 else values
 
 
 def explain(

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from planted_suite import make_corpus, make_release
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 from starlette.types import ASGIApp
 from visiting import FLAGS, Visit, serving
 
 from qwenscope.features.browser.export import export_site
 from qwenscope.features.browser.server import make_app
 from qwenscope.features.index import build_index
+
+
+expect.set_options(timeout=60_000)  # a busy machine is no failure
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,17 @@ from visiting import Visit, serving
 from qwenscope.features.store import Index, add_explanations
 
 LATENT = f"#/sae/sae_delta/{PLANTED_LATENT}"
-ROUTES = ["", "#/sae/sae_delta", LATENT, "#/search?q=that", "#/try?text=order+that+status", "#/notes", "#/nowhere"]
+RUNS = ["steered", "unsteered", "negative strength", "random latent", "random direction"]
+ROUTES = [
+    "",
+    "#/sae/sae_delta",
+    LATENT,
+    "#/search?q=that",
+    "#/try?text=order+that+status",
+    "#/steer",
+    "#/notes",
+    "#/nowhere",
+]
 
 
 def test_the_suite_shows_every_sae_by_depth_and_kind(visit: Visit) -> None:
@@ -81,10 +91,56 @@ def test_steering_shows_its_controls(visit: Visit) -> None:
     page = visit.go(LATENT)
     page.get_by_label("Prompt").fill("order status")
     page.get_by_role("button", name="Steer").click()
-    names = ["steered", "unsteered", "negative strength", "random latent", "random direction"]
-    for name in names:
+    for name in RUNS:
         expect(page.locator(".run h3", has_text=name).first).to_be_visible()
     expect(page.get_by_role("button", name="Steer")).to_be_enabled()
+    page.get_by_role("link", name="Link to this steering").click()
+    expect(page.locator("h1")).to_have_text("Steer")
+    expect(page.get_by_label("Prompt")).to_have_value("order status")
+    expect(page.get_by_label("Latent", exact=True)).to_have_value(str(PLANTED_LATENT))
+
+
+def test_several_latents_steer_together_from_a_link(visit: Visit) -> None:
+    link = "#/steer?push=sae_delta:7:clamp:-1.5&push=sae_attn:41:ablate:2&unit=norm&where=prefill&prompt=order+status"
+    page = visit.go(link)
+    expect(page.get_by_label("SAE", exact=True)).to_have_count(2)
+    expect(page.get_by_label("Strength").nth(1)).to_be_disabled()
+    page.get_by_role("button", name="Add a latent").click()
+    expect(page.get_by_label("Latent", exact=True)).to_have_count(3)
+    page.get_by_role("button", name="Remove").nth(2).click()
+    page.get_by_role("button", name="Steer").click()
+    expect(page.locator(".run h3")).to_contain_text(RUNS)
+    expect(page.get_by_role("button", name="Steer")).to_be_enabled()
+    address = page.url
+    page = visit.go(address[address.index("#") :])
+    expect(page.get_by_label("in units of")).to_have_value("norm")
+    expect(page.get_by_label("at", exact=True)).to_have_value("prefill")
+    expect(page.get_by_label("Mode").nth(1)).to_have_value("ablate")
+    expect(page.get_by_label("Strength").first).to_have_value("-1.5")
+
+
+def test_a_latent_is_tested_on_ones_own_text(visit: Visit) -> None:
+    page = visit.go(LATENT)
+    page.get_by_label("Text to test").fill(f"order{PLANTED} status")
+    page.get_by_role("button", name="Test").click()
+    expect(page.locator("form .text .peak")).to_have_text(PLANTED)
+    page.get_by_label("Text to test").fill("order status")
+    page.get_by_role("button", name="Test").click()
+    expect(page.locator("form", has=page.locator("#test")).get_by_role("status")).to_contain_text("not active")
+
+
+def test_an_example_is_copied_and_read(visit: Visit) -> None:
+    visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = visit.go(LATENT)
+    example = page.locator(".contexts li").first
+    text = "".join(example.locator(".tok").all_inner_texts()).replace("↵", "\n")
+    example.hover()
+    example.get_by_role("button", name="copy").click()
+    expect(example.get_by_role("button", name="copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == text
+    example.get_by_role("link", name="read").click()
+    expect(page.get_by_label("Text", exact=True)).to_have_value(text)
+    expect(page.locator(".active .entry").first).to_be_visible()
 
 
 def test_html_in_tokens_labels_and_notes_stays_text(visit: Visit, index: Path) -> None:
@@ -162,6 +218,7 @@ def test_the_exported_site_shows_the_same_without_a_server(chromium: Browser, st
     page = visit.go("#/notes")
     expect(page.locator(".hit a")).to_have_text([f"sae_delta / {PLANTED_LATENT}"])
     expect(visit.go("#/try").locator("main")).to_contain_text("qwenscope browse")
+    expect(visit.go("#/steer").locator("main")).to_contain_text("qwenscope browse")
     for route in ("#/sae/sae_delta", "#/sae/nope/1", "#/sae/sae_delta/99999"):
         visit.go(route)
     visit.problems = [problem for problem in visit.problems if "404" not in problem]  # the nope above

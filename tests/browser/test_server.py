@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +16,13 @@ from starlette.types import ASGIApp
 from qwenscope.errors import FormatError
 from qwenscope.features.browser.export import export_site
 from qwenscope.features.browser.server import BODY_LIMIT, make_app, page_files, serve
+from qwenscope.features.index import open_origin
+from qwenscope.features.steering import Steering, generate, prompt_tokens
+from qwenscope.features.store import Index
 
 JSON = {"Content-Type": "application/json"}
-STEER = {
-    "sae": "sae_delta",
-    "latent": PLANTED_LATENT,
-    "strength": 1.0,
-    "mode": "add",
-    "unit": "max",
-    "where": "all",
-    "prompt": "order status",
-    "tokens": 3,
-}
+PUSH = {"sae": "sae_delta", "latent": PLANTED_LATENT, "strength": 1.0, "mode": "add", "unit": "max", "where": "all"}
+STEER = {"pushes": [PUSH], "prompt": "order status", "tokens": 3}
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +147,25 @@ def test_bodies_and_texts_have_a_limit(client: TestClient) -> None:
         ({"mode": "melt"}, "melt"),
         ({"where": "nowhere"}, "nowhere"),
         ({"where": [1, 2]}, "where"),
+        ({"unit": "miles"}, "unit"),
+    ],
+)
+def test_a_wrong_push_is_named(client: TestClient, change: dict[str, Any], named: str) -> None:
+    response = client.post("/api/steer", json=STEER | {"pushes": [PUSH, PUSH | change]})
+    assert response.status_code in (400, 404)
+    assert named in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
         ({"tokens": 0}, "tokens"),
         ({"prompt": " "}, "no text"),
+        ({"prompt": ["x"]}, "no text"),
+        ({"pushes": []}, "pushes is a list of 1 to 8"),
+        ({"pushes": [PUSH] * 9}, "pushes is a list of 1 to 8"),
+        ({"pushes": PUSH}, "pushes is a list"),
+        ({"pushes": ["x"]}, "a push is an object"),
     ],
 )
 def test_steering_names_what_is_wrong(client: TestClient, change: dict[str, Any], named: str) -> None:
@@ -168,6 +181,22 @@ def test_reading_and_steering_answer(client: TestClient) -> None:
     assert PLANTED_LATENT in [latent for latent, _ in read["saes"]["sae_delta"][at]]
     lines = client.post("/api/steer", json=STEER).text.splitlines()
     assert len(lines) > 5
+
+
+def test_several_latents_steer_together_as_in_python(client: TestClient, index: Path) -> None:
+    pushes = [PUSH, {**PUSH, "sae": "sae_attn", "latent": 41, "mode": "clamp", "unit": "norm", "strength": 3}]
+    lines = client.post("/api/steer", json=STEER | {"pushes": pushes}).text.splitlines()
+    written = [json.loads(line) for line in lines]
+    target, lm = open_origin(index)
+    largest = Index(index).latent("sae_delta", PLANTED_LATENT)["max"]
+    both = [
+        Steering(1, 1.0, target.saes["sae_delta"], PLANTED_LATENT, unit=largest),
+        Steering(3, 3.0, target.saes["sae_attn"], 41, "clamp"),
+    ]
+    expected = "".join(generate(lm, prompt_tokens(lm, "order status"), both, 3))
+    assert "".join(piece["text"] for piece in written if piece["run"] == "steered") == expected
+    effects = {piece["run"]: piece["effect"] for piece in written if piece["effect"] is not None}
+    assert effects["steered"] > 1e-6
 
 
 def test_notes_are_kept_replaced_and_removed(client: TestClient) -> None:

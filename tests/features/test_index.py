@@ -20,7 +20,7 @@ from qwenscope.features.geometry import Company
 from qwenscope.features.index import build_index
 from qwenscope.features.reading import open_stream
 from qwenscope.features.statistics import AFTER, BEFORE, FIRINGS, TOP, bin_of
-from qwenscope.features.store import Index
+from qwenscope.features.store import Index, MissingLatentError
 from qwenscope.lm.forward import final_norm, residual_streams, unembedding
 from qwenscope.lm.load import LanguageModel, load_language_model
 
@@ -210,7 +210,7 @@ def test_search_by_punctuation_prefix_and_sae(index: Index) -> None:
     assert index.search("<|im_end|>")
     assert index.search("stat", sae_id="sae_attn", limit=3)
     assert {hit["sae"] for hit in index.search("status", sae_id="sae_attn")} == {"sae_attn"}
-    with pytest.raises(KeyError, match="sae_nope"):
+    with pytest.raises(MissingLatentError, match="sae_nope"):
         index.search("status", sae_id="sae_nope")
 
 

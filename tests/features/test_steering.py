@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,13 @@ def test_a_wrong_width_or_layer_is_named(model: Any, sae: TopKSAE) -> None:
 
 def test_controls_keep_everything_but_what_they_vary(sae: TopKSAE) -> None:
     real = Steering(LAYER, 2.0, sae=sae, latent=LATENT, mode="clamp", unit=3.0, where="prefill")
-    found = controls([real], seed=1, alive=[3, LATENT])
+    found = controls([real], seed=1, alive=[[3, LATENT]])
     assert list(found) == ["unsteered", "negative strength", "random latent", "random direction"]
     assert found["unsteered"] == []
     assert found["negative strength"][0].strength == -2.0
     assert found["random latent"][0].latent == 3
+    both = controls([real, replace(real, latent=9)], alive=[[3], [4]])
+    assert [push.latent for push in both["random latent"]] == [3, 4]
     x = torch.randn(2, 4, D)
     torch.testing.assert_close(found["random direction"][0].push(x).norm(dim=-1), real.push(x).norm(dim=-1))
     again = controls([real], seed=1)["random direction"][0].direction_D

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.evaluation.run import SPLITS
+from qwenscope.features.characters import Piece, alone, readable
 from qwenscope.features.geometry import Company, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.reading import CONTEXT_COLUMNS, CorpusPass
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
@@ -51,7 +52,7 @@ class Latent:
 class Texts:
     """The tokens of a finished corpus pass by address, in memory-mapped files."""
 
-    def __init__(self, corpus_pass: CorpusPass, vocabulary: Sequence[str]) -> None:
+    def __init__(self, corpus_pass: CorpusPass, vocabulary: Sequence[Piece]) -> None:
         self.vocabulary = vocabulary
         path = corpus_pass.work / "tokens.bin"
         starts = [0]
@@ -67,7 +68,12 @@ class Texts:
         conversation = int(np.searchsorted(self._starts, address, side="right")) - 1
         low = max(int(self._starts[conversation]), address - before)
         high = min(int(self._starts[conversation + 1]), address + after + 1)
-        return low, [self.vocabulary[token] for token in self.tokens[low:high].tolist()]
+        return low, readable([self.vocabulary[token] for token in self.tokens[low:high].tolist()])
+
+    def token(self, address: int) -> str:
+        """Text of the token at `address`; of the character that it takes part in."""
+        low, texts = self.window(address, before=4, after=4)
+        return next((text for text in reversed(texts[: address - low + 1]) if text), "")
 
 
 class Describer:
@@ -182,12 +188,11 @@ class Describer:
         return examples
 
     def _latent(self, number: int, detail: dict[str, Any]) -> Latent:
-        vocabulary = self._texts.vocabulary
         top = [example[1] for example in detail["examples"] if example[0] == "top"]
-        at_peak = Counter(vocabulary[self._texts.tokens[address]] for address in top)
+        at_peak = Counter(self._texts.token(address) for address in top)
         contexts = ["".join(self._texts.window(address, 8, 4)[1]) for address in top[:4]]
         peaks = [token for token, _ in at_peak.most_common(6)]
-        promoted = [vocabulary[token] for token, _ in detail["promoted"]]
+        promoted = [alone(self._texts.vocabulary[token]) for token, _ in detail["promoted"]]
         columns = {
             "density": detail["density"],
             "max": detail["max"],

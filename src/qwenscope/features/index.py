@@ -24,6 +24,7 @@ import numpy as np
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.run import SPLITS, Target, open_target
+from qwenscope.features.characters import Piece, pieces_of
 from qwenscope.features.describing import Describer, Latent, Texts, summary_of
 from qwenscope.features.publishing import ParquetFiles
 from qwenscope.features.reading import CorpusPass, OnProgress
@@ -162,12 +163,11 @@ def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) 
     shutil.rmtree(work)
 
 
-def _write_vocabulary(database: sqlite3.Connection, lm: LanguageModel) -> list[str]:
-    """Every token's text as it reads in a context; a piece of a character shows as the replacement character."""
-    ids = range(len(unembedding(lm)))
-    texts: list[str] = lm.tokenizer.batch_decode([[id] for id in ids], clean_up_tokenization_spaces=False)
-    database.executemany("INSERT INTO vocabulary VALUES (?, ?)", enumerate(texts))
-    return texts
+def _write_vocabulary(database: sqlite3.Connection, lm: LanguageModel) -> list[Piece]:
+    """Every token's text, or bytes where it writes a part of a character."""
+    pieces = pieces_of(lm.tokenizer, range(len(unembedding(lm))))
+    database.executemany("INSERT INTO vocabulary VALUES (?, ?)", enumerate(pieces))
+    return pieces
 
 
 def _write_conversations(database: sqlite3.Connection, corpus_pass: CorpusPass) -> None:

@@ -71,10 +71,7 @@ def explain(
     """
     records = []
     for done, latent in enumerate(latents, start=1):
-        try:
-            found = index.latent(sae_id, latent)
-        except KeyError as error:
-            raise FormatError(str(error.args[0])) from None
+        found = index.latent(sae_id, latent)
         if found["fired"]:
             record = _explain_one(client, found)
             add_explanations(index, [(sae_id, latent, record)])  # one by one: an endpoint may fail half-way

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qwenscope.features.characters import alone
 from qwenscope.features.describing import Latent, Texts
 from qwenscope.features.statistics import BEFORE
 
@@ -64,8 +65,8 @@ class ParquetFiles:
             "sae_id": sae_id,
             "latent": latent.number,
             **{name: latent.columns[name] for name in ("density", "max", "mean", "peaks")},
-            "promoted": [words[token] for token, _ in latent.detail["promoted"]],
-            "suppressed": [words[token] for token, _ in latent.detail["suppressed"]],
+            "promoted": [alone(words[token]) for token, _ in latent.detail["promoted"]],
+            "suppressed": [alone(words[token]) for token, _ in latent.detail["suppressed"]],
             "neighbours": [other for other, _ in latent.detail["neighbours"]],
         }
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qwenscope.corpus.chat import ROLES, render
 from qwenscope.corpus.repair import Dropped
 from qwenscope.errors import CorpusError, FormatError, ModelError
+from qwenscope.features.characters import pieces_of, readable
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import LanguageModel, layer_kinds
 from qwenscope.recipe import load_recipe
@@ -38,7 +39,7 @@ class Reading:
 
     token_ids: list[int]
     tokens: list[str]
-    """Text of each token; a piece of a character is the replacement character."""
+    """Text of each token; a character of several tokens stands at the first of them, the others are empty."""
     roles: list[str] | None
     """Role of each token of a conversation; None for plain text."""
     codes: dict[str, Codes]
@@ -83,8 +84,7 @@ def read(
         for sae_id, sae in suite.items():
             found = sae.encode(streams[at[sae_id]][0].to(sae.pre_bias.device))
             codes[sae_id] = Codes(found.values.cpu(), found.indices.cpu(), sae.dict_size)
-    tokens: list[str] = tokenizer.batch_decode([[id] for id in token_ids], clean_up_tokenization_spaces=False)
-    return Reading(token_ids, tokens, roles, codes)
+    return Reading(token_ids, readable(pieces_of(tokenizer, token_ids)), roles, codes)
 
 
 def as_language_model(model: PreTrainedModel | LanguageModel, tokenizer: Any = None) -> LanguageModel:

@@ -149,7 +149,7 @@ def _edit(group: Sequence[Steering], seen: _Seen) -> Callable[[Tensor], Tensor]:
 
 
 def controls(
-    steerings: Sequence[Steering], seed: int = 0, alive: Sequence[int] | None = None
+    steerings: Sequence[Steering], seed: int = 0, alive: Sequence[Sequence[int]] | None = None
 ) -> dict[str, list[Steering]]:
     """What honest steering is compared with, by name: without any push, negative strength, another latent at random,
     a random direction of the same norm. A steering without a latent has no other latent; ablation has no sign.
@@ -157,23 +157,23 @@ def controls(
     Args:
         steerings: the real ones.
         seed: of the random choices.
-        alive: latents to choose from; None means all.
+        alive: per steering, the latents to choose another from; None means all of its SAE.
     """
     random = generator(seed, "steering controls")
     found: dict[str, list[Steering]] = {"unsteered": []}
     if any(steering.mode != "ablate" for steering in steerings):
         found["negative strength"] = [replace(steering, strength=-steering.strength) for steering in steerings]
     if all(steering.sae is not None for steering in steerings):
-        found["random latent"] = [_other_latent(steering, random, alive) for steering in steerings]
+        pools = alive or [range(steering.sae.dict_size) for steering in steerings if steering.sae is not None]
+        found["random latent"] = [_other(*pair, random) for pair in zip(steerings, pools, strict=True)]
     found["random direction"] = [
         replace(steering, along=torch.randn(len(steering.direction_D), generator=random)) for steering in steerings
     ]
     return found
 
 
-def _other_latent(steering: Steering, random: torch.Generator, alive: Sequence[int] | None) -> Steering:
-    assert steering.sae is not None
-    pool = [latent for latent in (alive or range(steering.sae.dict_size)) if latent != steering.latent]
+def _other(steering: Steering, alive: Sequence[int], random: torch.Generator) -> Steering:
+    pool = [latent for latent in alive if latent != steering.latent]
     if not pool:
         raise FormatError("there is no other latent to compare with")
     return replace(steering, latent=pool[int(torch.randint(len(pool), (1,), generator=random))])
@@ -196,7 +196,7 @@ def side_by_side(
     steerings: Sequence[Steering],
     *,
     seed: int = 0,
-    alive: Sequence[int] | None = None,
+    alive: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
 ) -> Iterator[Piece]:
@@ -207,7 +207,7 @@ def side_by_side(
         prompt_ids: see `prompt_tokens`.
         steerings: what is done together.
         seed: of controls and sampling; every run draws the same random numbers.
-        alive: latents that the random one is chosen from.
+        alive: per steering, the latents that the random one is chosen from.
         max_new_tokens: per run.
         temperature: 0 takes the likeliest token.
 

@@ -19,14 +19,15 @@ import numpy as np
 
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
+from qwenscope.features.characters import Piece, alone, readable
 from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
 
 FILE = "index.sqlite"
-VERSION = 1
+VERSION = 2
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE saes (ordinal INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, summary TEXT NOT NULL, latents BLOB NOT NULL);
-CREATE TABLE vocabulary (id INTEGER PRIMARY KEY, text TEXT NOT NULL);
+CREATE TABLE vocabulary (id INTEGER PRIMARY KEY, piece NOT NULL);
 CREATE TABLE conversations (
     start INTEGER PRIMARY KEY, id TEXT NOT NULL, source TEXT NOT NULL, split TEXT NOT NULL,
     length INTEGER NOT NULL, tokens BLOB NOT NULL, roles BLOB NOT NULL
@@ -43,6 +44,10 @@ SELECT start, id, source, split, length,
 FROM conversations WHERE start <= :address ORDER BY start DESC LIMIT 1
 """
 _WORDS = re.compile(r"\w+", re.UNICODE)
+
+
+class MissingLatentError(FormatError):
+    """The index has no such SAE or latent."""
 
 
 def key_of(ordinal: int, latent: int) -> int:
@@ -109,29 +114,36 @@ class Index:
         """Everything that a latent's page shows.
 
         Raises:
-            KeyError: no such SAE or latent.
+            MissingLatentError: no such SAE or latent.
         """
-        ordinal = self.ordinal(sae_id)
-        if not 0 <= latent < self.saes[sae_id]["dict_size"]:
-            raise KeyError(f"{sae_id} has no latent {latent}")
-        key = key_of(ordinal, latent)
+        self.check(sae_id, latent)
+        key = key_of(self.ordinal(sae_id), latent)
         with self._connect() as connection:
             row = connection.execute("SELECT detail FROM latents WHERE key = ?", (key,)).fetchone()
             detail: dict[str, Any] = unpack(row[0])
             ids = {token for name in ("promoted", "suppressed") for token, _ in detail[name]}
             contexts = [self._context(connection, example) for example in detail["examples"]]
             ids.update(token for context in contexts for token in context["tokens"])
-            texts = _texts(connection, ids)
+            pieces = _pieces(connection, ids)
             record = connection.execute("SELECT record FROM explanations WHERE key = ?", (key,)).fetchone()
+            detail["names"] = self._names(connection, [(sae_id, latent), *_others(sae_id, detail)])
         for context in contexts:
-            context["tokens"] = [texts[token] for token in context["tokens"]]
+            context["tokens"] = readable([pieces[token] for token in context["tokens"]])
         detail["examples"] = contexts
         for name in ("promoted", "suppressed"):
-            detail[name] = [[texts[token], score] for token, score in detail[name]]
+            detail[name] = [[alone(pieces[token]), score] for token, score in detail[name]]
         detail["explanation"] = json.loads(record[0]) if record else None
         if record:
             detail["explanation"].pop("samples", None)  # hundreds of tokens that no page shows
         return {"sae": sae_id, "latent": latent, **detail}
+
+    def _names(self, connection: sqlite3.Connection, latents: Iterable[tuple[str, int]]) -> dict[str, dict[str, Any]]:
+        """{"sae_id/latent": {"label", "peaks"}}."""
+        keys = {key_of(self.ordinal(sae_id), latent): f"{sae_id}/{latent}" for sae_id, latent in latents}
+        rows = connection.execute(
+            f"SELECT rowid, label, peaks FROM search WHERE rowid IN ({','.join('?' * len(keys))})", list(keys)
+        )
+        return {keys[key]: {"label": label, "peaks": _split(peaks)} for key, label, peaks in rows}
 
     def search(self, text: str, *, sae_id: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
         """Latents by peak token, promoted token, label or context, best first.
@@ -171,15 +183,21 @@ class Index:
             "latent": key & 0xFFFFFFFF,
             "why": why,
             "label": label,
-            "peaks": peaks.split("\x1f") if peaks else [],
-            "promoted": promoted.split("\x1f") if promoted else [],
+            "peaks": _split(peaks),
+            "promoted": _split(promoted),
             "density": density,
         }
 
+    def check(self, sae_id: str, latent: int) -> None:
+        """Raises MissingLatentError unless the index has this latent."""
+        self.ordinal(sae_id)
+        if not 0 <= latent < self.saes[sae_id]["dict_size"]:
+            raise MissingLatentError(f"{sae_id} has no latent {latent}")
+
     def ordinal(self, sae_id: str) -> int:
-        """Place of an SAE in the suite; KeyError if there is none."""
+        """Place of an SAE in the suite; MissingLatentError if there is none."""
         if sae_id not in self._ordinals:
-            raise KeyError(f"the index has no SAE {sae_id}; it has {', '.join(self._ordinals)}")
+            raise MissingLatentError(f"the index has no SAE {sae_id}; it has {', '.join(self._ordinals)}")
         return self._ordinals[sae_id]
 
     def _context(self, connection: sqlite3.Connection, example: list[Any]) -> dict[str, Any]:
@@ -234,14 +252,25 @@ def read_explanations(index: Index) -> Iterator[tuple[str, int, dict[str, Any]]]
             yield ids[key >> 32], key & 0xFFFFFFFF, json.loads(record)
 
 
-def _texts(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, str]:
+def _others(sae_id: str, detail: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The latents that a page links to."""
+    for name in ("neighbours", "coactive"):
+        yield from ((sae_id, other) for other, *_ in detail[name])
+    yield from ((other_sae, other) for other_sae, other, _ in detail["elsewhere"])
+
+
+def _split(joined: str) -> list[str]:
+    return joined.split("\x1f") if joined else []
+
+
+def _pieces(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Piece]:
     wanted: Sequence[int] = sorted(ids)
-    texts: dict[int, str] = {}
+    pieces: dict[int, Piece] = {}
     for start in range(0, len(wanted), 500):
         part = wanted[start : start + 500]
         marks = ",".join("?" * len(part))
-        texts |= dict(connection.execute(f"SELECT id, text FROM vocabulary WHERE id IN ({marks})", part))
-    return texts
+        pieces |= dict(connection.execute(f"SELECT id, piece FROM vocabulary WHERE id IN ({marks})", part))
+    return pieces
 
 
 def _match(query: str) -> str:

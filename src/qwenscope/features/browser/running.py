@@ -21,6 +21,7 @@ from qwenscope.lm.load import LanguageModel
 MAX_CHARACTERS = 8000
 MAX_TOKENS = 1024
 MAX_NEW_TOKENS = 200
+MAX_PUSHES = 8
 
 
 class Runner:
@@ -74,40 +75,54 @@ class Runner:
         """Pieces {"run", "text", "effect"} of the steered run and its controls.
 
         Args:
-            asked: {"sae", "latent", "strength", "mode", "unit": "max" or "norm", "where", "prompt", "tokens"}.
+            asked: {"prompt", "tokens", "pushes": [{"sae", "latent", "strength", "mode", "unit": "max" or "norm",
+                "where"}]}; all pushes act together.
 
         Raises:
             FormatError: a value is missing, of the wrong type or out of range; names it.
         """
-        sae_id, latent, strength = (asked.get(key) for key in ("sae", "latent", "strength"))
-        mode, where, prompt = (str(asked.get(key, "")) for key in ("mode", "where", "prompt"))
-        new_tokens = asked.get("tokens", 48)
+        prompt, new_tokens, pushes = asked.get("prompt"), asked.get("tokens", 48), asked.get("pushes")
         _check_length(prompt)
-        if not isinstance(sae_id, str) or not _is_int(latent) or not 0 <= latent < self._size(sae_id):
-            raise FormatError(f"there is no latent {latent} of {sae_id}")
-        if not isinstance(strength, int | float) or isinstance(strength, bool) or not abs(strength) <= 1000:
-            raise FormatError("strength is a number between -1000 and 1000")
         if not _is_int(new_tokens) or not 1 <= new_tokens <= MAX_NEW_TOKENS:
             raise FormatError(f"tokens is a number between 1 and {MAX_NEW_TOKENS}")
-        largest = self._index.latent(sae_id, latent)["max"]
-        alive = [number for number, density in enumerate(self._index.table(sae_id)["density"]) if density > 0]
+        if not isinstance(pushes, list) or not 1 <= len(pushes) <= MAX_PUSHES:
+            raise FormatError(f"pushes is a list of 1 to {MAX_PUSHES} latents")
+        for push in pushes:
+            self._check_push(push)
+        alive = [self._alive(push["sae"]) for push in pushes]
         with self._lock:
             target, lm = self._open()
-            steering = Steering(
-                layer=target.recipe.hook_points[sae_id].layer,
-                strength=float(strength),
-                sae=target.saes[sae_id],
-                latent=latent,
-                mode=mode,  # type: ignore[arg-type]
-                unit=largest if asked.get("unit") == "max" else "norm",
-                where=where,  # type: ignore[arg-type]
-            )
-            pieces = side_by_side(lm, prompt_tokens(lm, prompt), [steering], alive=alive, max_new_tokens=new_tokens)
+            steerings = [self._steering(target, push) for push in pushes]
+            pieces = side_by_side(lm, prompt_tokens(lm, str(prompt)), steerings, alive=alive, max_new_tokens=new_tokens)
             for piece in pieces:
                 yield {"run": piece.run, "text": piece.text, "effect": piece.effect}
 
-    def _size(self, sae_id: str) -> int:
-        return int(self._index.saes.get(sae_id, {"dict_size": 0})["dict_size"])
+    def _check_push(self, push: Any) -> None:
+        if not isinstance(push, dict):
+            raise FormatError("a push is an object with sae, latent, strength, mode, unit and where")
+        sae_id, latent, strength = push.get("sae"), push.get("latent"), push.get("strength")
+        if not isinstance(sae_id, str) or not _is_int(latent):
+            raise FormatError(f"there is no latent {latent} of {sae_id}")
+        self._index.check(sae_id, latent)
+        if not isinstance(strength, int | float) or isinstance(strength, bool) or not abs(strength) <= 1000:
+            raise FormatError("strength is a number between -1000 and 1000")
+        if push.get("unit") not in ("max", "norm"):
+            raise FormatError("unit is max or norm")
+
+    def _steering(self, target: Target, push: dict[str, Any]) -> Steering:
+        sae_id, latent = push["sae"], push["latent"]
+        return Steering(
+            layer=target.recipe.hook_points[sae_id].layer,
+            strength=float(push["strength"]),
+            sae=target.saes[sae_id],
+            latent=latent,
+            mode=str(push.get("mode")),  # type: ignore[arg-type]
+            unit=self._index.latent(sae_id, latent)["max"] if push["unit"] == "max" else "norm",
+            where=str(push.get("where")),  # type: ignore[arg-type]
+        )
+
+    def _alive(self, sae_id: str) -> list[int]:
+        return [latent for latent, density in enumerate(self._index.table(sae_id)["density"]) if density > 0]
 
 
 def _is_int(value: Any) -> TypeGuard[int]:

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwenscope.errors import FormatError, QwenscopeError
 from qwenscope.features.browser.notes import Notes
 from qwenscope.features.browser.running import Runner
-from qwenscope.features.store import Index
+from qwenscope.features.store import Index, MissingLatentError
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def make_app(index: Path | Index) -> ASGIApp:
                 Route("/api/read", routes.read, methods=["POST"]),
                 Route("/api/steer", routes.steer, methods=["POST"]),
             ],
-            exception_handlers={KeyError: _not_found, QwenscopeError: _refused},
+            exception_handlers={MissingLatentError: _not_found, QwenscopeError: _refused},
         )
     )
 
@@ -118,7 +118,7 @@ class _Routes:
     def page(self, request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         if name not in self._files:
-            raise KeyError(f"there is no page {name}")
+            return JSONResponse({"error": f"there is no page {name}"}, 404)
         return Response(self._files[name], media_type=TYPES[Path(name).suffix])
 
     def suite(self, _request: Request) -> Response:
@@ -147,8 +147,7 @@ class _Routes:
         note, bookmarked = asked.get("note"), asked.get("bookmarked")
         if not isinstance(note, str) or not isinstance(bookmarked, bool):
             raise FormatError("a note is {note: text, bookmarked: true or false}")
-        if not 0 <= latent < self._index.suite()["saes"].get(sae, {"dict_size": 0})["dict_size"]:
-            raise KeyError(f"there is no latent {latent} of {sae}")
+        self._index.check(sae, latent)
         await run_in_threadpool(self._notes.put, sae, latent, note, bookmarked)
         return _json({})
 
@@ -242,7 +241,7 @@ def _json(value: Any) -> Response:
 
 
 def _not_found(_request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error.args[0])}, 404)
+    return JSONResponse({"error": str(error)}, 404)
 
 
 def _refused(_request: Request, error: Exception) -> Response:

@@ -5,13 +5,14 @@ import * as suite from "./suite.js";
 import * as sae from "./sae.js";
 import * as latent from "./latent.js";
 import * as tryit from "./tryit.js";
+import * as steer from "./steer.js";
 import * as lists from "./lists.js";
 
 const main = document.getElementById("main");
 const box = document.getElementById("q");
 const help = document.getElementById("help");
-const NAV = [["#/", "Suite"], ["#/try", "Try it"], ["#/notes", "Notes"]];
-const KEYS = [["/", "search"], ["← →  or  k j", "previous, next latent"], ["↑ ↓  or  k j", "through a table of latents"], ["b", "bookmark this latent"], ["u", "up to the SAE"], ["g", "suite overview"], ["t", "try it"], ["d", "light, dark"], ["?", "this help"]];
+const NAV = [["#/", "Suite"], ["#/try", "Try it"], ["#/steer", "Steer"], ["#/notes", "Notes"]];
+const KEYS = [["/", "search"], ["← →  or  k j", "previous, next latent"], ["↑ ↓  or  k j", "through a table of latents"], ["b", "bookmark this latent"], ["u", "up to the SAE"], ["g", "suite overview"], ["t", "try it"], ["s", "steer"], ["d", "light, dark"], ["?", "this help"]];
 let keys = {};
 let turn = 0;
 
@@ -24,6 +25,7 @@ function route() {
   if (parts[0] === "sae" && parts.length === 3 && /^\d+$/.test(parts[2])) return latent.render(parts[1], parts[2]);
   if (parts[0] === "search") return lists.search(asked);
   if (parts[0] === "try") return tryit.render(asked);
+  if (parts[0] === "steer") return steer.render(asked);
   if (parts[0] === "notes") return lists.bookmarks();
   throw new Error("There is no such page.");
 }
@@ -70,6 +72,7 @@ const EVERYWHERE = {
   d: switchTheme,
   g: () => { location.hash = "#/"; },
   t: () => { location.hash = "#/try"; },
+  s: () => { location.hash = "#/steer"; },
 };
 
 addEventListener("keydown", (event) => {

@@ -1,24 +1,41 @@
 // Text with shaded tokens.
 
-import { h, visible, number, ROLE_NAMES } from "./dom.js";
+import { h, link, visible, number, ROLE_NAMES } from "./dom.js";
+import { LIVE } from "./api.js";
 
 const shown = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
 
-// One example: its tokens shaded by activation over `most`, the peak underlined, the split and role beside it.
-export function context(example, most, roles) {
-  const { tokens, activations, peak } = example;
-  const role = roles[example.roles[peak]];
-  const line = h("p", { class: "text" }, tokens.map((text, i) => {
-    const share = Math.min(1, activations[i] / most);
-    const properties = { class: `tok${i === peak && activations[i] > 0 ? " peak" : ""}` };
-    if (activations[i] > 0) properties.vars = { "--heat": share.toFixed(3) };
-    properties.title = `${visible(text)}  ${number(activations[i])}  (${ROLE_NAMES[roles[example.roles[i]]]})`;
+// Tokens shaded by activation over `most`; the one at `peak` is underlined. role(i): name of a token's role, or nothing.
+// The further tokens of a character have no text: they are one span with the first, and shade it.
+export function shaded(tokens, activations, peak, most, role) {
+  const starts = [...tokens.keys()].filter((i) => tokens[i] || !i);
+  return h("p", { class: "text" }, starts.map((i, n) => {
+    const text = tokens[i];
+    const end = starts[n + 1] ?? tokens.length;
+    const value = Math.max(...activations.slice(i, end));
+    const properties = { class: `tok${i <= peak && peak < end && value > 0 ? " peak" : ""}` };
+    if (value > 0) properties.vars = { "--heat": Math.min(1, value / most).toFixed(3) };
+    properties.title = `${visible(text)}  ${number(value)}${role(i) ? `  (${role(i)})` : ""}`;
     return [h("span", properties, shown(text)), text.includes("\n") ? h("wbr") : null];
   }));
+}
+
+function actions(text) {
+  const copy = h("button", { type: "button", class: "plain", onclick: async () => {
+    await navigator.clipboard.writeText(text);
+    copy.textContent = "copied";
+  } }, "copy");
+  return h("span", { class: "actions" }, navigator.clipboard ? copy : null, LIVE ? h("a", { href: link.read(text), title: "which latents are active here?" }, "read") : null);
+}
+
+// One example: its tokens, the strength at the peak, role and what to do with the text beside it.
+function context(example, most, roles) {
+  const { tokens, activations, peak } = example;
+  const role = (i) => ROLE_NAMES[roles[example.roles[i]]];
   return h("li", { class: "context" },
     h("span", { class: "strength num", title: "activation at the peak" }, activations[peak] > 0 ? number(activations[peak]) : "0"),
-    line,
-    h("span", { class: "where", title: `conversation ${example.conversation}, token ${example.position}, source ${example.source}` }, ROLE_NAMES[role]));
+    shaded(tokens, activations, peak, most, role),
+    h("span", { class: "where", title: `conversation ${example.conversation}, token ${example.position}, source ${example.source}` }, h("span", { class: "role" }, role(peak)), actions(tokens.join(""))));
 }
 
 export const contexts = (examples, most, roles) => h("ol", { class: "contexts" }, examples.map((example) => context(example, most, roles)));

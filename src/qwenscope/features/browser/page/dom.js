@@ -19,6 +19,7 @@ export const s = (tag, properties, ...children) => fill(document.createElementNS
 export const link = {
   sae: (sae) => `#/sae/${encodeURIComponent(sae)}`,
   latent: (sae, latent) => `#/sae/${encodeURIComponent(sae)}/${latent}`,
+  read: (text) => `#/try?text=${encodeURIComponent(text)}`,
   search: (q) => `#/search?q=${encodeURIComponent(q)}`,
 };
 
@@ -62,3 +63,12 @@ export function stat(name, value, title) {
 export function section(title, note, ...children) {
   return h("section", null, h("h2", null, title, note ? h("small", null, note) : null), ...children);
 }
+
+let fields = 0;
+export function field(text, control) {
+  control.id ||= `field-${++fields}`;
+  return h("div", { class: "field" }, h("label", { for: control.id }, text), control);
+}
+
+// What an exported site says where a language model would have to run.
+export const needsModel = () => h("p", null, "Running text needs the language model: start the browser on a computer that has it, with ", h("code", null, "qwenscope browse INDEX"), ".");

@@ -2,7 +2,7 @@
 
 import { h, link, number, percent, kindBadge, stat, token, section, ROLE_NAMES } from "./dom.js";
 import { activations, bars } from "./charts.js";
-import { contexts } from "./contexts.js";
+import { contexts, shaded } from "./contexts.js";
 import { steerBox } from "./steer.js";
 import * as api from "./api.js";
 
@@ -41,11 +41,34 @@ function tokenList(rows, sign) {
     h("li", { vars: { "--share": String(Math.abs(score) / most) } }, token(text, { class: "chip plain" }), h("span", { class: "num" }, number(score)))));
 }
 
-function latentList(rows, names) {
-  return h("ul", { class: "peers" }, rows.map(({ sae, latent, value, title }) => {
-    const peaks = names(sae, latent);
-    return h("li", { title }, h("a", { href: link.latent(sae, latent) }, String(latent)), h("span", { class: "chips" }, peaks), h("span", { class: "num" }, value));
-  }));
+// What another latent is known by: its label, or where it peaks.
+function known({ label, peaks } = { label: "", peaks: [] }) {
+  return h("span", { class: "chips" }, label ? h("span", { class: "label" }, label) : peaks.slice(0, 2).map((text) => token(text)));
+}
+
+function latentList(rows) {
+  return h("ul", { class: "peers" }, rows.map(({ sae, latent, value, title, names, text }) =>
+    h("li", { title }, h("a", { href: link.latent(sae, latent) }, text ?? String(latent)), known(names[`${sae}/${latent}`]), h("span", { class: "num" }, value))));
+}
+
+// The latent on a text of one's own.
+function testBox(id, latent, found) {
+  const text = h("textarea", { id: "test", rows: "2", maxlength: "8000", placeholder: "Any text" });
+  const said = h("p", { class: "faint", role: "status" });
+  const out = h("div");
+  async function run(event) {
+    event.preventDefault();
+    if (!text.value.trim()) return;
+    said.textContent = "running the language model…";
+    try {
+      const { tokens, saes } = await api.read(text.value, false);
+      const activations = saes[id].map((row) => row.find(([other]) => other === latent)?.[1] ?? 0);
+      const most = Math.max(...activations);
+      out.replaceChildren(shaded(tokens, activations, activations.indexOf(most), found.max || most || 1, () => ""));
+      said.replaceChildren(most ? `largest ${number(most)}, ${percent(most / (found.max || most))} of the largest in the index · ` : "not active · ", h("a", { href: link.read(text.value) }, "all latents on this text"));
+    } catch (error) { said.textContent = error.message; }
+  }
+  return h("form", { onsubmit: run }, h("label", { class: "hidden", for: "test" }, "Text to test"), text, h("div", { class: "fields" }, h("button", { type: "submit" }, "Test"), said), out);
 }
 
 function shares(counts, bases, names) {
@@ -74,30 +97,31 @@ async function noteBox(id, latent) {
 
 export async function render(id, number_) {
   const latent = Number(number_);
-  const [{ saes, roles, meta, live }, found, columns] = await Promise.all([api.suite(), api.latent(id, latent), api.table(id)]);
+  const [{ saes, roles, meta, live }, found] = await Promise.all([api.suite(), api.latent(id, latent)]);
   const sae = saes[id];
   const note = await noteBox(id, latent);
-  const own = (_, other) => (columns.peaks[other] ?? []).slice(0, 2).map((text) => token(text));
   const to = (by) => () => { location.hash = link.latent(id, (latent + by + sae.dict_size) % sae.dict_size); };
   const label = found.explanation?.label;
-  const spread = [...saes[id].base_roles];
+  const { names } = found;
+  const push = { sae: id, latent: String(latent), mode: "add", strength: "2" };
 
   const main = h("div", { class: "column" },
     section("Activations", `${number(found.fired)} tokens; logarithmic scale`, found.fired ? activations(found.histogram) : h("p", { class: "faint" }, "none")),
     section("Examples", found.fired ? "shaded by activation; one strongest token per conversation" : null, examples(found, roles)),
-    live ? section("Steer", "the model writes on, pushed along this latent, beside its controls", steerBox(id, latent, found)) : null,
+    live ? section("Test", "where is it active on your own text?", testBox(id, latent, found)) : null,
+    live ? section("Steer", "the model writes on, pushed along this latent, beside its controls", steerBox(saes, [push])) : null,
     note.box);
 
   const side = h("aside", { class: "column", "aria-label": "Properties" },
     section("Promotes", "through final norm and unembedding; in standard deviations of the logits", tokenList(found.promoted, "up")),
     section("Suppresses", null, tokenList(found.suppressed, "down")),
-    section("Roles", "share of its firings; tick: of all tokens", bars(shares(found.roles, spread, roles.map((role) => ROLE_NAMES[role])), "Share of firings by role")),
+    section("Roles", "share of its firings; tick: of all tokens", bars(shares(found.roles, sae.base_roles, roles.map((role) => ROLE_NAMES[role])), "Share of firings by role")),
     section("Splits", null, bars(shares(found.splits, sae.base_splits, meta.splits.map((split) => split.replace("_", " "))), "Share of firings by split")),
     found.experts.length ? section("Experts", `that the router of layer ${sae.layer} prefers where it fires`, bars(found.experts.map(([expert, share, base]) => [`expert ${expert}`, share, percent(share), base]), "Share of firings by expert")) : null,
-    section("Nearest latents", "by decoder cosine", latentList(found.neighbours.map(([other, value]) => ({ sae: id, latent: other, value: value.toFixed(2) })), own)),
-    found.coactive.length ? section("Fires together with", "correlation of firing", latentList(found.coactive.map(([other, phi, shared]) => ({ sae: id, latent: other, value: phi.toFixed(2), title: `${shared} tokens of the sample` })), own)) : null,
-    section("At other hook points", "the latent with the nearest decoder direction", h("ul", { class: "peers wide" }, found.elsewhere.map(([other, number__, cosine]) =>
-      h("li", null, h("a", { href: link.latent(other, number__) }, `${other} / ${number__}`), h("span"), h("span", { class: "num" }, cosine.toFixed(2)))))));
+    section("Nearest latents", "by decoder cosine", latentList(found.neighbours.map(([other, value]) => ({ sae: id, latent: other, value: value.toFixed(2), names })))),
+    found.coactive.length ? section("Fires together with", "correlation of firing", latentList(found.coactive.map(([other, phi, shared]) => ({ sae: id, latent: other, value: phi.toFixed(2), title: `${shared} tokens of the sample`, names })))) : null,
+    section("At other hook points", "the latent with the nearest decoder direction", h("div", { class: "wide" }, latentList(found.elsewhere.map(([sae_, other, cosine]) =>
+      ({ sae: sae_, latent: other, text: `${sae_} / ${other}`, value: cosine.toFixed(2), names }))))));
 
   return {
     title: `${id} / ${latent}`,
@@ -108,7 +132,7 @@ export async function render(id, number_) {
           h("h1", null, h("a", { href: link.sae(id) }, id), h("span", { class: "slash" }, " / "), String(latent)),
           h("nav", { class: "steps", "aria-label": "Latents" }, h("button", { type: "button", class: "quiet", "aria-label": "Previous latent", onclick: to(-1) }, "←"), h("button", { type: "button", class: "quiet", "aria-label": "Next latent", onclick: to(1) }, "→"), note.star)),
         label ? h("p", { class: "lead", title: `labelled by ${found.explanation.client}` }, label, h("small", null, ["detection", "fuzzing"].filter((name) => typeof found.explanation[name] === "number").map((name) => ` · ${name} ${percent(found.explanation[name])}`))) : null,
-        h("p", { class: "chips" }, columns.peaks[latent].map((text) => token(text))),
+        h("p", { class: "chips" }, names[`${id}/${latent}`].peaks.map((text) => token(text))),
         h("dl", { class: "stats" }, stat("density", found.fired ? percent(found.density) : "dead"), stat("largest activation", number(found.max)), stat("mean when active", number(found.mean)), stat("tokens", number(found.fired)))),
       h("div", { class: "columns" }, main, side)),
     keys: { ArrowRight: to(1), ArrowLeft: to(-1), j: to(1), k: to(-1), b: note.toggle, u: () => { location.hash = link.sae(id); } },

@@ -1,6 +1,6 @@
 // Try it: run the language model on a text and see which latents are active on each token.
 
-import { h, link, number, percent, token, visible, section, ROLE_NAMES } from "./dom.js";
+import { h, field, link, needsModel, number, percent, token, visible, section, ROLE_NAMES } from "./dom.js";
 import * as api from "./api.js";
 
 const SHOWN = 12;
@@ -8,7 +8,7 @@ const SHOWN = 12;
 export async function render(query) {
   const { saes, live } = await api.suite();
   if (!live) {
-    return { title: "Try it", node: h("div", { class: "page" }, h("header", { class: "title" }, h("h1", null, "Try it")), h("p", null, "Running text needs the language model: start the browser on a computer that has it, with ", h("code", null, "qwenscope browse INDEX"), ".")) };
+    return { title: "Try it", node: h("div", { class: "page" }, h("header", { class: "title" }, h("h1", null, "Try it")), needsModel()) };
   }
   const ids = Object.keys(saes);
   const area = h("textarea", { id: "text", rows: "4", maxlength: "8000", placeholder: "Any text" });
@@ -54,7 +54,7 @@ export async function render(query) {
       }
     }
 
-    line.append(...reading.tokens.map((text, i) => h("button", { type: "button", class: "tok", "aria-pressed": "false", "aria-label": `token ${i}: ${visible(text)}`, onclick: () => pick(at === i ? null : i) }, text.replaceAll("\n", "↵"))));
+    line.append(...reading.tokens.map((text, i) => h("button", { type: "button", class: "tok", "aria-pressed": "false", "aria-label": `token ${i}: ${visible(text)}`, onclick: () => pick(at === i ? null : i) }, text === "" ? "⋯" : text.replaceAll("\n", "↵"))));
     out.replaceChildren(h("div", { class: "columns" }, h("div", { class: "column" }, section("Tokens", "pick one", line)), h("aside", { class: "column", "aria-label": "Active latents" }, h("section", null, detail))));
     pick(at !== null && at < reading.tokens.length ? at : null);
   }
@@ -86,7 +86,7 @@ export async function render(query) {
     title: "Try it",
     node: h("div", { class: "page" }, h("header", { class: "title" }, h("h1", null, "Try it"), h("p", { class: "lead" }, "Which latents are active on your text?")),
       h("form", { onsubmit: run }, h("label", { class: "hidden", for: "text" }, "Text"), area,
-        h("div", { class: "fields" }, h("div", { class: "field" }, h("label", { for: "sae" }, "SAE"), choose), h("label", { class: "check" }, chat, " as a user's message"), go, said)),
+        h("div", { class: "fields" }, field("SAE", choose), h("label", { class: "check" }, chat, " as a user's message"), go, said)),
       out),
   };
 }

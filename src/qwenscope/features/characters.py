@@ -1,0 +1,72 @@
+"""Tokens as people read them: a character that several tokens write stands at the first of them, the others are empty.
+
+So the texts of a context always join to its text, in any script, and token by token nothing shifts.
+"""
+
+from __future__ import annotations
+
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+Piece = str | bytes
+"""A token's text; its bytes where they are no whole characters."""
+REPLACEMENT = "\ufffd"
+_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> list[Piece]:
+    """The piece of each token; the replacement character where a tokenizer does not tell its bytes."""
+    ids = list(token_ids)
+    if not ids:
+        return []
+    texts: list[Piece] = list(tokenizer.batch_decode([[id] for id in ids], clean_up_tokenization_spaces=False))
+    for place, (id, text) in enumerate(zip(ids, texts, strict=True)):
+        if REPLACEMENT in text:
+            texts[place] = _bytes_of(str(tokenizer.convert_ids_to_tokens(id))) or text
+    return texts
+
+
+def readable(pieces: Sequence[Piece]) -> list[str]:
+    """Texts of successive tokens, one each; what never becomes a character is the replacement character."""
+    texts = [""] * len(pieces)
+    decoder = getincrementaldecoder("utf-8")("replace")
+    first = 0
+    for place, piece in enumerate(pieces):
+        if isinstance(piece, str):
+            texts[first] += decoder.decode(b"", final=True)  # nothing, unless a character broke off
+            texts[place] += piece
+            first = place + 1
+        else:
+            texts[first] += decoder.decode(piece)
+            if not decoder.getstate()[0]:
+                first = place + 1
+    if first < len(texts):
+        texts[first] += decoder.decode(b"", final=True)
+    return texts
+
+
+def alone(piece: Piece) -> str:
+    """A token's text without its neighbours."""
+    return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
+
+
+def _bytes_of(name: str) -> bytes | None:
+    """The bytes behind a vocabulary entry, of byte-level BPE or a byte fallback; None if it is neither."""
+    if fallback := _FALLBACK.fullmatch(name):
+        return bytes.fromhex(fallback[1])
+    if all(sign in _BYTE_OF for sign in name):
+        return bytes(_BYTE_OF[sign] for sign in name)
+    return None
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Byte of each character of byte-level BPE (GPT-2): printable Latin-1 stands for itself."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(rest)}
+
+
+_BYTE_OF = _byte_level_alphabet()
