@@ -64,11 +64,11 @@ def ours(precision: str, latents: int, k: int, dead: Tensor, x: Tensor) -> tuple
         trainer.step(rows)
 
     def select(rows: Tensor) -> Any:
-        return trainer._selector(rows, weights["encoder"], weights.table("encoder"), weights["encoder_bias"])
+        return trainer._selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"])
 
     found = select(x - weights["pre_bias"])
     pairs = ops.Pairs.of(found.indices, latents)
-    values_P, table = pairs.sort(found.values), weights.table("decoder")
+    values_P, table = pairs.sort(found.values), weights.decoder
     panels = ops.Panels.of(x)
     gathered = panels.to(table.dtype)
     phases = {

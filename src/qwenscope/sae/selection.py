@@ -4,10 +4,11 @@ Three precisions find each row's K largest pre-activations `x . W_n + b_n`:
 
     fp32    a float32 product (float64 for float64 weights).
     bf16    a bfloat16 product; the values carry its rounding too.
-    exact   a bfloat16 product names K + 16 candidates, which are then scored in float32. A row is certified if the
-            lowest candidate's bfloat16 score plus twice the largest error seen among candidates near the threshold is
-            below the K-th float32 value: a latent outside could then belong inside only if its error were beyond twice
-            any of those seen. Rows without certificate are computed again in float32.
+    exact   a product of bfloat16 or of 8-bit integers (`eight_bit`) names K + 16 or K + 48 candidates, which are then
+            scored in float32. A row is certified if the lowest candidate's rough score plus twice the largest error
+            seen among candidates near the threshold is below the K-th float32 value: a latent outside could then belong
+            inside only if its error were beyond twice any of those seen. Rows without certificate are computed again
+            in float32.
 
 On a CPU the product is made in chunks of rows, so that a chunk's pre-activations are still in cache when their top-k is
 taken and the [B, N] matrix never exists.
@@ -18,6 +19,7 @@ Legend: B rows, R rows of a chunk, D hidden, N latents, K active latents, C cand
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,10 +27,11 @@ import torch
 from torch import Tensor
 
 from qwenscope.sae import ops
+from qwenscope.sae.eight_bit import CHUNK_ROWS, EightBit
 
 Precision = Literal["exact", "fp32", "bf16"]
 MARGIN = 16
-CHUNK_ROWS = 256
+EIGHT_BIT_MARGIN = 48
 GROUP = 8
 """Columns per group of the two-stage top-k."""
 SMALL = 1 << 19
@@ -81,17 +84,25 @@ def best_precision(weight_ND: Tensor) -> Precision:
         return "bf16"
     if weight_ND.dtype == torch.float64 or weight_ND.numel() < SMALL:
         return "fp32"
-    weight = weight_ND.detach()[:2048].float()
-    best = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = weight[:128].to(dtype), weight.to(dtype)
-        trials = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            torch.mm(a, b.T)
-            trials.append(time.perf_counter() - begin)
-        best.append(min(trials))
-    return "exact" if best[1] < 0.7 * best[0] else "fp32"
+    return "exact" if _seconds(weight_ND, torch.bfloat16) < 0.7 * _seconds(weight_ND, torch.float32) else "fp32"
+
+
+def eight_bits_pay(weight_ND: Tensor) -> bool:
+    """Whether products of 8-bit integers are much faster than bfloat16 ones, measured likewise."""
+    if weight_ND.is_cuda or weight_ND.dtype != torch.float32 or weight_ND.numel() < SMALL:
+        return False
+    return _seconds(weight_ND, torch.int8) < 0.8 * _seconds(weight_ND, torch.bfloat16)
+
+
+def _seconds(weight_ND: Tensor, dtype: torch.dtype) -> float:
+    """Shortest of some trials of a product with a slice of the encoder."""
+    weight = weight_ND.detach()[:2048].to(dtype)
+    rows, trials = weight[:128], []
+    for _ in range(5):
+        begin = time.perf_counter()
+        torch._int_mm(rows, weight.T) if dtype == torch.int8 else torch.mm(rows, weight.T)
+        trials.append(time.perf_counter() - begin)
+    return min(trials)
 
 
 class Selector:
@@ -111,24 +122,20 @@ class Selector:
         self,
         rows: ops.Panels | Tensor,
         weight_ND: Tensor,
-        shadow_ND: Tensor,
+        shadow_ND: Tensor | EightBit,
         bias_N: Tensor,
         names: Tensor | None = None,
     ) -> Selection:
-        """Select among `rows @ weight.T + bias`; `shadow` is `weight` in the product's dtype.
+        """Select among `rows @ weight.T + bias`; `shadow` is `weight` as the product takes it.
 
         `names`: [M] int64, latents whose pre-activations are wanted for every row.
         """
-        rows, n = ops.Panels.of(rows), len(weight_ND)
-        candidates = min(self.k + MARGIN, n) if self.precision == "exact" else self.k
-        bias = bias_N.to(shadow_ND.dtype)
+        rows, candidates = ops.Panels.of(rows), self.k
+        if self.precision == "exact":
+            candidates += EIGHT_BIT_MARGIN if isinstance(shadow_ND, EightBit) else MARGIN
         scores, places, named = [], [], []
-        size = len(rows) if weight_ND.is_cuda else CHUNK_ROWS
-        for start in range(0, len(rows), size):
-            chunk_RD = rows[start : start + size]
-            pre_RN = self._buffer(len(chunk_RD), n, shadow_ND)
-            torch.addmm(bias, chunk_RD.to(shadow_ND.dtype), shadow_ND.T, out=pre_RN)
-            values, indices = top_k(pre_RN, candidates)
+        for pre_RN in self._products(rows, weight_ND, shadow_ND, bias_N):
+            values, indices = top_k(pre_RN, min(candidates, len(weight_ND)))
             scores.append(values)
             places.append(indices)
             if names is not None:
@@ -138,11 +145,21 @@ class Selector:
             values, indices, redone = self._rescore(rows, weight_ND, bias_N, values, indices)
         return Selection(values.to(weight_ND.dtype).relu_(), indices, torch.cat(named) if named else None, redone)
 
-    def _buffer(self, rows: int, n: int, like: Tensor) -> Tensor:
-        """Reused memory for one chunk: fresh pages cost more than the top-k."""
-        if self._chunk is None or len(self._chunk) < rows:
-            self._chunk = like.new_empty(rows, n)
-        return self._chunk[:rows]
+    def _products(
+        self, rows: ops.Panels, weight_ND: Tensor, shadow_ND: Tensor | EightBit, bias_N: Tensor
+    ) -> Iterator[Tensor]:
+        """Pre-activations [R, N] of some rows after others; each overwrites the one before."""
+        if isinstance(shadow_ND, EightBit):
+            yield from shadow_ND.scores(rows, weight_ND, bias_N)
+            return
+        bias_N = bias_N.to(shadow_ND.dtype)
+        size = len(rows) if weight_ND.is_cuda else CHUNK_ROWS
+        for start in range(0, len(rows), size):
+            chunk_RD = rows[start : start + size].to(shadow_ND.dtype)
+            # Reused memory: fresh pages cost more than the top-k.
+            if self._chunk is None or len(self._chunk) < len(chunk_RD):
+                self._chunk = shadow_ND.new_empty(len(chunk_RD), len(shadow_ND))
+            yield torch.addmm(bias_N, chunk_RD, shadow_ND.T, out=self._chunk[: len(chunk_RD)])
 
     def _rescore(
         self, rows: ops.Panels, weight_ND: Tensor, bias_N: Tensor, rough_BC: Tensor, indices_BC: Tensor

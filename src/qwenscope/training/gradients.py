@@ -107,7 +107,7 @@ class SparseGradient:
         cls, weights: Weights, rows: ops.Panels, g: ops.Panels, selection: Selection, auxiliary: Auxiliary | None
     ) -> SparseGradient:
         """Products of the active pairs, and everything that is small."""
-        n, k, table = weights.dict_size, selection.values.shape[1], weights.table("decoder")
+        n, k, table = weights.dict_size, selection.values.shape[1], weights.decoder
         on_gpu = table.is_cuda
         dense = on_gpu and table.dtype == torch.bfloat16 and k > DENSE_SHARE * n
         pairs = (ops.DensePairs if dense else ops.Pairs).of(selection.indices, n)

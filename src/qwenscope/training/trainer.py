@@ -29,6 +29,8 @@ from qwenscope.training.schedule import learning_rate
 from qwenscope.training.weights import PARAMETERS, Weights
 
 PRECISIONS: tuple[Precision, ...] = ("exact", "fp32", "bf16")
+REDONE_SHARE = 1 / 8
+"""Rows without certificate above which 8-bit candidates cost more than they save, and are given up for good."""
 POOL_STEPS = 100
 """Steps before a resampling whose rows may become directions."""
 
@@ -219,8 +221,10 @@ class SAETrainer:
         weights, names = self.weights, self._names if self.aux_coefficient and len(self._names) else None
         dead = self.ages.dead().sum()
         rows = self._rows(x_BD)
-        selection = self._selector(rows, weights["encoder"], weights.table("encoder"), weights["encoder_bias"], names)
-        x_hat = ops.decode(weights.table("decoder"), selection.indices, selection.values)
+        selection = self._selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"], names)
+        if weights.eight_bits and selection.redone > REDONE_SHARE * len(x_BD):
+            weights.shadow(self.precision, eight_bits=False)
+        x_hat = ops.decode(weights.decoder, selection.indices, selection.values)
         residual = x_hat.to(rows.parts[0].dtype)
         for part, x_part in zip(residual.parts, rows.parts, strict=True):
             part.sub_(x_part)
@@ -275,7 +279,7 @@ class SAETrainer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the next step depends on, flat, ready for safetensors (the trainer's own tensors, not copies)."""
-        counters = [self.steps, self.tokens_trained, PRECISIONS.index(self.precision)]
+        counters = [self.steps, self.tokens_trained, PRECISIONS.index(self.precision), self.weights.eight_bits]
         state = {
             "counters": torch.tensor(counters),
             "generator": self.generator.get_state(),
@@ -310,7 +314,7 @@ class SAETrainer:
                     f"trainer state {name!r} is {state[name].dtype} {list(state[name].shape)}, "
                     f"the trainer needs {own[name].dtype} {list(own[name].shape)}"
                 )
-        steps, tokens_trained, code = (int(value) for value in state["counters"])
+        steps, tokens_trained, code, eight_bits = (int(value) for value in state["counters"])
         precision = PRECISIONS[code]
         if precision != self.precision and not self._precision_is_free:
             raise CheckpointError(
@@ -323,7 +327,7 @@ class SAETrainer:
         for name in own.keys() - {"counters", "generator", "pool.cursor"}:
             own[name].copy_(state[name])
         self._names = self.candidates_N.nonzero().squeeze(1)
-        self.weights.shadow(precision)
+        self.weights.shadow(precision, bool(eight_bits))
         self._selector = Selector(self.k, precision)
 
 

@@ -1,4 +1,4 @@
-"""The trained tensors: float32 masters, Adam's moments, and bfloat16 shadows for the products.
+"""The trained tensors: float32 masters, Adam's moments, and shadows of fewer bits for the products.
 
 Legend: D hidden, N latents.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwenscope.sae.selection import Precision
+from qwenscope.sae.eight_bit import EightBit
+from qwenscope.sae.selection import Precision, eight_bits_pay
 from qwenscope.sae.topk import TopKSAE
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "pre_bias")
@@ -18,8 +19,8 @@ class Weights:
     """Parameters of one SAE in training order, each with its moments.
 
     parameters: "encoder" [N, D], "encoder_bias" [N], "decoder" [N, D] (unit rows), "pre_bias" [D]. means, squares:
-    Adam's first and second moments under the same names. shadows: bfloat16 copies of those matrices that the precision
-    multiplies in bfloat16; the caller refreshes them with `refresh` after each change.
+    Adam's first and second moments under the same names. shadows: copies in bfloat16 of the matrices that the precision
+    multiplies so, or in 8-bit integers; the caller refreshes them with `refresh` after each change.
     """
 
     def __init__(self, sae: TopKSAE, precision: Precision, moments: torch.dtype) -> None:
@@ -32,12 +33,19 @@ class Weights:
         }
         self.means = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
         self.squares = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
-        self.shadow(precision)
+        self.shadow(precision, precision == "exact" and eight_bits_pay(self.parameters["encoder"]))
 
-    def shadow(self, precision: Precision) -> None:
-        """Make the shadows that `precision` needs, from the parameters."""
+    def shadow(self, precision: Precision, eight_bits: bool) -> None:
+        """Make the shadows that `precision` needs, from the parameters; `eight_bits`: exact's in place of bfloat16."""
         shadowed = {"fp32": (), "exact": ("encoder",), "bf16": ("encoder", "decoder")}[precision]
-        self.shadows = {name: self.parameters[name].bfloat16() for name in shadowed}
+        self.shadows: dict[str, Tensor | EightBit] = {}
+        for name in shadowed:
+            self.shadows[name] = EightBit(self.parameters[name]) if eight_bits else self.parameters[name].bfloat16()
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether candidates come from products of 8-bit integers."""
+        return isinstance(self.shadows.get("encoder"), EightBit)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.parameters[name]
@@ -47,14 +55,23 @@ class Weights:
         """N, number of latents."""
         return len(self.parameters["encoder"])
 
-    def table(self, name: str) -> Tensor:
-        """The matrix as the precision multiplies it: the shadow where there is one."""
-        return self.shadows.get(name, self.parameters[name])
+    @property
+    def encoder(self) -> Tensor | EightBit:
+        """The encoder as the precision multiplies it: the shadow where there is one."""
+        return self.shadows.get("encoder", self.parameters["encoder"])
+
+    @property
+    def decoder(self) -> Tensor:
+        """The decoder as the precision gathers it, likewise."""
+        decoder = self.shadows.get("decoder", self.parameters["decoder"])
+        assert isinstance(decoder, Tensor)
+        return decoder
 
     def refresh(self, name: str, rows: slice | Tensor = slice(None)) -> None:
         """Bring the shadow of `rows` up to date, if the matrix has one."""
         if name in self.shadows:
-            self.shadows[name][rows] = self.parameters[name][rows].bfloat16()
+            shadow, values = self.shadows[name], self.parameters[name][rows]
+            shadow[rows] = values if isinstance(shadow, EightBit) else values.to(shadow.dtype)
 
     def restart(self, latents: Tensor, directions_LD: Tensor, encoder_norm: Tensor) -> None:
         """Point the given latents [L] at unit `directions`, with a weak encoder, no bias and moments of zero."""
