@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
-from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, pick_device, pick_dtype
+from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, pick_dtype
+from qwenscope.lm.placement import pick_devices
 from qwenscope.recipe import Recipe
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.trainer import SAETrainer
@@ -62,7 +63,7 @@ def measure(recipe: Recipe, config: PretrainedConfig) -> Measured:
         ModelError: there is no such device.
         torch.OutOfMemoryError: not even single layers fit.
     """
-    device = pick_device(recipe.lm.device)
+    device = pick_devices(recipe.lm.device)[0]
     on_gpu = device.type == "cuda"
     process = 0 if on_gpu else psutil.Process().memory_info().rss
     layers = _layer_seconds(recipe, config, device)

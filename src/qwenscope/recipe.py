@@ -39,7 +39,8 @@ class LMRecipe(_Node):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto takes the checkpoint's."""
     device: str = "auto"
-    """auto (CUDA when present, else CPU), or a torch device such as cpu or cuda:1."""
+    """auto (CUDA when present, else CPU), a torch device such as cpu or cuda:1, or several that share the layers, as
+    cuda:0,cuda:1."""
 
 
 class HookPoint(_Node):

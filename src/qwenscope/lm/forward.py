@@ -37,14 +37,14 @@ def residual_streams(lm: LanguageModel, input_ids_CT: Tensor, layers: Sequence[i
         layers: Layer indices, any order.
 
     Returns:
-        {layer: x_CTD} in the model's dtype, on its device.
+        {layer: x_CTD} in the model's dtype, on `lm.device`.
     """
     caught: dict[int, Tensor] = {}
     last = max(layers)
     handles: list[RemovableHandle] = []
     try:
         for layer in set(layers):
-            handles.append(_built(lm, layer).register_forward_hook(_catch(caught, layer, stop=layer == last)))
+            handles.append(_built(lm, layer).register_forward_hook(_catch(caught, layer, lm.device, layer == last)))
         lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=False)
     except _StopForward:
         pass
@@ -111,9 +111,11 @@ def _head(lm: LanguageModel) -> Any:
     return head
 
 
-def _catch(caught: dict[int, Tensor], layer: int, *, stop: bool) -> Callable[[nn.Module, Any, Any], None]:
+def _catch(
+    caught: dict[int, Tensor], layer: int, device: torch.device, stop: bool
+) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        caught[layer] = layer_output(output)
+        caught[layer] = layer_output(output).to(device)
         if stop:
             raise _StopForward
 

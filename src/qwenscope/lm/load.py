@@ -38,6 +38,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError, ResourceError
+from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.recipe import HookPoint, LMRecipe
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class LanguageModel:
     """Kind of every layer of the config, built or not: deltanet, attention, or None where the config names none."""
     hidden_dim: int
     device: torch.device
+    """Where token ids go in and residual streams come out; the first of several."""
     dtype: torch.dtype
     name: str
     """Hub id or folder, as the recipe gave it."""
@@ -100,12 +102,12 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
     if not 0 <= last < len(kinds):
         raise ModelError(f"{lm.model} has layers 0 to {len(kinds) - 1}; there is no layer {last}")
     cut = cut_config(config, last + 1)
-    device = pick_device(lm.device)
+    devices = pick_devices(lm.device)
     head = lm_head and not cut.tie_word_embeddings
     with _model_errors(lm.model):
         slices = _open_slices(lm, folder, revision, last, head)
         dtype = pick_dtype(lm, config)
-        model = _build(cut, slices, dtype, device, lm_head)
+        model = _build(cut, slices, dtype, devices, lm_head)
         if lm_head and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -117,7 +119,7 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
         layers=decoder_layers(model, last + 1),
         layer_kinds=kinds,
         hidden_dim=config.hidden_size,
-        device=device,
+        device=devices[0],
         dtype=dtype,
         name=lm.model,
         revision=revision,
@@ -185,23 +187,6 @@ def weights_digest(lm: LanguageModel, last_layer: int) -> str:
         sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def pick_device(device: str) -> torch.device:
-    """The torch device for a recipe's `lm.device`; auto is the process's current CUDA device where there is one.
-
-    Raises:
-        ModelError: not a torch device, or no such device here.
-    """
-    if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise ModelError(f"lm.device {device!r} is not a torch device; use auto, cpu, cuda or cuda:1") from None
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"lm.device is {device}; this machine has {torch.cuda.device_count()} CUDA devices")
-    return picked
 
 
 def _resolve(lm: LMRecipe) -> tuple[Path, str | None]:
@@ -288,26 +273,25 @@ def _open_slices(
 
 
 def _build(
-    config: PretrainedConfig, slices: dict[str, Any], dtype: torch.dtype, device: torch.device, lm_head: bool
+    config: PretrainedConfig, slices: dict[str, Any], dtype: torch.dtype, devices: list[torch.device], lm_head: bool
 ) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM if lm_head else AutoModel
     with torch.device("meta"):  # shapes only: transformers' own choice of class, for any family
-        model_class: Any = type(auto.from_config(config))
-    straight = device.type != "cpu" and find_spec("accelerate") is not None  # else by way of host memory
+        shapes: Any = auto.from_config(config)
+    places: Any = {"": devices[0]}
+    if len(devices) > 1:
+        places = device_map(shapes, decoder_layers(shapes, config.num_hidden_layers), devices)
+    elif devices[0].type == "cpu" or find_spec("accelerate") is None:
+        places = None  # by way of host memory
     with _quiet_transformers():
-        model, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=slices,
-            dtype=dtype,
-            device_map={"": device} if straight else None,
-            output_loading_info=True,
+        model, report = type(shapes).from_pretrained(
+            None, config=config, state_dict=slices, dtype=dtype, device_map=places, output_loading_info=True
         )
     if report["missing_keys"]:
         raise ModelError(
             f"{sorted(report['missing_keys'])[0]} is missing from the weights; the checkpoint is incomplete"
         )
-    placed: PreTrainedModel = model.to(device)
+    placed: PreTrainedModel = model if len(devices) > 1 else model.to(devices[0])
     for parameter in placed.parameters():
         if parameter.data_ptr() % 64:  # a view of the mapped file: unaligned (the last bits of CPU products depend on
             parameter.data = parameter.data.clone()  # alignment), and at the mercy of whoever writes that file
