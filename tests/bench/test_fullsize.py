@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import REPOSITORY
 from transformers import Qwen3_5MoeTextConfig
 
 from qwenscope.lm.load import check_hook_points, layer_kinds
@@ -18,7 +17,7 @@ from qwenscope.plan import model_size
 
 @pytest.fixture(scope="module")
 def fullsize() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_fullsize", REPOSITORY / "bench" / "fullsize.py")
+    spec = importlib.util.spec_from_file_location("bench_fullsize", Path(__file__).parents[2] / "bench" / "fullsize.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
