@@ -137,7 +137,8 @@ def explain(
     opened = Index(path)
     for record in explain_latents(opened, client, sae, numbers):
         scores = ", ".join(
-            f"{kind} {record[kind]:.2f}" for kind in ("detection", "fuzzing") if record[kind] is not None
+            f"{kind} {'-' if record[kind] is None else format(record[kind], '.2f')}"
+            for kind in ("detection", "fuzzing")
         )
         out.print(f"{record['latent']:>6}  {record['label']}  ({scores})", highlight=False, markup=False)
     if delphi is not None:

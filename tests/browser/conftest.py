@@ -17,7 +17,6 @@ from qwenscope.features.browser.export import export_site
 from qwenscope.features.browser.server import make_app
 from qwenscope.features.index import build_index
 
-
 expect.set_options(timeout=60_000)  # a busy machine is no failure
 
 

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from planted_suite import PLANTED, PLANTED_LATENT
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwenscope.errors import FormatError, HubError
-from qwenscope.features.clients import EndpointClient, OfflineClient
+from qwenscope.errors import FormatError, HubError, ModelError
+from qwenscope.evaluation.run import open_target
+from qwenscope.features.clients import EndpointClient, LocalClient, OfflineClient
 from qwenscope.features.interpret import balanced_accuracy, explain, export_delphi
 from qwenscope.features.store import Index
+from qwenscope.lm.standin import STANDIN_FOLDER
+from qwenscope.recipe import load_recipe
+
+DELPHI_SAMPLE = {"str_tokens", "activations", "distance", "activating", "prediction", "probability", "correct"}
 
 
 def test_the_planted_latent_is_named_found_and_scored(index: Index) -> None:
@@ -41,6 +48,32 @@ def test_samples_are_what_the_index_shows(index: Index) -> None:
         assert sample["activations"] == example["activations"]
         assert sample["activating"] == (max(example["activations"]) > 0)
         assert sample["correct"] == (sample["prediction"] == sample["activating"])
+
+
+def test_no_text_is_both_shown_and_tested(index: Index) -> None:
+    client = Asked()
+    explain(index, client, "sae_attn", [41])
+    (shown, detection, fuzzing) = client.asked
+    shown_texts = shown.replace("<<", "").replace(">>", "").split("\n\nText ")
+    texts = [text.partition(":\n")[2] for text in shown_texts]
+    assert len(texts) == len(set(texts)) > 1
+    for asked in (detection, fuzzing.replace("<<", "").replace(">>", "")):
+        tested = asked.partition("\n\n")[2]
+        assert "Text 1:\n" in tested
+        assert not any(text and text in tested for text in texts)
+
+
+class Asked:
+    """A client that keeps what it is asked."""
+
+    name = "asked"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def complete(self, system: str, user: str, max_tokens: int) -> str:
+        self.asked.append(user)
+        return "<think>\nwell\n</think>\n\nlabel"
 
 
 class Answers:
@@ -80,15 +113,81 @@ def test_dead_latents_are_passed_over_and_wrong_ones_named(index: Index) -> None
         explain(index, OfflineClient(), "sae_nope", [0])
 
 
-def test_export_for_delphi(index: Index, tmp_path: Path) -> None:
-    explain(index, OfflineClient(), "sae_delta", [PLANTED_LATENT])
-    assert export_delphi(index, tmp_path / "delphi") >= 1
-    file = f"sae_delta_latent{PLANTED_LATENT}.txt"
-    assert json.loads((tmp_path / "delphi/explanations" / file).read_text()) == f'tokens "{PLANTED.strip()}"'
-    for name in ("detection", "fuzz"):
-        samples = json.loads((tmp_path / "delphi/scores" / name / file).read_text())
-        keys = {"str_tokens", "activations", "distance", "activating", "prediction", "probability", "correct"}
-        assert all(set(sample) == keys for sample in samples)
+def read_as_delphi(results: Path, hook_points: list[str]) -> list[dict[str, Any]]:
+    """All score files, the way delphi's analysis finds and reads them."""
+    rows = []
+    for folder in (results / "scores").iterdir():
+        for hook_point in hook_points:
+            for path in folder.glob(f"*{hook_point}*"):
+                latent = int(path.stem.split("latent")[-1])
+                for sample in json.loads(path.read_bytes()):
+                    assert set(sample) == DELPHI_SAMPLE
+                    assert len(sample["str_tokens"]) == len(sample["activations"])
+                    rows.append({"score": folder.name, "hook_point": hook_point, "latent": latent, **sample})
+    return rows
+
+
+def delphi_accuracy(samples: list[dict[str, Any]]) -> float:
+    """Class-balanced accuracy as delphi's analysis computes it: samples without prediction are left out."""
+    valid = [sample for sample in samples if sample["prediction"] is not None]
+    sides = [[s for s in valid if s["activating"] is side] for side in (True, False)]
+    return sum(sum((s["prediction"] >= 0.5) is s["activating"] for s in side) / len(side) for side in sides) / 2
+
+
+def test_delphi_reads_its_export_as_we_score_it(index: Index, tmp_path: Path) -> None:
+    alive = [latent for latent, density in enumerate(index.table("sae_delta")["density"]) if density > 0.01]
+    records = explain(index, OfflineClient(), "sae_delta", [PLANTED_LATENT, *alive[:2]])
+    records += explain(index, OfflineClient(), "sae_attn", [41])
+    results = tmp_path / "delphi"
+    assert export_delphi(index, results) >= 3
+    hook_points = json.loads((results / "run_config.json").read_text())["hookpoints"]
+    assert hook_points == ["layers.3.sae_attn", "layers.1.sae_delta"]
+    counts = torch.load(results / "log" / "hookpoint_firing_counts.pt", weights_only=True)
+    rows = read_as_delphi(results, hook_points)
+    for record in records:
+        name = {"sae_attn": hook_points[0], "sae_delta": hook_points[1]}[record["sae"]]
+        file = results / "explanations" / f"{name}_latent{record['latent']}.txt"
+        assert json.loads(file.read_bytes()) == record["label"]
+        for kind, score in (("detection", "detection"), ("fuzz", "fuzzing")):
+            mine = [r for r in rows if (r["score"], r["hook_point"], r["latent"]) == (kind, name, record["latent"])]
+            assert [(r["str_tokens"], r["prediction"]) for r in mine] == [
+                (s["str_tokens"], s["prediction"]) for s in record["samples"][score]
+            ]
+            if record[score] is not None:
+                assert delphi_accuracy(mine) == pytest.approx(record[score])
+        assert counts[name][record["latent"]] == index.latent(record["sae"], record["latent"])["fired"]
+
+
+def test_a_hook_point_is_no_part_of_another() -> None:
+    names = {sae_id: f"layers.{point.layer}.{sae_id}" for sae_id, point in load_recipe("standin").hook_points.items()}
+    assert len(names) == 9
+    assert not any(a in b for a in names.values() for b in names.values() if a != b)
+
+
+@pytest.mark.parametrize("which", ["tiny", pytest.param("standin", marks=pytest.mark.slow)])
+def test_a_local_model_writes_and_scores(index: Index, release: Path, which: str) -> None:
+    folder = str(STANDIN_FOLDER) if which == "standin" else open_target(release).recipe.lm.model
+    client = LocalClient(folder, device="cpu")
+    assert client.complete("Be brief.", "Hello", 4) == client.complete("Be brief.", "Hello", 4)
+    longer = client.complete("Be brief.", "Hello", 9)
+    assert longer.startswith(client.complete("Be brief.", "Hello", 4))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    options = {"add_generation_prompt": True, "enable_thinking": False, "return_tensors": "pt"}
+    ids = tokenizer.apply_chat_template(messages, **options)
+    written = model.generate(**ids, max_new_tokens=9, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(written, skip_special_tokens=True) == longer
+    (record,) = explain(index, client, "sae_delta", [PLANTED_LATENT])
+    assert record["client"] == folder
+    assert 0 < len(record["label"]) <= 300
+    assert len(record["samples"]["detection"]) > 10
+    assert explain(index, client, "sae_delta", [PLANTED_LATENT]) == [record]
+
+
+def test_a_local_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere"):
+        LocalClient(str(tmp_path / "nowhere"))
 
 
 class Endpoint(BaseHTTPRequestHandler):

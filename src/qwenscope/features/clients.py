@@ -21,7 +21,7 @@ from qwenscope.recipe import LMRecipe
 
 TIMEOUT_SECONDS = 120.0
 ANSWER_LIMIT = 1 << 20
-MARKED = re.compile(r"<<(.*?)>>", re.DOTALL)
+MARKED = re.compile(r"<<(.*?)>>(?!>)", re.DOTALL)
 
 
 class Client(Protocol):
@@ -101,7 +101,9 @@ class LocalClient:
     def complete(self, system: str, user: str, max_tokens: int) -> str:
         """The assistant's turn."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        prompt: Any = self._lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt: Any = self._lm.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
+        )
         return "".join(generate(self._lm, prompt, [], max_tokens))
 
 

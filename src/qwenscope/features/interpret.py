@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwenscope.errors import FormatError
 from qwenscope.features.clients import Client
 from qwenscope.features.describing import BANDS
 from qwenscope.features.store import Index, add_explanations, read_explanations
-from qwenscope.files import whole_folder
+from qwenscope.files import whole_folder, write_json
 
 SHOWN = 12
 TESTED = 10
@@ -63,7 +65,8 @@ def explain(
     Returns:
         Records {"sae", "latent", "label", "client", "detection", "fuzzing", "samples"}; a score is None where the
         index has too few examples. `samples` are delphi's: {"str_tokens", "activations", "distance", "activating",
-        "prediction", "probability", "correct"}; an answer that is no list of numbers counts as wrong.
+        "prediction", "probability", "correct"}, the last three None where there was no answer to parse: that counts as
+        wrong here; delphi leaves such samples out.
 
     Raises:
         FormatError: no such SAE or latent.
@@ -82,7 +85,11 @@ def explain(
 
 
 def export_delphi(index: Index, out: Path) -> int:
-    """Write all explanations the way delphi does: explanations/, scores/detection/, scores/fuzz/, one file per latent.
+    """Write all explanations as a results folder of delphi (eai-delphi 0.1), which its analysis reads.
+
+    explanations/, scores/detection/ and scores/fuzz/ hold a file per latent, log/hookpoint_firing_counts.pt how often
+    each latent fired, run_config.json the hook points. These are named layers.22.sae_delta_mid: delphi finds a hook
+    point's files by a part of their name, and sae_delta_mid alone is a part of sae_delta_mid_pos1.
 
     Returns:
         The number of latents written.
@@ -97,32 +104,49 @@ def export_delphi(index: Index, out: Path) -> int:
         for name in ("explanations", "scores/detection", "scores/fuzz"):
             (folder / name).mkdir(parents=True)
         for sae_id, latent, record in records:
-            file = f"{sae_id}_latent{latent}.txt"
+            file = f"{_hook_point(index, sae_id)}_latent{latent}.txt"
             (folder / "explanations" / file).write_text(json.dumps(record["label"], ensure_ascii=False))
             for score, name in (("detection", "detection"), ("fuzzing", "fuzz")):
-                samples = json.dumps(record["samples"][score], ensure_ascii=False)
-                (folder / "scores" / name / file).write_text(samples)
+                if samples := record["samples"][score]:
+                    (folder / "scores" / name / file).write_text(json.dumps(samples, ensure_ascii=False))
+        names = {sae_id: _hook_point(index, sae_id) for sae_id in sorted({sae_id for sae_id, _, _ in records})}
+        (folder / "log").mkdir()
+        torch.save({name: _fired(index, id) for id, name in names.items()}, folder / "log/hookpoint_firing_counts.pt")
+        write_json(folder / "run_config.json", {"hookpoints": list(names.values())})
     return len(records)
 
 
+def _hook_point(index: Index, sae_id: str) -> str:
+    return f"layers.{index.saes[sae_id]['layer']}.{sae_id}"
+
+
+def _fired(index: Index, sae_id: str) -> torch.Tensor:
+    """int64 [N], tokens on which each latent fired."""
+    shares_N = torch.tensor(index.table(sae_id)["density"], dtype=torch.float64)
+    fired_N: torch.Tensor = (shares_N * index.saes[sae_id]["tokens"]).round().long()
+    return fired_N
+
+
 def _explain_one(client: Client, found: dict[str, Any]) -> dict[str, Any]:
-    top = [example for example in found["examples"] if example["kind"] == "top"][:SHOWN]
-    shown = {(example["conversation"], example["position"]) for example in top}
-    firing = [
-        example
-        for example in found["examples"]
-        if example["kind"] in BANDS and (example["conversation"], example["position"]) not in shown
-    ]
+    # One text opens many conversations: none is shown twice, and none is both shown and tested on.
+    distinct = {_text(example): example for example in reversed(found["examples"]) if example["kind"] == "top"}
+    top = list(reversed(distinct.values()))[:SHOWN]
+    shown = {_text(example) for example in top}
+    firing = [example for example in found["examples"] if example["kind"] in BANDS and _text(example) not in shown]
     quiet = [example for example in found["examples"] if example["kind"] == "negative"]
     choose = random.Random(found["latent"])
-    answer = client.complete(_EXPLAIN, _numbered(_marked(example, _active(example)) for example in top), 64)
-    label = _label(answer)
+    label = _label(_answer(client, _EXPLAIN, _numbered(_marked(example, _active(example)) for example in top), 64))
     samples = {
         "detection": _detection(client, label, firing, quiet, choose),
         "fuzzing": _fuzzing(client, label, firing, choose),
     }
     scores = {name: balanced_accuracy(found) for name, found in samples.items()}
     return {"label": label, "client": client.name, **scores, "samples": samples}
+
+
+def _answer(client: Client, system: str, user: str, max_tokens: int) -> str:
+    """What a client says after it has thought."""
+    return client.complete(system, user, max_tokens).rpartition("</think>")[2]
 
 
 def _label(answer: str) -> str:
@@ -137,7 +161,7 @@ def balanced_accuracy(samples: Sequence[dict[str, Any]]) -> float | None:
     """Mean of the accuracies on activating and on other samples; None if either kind is missing."""
     shares: list[float] = []
     for activating in (True, False):
-        correct = [sample["correct"] for sample in samples if sample["activating"] is activating]
+        correct = [sample["correct"] is True for sample in samples if sample["activating"] is activating]
         if not correct:
             return None
         shares.append(sum(correct) / len(correct))
@@ -147,49 +171,47 @@ def balanced_accuracy(samples: Sequence[dict[str, Any]]) -> float | None:
 def _detection(
     client: Client, label: str, firing: list[dict[str, Any]], quiet: list[dict[str, Any]], choose: random.Random
 ) -> list[dict[str, Any]]:
-    asked = [(example, True) for example in _spread(firing)] + [(example, False) for example in quiet[:TESTED]]
+    asked = [(example, True, _text(example)) for example in _spread(firing)]
+    asked += [(example, False, _text(example)) for example in quiet[:TESTED]]
     choose.shuffle(asked)
-    texts = ["".join(example["tokens"]) for example, _ in asked]
-    return _ask(client, _DETECT, label, texts, asked)
+    return _ask(client, _DETECT, label, asked)
 
 
 def _fuzzing(client: Client, label: str, firing: list[dict[str, Any]], choose: random.Random) -> list[dict[str, Any]]:
     """Half of the examples are marked where the latent fires, half at as many other tokens."""
-    chosen = _spread(firing)
-    asked, texts = [], []
-    for number, example in enumerate(chosen):
+    asked = []
+    for number, example in enumerate(_spread(firing)):
         places, right = _active(example), number % 2 == 0
-        silent = [place for place, value in enumerate(example["activations"]) if value == 0]
         if not right:
-            if not silent:
-                continue
+            values = zip(example["tokens"], example["activations"], strict=True)
+            silent = [place for place, (text, value) in enumerate(values) if text and value == 0]
             places = set(choose.sample(silent, min(len(places), len(silent))))
-        asked.append((example, right))
-        texts.append(_marked(example, places))
-    return _ask(client, _FUZZ, label, texts, asked)
+        if places:
+            asked.append((example, right, _marked(example, places)))
+    choose.shuffle(asked)
+    return _ask(client, _FUZZ, label, asked)
 
 
 def _ask(
-    client: Client, system: str, label: str, texts: list[str], asked: list[tuple[dict[str, Any], bool]]
+    client: Client, system: str, label: str, asked: list[tuple[dict[str, Any], bool, str]]
 ) -> list[dict[str, Any]]:
-    if not texts:
+    """Ask about (example, right answer, text as it is shown); the samples in delphi's form."""
+    if not asked:
         return []
-    answer = client.complete(system, f"Feature: {label}\n\n{_numbered(texts)}", 16 + 4 * len(texts))
-    samples = []
-    for (example, activating), prediction in zip(asked, _parse(answer, len(texts)), strict=True):
-        band = BANDS.index(example["kind"]) if example["kind"] in BANDS else -1
-        samples.append(
-            {
-                "str_tokens": example["tokens"],
-                "activations": example["activations"],
-                "distance": band,
-                "activating": activating,
-                "prediction": prediction,
-                "probability": None,
-                "correct": prediction is activating,
-            }
-        )
-    return samples
+    user = f"Feature: {label}\n\n{_numbered(text for _, _, text in asked)}"
+    answer = _answer(client, system, user, 16 + 4 * len(asked))
+    return [
+        {
+            "str_tokens": example["tokens"],
+            "activations": example["activations"],
+            "distance": BANDS.index(example["kind"]) if example["kind"] in BANDS else -1,
+            "activating": activating,
+            "prediction": prediction,
+            "probability": None,
+            "correct": None if prediction is None else prediction is activating,
+        }
+        for (example, activating, _), prediction in zip(asked, _parse(answer, len(asked)), strict=True)
+    ]
 
 
 def _parse(answer: str, count: int) -> list[bool | None]:
@@ -207,9 +229,18 @@ def _spread(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [examples[int(i * step)] for i in range(min(TESTED, len(examples)))]
 
 
+def _text(example: dict[str, Any]) -> str:
+    return "".join(example["tokens"])
+
+
 def _active(example: dict[str, Any]) -> set[int]:
-    most = max(example["activations"])
-    return {place for place, value in enumerate(example["activations"]) if value > 0 and value >= MARK_ABOVE * most}
+    """Tokens to mark; of a character that several tokens write, the first, where its text stands."""
+    most, first, places = max(example["activations"]), 0, set()
+    for place, (text, value) in enumerate(zip(example["tokens"], example["activations"], strict=True)):
+        first = place if text else first
+        if value > 0 and value >= MARK_ABOVE * most:
+            places.add(first)
+    return places
 
 
 def _marked(example: dict[str, Any], places: set[int]) -> str:

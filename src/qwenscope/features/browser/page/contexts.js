@@ -29,13 +29,22 @@ function actions(text) {
 }
 
 // One example: its tokens, the strength at the peak, role and what to do with the text beside it.
-function context(example, most, roles) {
+function context({ example, times }, most, roles) {
   const { tokens, activations, peak } = example;
   const role = (i) => ROLE_NAMES[roles[example.roles[i]]];
   return h("li", { class: "context" },
     h("span", { class: "strength num", title: "activation at the peak" }, activations[peak] > 0 ? number(activations[peak]) : "0"),
     shaded(tokens, activations, peak, most, role),
-    h("span", { class: "where", title: `conversation ${example.conversation}, token ${example.position}, source ${example.source}` }, h("span", { class: "role" }, role(peak)), actions(tokens.join(""))));
+    h("span", { class: "where", title: `conversation ${example.conversation}, token ${example.position}, source ${example.source}` }, h("span", { class: "role" }, role(peak), times > 1 ? h("small", { title: `${times} conversations have this text` }, ` ×${times}`) : null), actions(tokens.join(""))));
 }
 
-export const contexts = (examples, most, roles) => h("ol", { class: "contexts" }, examples.map((example) => context(example, most, roles)));
+// Equal texts (one system prompt opens many conversations) are shown once, with their number.
+export function contexts(examples, most, roles) {
+  const groups = new Map();
+  for (const example of examples) {
+    const key = JSON.stringify([example.tokens, example.peak]);
+    if (groups.has(key)) groups.get(key).times += 1;
+    else groups.set(key, { example, times: 1 });
+  }
+  return h("ol", { class: "contexts" }, [...groups.values()].map((group) => context(group, most, roles)));
+}

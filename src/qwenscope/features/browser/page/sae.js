@@ -71,7 +71,7 @@ export async function render(id, query) {
     node: h("div", { class: "page" },
       h("header", { class: "title" }, h("p", { class: "eyebrow" }, kindBadge(sae.kind, sae.layer)), h("h1", null, id),
         h("dl", { class: "stats" }, stat("latents", number(sae.dict_size)), stat("k", String(sae.k)), stat("alive", percent(1 - sae.dead / sae.dict_size)),
-          stat("L0", sae.l0.toFixed(1), "mean number of active latents per token"), stat("tokens read", number(sae.tokens)))),
+          stat("L0", sae.l0.toFixed(1), "mean number of active latents per token"), stat("tokens read", number(sae.tokens)), Object.entries(sae.quality).map(([split, { explained_variance: value }]) => value === undefined ? null : stat(`explained variance, ${split.replace("_", " ")}`, value.toFixed(3))))),
       section("Density", "share of tokens a latent fires on; pick a bar to see its latents", chart),
       section("Latents", null,
         h("div", { class: "tools" }, h("label", { for: "filter", class: "hidden" }, "Filter latents"), filter, h("label", { class: "check" }, dead, " dead ones too"), count),
