@@ -81,6 +81,11 @@ def doctor_table(report: Mapping[str, Any]) -> Table:
         table.add_row("gpu", "none: models beyond the stand-in need one")
     table.add_row("memory", bytes_text(report["memory_bytes"]))
     table.add_row("disk free", bytes_text(report["disk_free_bytes"]))
+    kernels = report["kernels"].items()
+    table.add_row("kernels", ", ".join(f"{part}: {kernel['used']}" for part, kernel in kernels))
+    for part, kernel in kernels:
+        if kernel["costs"]:
+            table.add_row("[yellow]slower[/]", f"{part} without a fused kernel: {kernel['costs']}")
     for missing in report["missing"]:
         table.add_row(
             "[yellow]optional[/]",

@@ -28,13 +28,13 @@ _PACKAGES = (
 # What each optional package buys, and the command that brings it. `cuda` ones matter only where a GPU is.
 _OPTIONAL: dict[str, tuple[str, str, bool]] = {
     "triton": ("fused top-k and gradient kernels", "pip install triton", True),
-    "fla": (
-        "fast Gated DeltaNet kernels (the torch path is several times slower)",
-        "pip install flash-linear-attention",
+    "fla": ("fused Gated DeltaNet kernels", "pip install flash-linear-attention", True),
+    "causal_conv1d": ("fused DeltaNet convolution", "pip install causal-conv1d", True),
+    "accelerate": (
+        "loading straight to the GPU or to several of them, and FP8 checkpoints",
+        "pip install accelerate",
         True,
     ),
-    "causal_conv1d": ("fast DeltaNet convolution (torch's own is the fallback)", "pip install causal-conv1d", True),
-    "accelerate": ("loading straight to the GPU, and FP8 checkpoints", "pip install accelerate", True),
     "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install 'qwenscope[tensorboard]'", False),
     "wandb": ("telemetry.sinks: [wandb]", "pip install 'qwenscope[wandb]'", False),
     "trackio": ("telemetry.sinks: [trackio]", "pip install 'qwenscope[trackio]'", False),
@@ -71,7 +71,50 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
             for package, (buys, get, needs_cuda) in _OPTIONAL.items()
             if importlib.util.find_spec(package) is None and (cuda or not needs_cuda)
         ],
+        "kernels": kernels(torch.cuda.get_device_capability() if cuda else None),
         "problems": _problems(cuda),
+    }
+
+
+def kernels(capability: tuple[int, int] | None) -> dict[str, dict[str, str]]:
+    """What runs each hot part here, and what it costs that nothing faster does: {part: {"used", "costs"}}.
+
+    Args:
+        capability: The GPU's compute capability; None means a CPU, where plain torch is all there is.
+    """
+    if capability is None:
+        parts = ("Gated DeltaNet", "DeltaNet convolution", "attention", "routed experts", "SAE step")
+        return {part: {"used": "torch", "costs": ""} for part in parts}
+
+    def choose(package: str, name: str, costs: str) -> dict[str, str]:
+        found = importlib.util.find_spec(package) is not None
+        return {"used": name, "costs": ""} if found else {"used": "torch", "costs": costs}
+
+    grouped = hasattr(torch.nn.functional, "grouped_mm") or hasattr(torch, "_grouped_mm")
+    return {
+        "Gated DeltaNet": choose(
+            "fla",
+            "flash-linear-attention",
+            "float32 copies (77 times a residual row per position at once) and a loop over chunks of 64 positions: "
+            "the slowest part of a forward pass",
+        ),
+        "DeltaNet convolution": choose(
+            "causal_conv1d",
+            "causal-conv1d",
+            "a depthwise convolution and an activation apart: a few passes over memory",
+        ),
+        "attention": {"used": "torch's fused kernel (sdpa)", "costs": ""}
+        if capability >= (8, 0)
+        else {"used": "torch's unfused attention", "costs": "memory grows with the square of a conversation's length"},
+        "routed experts": {"used": "grouped product", "costs": ""}
+        if grouped and capability >= (8, 0)
+        else {
+            "used": "a loop over experts",
+            "costs": "one small product per expert and layer instead of one grouped one",
+        },
+        "SAE step": choose(
+            "triton", "triton", "torch's top-k: 0.7 instead of 0.1 ms per SAE and batch on an H200, by a roofline"
+        ),
     }
 
 
