@@ -64,17 +64,17 @@ class Group:
             return [act()]
         said, error = _outcome(act)
         data = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _told():
-            dist.all_gather_into_tensor(lengths, torch.tensor([len(data)]), self._group)
-            longest = int(lengths.max())
+            dist.all_gather(lengths, torch.tensor([len(data)]), self._group)
+            longest = int(max(lengths))
             padded = torch.cat([data, data.new_zeros(longest - len(data))])
-            everything = data.new_empty(self.size * longest)
-            dist.all_gather_into_tensor(everything, padded, self._group)
+            rows = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(rows, padded, self._group)
         if error is not None:
             raise error
-        rows = everything.view(self.size, longest)
-        return [_heard(rank, rows[rank, : int(length)].numpy().tobytes()) for rank, length in enumerate(lengths)]
+        whole = [row[: int(length)].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+        return [_heard(rank, said) for rank, said in enumerate(whole)]
 
     def share(self, act: Callable[[], T]) -> T:
         """Let rank 0 `act` -> its result (JSON-able) on every rank.
@@ -114,6 +114,8 @@ class Group:
         """
         if self.size == 1:
             return rows
+        if rows.is_cuda:  # nccl would wait half an hour for a rank that died on its way here; this notices at once
+            self.together(lambda: None)
         raw = rows.contiguous().view(torch.uint8)  # any dtype, to the bit
         arrived = raw.new_empty(sum(receive), raw.shape[1])
         with _told():

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +179,11 @@ def test_a_folder_that_a_rank_does_not_see_is_named(model: Path, tmp_path: Path)
             pass
 
 
-@pytest.mark.slow
-def test_torchrun_restarts_and_resumes_by_itself(model: Path, reference: Reference, tmp_path: Path) -> None:
-    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    path.write_text(three_saes(model).to_yaml())
+@contextmanager
+def torchrun(recipe: Recipe, run: Path) -> Iterator[subprocess.Popen[str]]:
+    """The real launcher with two ranks, once its run has a checkpoint."""
+    path = run.with_name("recipe.yaml")
+    path.write_text(recipe.to_yaml())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "2"]
     job = subprocess.Popen(
         [*launcher, "--nproc-per-node", "2", "-m", "qwenscope", "train", str(path), "--out", str(run)],
@@ -192,11 +195,37 @@ def test_torchrun_restarts_and_resumes_by_itself(model: Path, reference: Referen
         while not (run / "checkpoints" / "step-00000006").exists():
             assert job.poll() is None
             time.sleep(0.01)
+        yield job
+    finally:
+        job.terminate()  # it ends its workers
+        job.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_and_resumes_by_itself(model: Path, reference: Reference, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with torchrun(three_saes(model), run) as job:
         workers = [child for child in psutil.Process(job.pid).children() if child.environ().get("RANK") == "1"]
         workers[0].kill()
-        _, errors = job.communicate(timeout=300)
-    finally:
-        job.kill()
+        _, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
     assert len(json.loads((run / "run.json").read_text())["sessions"]) == 2
+    reference.check(run)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_stops_all_ranks_with_a_checkpoint(
+    model: Path, reference: Reference, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with torchrun(three_saes(model), run) as job:
+        job.terminate()
+        _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    stopped = status(run)
+    assert stopped["state"] == "stopped", errors
+    newest, _ = checkpoint.load_newest(run / "checkpoints")
+    assert newest is not None
+    assert newest.state["tokens"] == stopped["tokens_trained"]
+    train(three_saes(model), run, resume=True)
     reference.check(run)

@@ -12,6 +12,7 @@ the hook points that it owns, the same as one process would hold.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ from qwenscope.seeds import generator
 
 if TYPE_CHECKING:
     from qwenscope.corpus.stream import CorpusStream
+
+log = logging.getLogger(__name__)
 
 LEFT_OUT = ("non_finite", "outlier", "first_position")
 
@@ -74,6 +77,8 @@ class Windows:
         self._check_size(recipe.training.batch_size)
         cache = recipe.activations.cache
         self._store = None if cache is None else WindowStore(cache, lm, recipe)
+        if cache is not None and self._group.size > 1 and self._group.leads:
+            log.warning("several ranks read activations.cache but do not fill it; one process alone does")
         self._index = 0  # the window that the next row comes from
         self._offset = 0  # its rows already handed out
         self._cursor: dict[str, Any] = self._group.share(lambda: self._stream.state())  # where it begins

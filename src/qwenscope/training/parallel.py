@@ -16,6 +16,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qwenscope.activations.division import Division
 from qwenscope.errors import RecipeError, ResourceError
@@ -66,8 +68,12 @@ def joined(device: str) -> Iterator[Group]:
                 "start fewer ranks (--nproc-per-node)"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
-    yield Group(dist.get_rank(), dist.get_world_size())
+    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    # torchrun keeps one store over restarts: under the old keys a rank would call at the addresses of the dead.
+    own = PrefixStore(f"qwenscope-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{size}", store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_PATIENCE)
+    yield Group(rank, size)
     dist.destroy_process_group()  # after an error the process ends anyway, and nobody may answer any more
 
 
