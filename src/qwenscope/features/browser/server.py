@@ -55,7 +55,7 @@ def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | No
     Args:
         index: folder made by `build_index`.
         port: 0 takes a free one.
-        on_ready: called with the address once the port is bound.
+        on_ready: called with the address once it takes connections.
 
     Raises:
         FormatError: no index, or the port is taken.
@@ -65,6 +65,7 @@ def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | No
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
+            listener.listen()  # who connects as soon as the address is out waits instead of being refused
         except (OSError, OverflowError) as error:
             raise FormatError(f"port {port} cannot be used ({error}); choose another with --port") from None
         if on_ready is not None:

@@ -1,0 +1,66 @@
+"""The examples of docs/features.md run as written, on a suite of random SAEs at the stand-in's hook points."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from qwenscope.files import write_text
+from qwenscope.recipe import load_recipe
+from qwenscope.sae.topk import TopKSAE
+
+TEXT = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a suite at runs/demo."""
+    folder = tmp_path_factory.mktemp("docs")
+    recipe = load_recipe("standin")
+    (folder / "runs" / "demo").mkdir(parents=True)
+    write_text(folder / "runs" / "demo" / "recipe.yaml", recipe.to_yaml())
+    for sae_id, point in recipe.hook_points.items():
+        sae = TopKSAE(64, point.dict_size, point.k, seed=point.layer)
+        sae.config["layer"] = point.layer
+        sae.save(folder / "runs" / "demo" / sae_id)
+    return folder
+
+
+def test_the_python_examples_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    scope: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "docs/features.md", "exec"), scope)
+    assert len(scope["reading"].tokens) == len(scope["reading"].roles)  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_commands_run(folder: Path) -> None:
+    (commands,) = blocks("bash")
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "qwenscope"
+        command = [sys.executable, "-m", "qwenscope", *arguments]
+        if arguments[0] == "browse" and "--export" not in arguments:
+            with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+                try:
+                    assert process.stderr is not None
+                    address = process.stderr.readline().split()[0]
+                    assert address == "http://127.0.0.1:8321/"
+                    assert b"qwenscope" in urllib.request.urlopen(address).read()
+                finally:
+                    process.terminate()
+        else:
+            subprocess.run(command, cwd=folder, check=True)
+    assert (folder / "site" / "index.html").is_file()
+    assert (folder / "runs" / "demo-delphi" / "run_config.json").is_file()
