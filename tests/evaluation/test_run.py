@@ -17,7 +17,7 @@ from evaluation_cases import conversation
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from qwenscope.errors import CorpusError, FormatError, QwenscopeError
-from qwenscope.evaluation.report import number, report_html, report_markdown
+from qwenscope.evaluation.report import report_html
 from qwenscope.evaluation.run import evaluate, fill_splits
 from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.sae.checksums import verify_folder, write_checksums
@@ -321,14 +321,3 @@ def test_the_report_needs_no_training_metrics_and_no_kinds(measured: dict, tmp_p
     page = Page(report_html(plain, tmp_path))
     assert page.open == []
     assert "DeltaNet" not in " ".join(page.words)
-
-
-def test_markdown_tables_hold_the_numbers(measured: dict) -> None:
-    text = report_markdown(measured)
-    rows = [line for line in text.splitlines() if line.startswith("| sae_")]
-    assert len(rows) == 4
-    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
-    figures = measured["saes"]["sae_attn"]["tool_use"]
-    assert f"| {figures['kl']:.4f} |" in rows[-1]
-    assert "N/A" not in text
-    assert number(None, ".3f") == "–"

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
+import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from evaluation_cases import DIM, LAYER_OF, constant_sae, conversation, identity_sae, with_rows_left_out
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qwenscope.corpus.batches import make_batches
 from qwenscope.errors import CorpusError, ModelError
 from qwenscope.evaluation.measure import SplitMeter
-from qwenscope.evaluation.splice import clean_pass, losses, restarted, variant_pass
+from qwenscope.evaluation.splice import LEAST_ROWS, CleanPass, clean_pass, losses, restarted, variant_pass
 from qwenscope.lm.forward import final_hidden
 from qwenscope.lm.intervene import intervene
+from qwenscope.lm.load import LanguageModel
 from qwenscope.sae.topk import TopKSAE
 
 
@@ -129,6 +134,47 @@ def test_logits_are_never_made_for_more_rows_than_a_chunk(lm, conversations) -> 
     handle.remove()
     assert max(rows) == 5
     assert sum(rows) == 3 * len(clean.target_P), "clean logits are made once for all variants"
+
+
+def vocabulary_of(lm, size: int) -> LanguageModel:
+    """The model with another LM head, of `size` random rows."""
+    model = copy.copy(lm.model)
+    model._modules = dict(lm.model._modules)
+    model.lm_head = torch.nn.Linear(DIM, size, bias=False).requires_grad_(False)
+    return replace(lm, model=model)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Size in bytes of the largest tensor that any operation returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        self.size = max([self.size, *(tensor.untyped_storage().nbytes() for tensor in tensors)])
+        return found
+
+
+def test_no_tensor_exceeds_a_chunk_at_the_real_vocabulary(lm, conversations) -> None:
+    clean = clean_pass(lm, batch_of(conversations), [3])
+    with LargestTensor() as largest:
+        losses(vocabulary_of(lm, 248_320), clean, {0: clean.hidden_PD, 1: clean.hidden_PD})
+    assert len(clean.target_P) > LEAST_ROWS, "several chunks"
+    assert largest.size == LEAST_ROWS * 248_320 * 8
+
+
+def test_memory_does_not_grow_with_chunks(lm, conversations) -> None:
+    """What is kept of each chunk must not split the heap: that once grew it by every chunk's logits."""
+    rows, variants, vocabulary = 4096, 12, 4096
+    hidden_PD = torch.randn(rows, DIM)
+    none = torch.zeros(0)
+    clean = CleanPass(batch_of(conversations), {}, none, hidden_PD, torch.zeros(rows, dtype=torch.int64), none, False)
+    wide = vocabulary_of(lm, vocabulary)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    losses(wide, clean, dict.fromkeys(range(variants), hidden_PD))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 0.25 * rows * vocabulary * 8 * variants
 
 
 def measure(lm, recipe, conversations, sae_of) -> dict:

@@ -1,4 +1,4 @@
-"""The evaluation as a page (report.html, self-contained) and as Markdown for the model card."""
+"""The evaluation as a page: report.html, one file that loads nothing."""
 
 from __future__ import annotations
 
@@ -49,8 +49,6 @@ COLUMNS = (
     Column("kl", "KL", ".4f", "Divergence from the clean to the spliced next-token distribution, nats"),
 )  # fmt: skip
 FIDELITY_COLUMNS = 9  # of them compare activations, the rest the model's predictions
-MARKDOWN_KEYS = ("fvu", "explained_variance", "explained_variance_per_dim", "l0", "dead_fraction", "ce_recovered_zero",
-                 "ce_recovered_mean", "kl", "mse_special_tokens")  # fmt: skip
 DIFFERENCES = (
     ("fvu", "FVU, attention minus DeltaNet"),
     ("ce_increase", "CE increase in nats, attention minus DeltaNet"),
@@ -83,32 +81,6 @@ def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
         curve_plots=curve_plots(evaluation, groups, folder / "metrics.jsonl"),
         roles=list(dict.fromkeys(role for cell in _cells(evaluation) for role in cell["roles"])),
     )
-
-
-def report_markdown(evaluation: Mapping[str, Any]) -> str:
-    """One table per split for the model card, with the definitions in a line below."""
-    columns = [column for column in COLUMNS if column.key in MARKDOWN_KEYS]
-    blocks = []
-    for split, data in evaluation["data"]["splits"].items():
-        name = SPLIT_NAMES.get(split, split)
-        lines = [
-            f"**{name.capitalize()}**: {data['tokens']:,} held-out tokens in {data['conversations']:,} conversations.",
-            "",
-            "| SAE | layer | kind | " + " | ".join(column.heading for column in columns) + " |",
-            "|---|---:|---|" + "---:|" * len(columns),
-        ]
-        for sae_id, point in evaluation["hook_points"].items():
-            cell = evaluation["saes"][sae_id][split]
-            values = " | ".join(number(cell[column.key], column.form) for column in columns)
-            kind = KIND_NAMES.get(point["kind"], point["kind"] or "")
-            lines.append(f"| {sae_id} | {point['layer']} | {kind} | {values} |")
-        blocks.append("\n".join(lines))
-    blocks.append(
-        "FVU: squared residuals over squared deviations from the mean, all dimensions together; EV = 1 - FVU; EV per "
-        "dim: mean of each dimension's own. CE recovered against zero and mean ablation, never clipped; KL from "
-        "clean to spliced, in nats. L0 counts values above 0; dead: never fired on the split's tokens."
-    )
-    return "\n\n".join(blocks) + "\n"
 
 
 def number(value: float | None, form: str) -> str:

@@ -132,27 +132,24 @@ def losses(
     if chunk is None:
         elements = GPU_CHUNK if lm.device.type == "cuda" else CPU_CHUNK
         chunk = max(LEAST_ROWS, elements // len(unembedding(lm)))
-    clean_ces: list[Tensor] = []
-    pieces: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in variants}
-    for start in range(0, len(clean.target_P), chunk):
+    # Room for all results comes first: small tensors that are kept between large ones that are freed would split the
+    # heap, and memory would grow by each chunk's logits.
+    predicting = len(clean.target_P)
+    clean_ce_P = clean.hidden_PD.new_empty(predicting, dtype=torch.float64)
+    found = {key: Losses(torch.empty_like(clean_ce_P), torch.empty_like(clean_ce_P)) for key in variants}
+    for start in range(0, predicting, chunk):
         part = slice(start, start + chunk)
         target_P = clean.target_P[part]
         clean_PV, clean_norm_P = _scores(lm, clean.hidden_PD[part])
         probability_PV = (clean_PV - clean_norm_P[:, None]).exp_()
         expected_P = _dot(probability_PV, clean_PV)
-        clean_ces.append(clean_norm_P - _at(clean_PV, target_P))
+        clean_ce_P[part] = clean_norm_P - _at(clean_PV, target_P)
         for key, hidden_PD in variants.items():
             score_PV, norm_P = _scores(lm, hidden_PD[part])
-            ce_P = norm_P - _at(score_PV, target_P)
+            found[key].ce_P[part] = norm_P - _at(score_PV, target_P)
             # sum p (log p - log q), with log p = clean score - its norm and log q = score - its norm
-            kl_P = expected_P - _dot(probability_PV, score_PV) - clean_norm_P + norm_P
-            pieces[key].append((ce_P, kl_P))
-    empty = clean.hidden_PD.new_zeros(0, dtype=torch.float64)
-    joined = {
-        key: Losses(torch.cat([empty, *(ce for ce, _ in parts)]), torch.cat([empty, *(kl for _, kl in parts)]))
-        for key, parts in pieces.items()
-    }
-    return torch.cat([empty, *clean_ces]), joined
+            found[key].kl_P[part] = expected_P - _dot(probability_PV, score_PV) - clean_norm_P + norm_P
+    return clean_ce_P, found
 
 
 def _scores(lm: LanguageModel, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
