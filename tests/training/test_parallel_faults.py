@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import tiny_ranks
 import torch
 from tiny_ranks import complete, ranks, three_saes
 from tiny_run import BATCH, STEPS, Reference, final_hashes, make_language_model, metrics, status
@@ -23,6 +24,7 @@ from tiny_run import BATCH, STEPS, Reference, final_hashes, make_language_model,
 from qwenscope.errors import ResourceError
 from qwenscope.recipe import Recipe
 from qwenscope.training import checkpoint, trainer
+from qwenscope.training import run as training_run
 from qwenscope.training.folder import open_run
 from qwenscope.training.run import train
 
@@ -156,6 +158,39 @@ def test_a_signal_to_one_rank_stops_all_and_an_occupied_folder_refuses_all(model
         job.processes[1].terminate()
         assert job.wait() == [143, 143]
     assert status(run)["state"] == "stopped"
+
+
+def another_seed() -> None:
+    """This machine has another recipe under the same name."""
+    load = tiny_ranks.load_recipe
+    tiny_ranks.load_recipe = lambda path: load(path, ["seed=6"])  # type: ignore[assignment]
+
+
+def other_weights() -> None:
+    """This machine has another model under the same name."""
+    load = training_run.load_language_model
+
+    def changed(*args: Any, **options: Any) -> Any:
+        lm = load(*args, **options)
+        lm.model.get_input_embeddings().weight.mul_(1.5)
+        return lm
+
+    training_run.load_language_model = changed
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "said"),
+    [
+        (another_seed, 3, "the ranks were started with unlike recipes"),
+        (other_weights, 4, "residual stream on rank 1 differs from rank 0's"),
+    ],
+)
+def test_ranks_that_are_not_alike_are_refused(model: Path, tmp_path: Path, before: Any, code: int, said: str) -> None:
+    run = tmp_path / "run"
+    with ranks(2, three_saes(model), run, before={1: before}) as job:
+        assert job.wait() == [code, code], job.errors()
+        assert said in job.errors()
+    assert not (run / "checkpoints").exists()
 
 
 def test_a_folder_that_a_rank_does_not_see_is_named(model: Path, tmp_path: Path) -> None:

@@ -157,9 +157,12 @@ def open_run(recipe: Recipe, out: Path, resume: bool, group: Group = ALONE) -> I
 
     Raises:
         RecipeError: `out` holds something else, or a run while `resume` is off, or one of another recipe.
+            Or the ranks were started with unlike recipes.
         LockError: another process works in it.
         ResourceError: a rank sees another folder under this name.
     """
+    if len(set(group.together(recipe.fingerprint))) > 1:
+        raise RecipeError("the ranks were started with unlike recipes; give all machines the same file and --set")
     with ExitStack() as held:
         holder = group.share(lambda: _enter(recipe, out, resume, held))
         group.together(lambda: _check_shared(out, holder))

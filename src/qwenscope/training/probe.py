@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qwenscope.errors import CheckpointError
+from qwenscope.errors import CheckpointError, ModelError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import LanguageModel
 
@@ -37,9 +37,7 @@ def check_probe(saved: Any, now: dict[str, list[float]]) -> str | None:
     """
     if saved == now:
         return None
-    worst = max(
-        abs(a - b) / max(abs(a), 1e-30) for layer in saved for a, b in zip(saved[layer], now[layer], strict=True)
-    )
+    worst = _distance(saved, now)
     if not worst <= _OTHER_MODEL:
         raise CheckpointError(
             f"the language model's residual stream differs from this run's by {worst:.2g} (relative); "
@@ -48,4 +46,32 @@ def check_probe(saved: Any, now: dict[str, list[float]]) -> str | None:
     return (
         f"the language model rounds differently here than where this run was saved (by {worst:.1g}): it goes on, "
         "but not to the same bits as without the interruption"
+    )
+
+
+def check_ranks(probes: Sequence[dict[str, list[float]]]) -> str | None:
+    """None if all ranks' probes are equal to the bit, else a sentence to tell the user.
+
+    Raises:
+        ModelError: one differs from rank 0's by more than rounding does.
+    """
+    unlike = [rank for rank, other in enumerate(probes) if other != probes[0]]
+    for rank in unlike:
+        if not (worst := _distance(probes[0], probes[rank])) <= _OTHER_MODEL:
+            raise ModelError(
+                f"the language model's residual stream on rank {rank} differs from rank 0's by {worst:.2g} (relative); "
+                "lm.model holds other weights there: give all machines the same"
+            )
+    if not unlike:
+        return None
+    return (
+        f"the language model rounds differently on ranks {unlike} than on rank 0: the bits of the result depend on "
+        "which rank harvests what"
+    )
+
+
+def _distance(first: dict[str, list[float]], second: dict[str, list[float]]) -> float:
+    """Largest relative difference of two probes' norms."""
+    return max(
+        abs(a - b) / max(abs(a), 1e-30) for layer in first for a, b in zip(first[layer], second[layer], strict=True)
     )

@@ -31,7 +31,7 @@ from qwenscope.training.finish import publish
 from qwenscope.training.folder import RunFolder, check_checkpoint_expected, check_same_recipe, open_run
 from qwenscope.training.guards import LossGuard
 from qwenscope.training.parallel import Pulse, Wishes, divide, joined, owners, restarted
-from qwenscope.training.probe import check_probe, probe
+from qwenscope.training.probe import check_probe, check_ranks, probe
 from qwenscope.training.saver import Saver
 from qwenscope.training.signals import SignalWatch, Stopped
 from qwenscope.training.telemetry import Progress, SAEProgress, Telemetry
@@ -171,7 +171,13 @@ class Run:
         self.precision = self._of_all(lambda: own)
         self.revisions = {"model": self.lm.revision, "corpus": corpus}
         self.probe = probe(self.lm, recipe.layers)
+        self._note(check_ranks(self.group.together(lambda: self.probe)))
         self.group.share(lambda: self.folder.record(revisions=self.revisions, precision=self.precision))
+
+    def _note(self, difference: str | None) -> None:
+        if difference is not None:
+            log.warning("%s", difference)
+            self.folder.note_now(difference)
 
     def _load_model(self, lm: LMRecipe) -> str | None:
         check_hook_points(layer_kinds(load_config(lm)), self.recipe.hook_points)  # before minutes of loading
@@ -200,10 +206,7 @@ class Run:
             return
         self._show("resuming")
         state = saved.state
-        (difference, *_) = self.group.together(lambda: check_probe(state["probe"], self.probe))
-        if difference is not None:
-            log.warning("%s", difference)
-            self.folder.note_now(difference)
+        self._note(self.group.together(lambda: check_probe(state["probe"], self.probe))[0])
         if state["threads"] != torch.get_num_threads():
             log.warning(
                 "saved with %d threads, going on with %d: not to the same bits (OMP_NUM_THREADS sets it)",
