@@ -31,6 +31,7 @@ def measured(recipe: Recipe, **changes: Any) -> Measured:
         "traffic_tb_s": 0.02,
         "layer_seconds": {"deltanet": 1e-5, "attention": 5e-6},
         "step_seconds": dict.fromkeys(recipe.hook_points, 4e-3),
+        "corpus_seconds": 2e-6,
     }
     return Measured(**(values | changes))
 
@@ -84,7 +85,7 @@ def test_ranges_are_ordered_and_add_up() -> None:
         assert report["cost_usd"][0] < report["cost_usd"][1]
         assert report["memory_total_bytes"] == sum(report["memory_bytes"].values())
         for cautious, optimistic in report["seconds_per_step"].values():
-            assert cautious > optimistic
+            assert cautious > optimistic or cautious == optimistic == 0
         assert report["tokens_per_second"][0] == round(4096 / report["seconds_per_step"]["step"][0])
     assert plan(recipe, "h200", tokens=10_000_000_000)["hours"] == pytest.approx(
         [50 * hours for hours in plan(recipe, "h200")["hours"]], rel=0.01
@@ -131,8 +132,8 @@ def test_a_plan_from_measured_times_is_their_sum() -> None:
     recipe = load_recipe("standin")
     report = plan(recipe, measured=measured(recipe))
     forward = 512 * 1.05 * (27 * 1e-5 + 9 * 5e-6)  # 36 layers, one in four is attention
-    step = forward + 9 * 4e-3
-    assert report["seconds_per_step"]["step"] == pytest.approx([1.15 * step, 0.9 * step])
+    step, corpus = forward + 9 * 4e-3, 512 * 2e-6
+    assert report["seconds_per_step"]["step"] == pytest.approx([1.25 * step + corpus, 0.95 * step + corpus])
     assert (report["gpu"], report["cost_usd"], report["fits"]) == ("cpu", None, True)
     assert report["memory_bytes"]["process"] == GIB // 2
     flops = report["model"]["flops_per_token"]
@@ -153,7 +154,12 @@ def test_every_kind_of_layer_and_every_sae_is_measured(monkeypatch: pytest.Monke
     assert set(found.layer_seconds) == {"deltanet", "attention"}
     assert set(found.step_seconds) == set(recipe.hook_points)
     assert found.step_seconds["sae_delta_early"] == found.step_seconds["sae_attn_early"]
-    for value in (*found.layer_seconds.values(), *found.step_seconds.values(), found.product_tflops):
+    for value in (
+        *found.layer_seconds.values(),
+        *found.step_seconds.values(),
+        found.product_tflops,
+        found.traffic_tb_s,
+    ):
         assert value > 0
     assert plan(recipe, measured=found)["tokens_per_second"][0] > 0
 

@@ -1,8 +1,8 @@
 """Measure the device at hand for about ten seconds, so that a plan for it rests on what it does.
 
 Timed are the parts that a run consists of, at the recipe's own shapes: one decoder layer of each kind with random
-weights (a run passes each of them many times), one optimiser step of each size of SAE, and for comparison with data
-sheets one large product and one large copy. Nothing is downloaded.
+weights (a run passes each of them many times), one optimiser step of each size of SAE, reading a corpus that is here,
+and for comparison with data sheets one large product and one large copy. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
-from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, pick_dtype
+from qwenscope.corpus.stream import CorpusStream
+from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, load_tokenizer, pick_dtype
 from qwenscope.lm.placement import pick_devices
 from qwenscope.recipe import Recipe
 from qwenscope.sae.topk import TopKSAE
@@ -38,13 +39,15 @@ class Measured:
     """Its name, such as cpu or NVIDIA H200."""
     memory_bytes: int
     process_bytes: int
-    """What the process holds before a run begins: the interpreter and its libraries. 0 on a GPU."""
+    """What the process holds beside a run's tensors: the interpreter, its libraries and their caches. 0 on a GPU."""
     product_tflops: float
     traffic_tb_s: float
     layer_seconds: Mapping[Kind, float]
     """Per position of a batch, by kind of layer."""
     step_seconds: Mapping[str, float]
     """Per step, by SAE."""
+    corpus_seconds: float
+    """Of reading the corpus, per token, where that holds up the rest."""
 
     def lm_seconds(self, kinds: tuple[Kind, ...]) -> float:
         """Of the layers `kinds`, per position of a batch."""
@@ -65,21 +68,18 @@ def measure(recipe: Recipe, config: PretrainedConfig) -> Measured:
     """
     device = pick_devices(recipe.lm.device)[0]
     on_gpu = device.type == "cuda"
-    process = 0 if on_gpu else psutil.Process().memory_info().rss
     layers = _layer_seconds(recipe, config, device)
     sizes = {(point.dict_size, point.k) for point in recipe.hook_points.values()}
     steps = {size: _step_seconds(recipe, *size, config.hidden_size, device) for size in sizes}
-    source = torch.zeros(1 << (28 if on_gpu else 24), device=device)
-    target = torch.empty_like(source)
-    copy = _seconds(lambda: target.copy_(source), device)
     return Measured(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         memory_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total,
-        process_bytes=process,
+        process_bytes=0 if on_gpu else psutil.Process().memory_info().rss,
         product_tflops=product_tflops(device, pick_dtype(recipe.lm, config)),
-        traffic_tb_s=2 * source.nbytes / copy / 1e12,
+        traffic_tb_s=_traffic_tb_s(device),
         layer_seconds=layers,
         step_seconds={name: steps[point.dict_size, point.k] for name, point in recipe.hook_points.items()},
+        corpus_seconds=_corpus_seconds(recipe),
     )
 
 
@@ -88,6 +88,13 @@ def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(dtype)
     return 2 * side**3 / _seconds(lambda: a @ a, device) / 1e12
+
+
+def _traffic_tb_s(device: torch.device) -> float:
+    """Bytes read and written by one large copy, in 10^12 per second."""
+    source = torch.zeros(1 << (28 if device.type == "cuda" else 24), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device) / 1e12
 
 
 @torch.no_grad()
@@ -144,6 +151,23 @@ def _step_seconds(recipe: Recipe, dict_size: int, k: int, hidden: int, device: t
     trainer.ages.tokens_N[dead] = trainer.ages.dead_after_tokens
     rows_BD = torch.randn(training.batch_size, hidden, device=device)
     return _seconds(lambda: trainer.step(rows_BD), device)
+
+
+def _corpus_seconds(recipe: Recipe) -> float:
+    """Per token, of sources on this machine; 0 where they are elsewhere, or other processes read ahead."""
+    generated_or_local = all(
+        source.path or (source.name == "tool_use" and not source.repo) for source in recipe.corpus.sources
+    )
+    if recipe.corpus.workers or not generated_or_local:
+        return 0.0
+    stream = CorpusStream(recipe.corpus, load_tokenizer(recipe.lm), seed=recipe.seed)
+    next(stream, None)  # opens what it reads from
+    tokens, began = 0, time.perf_counter()
+    while time.perf_counter() - began < _SECONDS and (conversation := next(stream, None)) is not None:
+        tokens += len(conversation.token_ids)
+    seconds = time.perf_counter() - began
+    stream.close()
+    return seconds / tokens if tokens else 0.0
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

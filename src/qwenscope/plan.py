@@ -61,7 +61,7 @@ _LM_SHARE: Range = (0.25, 0.45)
 _PRODUCT_SHARE: Range = (0.65, 0.85)
 _TRAFFIC_SHARE: Range = (0.55, 0.85)
 _LINK_SHARE: Range = (0.4, 0.8)
-_AROUND: Range = (1.15, 0.9)  # of measured times: corpus, checkpoints and neighbours come on top of them
+_AROUND: Range = (1.25, 0.95)  # of measured times: gathers, logs, checkpoints and more dead latents come on top of them
 _MACHINE = 8  # cards that share fast links
 _NETWORK_GB_S = 50.0  # between machines: one adapter of 400 Gbit/s per card
 _PADDING = 1.05  # positions per token in length-bucketed batches of real conversations
@@ -86,7 +86,7 @@ def plan(
         model {layers, parameters, active_parameters, flops_per_token}; of the fullest card
         memory_bytes {component: bytes}, memory_total_bytes, memory_card_bytes, fits; owners [[sae_id, ...] per card];
         seconds_per_step of one batch of `training.batch_size` rows, each [cautious, optimistic]: language_model and
-        saes of all cards together, saes_of_busiest_card, exchange, and step, what it takes from end to end;
+        saes of all cards together, saes_of_busiest_card, exchange, corpus, and step, what it takes from end to end;
         bytes_per_step, sent by all cards together; tokens_per_second [cautious, optimistic]; hours and cost_usd
         [optimistic, cautious] (cost null where no price is known); advice [sentence, ...].
 
@@ -104,6 +104,7 @@ def plan(
         "saes": [sum(step[end] for step in steps.values()) for end in (0, 1)],
         "saes_of_busiest_card": [max(sum(steps[sae_id][end] for sae_id in ids) for ids in owned) for end in (0, 1)],
         "exchange": [_exchange_seconds(recipe, owned, config, card, share) for share in _LINK_SHARE],
+        "corpus": [recipe.training.batch_size * measured.corpus_seconds if measured else 0.0] * 2,
     }
     seconds["step"] = _evened_out(recipe, seconds, gpus)
     rates = [recipe.training.batch_size / value for value in seconds["step"]]
@@ -221,7 +222,7 @@ def _evened_out(recipe: Recipe, seconds: Mapping[str, Sequence[float]], gpus: in
         forward, steps = seconds["language_model"][end], seconds["saes"][end]
         even, one_batch = (forward + steps) / gpus, forward / batches
         even = max(even, one_batch) if end else even + one_batch * (1 - 1 / gpus)
-        ends.append(max(even, seconds["saes_of_busiest_card"][end]) + seconds["exchange"][end])
+        ends.append(max(even, seconds["saes_of_busiest_card"][end]) + seconds["exchange"][end] + seconds["corpus"][end])
     return ends
 
 
