@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import tiny_ranks
 import torch
 from tiny_ranks import complete, ranks, three_saes
-from tiny_run import BATCH, STEPS, Reference, final_hashes, make_language_model, metrics, status
+from tiny_run import BATCH, Reference, final_hashes, make_language_model, metrics, status
 
 from qwenscope.errors import ResourceError
 from qwenscope.recipe import Recipe
@@ -48,20 +49,32 @@ def rare_saves(model: Path) -> Recipe:
     return three_saes(model, checkpoint__every_tokens=10**9)
 
 
+def signal_itself(number: int, at_step: int, times: int = 1) -> None:
+    """The rank meets a signal when an SAE of its own has done that many steps."""
+    step = trainer.SAETrainer.step
+
+    def interrupted(self: trainer.SAETrainer, x_BD: torch.Tensor) -> Any:
+        if self.steps == at_step:
+            trainer.SAETrainer.step = step  # type: ignore[method-assign]
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return step(self, x_BD)
+
+    trainer.SAETrainer.step = interrupted  # type: ignore[method-assign]
+
+
 def test_stopped_on_two_ranks_resumed_on_one_then_on_four(model: Path, reference: Reference, tmp_path: Path) -> None:
     recipe, run = rare_saves(model), tmp_path / "run"
-    with ranks(2, recipe, run) as job:
-        job.until(8 * BATCH)
-        for process in job.processes:  # as torchrun hands on a SIGTERM of its own
-            process.terminate()
+    twice = partial(signal_itself, signal.SIGTERM, 8, times=2)  # from the scheduler, and by way of torchrun
+    with ranks(2, recipe, run, before={0: twice, 1: twice}) as job:
         assert job.wait() == [143, 143], job.errors()
     (first,) = checkpoint.list_checkpoints(run / "checkpoints")
     stopped = status(run)
     assert (stopped["state"], stopped["checkpoint"]) == ("stopped", first.name)
-    assert checkpoint.load(first).state["tokens"] == stopped["tokens_trained"] < 40 * BATCH
-    with ranks(1, recipe, run, resume=True) as job:
-        job.until(stopped["tokens_trained"] + 3 * BATCH)
-        job.processes[0].terminate()
+    steps = int(first.name.removeprefix("step-"))
+    assert checkpoint.load(first).state["tokens"] == stopped["tokens_trained"] == steps * BATCH
+    assert 8 < steps < 40
+    with ranks(1, recipe, run, resume=True, before={0: partial(signal_itself, signal.SIGTERM, steps + 3)}) as job:
         assert job.wait() == [143]
     assert len(checkpoint.list_checkpoints(run / "checkpoints")) == 2
     complete(4, recipe, run, resume=True)
@@ -75,9 +88,7 @@ def test_a_killed_rank_ends_the_job_and_the_rest_is_exact(
     model: Path, reference: Reference, tmp_path: Path, victim: int
 ) -> None:
     recipe, run = three_saes(model), tmp_path / "run"
-    with ranks(3, recipe, run) as job:
-        job.until(12 * BATCH)
-        job.processes[victim].kill()
+    with ranks(3, recipe, run, before={victim: partial(signal_itself, signal.SIGKILL, 20)}) as job:
         codes = job.wait()
         assert codes[victim] == -signal.SIGKILL
         assert [code for rank, code in enumerate(codes) if rank != victim] == [LOST, LOST], job.errors()
@@ -89,7 +100,7 @@ def test_a_killed_rank_ends_the_job_and_the_rest_is_exact(
     newest, passed_over = checkpoint.load_newest(run / "checkpoints")
     assert newest is not None
     assert passed_over == []
-    assert 0 < newest.state["tokens"] <= BATCH * STEPS
+    assert 0 < newest.state["tokens"] <= 20 * BATCH
     assert not (run / "saes").exists()
     complete(2, recipe, run, resume=True)
     reference.check(run)
@@ -148,9 +159,8 @@ def test_status_says_what_failed_on_another_rank(
 
 def test_a_signal_to_one_rank_stops_all_and_an_occupied_folder_refuses_all(model: Path, tmp_path: Path) -> None:
     recipe, run = rare_saves(model), tmp_path / "run"
-    with ranks(2, recipe, run) as job:
-        job.until(6 * BATCH)
-        os.kill(job.processes[0].pid or 0, signal.SIGSTOP)
+    with ranks(2, recipe, run, before={0: partial(signal_itself, signal.SIGSTOP, 6)}) as job:
+        job.until(4 * BATCH)
         with ranks(2, recipe, run, resume=True) as second:
             assert second.wait() == [8, 8]
             assert f"process {job.processes[0].pid} on " in second.errors()
@@ -214,6 +224,18 @@ def test_a_folder_that_a_rank_does_not_see_is_named(model: Path, tmp_path: Path)
             pass
 
 
+@pytest.fixture(scope="module")
+def long_reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    run = tmp_path_factory.mktemp("long") / "run"
+    train(long_run(model), run)
+    return Reference(final_hashes(run), metrics(run))
+
+
+def long_run(model: Path) -> Recipe:
+    """Long enough to be met in the middle from outside."""
+    return three_saes(model, training__tokens=400 * BATCH)
+
+
 @contextmanager
 def torchrun(recipe: Recipe, run: Path) -> Iterator[subprocess.Popen[str]]:
     """The real launcher with two ranks, once its run has a checkpoint."""
@@ -237,23 +259,23 @@ def torchrun(recipe: Recipe, run: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_and_resumes_by_itself(model: Path, reference: Reference, tmp_path: Path) -> None:
+def test_torchrun_restarts_and_resumes_by_itself(model: Path, long_reference: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with torchrun(three_saes(model), run) as job:
+    with torchrun(long_run(model), run) as job:
         workers = [child for child in psutil.Process(job.pid).children() if child.environ().get("RANK") == "1"]
         workers[0].kill()
         _, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
     assert len(json.loads((run / "run.json").read_text())["sessions"]) == 2
-    reference.check(run)
+    long_reference.check(run)
 
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_stops_all_ranks_with_a_checkpoint(
-    model: Path, reference: Reference, tmp_path: Path
+    model: Path, long_reference: Reference, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with torchrun(three_saes(model), run) as job:
+    with torchrun(long_run(model), run) as job:
         job.terminate()
         _, errors = job.communicate(timeout=120)
     assert job.returncode != 0
@@ -262,5 +284,5 @@ def test_sigterm_to_torchrun_stops_all_ranks_with_a_checkpoint(
     newest, _ = checkpoint.load_newest(run / "checkpoints")
     assert newest is not None
     assert newest.state["tokens"] == stopped["tokens_trained"]
-    train(three_saes(model), run, resume=True)
-    reference.check(run)
+    train(long_run(model), run, resume=True)
+    long_reference.check(run)

@@ -57,7 +57,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnPro
     with (
         joined(recipe.lm.device) as group,
         open_run(recipe, Path(out), resume or restarted(), group) as folder,
-        SignalWatch() as watch,
+        SignalWatch(launched=group.size > 1) as watch,
     ):
         if group.share(lambda: folder.status.get("state")) == "complete":
             log.warning("%s is complete: every token was trained; nothing to do", folder.path)
@@ -106,6 +106,7 @@ class Run:
             self.group.share(lambda: self._begin(closing))
             self._load(saved, closing)
             self._calibrate_or_restore(saved)
+            del saved  # as large as the SAEs with their moments
             self._steps()
             self._finish()
 

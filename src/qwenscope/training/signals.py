@@ -26,9 +26,14 @@ class SignalWatch:
 
     The first stop signal hands both back to the kernel's default, so that a second one ends the process at once, even
     in the middle of a long call into native code. Outside the main thread nothing is installed and nothing is seen.
+
+    Args:
+        launched: by torchrun, which hands on a signal that its workers may have got from the scheduler already, and
+            kills those that linger: further stop signals do nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launched: bool = False) -> None:
+        self._launched = launched
         self.stop: int | None = None
         self.checkpoint = False
         self._before: dict[signal.Signals, Any] = {}
@@ -49,8 +54,9 @@ class SignalWatch:
 
     def _on_stop(self, signum: int, frame: FrameType | None) -> None:
         self.stop = signum
-        for number in _STOP:
-            signal.signal(number, signal.SIG_DFL)
+        if not self._launched:
+            for number in _STOP:
+                signal.signal(number, signal.SIG_DFL)
 
     def _on_checkpoint(self, signum: int, frame: FrameType | None) -> None:
         self.checkpoint = True
