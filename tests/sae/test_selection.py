@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenscope.sae.selection import CHUNK_ROWS, Selector, best_precision, top_k
+from qwenscope.sae.eight_bit import CHUNK_ROWS, EightBit
+from qwenscope.sae.selection import Selector, best_precision, eight_bits_pay, top_k
 
 
 def check_top_k(scores: Tensor, k: int) -> None:
@@ -32,30 +33,30 @@ def test_two_stages_find_the_largest(n: int, k: int, dtype: torch.dtype) -> None
     check_top_k(scores, k)
 
 
-def selected(rows: int, hidden: int, n: int, k: int, precision: str, scale: float = 1.0) -> tuple[int, int]:
-    """(rows whose support differs from a float32 top-k beyond rounding, rows done again) on Gaussian data."""
+def selected(rows: int, hidden: int, n: int, k: int, eight_bits: bool = False) -> tuple[int, int]:
+    """(rows whose support differs from a float32 top-k beyond rounding, rows done again) of exact on Gaussian data."""
     generator = torch.Generator().manual_seed(rows + n)
     weight = torch.nn.functional.normalize(torch.randn(n, hidden, generator=generator), dim=1)
     bias = 0.05 * torch.randn(n, generator=generator)
-    selector = Selector(k, precision)  # type: ignore[arg-type]
+    selector, shadow = Selector(k, "exact"), EightBit(weight) if eight_bits else weight.bfloat16()
     misses = redone = 0
     for start in range(0, rows, 4096):
-        x = scale * torch.randn(min(4096, rows - start), hidden, generator=generator)
-        result = selector(x, weight, weight.bfloat16() if precision == "exact" else weight, bias)
+        x = torch.randn(min(4096, rows - start), hidden, generator=generator)
+        result = selector(x, weight, shadow, bias)
         pre = torch.addmm(bias, x, weight.T)
         threshold = pre.topk(k, dim=1).values[:, -1:]
         inside = torch.zeros_like(pre, dtype=torch.bool).scatter(1, result.indices, True)
-        slack = 1e-5 * threshold.abs().clamp_min(scale)
+        slack = 1e-5 * threshold.abs().clamp_min(1.0)
         wrong = (inside & (pre < threshold - slack)) | (~inside & (pre > threshold + slack))
         misses += int(wrong.any(1).sum())
         redone += result.redone
-        torch.testing.assert_close(result.values, pre.gather(1, result.indices).relu(), rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(result.values, pre.gather(1, result.indices).relu(), rtol=1e-4, atol=1e-5)
     return misses, redone
 
 
 @pytest.mark.parametrize(("hidden", "n", "k"), [(64, 1024, 8), (96, 2048, 32), (33, 500, 5), (16, 24, 8), (8, 10, 10)])
 def test_exact_selects_what_float32_selects(hidden: int, n: int, k: int) -> None:
-    misses, _ = selected(1000, hidden, n, k, "exact")
+    misses, _ = selected(1000, hidden, n, k)
     assert misses == 0
 
 
@@ -72,8 +73,9 @@ def test_rows_without_certificate_are_done_again() -> None:
 
 
 @pytest.mark.slow
-def test_certificates_over_a_million_rows() -> None:
-    misses, redone = selected(1_000_000, 64, 2048, 16, "exact")
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_certificates_over_a_million_rows(eight_bits: bool) -> None:
+    misses, redone = selected(1_000_000, 64, 2048, 16, eight_bits)
     assert misses <= 1
     assert redone < 10_000
 
@@ -102,3 +104,5 @@ def test_small_saes_and_float64_are_multiplied_plainly() -> None:
     assert best_precision(torch.randn(512, 64)) == "fp32"
     assert best_precision(torch.randn(4096, 256).double()) == "fp32"
     assert best_precision(torch.randn(4096, 256)) in ("fp32", "exact")
+    assert not eight_bits_pay(torch.randn(512, 64))
+    assert not eight_bits_pay(torch.randn(4096, 256).double())

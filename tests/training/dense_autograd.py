@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qwenscope.sae.selection import Selector
 from qwenscope.sae.topk import TopKSAE
+from qwenscope.training.trainer import SAETrainer
 
 
 @dataclass
@@ -78,9 +79,8 @@ class DenseTrainer:
         return result
 
 
-def support_of(sae: TopKSAE, x: Tensor, precision: str) -> Tensor:
+def support_of(sae: TopKSAE, x: Tensor, trainer: SAETrainer) -> Tensor:
     """The latents that the trainer selects, so that ties are broken alike."""
-    weight = sae.encoder.weight.detach()
-    shadow = weight if precision == "fp32" else weight.bfloat16()
     rows = x - sae.pre_bias.detach()
-    return Selector(sae.k, precision)(rows, weight, shadow, sae.encoder.bias.detach()).indices
+    weight, bias = sae.encoder.weight.detach(), sae.encoder.bias.detach()
+    return Selector(sae.k, trainer.precision)(rows, weight, trainer.weights.encoder, bias).indices

@@ -25,9 +25,12 @@ def rows(count: int, seed: int, hidden: int = HIDDEN) -> Tensor:
     return torch.relu(draw - 1) @ mix * 3 + 2 * mean
 
 
-def make_trainer(**options: Any) -> SAETrainer:
+def make_trainer(*, eight_bits: bool = False, **options: Any) -> SAETrainer:
     options = {"tokens": 100 * BATCH, "warmup_tokens": 5 * BATCH, "dead_after_tokens": 4 * BATCH, "seed": 7} | options
-    return SAETrainer(TopKSAE(HIDDEN, LATENTS, K, seed=2), 3e-3, **options)
+    trainer = SAETrainer(TopKSAE(HIDDEN, LATENTS, K, seed=2), 3e-3, **options)
+    if eight_bits:  # too small an SAE to choose them
+        trainer.weights.shadow("exact", eight_bits=True)
+    return trainer
 
 
 def same_state(a: SAETrainer, b: SAETrainer) -> bool:
@@ -37,6 +40,7 @@ def same_state(a: SAETrainer, b: SAETrainer) -> bool:
 
 OPTIONS: list[dict[str, Any]] = [
     {"precision": "fp32"},
+    {"precision": "exact", "eight_bits": True, "resample_every_steps": 6},
     {"precision": "exact", "normalise": True},
     {"precision": "bf16", "resample_every_steps": 6},
     {"precision": "fp32", "normalise": True, "resample_every_steps": 6, "moments": torch.bfloat16},
@@ -99,6 +103,23 @@ def test_precision_is_recorded_and_reused() -> None:
     assert same_state(saved, resumed)
 
 
+def test_eight_bits_are_given_up_where_they_certify_too_few_rows() -> None:
+    """Nearly equal latents: no candidate stands out. From then on candidates come from bfloat16, resumed or not."""
+    trainer = make_trainer(precision="exact", eight_bits=True)
+    trainer.step(rows(BATCH, 1))
+    assert trainer.weights.eight_bits
+    trainer.weights["encoder"].copy_(trainer.weights["encoder"][:1] + 1e-4 * trainer.weights["encoder"])
+    trainer.weights.refresh("encoder")
+    trainer.step(rows(BATCH, 2))
+    assert not trainer.weights.eight_bits
+    resumed = make_trainer(precision="exact", eight_bits=True)
+    resumed.load_state_dict({name: value.clone() for name, value in trainer.state_dict().items()})
+    assert not resumed.weights.eight_bits
+    for each in (trainer, resumed):
+        each.step(rows(BATCH, 3))
+    assert same_state(trainer, resumed)
+
+
 def test_normalisation_is_folded() -> None:
     """The saved SAE on raw rows does what the trained one does on normalised rows."""
     trainer = make_trainer(normalise=True, precision="fp32")
@@ -148,15 +169,18 @@ def test_calibration_is_the_least_squares_scale() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_batch_changes_no_weight(bad: float) -> None:
-    trainer = make_trainer(resample_every_steps=50)
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_a_non_finite_batch_changes_no_weight(bad: float, eight_bits: bool) -> None:
+    precision = "exact" if eight_bits else "auto"
+    trainer = make_trainer(resample_every_steps=50, precision=precision, eight_bits=eight_bits)
     for step in range(5):
         trainer.step(rows(BATCH, 10 + step))
     before = {name: value.clone() for name, value in trainer.state_dict().items()}
     x = rows(BATCH, 20)
-    x[3, 4] = bad
+    x[3:, 4] = bad
     metrics = trainer.step(x)
     assert not bool(metrics.finite)
+    assert trainer.weights.eight_bits == eight_bits
     after = trainer.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed <= {"counters", "generator", "candidates", "pool.rows", "pool.loss", "pool.cursor"}

@@ -64,6 +64,7 @@ def check_step(
     aux_k: int = 3,
     clip: float | None = None,
     change: Any = None,
+    eight_bits: bool = False,
 ) -> SAETrainer:
     """One step of ours and of the reference from the same weights; compares every parameter's gradient and the norm."""
     rows, hidden, latents, k = shape
@@ -74,11 +75,12 @@ def check_step(
     trainer = SAETrainer(
         sae, 1e-3, precision=precision, aux_k=aux_k, dead_after_tokens=100, clip_norm=clip, moments=dtype
     )
+    trainer.weights.shadow(precision, eight_bits)
     dead_N = torch.arange(latents) % 4 == 1 if dead else torch.zeros(latents, dtype=torch.bool)
     dead_N &= dead_N.cumsum(0) <= dead
     trainer.ages.tokens_N[dead_N] = 100
     reference = DenseTrainer(sae, aux_k=aux_k, clip=clip)
-    expected = reference.loss(x, dead_N, support_of(sae, x, precision))
+    expected = reference.loss(x, dead_N, support_of(sae, x, trainer))
     metrics = trainer.step(x)
     wanted = reference.gradients(expected.loss)
     for name, gradient in first_gradient(trainer).items():
@@ -101,10 +103,12 @@ def test_float64_gradients_equal_dense_autograd(shape: tuple[int, int, int, int]
     check_step(shape, torch.float64, "fp32", 1e-9, dead=dead)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "exact"])
+@pytest.mark.parametrize(("precision", "eight_bits"), [("fp32", False), ("exact", False), ("exact", True)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_gradients_equal_dense_autograd(shape: tuple[int, int, int, int], precision: str) -> None:
-    check_step(shape, torch.float32, precision, 1e-5)
+def test_float32_gradients_equal_dense_autograd(
+    shape: tuple[int, int, int, int], precision: str, eight_bits: bool
+) -> None:
+    check_step(shape, torch.float32, precision, 1e-5, eight_bits=eight_bits)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -138,9 +142,9 @@ def equal_rows(sae: TopKSAE, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", [all_negative, ties, equal_rows])
-@pytest.mark.parametrize("precision", ["fp32", "exact"])
-def test_odd_batches(change: Any, precision: str) -> None:
-    check_step((40, 16, 64, 6), torch.float32, precision, 1e-5, change=change)
+@pytest.mark.parametrize(("precision", "eight_bits"), [("fp32", False), ("exact", False), ("exact", True)])
+def test_odd_batches(change: Any, precision: str, eight_bits: bool) -> None:
+    check_step((40, 16, 64, 6), torch.float32, precision, 1e-5, change=change, eight_bits=eight_bits)
 
 
 def test_bf16_step_is_near_autograd() -> None:

@@ -59,23 +59,19 @@ class Auxiliary:
         loss = ||e - e_hat||^2 / ||e - mean(e)||^2, e held fixed. The products run in `pre_BM`'s dtype; where that is
         bfloat16, the gradient (weighted by `scale`) carries its rounding.
         """
-        dtype = pre_BM.dtype
-        codes_BM, mask_BM = pre_BM, None
-        if k < len(latents):
-            mask_BM = torch.zeros_like(pre_BM).scatter_(1, pre_BM.topk(k, dim=1, sorted=False).indices, 1.0)
-            codes_BM = pre_BM * mask_BM
+        dtype, full = pre_BM.dtype, residual.parts[0].dtype
+        left_out = pre_BM.topk(max(0, len(latents) - k), dim=1, largest=False, sorted=False).indices
+        codes_BM = pre_BM.scatter(1, left_out, 0.0)
         decoder_MD = weights["decoder"][latents].to(dtype)
-        residual_BD = residual[:]
-        error_BD = (codes_BM @ decoder_MD).to(residual_BD.dtype).add_(residual_BD)
-        whole = variance(residual)
-        loss = torch.linalg.vector_norm(error_BD).square() / whole
-        g_BD = error_BD.mul_(2 * scale / whole).to(dtype)
-        delta_BM = g_BD @ decoder_MD.T
-        if mask_BM is not None:
-            delta_BM *= mask_BM
-        full = residual_BD.dtype
+        g_BD, whole = codes_BM @ decoder_MD, variance(residual)
+        losses = []
+        for part, left in zip(ops.cut(g_BD), residual.parts, strict=True):
+            error = left + part
+            losses.append(torch.linalg.vector_norm(error).square())
+            part.copy_(error.mul_(2 * scale / whole))
+        delta_BM = (g_BD @ decoder_MD.T).scatter_(1, left_out, 0.0)
         return cls(
-            loss,
+            torch.stack(losses).sum() / whole,
             latents,
             (delta_BM.T @ rows.to(dtype)[:]).to(full),
             (codes_BM.T @ g_BD).to(full),

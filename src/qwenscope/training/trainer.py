@@ -222,10 +222,7 @@ class SAETrainer:
         dead = self.ages.dead().sum()
         rows = self._rows(x_BD)
         selection = self._selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"], names)
-        if weights.eight_bits and selection.redone > REDONE_SHARE * len(x_BD):
-            weights.shadow(self.precision, eight_bits=False)
-        x_hat = ops.decode(weights.decoder, selection.indices, selection.values)
-        residual = x_hat.to(rows.parts[0].dtype)
+        residual = ops.decode(weights.decoder, selection.indices, selection.values).to(self.centre_D.dtype)
         for part, x_part in zip(residual.parts, rows.parts, strict=True):
             part.sub_(x_part)
         loss_B, whole = residual.squares(), variance(rows)
@@ -238,10 +235,13 @@ class SAETrainer:
         for part in residual.parts:
             part.mul_(2 / whole)
         gradient = SparseGradient.of(weights, rows, residual, selection, auxiliary)
+        del rows, residual  # in bf16 the gradient has copies of its own
         finite = torch.isfinite(gradient.bound) & torch.isfinite(loss)
         adam = Adam(self._lr, self.betas, self.eps, self._step)
         norm = update(weights, gradient, adam, self.clip_norm, finite)
         self.ages.update(gradient.fired, len(x_BD), finite)
+        if weights.eight_bits and selection.redone > REDONE_SHARE * len(x_BD) and bool(finite):
+            weights.shadow(self.precision, eight_bits=False)
         metrics = {
             "fvu": fvu,
             "loss": loss,
