@@ -18,7 +18,7 @@ from qwenscope.features.browser.export import export_site
 from qwenscope.features.browser.server import BODY_LIMIT, make_app, page_files, serve
 from qwenscope.features.index import open_origin
 from qwenscope.features.steering import Steering, generate, prompt_tokens
-from qwenscope.features.store import Index
+from qwenscope.features.store import Index, unpack
 
 JSON = {"Content-Type": "application/json"}
 PUSH = {"sae": "sae_delta", "latent": PLANTED_LATENT, "strength": 1.0, "mode": "add", "unit": "max", "where": "all"}
@@ -231,8 +231,10 @@ def test_serving_needs_an_index_and_a_free_port(index: Path, tmp_path: Path) -> 
 def test_an_export_holds_no_path_of_this_machine_and_overwrites_nothing(
     index: Path, exported: Path, tmp_path: Path
 ) -> None:
-    for path in exported.rglob("*.json"):
-        assert str(index.parent) not in path.read_text()
+    files = list(exported.rglob("*.json.z"))
+    assert len(files) > 30
+    for path in files:
+        assert str(index.parent) not in json.dumps(unpack(path.read_bytes()))
     assert not list(exported.rglob("origin.json")) + list(exported.rglob("*.sqlite"))
     (tmp_path / "kept").touch()
     with pytest.raises(FormatError, match="not empty"):

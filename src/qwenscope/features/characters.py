@@ -31,6 +31,9 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> l
 
 def readable(pieces: Sequence[Piece]) -> list[str]:
     """Texts of successive tokens, one each; what never becomes a character is the replacement character."""
+    whole = [piece for piece in pieces if isinstance(piece, str)]
+    if len(whole) == len(pieces):
+        return whole
     texts = [""] * len(pieces)
     decoder = getincrementaldecoder("utf-8")("replace")
     first = 0

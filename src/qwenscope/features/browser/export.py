@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwenscope.errors import FormatError
 from qwenscope.features.browser.server import page_files
-from qwenscope.features.store import Index
+from qwenscope.features.store import Index, pack
 from qwenscope.files import whole_folder
 
 SHARD = 16
@@ -37,18 +36,22 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
             else:
                 (site / "page" / name).write_bytes(content)
         (site / ".nojekyll").touch()
-        _write(site / "data" / "suite.json", {**opened.suite(), "live": False, "shard": SHARD})
+        data = site / "data"
+        data.mkdir()
+        _write(data / "suite", {**opened.suite(), "live": False, "shard": SHARD})
         for sae_id, sae in opened.saes.items():
-            _write(site / "data" / sae_id / "table.json", opened.table(sae_id))
-            _write(site / "data" / sae_id / "labels.json", opened.labels(sae_id))
+            folder = data / sae_id
+            folder.mkdir()
+            _write(folder / "table", opened.table(sae_id))
+            _write(folder / "labels", opened.labels(sae_id))
             for start in range(0, sae["dict_size"], SHARD):
                 stop = min(start + SHARD, sae["dict_size"])
                 shard = [opened.latent(sae_id, latent) for latent in range(start, stop)]
-                _write(site / "data" / sae_id / f"{start // SHARD}.json", shard)
+                _write(folder / str(start // SHARD), shard)
                 done += len(shard)
                 report("exporting", done, total)
 
 
 def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False), encoding="utf-8")
+    """Compressed here, so that a site is small whether or not its server compresses."""
+    path.with_name(f"{path.name}.json.z").write_bytes(pack(value))

@@ -10,9 +10,16 @@ async function fetchJson(path, options) {
   return value;
 }
 
+// The files of an exported site are compressed, whatever its server does.
+async function fetchFile(path) {
+  const response = await fetch(path);
+  if (!response.ok) throw new Error(`${path}: ${response.status} ${response.statusText}`);
+  return new Response(response.body.pipeThrough(new DecompressionStream("deflate"))).json();
+}
+
 function once(path) {
   if (!kept.has(path)) {
-    const promise = fetchJson(path);
+    const promise = LIVE ? fetchJson(path) : fetchFile(`data/${path}.json.z`);
     promise.catch(() => kept.delete(path));
     kept.set(path, promise);
     if (kept.size > 64) kept.delete(kept.keys().next().value);
@@ -23,14 +30,14 @@ function once(path) {
 const post = (path, body, method = "POST") =>
   fetchJson(path, { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
-export const suite = () => once(LIVE ? "api/suite" : "data/suite.json");
+export const suite = () => once(LIVE ? "api/suite" : "suite");
 
 // Columns over all latents of an SAE; the labels may change while the page is open, the rest does not.
 export async function table(sae) {
   const id = encodeURIComponent(sae);
   const [columns, label] = await Promise.all(LIVE
     ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`)]
-    : [once(`data/${id}/table.json`), once(`data/${id}/labels.json`)]);
+    : [once(`${id}/table`), once(`${id}/labels`)]);
   return { ...columns, label };
 }
 
@@ -38,7 +45,7 @@ export async function latent(sae, number) {
   if (LIVE) return once(`api/latent/${encodeURIComponent(sae)}/${number}`);
   const { shard, saes } = await suite();
   if (!saes[sae] || number >= saes[sae].dict_size) throw new Error(`${sae} has no latent ${number}`);
-  return (await once(`data/${encodeURIComponent(sae)}/${Math.floor(number / shard)}.json`))[number % shard];
+  return (await once(`${encodeURIComponent(sae)}/${Math.floor(number / shard)}`))[number % shard];
 }
 
 export async function search(query, sae) {
