@@ -95,7 +95,7 @@ def kernels(capability: tuple[int, int] | None) -> dict[str, dict[str, str]]:
         "Gated DeltaNet": choose(
             "fla",
             "flash-linear-attention",
-            "float32 copies (77 times a residual row per position at once) and a loop over chunks of 64 positions: "
+            "float32 copies (53 times a residual row per position at once) and a loop over chunks of 64 positions: "
             "the slowest part of a forward pass",
         ),
         "DeltaNet convolution": choose(

@@ -3,7 +3,7 @@
 A roofline: each part's time is its products at the card's product rate plus its memory traffic at the card's bandwidth.
 For a card that is not here, the rates are stated shares of the data sheet's peaks, a cautious and an optimistic one at
 the ends of each range. The language model is built on the meta device, so its parameters are counted, not guessed.
-`docs/scaling.md` compares plans with measurements.
+`docs/plan.md` compares plans with measurements.
 
 Several cards (`torchrun`): each runs some of a window's language-model batches and owns some of the SAEs, to which rows
 travel. A card with more SAE steps to do harvests less, so time is evened out as far as whole batches and the card with
@@ -336,17 +336,18 @@ def memory_needs(
 def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: bool) -> int:
     """Bytes per position of a language-model batch that live at once: caught streams and the widest part of a layer.
 
-    Counted by tracing the allocations of one layer of each kind at the first subject's sizes (docs/scaling.md). Without
-    fused kernels DeltaNet works on float32 copies; routed experts copy each row per expert, twice in float32.
+    Fitted to traced allocations of one layer of each kind (docs/plan.md). Without fused kernels DeltaNet works on
+    float32 copies and on matrices of 64 x 64 positions per head; with them, its part is an estimate.
     """
     hidden = int(config.hidden_size)
-    value_dim = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
+    heads = getattr(config, "linear_num_value_heads", 0)
+    value_dim = heads * getattr(config, "linear_value_head_dim", 0)
     heads_dim = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     routed = getattr(config, "num_experts_per_tok", None)
     parts = (
-        value_dim * (20 * 4 if cpu else 14 * width),
-        heads_dim * 17 * width,
-        routed * hidden * (2 * width + 8) if routed else 3 * config.intermediate_size * width,
+        value_dim * 44 + heads * 64 * 16 if cpu else value_dim * 14 * width,
+        heads_dim * 7 * width,
+        (4 * routed + 1) * hidden * width if routed else 3 * config.intermediate_size * width,
     )
     return (len(recipe.layers) + 3) * hidden * width + int(max(parts))
 
