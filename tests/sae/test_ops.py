@@ -53,6 +53,16 @@ def test_panels_are_the_matrix(hidden: int) -> None:
     torch.testing.assert_close(panels.squares(), x.square().sum(1))
 
 
+@pytest.mark.parametrize("kind", [Pairs, DensePairs])
+def test_sums_over_bfloat16_rows_have_the_dtype_of_their_weights(kind: type[Pairs]) -> None:
+    indices, values, dense = case(40, 700, 2)
+    x = torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pairs = kind.of(indices, 700)
+    sums = pairs.latent_rows(x, pairs.sort(values.float()), 0, 700)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums, dense.T.float() @ x.float(), rtol=0.02, atol=0.02)
+
+
 def test_latents_without_pairs_get_zeros() -> None:
     indices = torch.tensor([[4], [4]])
     pairs = Pairs.of(indices, 6)

@@ -132,7 +132,7 @@ class Pairs:
         return torch.segment_reduce(values_P, "sum", offsets=self.offsets, initial=0, unsafe=True)
 
     def latent_rows(self, x: Panels | Tensor, weights_P: Tensor, start: int, stop: int) -> Tensor:
-        """For latents start..stop the sum of `weight * x[row]` over their pairs -> [stop - start, D].
+        """For latents start..stop the sum of `weight * x[row]` over their pairs -> [stop - start, D], `weights`' dtype.
 
         With `weights` (sorted) the latents' values, and x the loss's gradient, these are gradient rows of the decoder.
         """
@@ -168,7 +168,7 @@ class DensePairs(Pairs):
         x_BD = Panels.of(x)[:]
         weights_NB = x_BD.new_zeros(len(self.offsets) - 1, len(x_BD))
         weights_NB[self.latents.long(), self.rows] = weights_P.to(x_BD.dtype)
-        return weights_NB[start:stop] @ x_BD
+        return (weights_NB[start:stop] @ x_BD).to(weights_P.dtype)
 
 
 def _triton_ops() -> ModuleType:

@@ -81,7 +81,7 @@ def top_k(scores_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def best_precision(weight_ND: Tensor) -> Precision:
     """bf16 on CUDA; on a CPU exact where bfloat16 products are much the faster ones, else fp32.
 
-    Measured on a slice of the encoder's own `weight` (milliseconds of CPU time): no flag tells how fast a CPU's products are.
+    Measured on a slice of the encoder's own `weight`, milliseconds of CPU time: no flag tells how fast products are.
     """
     if weight_ND.is_cuda:
         return "bf16"
