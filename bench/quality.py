@@ -39,6 +39,7 @@ from qwenscope.training.trainer import SAETrainer
 GRID = (4e-4, 1.2e-3, 4e-3, 1.2e-2)
 CARD_DIM, CARD_STEPS, CARD_LAYER = 2048, 48_828, 22  # the published suite; its middle layer stands for synthetic rows
 DEFAULT = "default"
+OUR_LR = 8e-3  # of the normalised recipe at these widths and budgets; docs/experiments.md, as for `recipe_settings`
 Figures = dict[str, float]
 
 
@@ -49,13 +50,19 @@ def card_rate(data: Data, steps: int) -> float:
     return published * (CARD_DIM / data.train_RD.shape[1]) ** 0.5 * CARD_STEPS / steps
 
 
+def recipe_settings(name: str, steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    """How the published recipe and the normalised one differ from the trainer's defaults."""
+    if name == "published":
+        return {"resample_every_steps": max(1, steps // 10)}
+    return {"normalise": True, "betas": (0.9, 0.95), "decay_share": 0.4, "aux_k": options.k}
+
+
 def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argparse.Namespace) -> TopKSAE:
     """The published recipe or the normalised one (`truth` is the latter from the known features on)."""
     dim, rows = data.train_RD.shape[1], len(data.train_RD)
     steps = rows // options.batch
-    published = name == "published"
     if lr is None:
-        lr = card_rate(data, steps) if published else load_recipe("standin").hook_points["sae_delta_mid"].lr
+        lr = card_rate(data, steps) if name == "published" else OUR_LR
     start = TopKSAE(dim, options.dict_size, options.k, seed=derive_seed(seed, "bench", name))
     if name == "truth":
         assert data.truth is not None
@@ -67,11 +74,9 @@ def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argp
         lr,
         tokens=steps * options.batch,
         warmup_tokens=steps * options.batch // 50,
-        resample_every_steps=max(1, steps // 10) if published else 0,
-        normalise=not published,
-        betas=(0.9, 0.999 if published else 0.99),
         precision="fp32",
         seed=seed,
+        **recipe_settings(name, steps, options),
     )
     trainer.calibrate(data.train_RD[: min(50_000, rows)])
     for batch in data.train_RD[: steps * options.batch].split(options.batch):
@@ -159,7 +164,7 @@ class Runs:
 
     def final(self) -> list[Path]:
         """Folders of the SAEs that are reported: every seed at the best rate and, but for `truth`, at the default."""
-        rates = [self.best_rate(), *([] if self.folder.name == "truth" else [DEFAULT])]
+        rates: list[float | str] = [self.best_rate(), *([] if self.folder.name == "truth" else [DEFAULT])]
         places = [(rate, seed) for rate in rates for seed in range(self.seeds)]
         for rate, seed in places:
             self.figures(rate, seed)

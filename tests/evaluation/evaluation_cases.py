@@ -24,12 +24,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def conversation(length: int, seed: int, split: str = "chat") -> Conversation:
     random = np.random.default_rng(seed)
+    token_ids = random.integers(0, VOCABULARY, length).astype(np.int32)
+    return conversation_of(token_ids, seed, split, random.integers(0, len(ROLES), length).astype(np.uint8))
+
+
+def conversation_of(
+    token_ids: np.ndarray, number: int, split: str = "chat", roles: np.ndarray | None = None
+) -> Conversation:
+    """These tokens as a conversation; all of the first role unless `roles` says otherwise."""
     return Conversation(
-        id=f"{seed:016x}",
+        id=f"{number:016x}",
         source="files",
         split=split,
-        token_ids=random.integers(0, VOCABULARY, length).astype(np.int32),
-        roles=random.integers(0, len(ROLES), length).astype(np.uint8),
+        token_ids=token_ids,
+        roles=np.zeros(len(token_ids), dtype=np.uint8) if roles is None else roles,
         truncated=False,
         messages=[],
         tools=None,
