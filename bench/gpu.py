@@ -1,17 +1,20 @@
 """Time training steps on a CUDA device: eager and as a CUDA graph, beside the bfloat16 product, and nine SAEs in turn.
 
     python bench/gpu.py --json bench/results/gpu.json
-    python bench/gpu.py --trainer first --trainer sparsify        (in an environment that has the peer)
+    python bench/gpu.py --peer saelens=ENV/bin/python --peer sparsify=ENV/bin/python \
+        --peer dictionary_learning=ENV/bin/python --json bench/results/gpu.json
 
 Medians of CUDA event times in milliseconds and ratios to one bfloat16 product `x @ W_enc.T` of the same shape; memory
-is the allocator's peak beyond what was held before the step. The nine SAEs are the published suite's sizes, on one
-batch.
+is the allocator's peak beyond what was held before an eager step. The nine SAEs are the published suite's sizes, on one
+batch. Each peer runs in a process and an environment of its own, one after another on the same card, with TF32 products
+allowed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -82,23 +85,42 @@ def shape_result(latents: int, k: int, x: torch.Tensor, names: list[str]) -> dic
             calls[name] = partial(PEERS[name](latents, k, dead, "cuda"), x)
     for name, call in calls.items():
         time = milliseconds(call)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        result[name] = {"milliseconds": time, "per_bf16_product": time / result["bf16 product"], "peak_bytes": peak}
+        result[name] = {"milliseconds": time, "per_bf16_product": time / result["bf16 product"]}
+        if name != "ours, graph":  # a graph's memory is held from its capture on
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            result[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
     return result
+
+
+def add_peer(result: dict[str, Any], name: str, python: str, batch: int) -> None:
+    """Time a peer in its own environment and put it beside ours, shape by shape."""
+    command = [python, __file__, "--trainer", name, "--batch", str(batch)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    theirs = json.loads(output[output.index("{\n") :])  # peers may print other lines first
+    assert theirs["device"] == result["device"]
+    for shape, their_shape in zip(result["shapes"], theirs["shapes"], strict=True):
+        shape[name] = their_shape[name]
+
+
+def best_peer(shape: dict[str, Any], ours: str) -> float:
+    """How many times faster `ours` is than the fastest of the others."""
+    others = [value["milliseconds"] for name, value in shape.items() if name in PEERS or name == "first"]
+    return min(others) / float(shape[ours]["milliseconds"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--trainer", action="append", choices=["ours", "first", *PEERS])
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: bench/step.py times the step on a CPU")
+    torch.set_float32_matmul_precision("high")
     names = options.trainer or ["ours"]
     x = make_rows(options.batch).cuda()
     result: dict[str, Any] = {
@@ -113,6 +135,14 @@ def main() -> None:
         result["nine SAEs"] = milliseconds(lambda: [trainer.step(rows) for trainer in trainers])
         replays = [graphed(trainer, rows) for trainer in trainers]
         result["nine SAEs, graph"] = milliseconds(lambda: [replay() for replay in replays])
+    for peer in options.peer:
+        name, _, python = peer.partition("=")
+        add_peer(result, name, python, options.batch)
+    for shape in result["shapes"]:
+        if "ours" in shape and any(name in shape for name in ("first", *PEERS)):
+            shape["times faster than the best peer"] = {
+                ours: best_peer(shape, ours) for ours in ("ours", "ours, graph")
+            }
     text = json.dumps(result, indent=2)
     print(text)
     if options.json:
