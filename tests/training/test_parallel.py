@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_ranks import complete, three_saes
 from tiny_run import BATCH, STEPS, final_hashes, make_language_model, metrics, status
 
 from qwenscope.activations.division import Division
 from qwenscope.corpus.batches import cut
+from qwenscope.errors import RecipeError, ResourceError
 from qwenscope.ranks import Group
 from qwenscope.recipe import load_recipe
 from qwenscope.training import checkpoint
-from qwenscope.training.parallel import deal, owners, step_seconds
+from qwenscope.training.parallel import deal, joined, owners, step_seconds
 
 HIDDEN, FLOAT = 32, 4
 TOKENS = STEPS * BATCH - 10
@@ -132,6 +134,18 @@ def test_harvest_evens_out_what_saes_do_not() -> None:
         for rank, count in zip(dealt, positions, strict=True):
             loads[rank] += count
         assert max(loads) <= 1.15 * sum(loads) / 4
+
+
+def test_devices_that_ranks_cannot_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "MASTER_ADDR": "far-away", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for device in ("cuda:0", "cuda:0,cuda:1"):
+        with pytest.raises(RecipeError, match=rf"lm.device {device} names what one process uses"), joined(device):
+            pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(ResourceError, match="local rank 9 has no GPU of its own, this machine has 8"), joined("auto"):
+        pass
 
 
 def test_dealing_takes_any_number_of_ranks() -> None:

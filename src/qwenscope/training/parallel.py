@@ -51,14 +51,14 @@ def joined(device: str) -> Iterator[Group]:
         device: the recipe's `lm.device`.
 
     Raises:
-        RecipeError: it names one device for all.
+        RecipeError: it names certain devices.
         ResourceError: this machine has fewer GPUs than ranks.
     """
     if not launched():
         yield ALONE
         return
     if device not in ("auto", "cpu", "cuda"):
-        raise RecipeError(f"lm.device {device} is one device for all ranks; set it to auto")
+        raise RecipeError(f"lm.device {device} names what one process uses; for several ranks set it to auto")
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
