@@ -13,7 +13,7 @@ from transformers import AutoModel, Qwen3_5MoeTextConfig
 
 from qwenscope import calibration
 from qwenscope.calibration import Measured, measurable, measure
-from qwenscope.errors import ModelError, RecipeError
+from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import load_language_model
 from qwenscope.plan import GIB, GPUS, memory_needs, model_size, plan, read_config
@@ -75,6 +75,9 @@ def test_advice_can_be_followed_or_says_that_nothing_helps() -> None:
     followed = ["activations.window_tokens=300000", *(change.strip() for change in changes)]
     assert plan(load_recipe("qwen3.5-35b-a3b", followed), "h100")["fits"]
     assert "more memory" in plan(load_recipe("qwen3.5-35b-a3b"), "4090")["advice"][-1]
+    assert "lm.device=cuda:0,cuda:1" in plan(load_recipe("qwen3.5-35b-a3b"), "l40s")["advice"][-1]
+    spread = load_recipe("qwen3.5-35b-a3b", ["lm.device=cuda:0,cuda:1", "corpus.batch_tokens=8192"])
+    assert plan(spread, "l40s")["advice"][-1] == "fits with --set activations.window_tokens=65536"
 
 
 def test_ranges_are_ordered_and_add_up() -> None:
@@ -200,6 +203,16 @@ def test_activation_memory_is_what_a_forward_pass_holds_at_once() -> None:
 def test_an_unknown_card_is_named_with_the_known_ones() -> None:
     with pytest.raises(RecipeError, match=r"abacus.*h200"):
         plan(load_recipe("standin"), "abacus")
+
+
+def test_a_device_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibration, "_layer_seconds", full)
+    recipe = load_recipe("standin")
+    with pytest.raises(ResourceError, match="cpu has no room for single layers of standin; plan for another card"):
+        measure(recipe, read_config(recipe))
 
 
 def test_a_wrong_hook_point_is_named_before_anything_is_measured() -> None:

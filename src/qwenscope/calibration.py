@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
 from qwenscope.corpus.stream import CorpusStream
+from qwenscope.errors import ResourceError
 from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, load_tokenizer, pick_dtype
 from qwenscope.lm.placement import pick_devices
 from qwenscope.recipe import Recipe
@@ -64,13 +65,18 @@ def measure(recipe: Recipe, config: PretrainedConfig) -> Measured:
 
     Raises:
         ModelError: there is no such device.
-        torch.OutOfMemoryError: not even single layers fit.
+        ResourceError: not even single layers and SAEs fit.
     """
     device = pick_devices(recipe.lm.device)[0]
     on_gpu = device.type == "cuda"
-    layers = _layer_seconds(recipe, config, device)
     sizes = {(point.dict_size, point.k) for point in recipe.hook_points.values()}
-    steps = {size: _step_seconds(recipe, *size, config.hidden_size, device) for size in sizes}
+    try:
+        layers = _layer_seconds(recipe, config, device)
+        steps = {size: _step_seconds(recipe, *size, config.hidden_size, device) for size in sizes}
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            f"{device} has no room for single layers of {recipe.lm.model}; plan for another card with --gpu NAME"
+        ) from None
     return Measured(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         memory_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total,

@@ -322,7 +322,7 @@ def memory_needs(
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     row = hidden * width
     needs = {
-        "language_model": parameters * width,
+        "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
         "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
         # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
         "windows": window * row * (layers + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)),
@@ -363,7 +363,11 @@ def _advice(recipe: Recipe, needs: Callable[[Recipe], dict[str, int]], room: flo
         changes.append(f"--set {key}={value}")
         if sum(needs(changed).values()) <= room:
             return [*advice, f"fits with {' '.join(changes)}"]
-    return [*advice, "too large for this card whatever is set: take a card with more memory, or an FP8 checkpoint"]
+    return [
+        *advice,
+        "too large for this card whatever is set: take a card with more memory or an FP8 checkpoint, or spread the "
+        "model's layers over several cards (--set lm.device=cuda:0,cuda:1)",
+    ]
 
 
 def _feeding(recipe: Recipe, gpus: int) -> list[str]:
