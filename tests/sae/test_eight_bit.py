@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenscope.sae.eight_bit import COLUMNS_APART, EightBit, columns_apart, quantise
+from qwenscope.sae.eight_bit import CHUNK_ROWS, COLUMNS_APART, EightBit, columns_apart, quantise
 from qwenscope.sae.ops import Panels
 from qwenscope.sae.selection import Selector
 
@@ -28,7 +28,7 @@ def with_outliers(x: Tensor, columns: list[int], factor: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize(("rows", "hidden", "n"), [(1, 8, 5), (17, 40, 33), (300, 300, 70)])
+@pytest.mark.parametrize(("rows", "hidden", "n"), [(1, 8, 5), (17, 40, 33), (CHUNK_ROWS + 44, 300, 70)])
 def test_errors_stay_within_half_a_step_of_each_factor(rows: int, hidden: int, n: int) -> None:
     x, weight, bias = case(rows, hidden, n)
     x[0] = 0.0

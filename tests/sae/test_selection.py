@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenscope.sae.eight_bit import CHUNK_ROWS, EightBit
-from qwenscope.sae.selection import Selector, best_precision, eight_bits_pay, top_k
+from qwenscope.sae.eight_bit import EightBit
+from qwenscope.sae.selection import CHUNK_ROWS, Selector, best_precision, eight_bits_pay, top_k
 
 
 def check_top_k(scores: Tensor, k: int) -> None:

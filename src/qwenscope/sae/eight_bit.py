@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qwenscope.sae.ops import Panels
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
+"""Rows per product; fewer would read the encoder more often than its products pay for."""
 SLICE_ROWS = 16
 """Rows of a chunk whose integers become scores at a time: these stay in cache."""
 COLUMNS_APART = 32

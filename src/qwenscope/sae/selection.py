@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from qwenscope.sae import ops
-from qwenscope.sae.eight_bit import CHUNK_ROWS, EightBit
+from qwenscope.sae.eight_bit import EightBit
 
 Precision = Literal["exact", "fp32", "bf16"]
 MARGIN = 16
 EIGHT_BIT_MARGIN = 48
+CHUNK_ROWS = 256
 FLOAT_CHUNK_ROWS = 512
 """Float32 products of CHUNK_ROWS rows are a tenth slower: they read the encoder too often."""
 GROUP = 8
