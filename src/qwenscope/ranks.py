@@ -50,7 +50,7 @@ class Group:
         """The same ranks over connections of their own, for another thread."""
         if self.size == 1:
             return self
-        with _told():
+        with told():
             return Group(self.rank, self.size, dist.new_group(backend="gloo"))
 
     def together(self, act: Callable[[], T]) -> list[T]:
@@ -65,7 +65,7 @@ class Group:
         said, error = _outcome(act)
         data = torch.frombuffer(bytearray(said), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with _told():
+        with told():
             dist.all_gather(lengths, torch.tensor([len(data)]), self._group)
             longest = int(max(lengths))
             padded = torch.cat([data, data.new_zeros(longest - len(data))])
@@ -101,7 +101,7 @@ class Group:
     def fill(self, tensor: Tensor) -> None:
         """Overwrite `tensor` by rank 0's, which has the same shape and dtype."""
         if self.size > 1:
-            with _told():
+            with told():
                 dist.broadcast(tensor, 0, self._group)
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
@@ -118,7 +118,7 @@ class Group:
             self.together(lambda: None)
         raw = rows.contiguous().view(torch.uint8)  # any dtype, to the bit
         arrived = raw.new_empty(sum(receive), raw.shape[1])
-        with _told():
+        with told():
             dist.all_to_all_single(arrived, raw, list(receive), list(send), self._group)
         self.bytes_sent += (sum(send) - send[self.rank]) * raw.shape[1]
         return arrived.view(rows.dtype)
@@ -129,8 +129,8 @@ ALONE = Group()
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """gloo's and nccl's errors in one line."""
+def told() -> Iterator[None]:
+    """gloo's and nccl's errors in one line, as RankLostError."""
     try:
         yield
     except RuntimeError as error:

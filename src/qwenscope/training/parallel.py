@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from qwenscope.activations.division import Division
 from qwenscope.errors import RecipeError, ResourceError
 from qwenscope.lm.load import LanguageModel
-from qwenscope.ranks import ALONE, Group
+from qwenscope.ranks import ALONE, Group, told
 from qwenscope.recipe import HookPoint, Recipe
 
 _PATIENCE = timedelta(minutes=30)  # for one collective: ranks load the model and write checkpoints at unlike speed
@@ -53,6 +53,7 @@ def joined(device: str) -> Iterator[Group]:
     Raises:
         RecipeError: it names certain devices.
         ResourceError: this machine has fewer GPUs than ranks.
+        RankLostError: the others are not to be reached.
     """
     if not launched():
         yield ALONE
@@ -68,11 +69,12 @@ def joined(device: str) -> Iterator[Group]:
                 "start fewer ranks (--nproc-per-node)"
             )
         torch.cuda.set_device(local)
-    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-    # torchrun keeps one store over restarts: under the old keys a rank would call at the addresses of the dead.
-    own = PrefixStore(f"qwenscope-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{size}", store)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_PATIENCE)
+    with told():
+        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+        # torchrun keeps one store over restarts: under the old keys a rank would call at the addresses of the dead.
+        own = PrefixStore(f"qwenscope-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{size}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_PATIENCE)
     yield Group(rank, size)
     dist.destroy_process_group()  # after an error the process ends anyway, and nobody may answer any more
 
