@@ -10,7 +10,7 @@ import json
 import re
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ class Index:
         self.saes: dict[str, dict[str, Any]] = {id: json.loads(summary) for _, id, summary in rows}
         self._ordinals: dict[str, int] = {id: ordinal for ordinal, id, _ in rows}
         self._ids = {ordinal: id for id, ordinal in self._ordinals.items()}
+        self._pieces: dict[int, Piece] = {}
 
     def suite(self) -> dict[str, Any]:
         """What the overview shows: {"meta", "saes": {id: summary}}."""
@@ -124,7 +125,7 @@ class Index:
             ids = {token for name in ("promoted", "suppressed") for token, _ in detail[name]}
             contexts = [self._context(connection, example) for example in detail["examples"]]
             ids.update(token for context in contexts for token in context["tokens"])
-            pieces = _pieces(connection, ids)
+            pieces = self._read_pieces(connection, ids)
             record = connection.execute("SELECT record FROM explanations WHERE key = ?", (key,)).fetchone()
             detail["names"] = self._names(connection, [(sae_id, latent), *_others(sae_id, detail)])
         for context in contexts:
@@ -221,6 +222,15 @@ class Index:
             "split": split,
         }
 
+    def _read_pieces(self, connection: sqlite3.Connection, ids: set[int]) -> dict[int, Piece]:
+        """Pieces of the vocabulary by id, `ids` among them; each is read once."""
+        missing = sorted(ids - self._pieces.keys())
+        for start in range(0, len(missing), 500):
+            part = missing[start : start + 500]
+            marks = ",".join("?" * len(part))
+            self._pieces.update(connection.execute(f"SELECT id, piece FROM vocabulary WHERE id IN ({marks})", part))
+        return self._pieces
+
     def _all(self, sql: str, *values: Any) -> list[Any]:
         with self._connect() as connection:
             return connection.execute(sql, values).fetchall()
@@ -261,16 +271,6 @@ def _others(sae_id: str, detail: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 def _split(joined: str) -> list[str]:
     return joined.split("\x1f") if joined else []
-
-
-def _pieces(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Piece]:
-    wanted: Sequence[int] = sorted(ids)
-    pieces: dict[int, Piece] = {}
-    for start in range(0, len(wanted), 500):
-        part = wanted[start : start + 500]
-        marks = ",".join("?" * len(part))
-        pieces |= dict(connection.execute(f"SELECT id, piece FROM vocabulary WHERE id IN ({marks})", part))
-    return pieces
 
 
 def _match(query: str) -> str:
