@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +52,22 @@ def sbatch(tmp_path: Path) -> Any:
         process.wait()
 
 
-UNTIL_TERM = 'trap "exit 143" TERM; touch "$(dirname "$0")/ready"; while :; do sleep 0.02; done'
+UNTIL_TERM = """sleep 1000 &
+trap "kill $!; exit 143" TERM
+echo > "$(dirname "$0")/ready"
+wait"""
 
 
-def wait_for(path: Path) -> None:
-    for _ in range(500):
-        if path.exists():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{path} never came")
+@pytest.fixture
+def ready(tmp_path: Path) -> Path:
+    """A pipe: reading it waits until torchrun has come so far."""
+    os.mkfifo(tmp_path / "ready")
+    return tmp_path / "ready"
 
 
-def test_the_end_of_a_slot_saves_and_queues_again(sbatch: Any, tmp_path: Path) -> None:
+def test_the_end_of_a_slot_saves_and_queues_again(sbatch: Any, ready: Path, tmp_path: Path) -> None:
     process = sbatch(UNTIL_TERM)
-    wait_for(tmp_path / "ready")
+    ready.read_text()
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 143
     assert said(tmp_path, "scontrol") == "requeue 42\n"
@@ -74,9 +75,9 @@ def test_the_end_of_a_slot_saves_and_queues_again(sbatch: Any, tmp_path: Path) -
     assert said(tmp_path, "torchrun") == f"--standalone --nproc-per-node=4 --max-restarts=3 {arguments}"
 
 
-def test_a_cancelled_job_saves_and_stays_away(sbatch: Any, tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_stays_away(sbatch: Any, ready: Path, tmp_path: Path) -> None:
     process = sbatch(UNTIL_TERM)
-    wait_for(tmp_path / "ready")
+    ready.read_text()
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     assert said(tmp_path, "scontrol") == ""
