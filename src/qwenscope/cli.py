@@ -123,7 +123,11 @@ def plan(
     from qwenscope.recipe import load_recipe
 
     recipe = load_recipe(name, overrides or ())
-    measured = measure(recipe, read_config(recipe)) if gpu is None and measurable(recipe) else None
+    measured = None
+    if gpu is None and measurable(recipe):
+        config = read_config(recipe)
+        err.print("measuring this machine for about ten seconds; --gpu NAME plans by a data sheet", highlight=False)
+        measured = measure(recipe, config)
     report = make_plan(recipe, gpu or "h200", gpus, measured=measured)
     if as_json:
         _print_json(report)
