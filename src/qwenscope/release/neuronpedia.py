@@ -30,19 +30,12 @@ def export_with_index(target: str | Path, index: Path, out: Path) -> None:
         for sae_id, sae in iterate_suite(target):
             if sae_id not in known.saes:
                 raise FormatError(f"{index} does not know {sae_id}; build it from {target} with `qwenscope index`")
-            page = partial(_page, known, sae_id)
+            page = partial(known.latent, sae_id)
             named = neuronpedia.write(sae, sae_id, temporary, partial(_described, known, sae_id))
             folder = temporary / "v1" / named["modelId"] / named["layer"]
             for kind, records in (("activations", _activations), ("explanations", _explanations)):
                 rows = (row for latent in range(sae.dict_size) for row in records(page(latent), named))
                 _write(folder / kind, rows)
-
-
-def _page(index: Index, sae_id: str, latent: int) -> dict[str, Any]:
-    try:
-        return index.latent(sae_id, latent)
-    except KeyError:
-        raise FormatError(f"{index.folder} has no latent {latent} of {sae_id}; build it from this suite") from None
 
 
 def _write(folder: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -53,7 +46,7 @@ def _write(folder: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def _described(index: Index, sae_id: str, latent: int) -> dict[str, Any]:
     """Further keys of a feature record."""
-    page = _page(index, sae_id, latent)
+    page = index.latent(sae_id, latent)
     return {
         "frac_nonzero": page["density"],
         "maxActApprox": page["max"] if page["fired"] else 0.0,
