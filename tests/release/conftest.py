@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import make_run
+from made_run import make_run
 from writable_hub import WritableHub
 
 from qwenscope.release.package import release

@@ -19,7 +19,7 @@ import torch
 import yaml
 from exact_saes import exact_rows, exact_sae, same
 from huggingface_hub import ModelCard
-from runs import POINTS, make_run, number, recipe
+from made_run import POINTS, make_run, number, recipe
 
 from qwenscope import TopKSAE, load_recipe, load_suite
 from qwenscope.errors import FormatError

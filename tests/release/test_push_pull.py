@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from exact_saes import exact_rows, exact_sae, same
-from runs import POINTS
+from made_run import POINTS
 from writable_hub import TOKEN, WritableHub
 
 from qwenscope import TopKSAE, load_suite

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact_saes import exact_rows, exact_sae
-from runs import POINTS
+from made_run import POINTS
 from writable_hub import WritableHub
 
 from qwenscope.release.hub import push
