@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import fsspec
 import pytest
 import torch
 from activations.conftest import LAYERS, ListStream, conversation
+from damage import damaged
 from torch import Tensor
 
 from qwenscope.activations import windows
@@ -119,19 +119,9 @@ def test_every_flipped_bit_and_truncation_is_named(lm: LanguageModel, recipe: Ma
         "manifest.json",
         "tokens.safetensors",
     ]
-    sound = {file: file.read_bytes() for file in files}
-    draw = random.Random(13)
-    for trial in range(330):
-        file = draw.choice(files)
-        broken = bytearray(sound[file])
-        if trial < 300:
-            broken[draw.randrange(len(broken))] ^= 1 << draw.randrange(8)
-        else:
-            del broken[draw.randrange(len(broken)) :]
-        file.write_bytes(broken)
+    for file in damaged(files, flips=300, truncations=30, seed=13):
         with pytest.raises(FormatError, match=f"{file} is damaged; delete its folder"):
             batches(lm, cached, count=1)
-        file.write_bytes(sound[file])
     (folder / "layer-05.safetensors").unlink()
     with pytest.raises(FormatError, match=r"layer-05\.safetensors is missing"):
         batches(lm, cached, count=1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from damage import damaged
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,22 +63,12 @@ def test_files_are_ordinary_safetensors_and_the_manifest_tells_the_truth(tmp_pat
 def test_a_thousand_flipped_bits_and_a_hundred_truncations_are_all_found(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, STATE, some_tensors(1))
     newest = checkpoint.save(tmp_path, 2, STATE, some_tensors(2))
-    files = {path: path.read_bytes() for path in sorted(newest.iterdir())}
-    draw = random.Random(5)
-    for trial in range(1100):
-        victim = draw.choice(list(files))
-        data = bytearray(files[victim])
-        if trial < 1000:
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        else:
-            del data[draw.randrange(len(data)) :]
-        victim.write_bytes(data)
+    for victim in damaged(newest.iterdir(), flips=1000, truncations=100, seed=5):
         found, passed_over = checkpoint.load_newest(tmp_path)
         assert found is not None
         assert found.path.name == "step-00000001"
         assert len(passed_over) == 1
         assert str(victim) in passed_over[0]
-        victim.write_bytes(files[victim])
     found, passed_over = checkpoint.load_newest(tmp_path)
     assert (found is not None and found.path) == newest
     assert passed_over == []

@@ -1,0 +1,23 @@
+"""Random single-bit flips and truncations of files, one at a time, each undone before the next."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def damaged(files: Iterable[Path], flips: int, truncations: int, seed: int) -> Iterator[Path]:
+    """Yields the file that is damaged just now: first `flips` times by one bit, then `truncations` times in length."""
+    sound = {path: path.read_bytes() for path in sorted(files)}
+    draw = random.Random(seed)
+    for trial in range(flips + truncations):
+        victim = draw.choice(list(sound))
+        data = bytearray(sound[victim])
+        if trial < flips:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        else:
+            del data[draw.randrange(len(data)) :]
+        victim.write_bytes(data)
+        yield victim
+        victim.write_bytes(sound[victim])
