@@ -1,4 +1,4 @@
-"""The sample job files: valid, and their scripts do what their comments say; the tools they call are stubs."""
+"""The sample job files are valid, and the batch script answers signals as it says (with our scontrol and torchrun)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SBATCH = EXAMPLES / "train.sbatch"
 SKY: dict[str, Any] = yaml.safe_load((EXAMPLES / "train.sky.yaml").read_text())
 
 
-def stub(folder: Path, name: str, body: str) -> None:
+def write_command(folder: Path, name: str, body: str) -> None:
     """An executable `name` that notes its arguments in `name`.log and runs `body`."""
     path = folder / name
     path.write_text(f'#!/bin/bash\necho "$@" >> "{folder}/{name}.log"\n{body}\n')
@@ -37,11 +37,11 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 @pytest.fixture
 def sbatch(tmp_path: Path) -> Any:
     """Start the batch script as Slurm would; torchrun runs until SIGTERM, unless it is told to end at once."""
-    stub(tmp_path, "scontrol", "")
+    write_command(tmp_path, "scontrol", "")
     started: list[subprocess.Popen[bytes]] = []
 
     def start(torchrun: str) -> subprocess.Popen[bytes]:
-        stub(tmp_path, "torchrun", torchrun)
+        write_command(tmp_path, "torchrun", torchrun)
         command = ["bash", str(SBATCH), "standin", str(tmp_path / "run"), "--set", "seed=7"]
         started.append(subprocess.Popen(command, env=environment(tmp_path, SLURM_JOB_ID="42", SLURM_GPUS_ON_NODE="4")))
         return started[-1]
@@ -115,7 +115,7 @@ def test_the_sky_run_brings_back_what_is_kept_and_keeps_what_is_new(tmp_path: Pa
     old.mkdir(parents=True)
     (old / "state.json").write_text("2")
     home.mkdir()
-    stub(
+    write_command(
         tmp_path,
         "torchrun",
         'cat "$HOME/run/checkpoints/step-00000002/state.json" || exit 1\n'
@@ -138,7 +138,7 @@ def test_the_sky_run_brings_back_what_is_kept_and_keeps_what_is_new(tmp_path: Pa
 
 
 def test_a_failed_sky_run_fails(tmp_path: Path) -> None:
-    stub(tmp_path, "torchrun", "exit 6")
+    write_command(tmp_path, "torchrun", "exit 6")
     variables = environment(tmp_path, HOME=str(tmp_path), RECIPE="standin", SKYPILOT_NUM_GPUS_PER_NODE="8")
     script = SKY["run"].replace("/bucket", str(tmp_path / "bucket"))
     done = subprocess.run(["bash"], input=script.encode(), env=variables, timeout=20, capture_output=True, check=False)

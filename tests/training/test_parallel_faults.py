@@ -8,9 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,8 +249,8 @@ def torchrun(recipe: Recipe, run: Path) -> Iterator[subprocess.Popen[str]]:
     )
     try:
         while not (run / "checkpoints" / "step-00000006").exists():
-            assert job.poll() is None
-            time.sleep(0.01)
+            with suppress(subprocess.TimeoutExpired):
+                raise AssertionError(f"torchrun ended with {job.wait(0.05)} before its first checkpoint")
         yield job
     finally:
         job.terminate()  # it ends its workers
