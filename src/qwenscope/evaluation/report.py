@@ -112,7 +112,7 @@ def headlines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         span = f"{format(values[0], form)} to {format(values[-1], form)}"
         rows.append((format(values[len(values) // 2], form), name, span))
     dead = sorted(entry["dead_fraction"] for entry in evaluation["dead"].values())
-    rows.append((f"{dead[len(dead) // 2]:.1%}", "dead latents (firing on no split)", f"{dead[0]:.1%} to {dead[-1]:.1%}"))
+    rows.append((f"{dead[len(dead) // 2]:.1%}", "dead latents (on all splits)", f"{dead[0]:.1%} to {dead[-1]:.1%}"))
     return rows
 
 
