@@ -26,7 +26,7 @@ from qwenscope.activations.division import Division
 from qwenscope.activations.harvest import harvest
 from qwenscope.activations.store import Window, WindowStore
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import RowSource
 from qwenscope.recipe import Recipe
 from qwenscope.seeds import generator
 
@@ -53,7 +53,7 @@ class Windows:
     """
 
     def __init__(
-        self, lm: LanguageModel, stream: CorpusStream | None, recipe: Recipe, division: Division | None = None
+        self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, division: Division | None = None
     ) -> None:
         """
         Args:
@@ -71,9 +71,6 @@ class Windows:
         self._recipe = recipe
         self._division = division or Division.alone(recipe.layers)
         self._group, self._layers = self._division.group, self._division.own_layers
-        self._names: dict[int, str] = {}
-        for name, point in recipe.hook_points.items():
-            self._names[point.layer] = " and ".join(filter(None, (self._names.get(point.layer), name)))
         self._check_size(recipe.training.batch_size)
         cache = recipe.activations.cache
         self._store = None if cache is None else WindowStore(cache, lm, recipe)
@@ -230,7 +227,7 @@ class Windows:
             recipe.layers,
             recipe.activations,
             recipe.corpus.batch_tokens,
-            self._names,
+            recipe.layer_names,
             self._division,
         )
         window = Window(

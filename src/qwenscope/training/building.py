@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import RowSource
 from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE
@@ -14,7 +14,7 @@ from qwenscope.seeds import derive_seed
 from qwenscope.training.trainer import SAETrainer
 
 
-def build_trainer(recipe: Recipe, lm: LanguageModel, sae_id: str, precision: Precision | Literal["auto"]) -> SAETrainer:
+def build_trainer(recipe: Recipe, lm: RowSource, sae_id: str, precision: Precision | Literal["auto"]) -> SAETrainer:
     """The untrained SAE `sae_id` on the language model's device, with everything the recipe says of its training."""
     point, training = recipe.hook_points[sae_id], recipe.training
     seed = derive_seed(recipe.seed, "sae", sae_id)

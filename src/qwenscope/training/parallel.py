@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from qwenscope.activations.division import Division
 from qwenscope.errors import RecipeError, ResourceError
+from qwenscope.lm.forward import RowSource
 from qwenscope.lm.load import LanguageModel
 from qwenscope.ranks import ALONE, Group, told
 from qwenscope.recipe import HookPoint, Recipe
@@ -92,8 +93,10 @@ def owners(recipe: Recipe, ranks: int) -> list[list[str]]:
     return deal({sae_id: point.dict_size for sae_id, point in recipe.hook_points.items()}, ranks)
 
 
-def divide(recipe: Recipe, lm: LanguageModel, group: Group) -> Division:
+def divide(recipe: Recipe, lm: RowSource, group: Group) -> Division:
     """Who owns which rows, and how busy each rank is with its SAEs: one with more to do there harvests less."""
+    if not isinstance(lm, LanguageModel):  # other engines work in one process
+        return Division.alone(recipe.layers)
     position = 2 * _active_parameters(lm) / _FORWARD_FLOPS
     steps = recipe.activations.window_tokens / recipe.training.batch_size
     held = [[recipe.hook_points[sae_id] for sae_id in names] for names in owners(recipe, group.size)]
