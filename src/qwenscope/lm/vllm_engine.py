@@ -109,6 +109,7 @@ class VllmModel:
                 enable_prefix_caching=False,
                 enable_chunked_prefill=False,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 max_model_len=max_length + 1,
                 max_num_batched_tokens=batch_tokens + 2 * _SEQUENCES,  # beside the tokens, room for speculated ones
                 max_num_seqs=_SEQUENCES,
