@@ -9,6 +9,7 @@ process:
     decoder     all layers and final norm
     truncated   layers 0 to the last hook point
     harvest     `Windows.next_batch` to the last row: truncated passes; rows gathered, filtered, shuffled, batched
+    vllm        with --vllm: the rows at all hook points by vLLM, which computes all layers
 
 Rates are kept (unpadded) tokens per second of process CPU time on a CPU and of wall time on CUDA, medians over rounds;
 ratios are medians of the rounds' own ratios: many short rounds, so that a busy machine slows all contestants alike.
@@ -34,6 +35,7 @@ from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.lm.forward import final_hidden, logits, residual_streams
 from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.vllm_engine import VllmModel, vllm_version
 from qwenscope.recipe import Recipe, load_recipe
 
 
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vllm", action="store_true", help="in an environment that has it")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -81,6 +84,12 @@ def main() -> None:
         "truncated": lambda: each(batches, lambda ids_CT: residual_streams(truncated, ids_CT, recipe.layers[-1:])),
         "harvest": lambda: consume(Windows(truncated, Replay(conversations), recipe), recipe),  # type: ignore[arg-type]
     }
+    if options.vllm:
+        sizes = {"max_length": recipe.corpus.max_length, "batch_tokens": recipe.corpus.batch_tokens}
+        engine = VllmModel(recipe.lm, recipe.layers, **sizes, weights="")
+        contestants["vllm"] = lambda: [
+            engine.streams(batch.input_ids_CT, batch.lengths_C, recipe.layers) for batch in batches
+        ]
     tokens = sum(len(conversation.token_ids) for conversation in conversations)
     seconds = take_turns(contestants, options.rounds, full.device)
     flops = {name: count_flops(contestants[name]) for name in ("full", "decoder", "truncated")}
@@ -100,6 +109,8 @@ def main() -> None:
         "saved_against_decoder": saved(seconds, flops, "decoder"),
         "saved_against_full": saved(seconds, flops, "full"),
     }
+    if options.vllm:
+        result |= {"vllm": vllm_version(), "vllm_over_truncated": ratio(seconds, "truncated", "vllm")}
     text = json.dumps(result, indent=2)
     print(text)
     if options.out:
