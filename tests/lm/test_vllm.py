@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,15 @@ from lm import tiny_models
 from lm.padded_standin import make_padded_standin
 from safetensors.torch import load_file
 from tiny_run import final_hashes, status
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from qwenscope.corpus.batches import make_batches
 from qwenscope.files import read_json
@@ -52,6 +61,17 @@ def llama() -> PreTrainedModel:
 
 def qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**DENSE))
+
+
+def multimodal() -> PreTrainedModel:
+    """The published model's class. All experts are routed to: rounding sends no token to other ones, as it does where a
+    random router's scores are nearly equal."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "num_experts_per_tok": 8}
+    linear = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 1}
+    experts = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    text = tiny_models.QWEN | {"hidden_size": 128, "linear_num_value_heads": 2} | heads | linear | experts
+    vision = tiny_models.VISION | {"hidden_size": 64, "num_heads": 2, "out_hidden_size": 128}
+    return Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config=text, vision_config=vision))
 
 
 def python() -> Path:
@@ -97,13 +117,14 @@ def check_rows(model: Path, dtype: str, layers: list[int], vocabulary: int, tmp_
     assert steps == 2 * [sum(batch.lengths_C) for batch in batches]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [llama, qwen3], ids=["llama", "qwen3"])
-def test_rows_of_attention_models(family: object, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(llama, "float32"), (llama, "bfloat16"), (qwen3, "float32"), (qwen3, "bfloat16"), (multimodal, "bfloat16")],
+)
+def test_rows_of_tiny_models(family: Callable[[], PreTrainedModel], dtype: str, tmp_path: Path) -> None:
     python()
     torch.manual_seed(2)
-    model = llama() if family is llama else qwen3()
-    model.save_pretrained(tmp_path / "model")
+    family().to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
     tiny_models.save_tokenizer(tmp_path / "model")
     check_rows(tmp_path / "model", dtype, [0, 2, 3], tiny_models.VOCABULARY, tmp_path)
 

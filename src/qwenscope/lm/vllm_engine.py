@@ -104,7 +104,7 @@ class VllmModel:
                 model=lm.model if self.revision else str(folder),
                 revision=self.revision,
                 dtype=str(self.dtype).removeprefix("torch."),
-                skip_tokenizer_init=True,
+                language_model_only=True,  # no vision tower
                 enforce_eager=True,
                 enable_prefix_caching=False,
                 enable_chunked_prefill=False,
