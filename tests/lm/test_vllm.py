@@ -197,3 +197,12 @@ def test_a_model_that_vllm_cannot_run_is_refused_by_name(tmp_path: Path) -> None
     assert "vLLM cannot run standin" in done.stderr
     assert "set lm.backend to transformers" in done.stderr
     assert status(tmp_path / "run")["state"] == "failed"
+
+
+def test_conversations_as_long_as_the_model_are_refused_before_it_is_loaded(padded: Path, tmp_path: Path) -> None:
+    long = ["--set", "corpus.max_length=32768", "--set", "corpus.batch_tokens=32768"]
+    command = train(padded, tmp_path / "run", *long)
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 3, done.stderr
+    assert "corpus.max_length 32768 leaves vLLM no room" in done.stderr
+    assert "lower it to 32767" in done.stderr

@@ -31,6 +31,16 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainers' threads run in this process too
 }
 _SEQUENCES = 256  # conversations in one step
+_OPTIONS: dict[str, Any] = {
+    "language_model_only": True,  # no vision tower
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "enable_chunked_prefill": False,
+    "async_scheduling": False,
+    "max_num_seqs": _SEQUENCES,
+    "disable_log_stats": True,
+    "use_tqdm_on_load": False,
+}
 _SPARE_CACHE = 2 << 30  # bytes for attention, recurrent states, and blocks half used, beside the rows of two batches
 
 
@@ -50,6 +60,32 @@ def vllm_version() -> str:
     return "vllm"
 
 
+def check_vllm(lm: LMRecipe, max_length: int) -> str:
+    """Refuse, before anything is loaded, what vLLM cannot do here -> its name and version.
+
+    Raises:
+        ModelError: vLLM is missing, or built for another device than `lm.device`.
+        RecipeError: `max_length` leaves no room for the one token that vLLM insists on generating.
+    """
+    who = vllm_version()
+    longest = getattr(load_config(lm), "max_position_embeddings", max_length + 1)
+    if max_length >= longest:
+        raise RecipeError(
+            f"corpus.max_length {max_length} leaves vLLM no room for a token behind it: the model has {longest} "
+            f"positions; lower it to {longest - 1}"
+        )
+    os.environ.update(_ENVIRONMENT)
+    with _vllm_errors(lm.model):
+        from vllm.platforms import current_platform
+    built_for, device = current_platform.device_type, pick_devices(lm.device)[0].type
+    if built_for != device:
+        raise ModelError(
+            f"lm.device is {lm.device}, here {device}, and {who} is built for {built_for or 'a device that is not here'}"
+            "; set lm.device to that, or install the other build"
+        )
+    return who
+
+
 class VllmModel:
     """A `RowSource` whose rows vLLM computes, in this process; `close` it to have its memory back."""
 
@@ -65,17 +101,11 @@ class VllmModel:
             weights: Digest of the model's weights, as transformers read them.
 
         Raises:
-            ModelError: vLLM is missing, cannot run this model, or runs on another device than `lm.device`.
-            RecipeError: `max_length` leaves no room for the one token that vLLM insists on generating.
+            ModelError, RecipeError: as `check_vllm`; or vLLM cannot run this model.
             ResourceError: not enough memory.
         """
-        who = vllm_version()
+        self._digest = f"{weights} by {check_vllm(lm, max_length)}"
         config = load_config(lm)
-        if max_length >= (longest := getattr(config, "max_position_embeddings", max_length + 1)):
-            raise RecipeError(
-                f"corpus.max_length {max_length} leaves vLLM no room for a token behind it: the model has {longest} "
-                f"positions; lower it to {longest - 1}"
-            )
         folder, self.revision = resolve(lm)
         self.tokenizer = load_tokenizer(lm)
         self.layer_kinds = layer_kinds(config)
@@ -84,35 +114,20 @@ class VllmModel:
         self.dtype = pick_dtype(lm, config)
         self.name = lm.model
         self._layers = sorted(set(layers))
-        self._digest = f"{weights} by {who}"
-        os.environ.update(_ENVIRONMENT)
+        row_bytes = len(self._layers) * self.hidden_dim * self.dtype.itemsize
         with _vllm_errors(lm.model):
             import vllm
-            from vllm.platforms import current_platform
 
-            if current_platform.device_type != self.device.type:
-                raise ModelError(
-                    f"lm.device is {self.device.type}, and {who} is built for {current_platform.device_type}; "
-                    "set lm.device to that, or install the other build"
-                )
             from qwenscope.lm.vllm_connector import RowsConnector
 
             self._connector = RowsConnector
             self._sampling = vllm.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
-            row_bytes = len(self._layers) * self.hidden_dim * self.dtype.itemsize
             self._engine: Any = vllm.LLM(
                 model=lm.model if self.revision else str(folder),
                 revision=self.revision,
                 dtype=str(self.dtype).removeprefix("torch."),
-                language_model_only=True,  # no vision tower
-                enforce_eager=True,
-                enable_prefix_caching=False,
-                enable_chunked_prefill=False,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
                 max_model_len=max_length + 1,
                 max_num_batched_tokens=batch_tokens + 2 * _SEQUENCES,  # beside the tokens, room for speculated ones
-                max_num_seqs=_SEQUENCES,
                 kv_cache_memory_bytes=2 * batch_tokens * row_bytes + _SPARE_CACHE,
                 speculative_config=_extraction(self._layers),
                 kv_transfer_config={
@@ -120,6 +135,7 @@ class VllmModel:
                     "kv_connector_module_path": RowsConnector.__module__,
                     "kv_role": "kv_producer",
                 },
+                **_OPTIONS,
             )
 
     def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], layers: Sequence[int]) -> dict[int, Tensor]:

@@ -20,7 +20,7 @@ from qwenscope.errors import CorpusError, RecipeError
 from qwenscope.lm.forward import RowSource
 from qwenscope.lm.load import load_language_model, load_tokenizer
 from qwenscope.lm.parity import check_parity, sample_rows
-from qwenscope.lm.vllm_engine import VllmModel, vllm_version
+from qwenscope.lm.vllm_engine import VllmModel, check_vllm
 from qwenscope.recipe import LMRecipe, Recipe
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def open_source(
         return load_language_model(lm, last_layer=layers[-1]), None
     if ranks > 1:
         raise RecipeError(f"lm.backend vllm works in one process, not in {ranks}; set it to transformers")
-    who = vllm_version()  # before minutes of loading
+    who = check_vllm(lm, corpus.max_length)  # before minutes of loading
     token_ids = _first_conversations(lm, recipe, revisions)
     reference = load_language_model(lm, last_layer=layers[-1])
     expected = sample_rows(reference, token_ids, layers, corpus.batch_tokens)
