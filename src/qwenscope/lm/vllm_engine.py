@@ -80,7 +80,7 @@ def check_vllm(lm: LMRecipe, max_length: int) -> str:
     built_for, device = current_platform.device_type, pick_devices(lm.device)[0].type
     if built_for != device:
         raise ModelError(
-            f"lm.device is {lm.device}, here {device}, and {who} is built for {built_for or 'a device that is not here'}"
+            f"lm.device is {lm.device}, here {device}, and {who} is built for {built_for or 'another device'}"
             "; set lm.device to that, or install the other build"
         )
     return who
