@@ -30,9 +30,10 @@ from qwenscope.training.checkpoint import Checkpoint, load_newest, set_aside_new
 from qwenscope.training.finish import publish
 from qwenscope.training.folder import RunFolder, check_checkpoint_expected, check_same_recipe, open_run
 from qwenscope.training.guards import LossGuard
-from qwenscope.training.parallel import Pulse, Wishes, divide, joined, owners, restarted
+from qwenscope.training.parallel import Pulse, Wishes, divide, joined, owners, restarted, shards
 from qwenscope.training.probe import check_probe, check_ranks, probe
 from qwenscope.training.saver import Saver
+from qwenscope.training.shards import overlaps, state_of
 from qwenscope.training.signals import SignalWatch, Stopped
 from qwenscope.training.telemetry import Progress, SAEProgress, Telemetry
 from qwenscope.training.trainer import StepMetrics
@@ -85,7 +86,7 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.watch, self.on_progress = recipe, folder, watch, on_progress
         self.group = group
-        self.owned = owners(recipe, group.size)[group.rank]
+        self.owned = {piece.sae_id: piece for piece in owners(recipe, group.size)[group.rank]}
         self.step = 0
         self.tokens = 0
         self.target = recipe.training.tokens
@@ -125,7 +126,9 @@ class Run:
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        saved, self.passed_over = load_newest(self.folder.checkpoints, self.owned, self.group)
+        saved, self.passed_over = load_newest(
+            self.folder.checkpoints, lambda stem: overlaps(stem, self.owned.values()), self.group
+        )
         for reason in self.passed_over:
             log.warning("passed over a checkpoint: %s", reason)
         if saved is None:
@@ -165,8 +168,8 @@ class Run:
         corpus = self.group.share(lambda: self._open_corpus(revisions["corpus"] if revisions else None, closing))
         self.windows = Windows(self.lm, self.stream, recipe, divide(recipe, self.lm, self.group))
         self.trainers = {
-            sae_id: build_trainer(recipe, self.lm, sae_id, precision.get(sae_id, recipe.training.precision))
-            for sae_id in self.owned
+            sae_id: build_trainer(recipe, self.lm, sae_id, precision.get(sae_id, recipe.training.precision), shard)
+            for sae_id, shard in shards(recipe, self.group).items()
         }
         own = {sae_id: trainer.precision for sae_id, trainer in self.trainers.items()}
         self.precision = self._of_all(lambda: own)
@@ -221,7 +224,7 @@ class Run:
 
     def _load_trainers(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         for sae_id, trainer in self.trainers.items():
-            trainer.load_state_dict(tensors[sae_id])
+            trainer.load_state_dict(state_of(self.owned[sae_id], tensors))
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -350,7 +353,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "versions": self.folder.versions,
         }
-        tensors = {sae_id: trainer.state_dict() for sae_id, trainer in self.trainers.items()}
+        tensors = {self.owned[sae_id].stem: trainer.state_dict() for sae_id, trainer in self.trainers.items()}
         self.saver.save(self.step, state, tensors, snapshot)
         self._saved_at = time.monotonic()
 
@@ -402,8 +405,9 @@ class Run:
         if self._saved_step() != self.step:  # a session that only has the ending left to do has not read the corpus
             self.group.share(lambda: write_json(self.folder.path / "privacy_report.json", self.windows.report()))
         self._save_and_wait()
-        saes = {sae_id: trainer.sae() for sae_id, trainer in self.trainers.items()}
-        publish(saes, self.folder.path / "saes", self.group)
+        saes = {sae_id: trainer.collect() for sae_id, trainer in self.trainers.items()}
+        own = {sae_id: sae for sae_id, sae in saes.items() if sae is not None}
+        publish(own, self.folder.path / "saes", self.group)
         self.group.share(lambda: self.folder.write_status("complete", self.tokens))
         self._show("complete")
 
