@@ -31,7 +31,7 @@ from qwenscope.training.lock import LOCK_NAME, run_lock
 log = logging.getLogger(__name__)
 
 # Keys that may differ between a checkpoint and the recipe it is resumed with: they do not touch a single weight.
-_FREE_KEYS = ("checkpoint.", "telemetry.", "evaluation.", "corpus.workers")
+_FREE_KEYS = ("checkpoint.", "telemetry.", "evaluation.", "corpus.workers", "activations.overlap")
 _LAST_WORDS = ".rank-{}.tmp"  # why a rank other than 0 ended; the next session removes it
 _STATUS_SECONDS = 10.0  # between rewrites of an unchanged state
 
