@@ -65,8 +65,9 @@ def test_the_published_recipes_fit_141_gb_as_they_are_and_80_gb_as_advised(name:
     for gpu in ("H100", "a100"):
         small = plan(recipe, gpu)
         assert not small["fits"]
-        assert small["advice"][1] == "fits with --set corpus.batch_tokens=8192"  # the recipe's own comment says so too
-        assert plan(load_recipe(name, ["corpus.batch_tokens=8192"]), gpu)["fits"]
+        # the recipe's own comment says so too
+        assert small["advice"][1] == "fits with --set corpus.batch_tokens=8192 --set activations.overlap=false"
+        assert plan(load_recipe(name, ["corpus.batch_tokens=8192", "activations.overlap=false"]), gpu)["fits"]
 
 
 def test_advice_can_be_followed_or_says_that_nothing_helps() -> None:
@@ -78,7 +79,9 @@ def test_advice_can_be_followed_or_says_that_nothing_helps() -> None:
     assert "more memory" in plan(load_recipe("qwen3.5-35b-a3b"), "4090")["advice"][-1]
     assert "lm.device=cuda:0,cuda:1" in plan(load_recipe("qwen3.5-35b-a3b"), "l40s")["advice"][-1]
     spread = load_recipe("qwen3.5-35b-a3b", ["lm.device=cuda:0,cuda:1", "corpus.batch_tokens=8192"])
-    assert plan(spread, "l40s")["advice"][-1] == "fits with --set activations.window_tokens=65536"
+    assert plan(spread, "l40s")["advice"][-1] == (
+        "fits with --set activations.overlap=false --set activations.window_tokens=65536"
+    )
 
 
 def test_ranges_are_ordered_and_add_up() -> None:

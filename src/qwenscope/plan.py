@@ -329,7 +329,10 @@ def memory_needs(
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
         "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
         # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
-        "windows": window * row * (layers + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)),
+        # beside them, with overlap, the window that is consumed meanwhile
+        "windows": window
+        * row
+        * (layers * (1 + recipe.activations.overlap) + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)),
         "saes": trained + shadows[training.precision],
         # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
         "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
@@ -390,6 +393,9 @@ def _savings(recipe: Recipe) -> Iterator[tuple[str, int | str, Recipe]]:
     if batch_tokens < recipe.corpus.batch_tokens:
         recipe = _changed(recipe, "corpus", batch_tokens=batch_tokens)
         yield "corpus.batch_tokens", batch_tokens, recipe
+    if recipe.activations.overlap:
+        recipe = _changed(recipe, "activations", overlap=False)
+        yield "activations.overlap", "false", recipe
     window = max(recipe.training.batch_size, recipe.activations.window_tokens // 2)
     if window < recipe.activations.window_tokens:
         recipe = _changed(recipe, "activations", window_tokens=window)

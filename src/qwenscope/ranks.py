@@ -44,12 +44,12 @@ class Group:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def twin(self) -> Group:
-        """The same ranks over connections of their own, for another thread."""
+    def twin(self, rows: bool = False) -> Group:
+        """The same ranks over connections of their own, for another thread; with `rows` also for tensors on GPUs."""
         if self.size == 1:
             return self
         with told():
-            return Group(self.rank, self.size, dist.new_group(backend="gloo"))
+            return Group(self.rank, self.size, dist.new_group(backend=None if rows else "gloo"))
 
     def among(self, ranks: Sequence[int]) -> Group | None:
         """Those `ranks` as a group of their own, in that order; None where this is none of them."""

@@ -136,6 +136,8 @@ class ActivationsRecipe(_Node):
     """Leave out each conversation's first token."""
     cache: str | None = None
     """Folder, or fsspec address such as s3://bucket/path, that keeps harvested windows; null harvests afresh."""
+    overlap: bool = True
+    """Harvest the next window while SAEs train on the current one; false holds one window in memory instead of two."""
 
 
 class TrainingRecipe(_Node):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_ranks import complete, three_saes
+from tiny_ranks import complete, ranks, three_saes
 from tiny_run import BATCH, STEPS, final_hashes, make_language_model, metrics, status
 
+from qwenscope.activations import store
 from qwenscope.activations.division import Division
 from qwenscope.corpus.batches import cut
 from qwenscope.errors import RecipeError, ResourceError
 from qwenscope.ranks import Group
-from qwenscope.recipe import load_recipe
+from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training import checkpoint
 from qwenscope.training.parallel import joined, owners, step_seconds
 
@@ -95,15 +97,73 @@ def test_a_checkpoint_does_not_tell_how_many_ranks_wrote_it(runs: dict[int, Run]
     assert four.state["guard"] == alone.state["guard"]
 
 
-def test_ranks_read_the_cache_that_one_process_filled(model: Path, tmp_path: Path) -> None:
-    recipe = three_saes(model, activations__cache=str(tmp_path / "cache"), training__tokens=20 * BATCH)
-    alone = complete(1, recipe, tmp_path / "alone")
-    shutil.rmtree(next((tmp_path / "cache").glob("*/window-000001")))
-    did = complete(2, recipe, tmp_path / "two")
-    assert final_hashes(tmp_path / "two") == final_hashes(tmp_path / "alone")
-    ran = [len(each["batches"]) for each in (*alone, *did)]
-    assert 0 < ran[1] + ran[2] < ran[0]  # the window that is missing
-    assert not any((tmp_path / "cache").glob("*/window-000001"))
+def cache_files(cache: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in cache.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_any_number_of_ranks_writes_the_same_cache(model: Path, tmp_path: Path) -> None:
+    def short(cache: Path) -> Recipe:
+        return three_saes(model, activations__cache=str(cache), training__tokens=20 * BATCH)
+
+    complete(1, short(tmp_path / "one"), tmp_path / "alone")
+    whole = cache_files(tmp_path / "one")
+    assert len(whole) == 2 * 4  # two windows: rows of two layers, tokens, manifest
+    complete(3, short(tmp_path / "three"), tmp_path / "written")
+    assert cache_files(tmp_path / "three") == whole
+    assert final_hashes(tmp_path / "written") == final_hashes(tmp_path / "alone")
+
+    # ranks that read it run no batch, and complete what is missing
+    shutil.rmtree(next((tmp_path / "one").glob("*/window-000001")))
+    did = complete(2, short(tmp_path / "one"), tmp_path / "completed")
+    assert cache_files(tmp_path / "one") == whole
+    assert sum(len(each["batches"]) for each in did) > 0
+    did = complete(2, short(tmp_path / "one"), tmp_path / "read")
+    assert sum(len(each["batches"]) for each in did) == 0
+    assert final_hashes(tmp_path / "read") == final_hashes(tmp_path / "completed") == final_hashes(tmp_path / "alone")
+
+
+def no_room() -> None:
+    """This rank's disk is full when it writes the second window's rows."""
+    write_rows = store.WindowStore.write_rows
+
+    def refuse(self: store.WindowStore, index: int, rows: Any) -> Any:
+        if index == 1:
+            raise ResourceError("no space left for window 1")
+        return write_rows(self, index, rows)
+
+    store.WindowStore.write_rows = refuse  # type: ignore[method-assign]
+
+
+def elsewhere() -> None:
+    """This rank's cache is a folder of its own, as on a machine that shares nothing."""
+    write = store._Files.write
+
+    def aside(self: store._Files, file: str, data: bytes) -> None:
+        self._local = self._local.with_name("elsewhere")
+        write(self, file, data)
+
+    store._Files.write = aside  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "windows"),
+    [(no_room, "rank 1: no space left for window 1", 1), (elsewhere, "a folder that all machines share", 0)],
+)
+def test_a_window_that_one_rank_fails_to_write_does_not_exist(
+    model: Path, tmp_path: Path, before: Any, said: str, windows: int
+) -> None:
+    recipe = three_saes(model, activations__cache=str(tmp_path / "cache"))
+    with ranks(2, recipe, tmp_path / "run", before={1: before}) as job:
+        assert job.wait() == [ResourceError.exit_code] * 2, job.errors()
+        assert said in job.errors()
+    assert said in status(tmp_path / "run")["error"]
+    assert len(list((tmp_path / "cache").rglob("manifest.json"))) == windows
+    complete(2, recipe, tmp_path / "run", resume=True)
+    assert len(list((tmp_path / "cache").rglob("manifest.json"))) == 3
 
 
 def test_the_published_nine_are_balanced_over_two_to_eight_ranks() -> None:
@@ -154,9 +214,9 @@ def test_devices_that_ranks_cannot_have_are_refused(monkeypatch: pytest.MonkeyPa
 def test_dealing_takes_any_number_of_ranks() -> None:
     recipe = three_saes(Path("model"))  # of 256, 192 and 64 latents
     delta, attn, small = "sae_delta", "sae_attn", "sae_delta_small"
-    for ranks, expected in {
+    for count, expected in {
         1: [[delta, attn, small]],
         2: [[delta], [attn, small]],
         5: [[delta], [attn], [small], [], []],
     }.items():
-        assert [[piece.stem for piece in held] for held in owners(recipe, ranks)] == expected
+        assert [[piece.stem for piece in held] for held in owners(recipe, count)] == expected

@@ -167,6 +167,7 @@ class Run:
             raise ModelError(f"ranks loaded unlike revisions of {recipe.lm.model} ({models}); set lm.revision")
         corpus = self.group.share(lambda: self._open_corpus(revisions["corpus"] if revisions else None, closing))
         self.windows = Windows(self.lm, self.stream, recipe, divide(recipe, self.lm, self.group))
+        closing.callback(self.windows.close)
         self.trainers = {
             sae_id: build_trainer(recipe, self.lm, sae_id, precision.get(sae_id, recipe.training.precision), shard)
             for sae_id, shard in shards(recipe, self.group).items()
