@@ -145,6 +145,7 @@ class SAETrainer:
         self._refresh_every = 64 if self.device.type == "cuda" else 1
         self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
         self._names: Tensor | None = None  # of the dead, if any rank has some
+        self._listed = False
         self._lr = torch.zeros((), device=self.device)
         self._step = torch.zeros((), device=self.device)
         self.steps = 0
@@ -205,6 +206,8 @@ class SAETrainer:
         )
         if self.steps % self._refresh_every == 0:
             self.candidates_N.copy_(self.ages.dead())
+            self._listed = False
+        if not self._listed:
             self._list_dead()
         self.steps += 1
         self.tokens_trained += len(x_BD)
@@ -273,6 +276,7 @@ class SAETrainer:
         names = self.candidates_N.nonzero().squeeze(1)
         anywhere = int(self.shard.total(torch.tensor(len(names)))) > 0
         self._names = names if self.aux_coefficient and anywhere else None
+        self._listed = True
 
     def _resample(self, pool: ResamplingPool) -> None:
         """Turn the longest dead latents into directions from the pool."""
@@ -358,7 +362,7 @@ class SAETrainer:
             self.pool.cursor = int(state["pool.cursor"])
         for name in own.keys() - {"counters", "generator", "pool.cursor"}:
             own[name].copy_(state[name])
-        self._list_dead()
+        self._listed = False
         self.weights.shadow(precision, bool(eight_bits))
         self._selector = Selector(self._selector.k, precision)
 
