@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from test_parallel_faults import LOST, signal_itself
+from test_parallel_faults import LOST, fail_at_step_20, signal_itself
 from test_trainer import BATCH, HIDDEN, LATENTS, K, rows
 from tiny_ranks import complete, on_ranks, ranks, three_saes
 from tiny_run import BATCH as BATCH_TOKENS
@@ -219,6 +219,14 @@ def test_the_result_is_a_function_of_the_number_of_ranks(model: Path, runs: dict
     complete(2, spread(model), run, resume=True)
     assert final_hashes(run) == final_hashes(runs[2])
     assert metrics(run) == metrics(runs[2])
+
+
+def test_a_rank_that_fails_in_a_shared_step_says_why(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with ranks(2, spread(model), run, before={1: fail_at_step_20}) as job:
+        assert job.wait() == [LOST, 1], job.errors()
+    assert status(run)["state"] == "failed"
+    assert "rank 1: ArithmeticError: something of its own" in status(run)["error"]
 
 
 def test_latents_are_dealt_anew_over_two_then_one_then_four_ranks(
