@@ -1,9 +1,9 @@
 """What a recipe needs and how long it takes, before anyone rents a machine.
 
-A roofline: each part's time is its products at the card's product rate plus its memory traffic at the card's bandwidth.
-For a card that is not here, the rates are stated shares of the data sheet's peaks, a cautious and an optimistic one at
-the ends of each range. The language model is built on the meta device, so its parameters are counted, not guessed.
-`docs/plan.md` compares plans with measurements.
+Parts are priced by `roofline`, or by what `calibration` measured on the device at hand. For a card that is not here,
+the rates are stated shares of the data sheet's peaks, a cautious and an optimistic one at the ends of each range. The
+language model is built on the meta device, so its parameters are counted, not guessed. `docs/plan.md` compares plans
+with measurements.
 
 Several cards (`torchrun`): each runs some of a window's language-model batches and owns some of the SAEs, to which rows
 travel. A card with more SAE steps to do harvests less, so time is evened out as far as whole batches and the card with
@@ -13,57 +13,38 @@ the most SAEs allow.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
+from transformers import PretrainedConfig, Qwen3_5MoeTextConfig
 
 from qwenscope.calibration import Measured
-from qwenscope.errors import ModelError, RecipeError
-from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config, pick_dtype
-from qwenscope.recipe import HookPoint, Recipe
-from qwenscope.training.gradients import DENSE_SHARE
+from qwenscope.errors import ModelError
+from qwenscope.lm.load import Kind, check_hook_points, layer_kinds, load_config, pick_dtype
+from qwenscope.recipe import Recipe
+from qwenscope.roofline import (
+    GPUS,
+    NETWORK_GB_S,
+    Card,
+    ModelSize,
+    Piece,
+    Range,
+    bytes_moved,
+    exchange_seconds,
+    find_card,
+    layers_of,
+    model_size,
+    moment_bytes,
+    position_seconds,
+    step_seconds,
+)
 from qwenscope.training.parallel import owners
 
 GIB = 1 << 30
-Range = tuple[float, float]
-"""(cautious, optimistic)"""
+Held = Sequence[Sequence[Piece]]
+"""What each card holds."""
 
-
-@dataclass(frozen=True)
-class Card:
-    """Peaks of one card, from its data sheet or measured.
-
-    link_gb_s: to the other cards of its machine, one direction. usd_per_hour: span of on-demand prices seen in 2026,
-    for orientation; None where nothing is known.
-    """
-
-    memory_gib: float
-    bf16_tflops: float
-    bandwidth_tb_s: float
-    link_gb_s: float
-    usd_per_hour: Range | None
-
-
-GPUS: dict[str, Card] = {
-    "h200": Card(140, 989, 4.8, 450, (2.3, 5.0)),
-    "h100": Card(79.6, 989, 3.35, 450, (1.8, 4.0)),
-    "b200": Card(179, 2250, 8.0, 900, (3.8, 7.0)),
-    "a100": Card(79.2, 312, 2.0, 300, (1.1, 2.5)),
-    "l40s": Card(45, 362, 0.86, 32, (0.8, 1.9)),
-    "4090": Card(24, 165, 1.0, 32, (0.3, 0.7)),
-}
-
-# Shares of peak: the language model's many small expert products, one large product, memory traffic, links.
-_LM_SHARE: Range = (0.25, 0.45)
-_PRODUCT_SHARE: Range = (0.65, 0.85)
-_TRAFFIC_SHARE: Range = (0.55, 0.85)
-_LINK_SHARE: Range = (0.4, 0.8)
 _AROUND: Range = (1.25, 0.95)  # of measured times: gathers, logs, checkpoints and more dead latents come on top of them
-_MACHINE = 8  # cards that share fast links
-_NETWORK_GB_S = 50.0  # between machines: one adapter of 400 Gbit/s per card
 _PADDING = 1.05  # positions per token in length-bucketed batches of real conversations
 _BATCH_TOKENS = 10_000  # of a language-model batch of real conversations (corpus/batches.py)
 _RESERVE = 0.92  # share of a card's memory that a run can really use
@@ -94,16 +75,19 @@ def plan(
         RecipeError: unknown card.
         ModelError: the model's config is not to be had, or lacks a hook point.
     """
-    name, card = (gpu.lower(), _card(gpu)) if measured is None else (measured.device, _card_like(measured))
+    name, card = (gpu.lower(), find_card(gpu)) if measured is None else (measured.device, _card_like(measured))
     config = read_config(recipe)
     size = model_size(config, recipe.layers[-1] + 1)
-    lm_seconds, steps = _roofline(recipe, config, size, card) if measured is None else _timed(recipe, config, measured)
-    owned = owners(recipe, gpus)
-    seconds = {
-        "language_model": lm_seconds,
-        "saes": [sum(step[end] for step in steps.values()) for end in (0, 1)],
-        "saes_of_busiest_card": [max(sum(steps[sae_id][end] for sae_id in ids) for ids in owned) for end in (0, 1)],
-        "exchange": [_exchange_seconds(recipe, owned, config, card, share) for share in _LINK_SHARE],
+    held = _held(recipe, gpus)
+    position = (
+        position_seconds(size, card) if measured is None else _around(measured.lm_seconds(_kinds(recipe, config)))
+    )
+    steps = [[_piece_seconds(recipe, piece, config, card, measured) for piece in pieces] for pieces in held]
+    seconds: dict[str, Sequence[float]] = {
+        "language_model": [recipe.training.batch_size * _PADDING * value for value in position],
+        "saes": [sum(step[end] for card_steps in steps for step in card_steps) for end in (0, 1)],
+        "saes_of_busiest_card": [max(sum(step[end] for step in card_steps) for card_steps in steps) for end in (0, 1)],
+        "exchange": exchange_seconds(recipe, held, config, card),
         "corpus": [recipe.training.batch_size * measured.corpus_seconds if measured else 0.0] * 2,
     }
     seconds["step"] = _evened_out(recipe, seconds, gpus)
@@ -113,7 +97,7 @@ def plan(
     process = measured.process_bytes if measured and measured.device == "cpu" else None
 
     def needs(changed: Recipe) -> dict[str, int]:
-        return memory_needs(changed, config, size.parameters, owned, process)
+        return memory_needs(changed, config, size.parameters, held, process)
 
     memory, room = needs(recipe), card.memory_gib * GIB * _RESERVE
     cost = [h * gpus * price for h, price in zip(hours, card.usd_per_hour, strict=True)] if card.usd_per_hour else None
@@ -127,9 +111,9 @@ def plan(
         "memory_total_bytes": sum(memory.values()),
         "memory_card_bytes": int(card.memory_gib * GIB),
         "fits": sum(memory.values()) <= room,
-        "owners": owned,
+        "owners": [[sae_id for sae_id, _ in pieces] for pieces in held],
         "seconds_per_step": seconds,
-        "bytes_per_step": bytes_moved(recipe, owned, config),
+        "bytes_per_step": bytes_moved(recipe, held, config),
         "tokens_per_second": [round(rate) for rate in rates],
         "hours": [round(value, 2) for value in hours],
         "cost_usd": cost and [round(value, 2) for value in cost],
@@ -154,63 +138,6 @@ def read_config(recipe: Recipe) -> PretrainedConfig:
     return config
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """Of the truncated language model without LM head."""
-
-    layers: int
-    parameters: int
-    active_parameters: int
-    flops_per_token: int
-
-
-def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
-    """Count the first `layers` layers on the meta device: 2 FLOPs per active weight and token, plus the mixers' state.
-
-    Of a mixture of experts only the routed share is active; embeddings are looked up, not multiplied. The length-
-    dependent part of attention is left out: below 1 % at 2,048 tokens.
-    """
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(cut_config(config, layers))  # type: ignore[no-untyped-call]
-    routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
-    parameters = active = 0.0
-    for name, weight in model.named_parameters():
-        parameters += weight.numel()
-        if weight.ndim >= 2 and "embed" not in name:
-            active += weight.numel() * (routed if ".experts." in name else 1)
-    delta_layers = sum(kind == "deltanet" for kind in layer_kinds(config)[:layers])
-    heads = getattr(config, "linear_num_value_heads", 0)
-    state = heads * getattr(config, "linear_key_head_dim", 0) * getattr(config, "linear_value_head_dim", 0)
-    return ModelSize(layers, int(parameters), int(active), int(2 * active + 8 * delta_layers * state))
-
-
-def bytes_moved(recipe: Recipe, owned: list[list[str]], config: PretrainedConfig) -> int:
-    """Bytes that all cards together send per step: rows that their owner did not harvest, and four bytes per token and
-    hook point to everyone else, the norms that decide which rows are left out.
-    """
-    cards = len(owned)
-    norms = 4 * recipe.training.batch_size * len(recipe.layers) * (cards - 1)
-    return norms + sum(_received(recipe, ids, config, cards) for ids in owned)
-
-
-def _received(recipe: Recipe, ids: list[str], config: PretrainedConfig, cards: int) -> int:
-    rows = recipe.training.batch_size * (cards - 1) // cards
-    return len(_layers(recipe, ids)) * rows * int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
-
-
-def _layers(recipe: Recipe, ids: list[str]) -> set[int]:
-    return {recipe.hook_points[sae_id].layer for sae_id in ids}
-
-
-def _exchange_seconds(
-    recipe: Recipe, owned: list[list[str]], config: PretrainedConfig, card: Card, share: float
-) -> float:
-    """Until the card that receives the most has it."""
-    busiest = max(_received(recipe, ids, config, len(owned)) for ids in owned)
-    link = card.link_gb_s if len(owned) <= _MACHINE else min(card.link_gb_s, _NETWORK_GB_S)
-    return busiest / (link * 1e9 * share)
-
-
 def _evened_out(recipe: Recipe, seconds: Mapping[str, Sequence[float]], gpus: int) -> list[float]:
     """Seconds from end to end: all work shared evenly, but nobody does less than one whole batch or its own SAEs.
 
@@ -231,49 +158,27 @@ def window_batches(recipe: Recipe) -> int:
     return max(1, recipe.activations.window_tokens // min(recipe.corpus.batch_tokens, _BATCH_TOKENS))
 
 
-def _roofline(
-    recipe: Recipe, config: PretrainedConfig, size: ModelSize, card: Card
-) -> tuple[list[float], dict[str, Range]]:
-    """Seconds of the truncated forward over one training batch, and of each SAE's step, from the card's peaks."""
-    flops = recipe.training.batch_size * _PADDING * size.flops_per_token
-    forward = [flops / (card.bf16_tflops * 1e12 * share) for share in _LM_SHARE]
-    points = recipe.hook_points.items()
-    return forward, {sae_id: _step_seconds(recipe, point, config.hidden_size, card) for sae_id, point in points}
+def _held(recipe: Recipe, cards: int) -> list[list[Piece]]:
+    return [[(sae_id, recipe.hook_points[sae_id].dict_size) for sae_id in ids] for ids in owners(recipe, cards)]
 
 
-def _timed(recipe: Recipe, config: PretrainedConfig, measured: Measured) -> tuple[list[float], dict[str, Range]]:
-    """The same from measured times."""
-    positions = recipe.training.batch_size * _PADDING
-    forward = positions * measured.lm_seconds(layer_kinds(config)[: recipe.layers[-1] + 1])
-    steps = measured.step_seconds.items()
-    return [forward * factor for factor in _AROUND], {
-        sae_id: (seconds * _AROUND[0], seconds * _AROUND[1]) for sae_id, seconds in steps
-    }
+def _piece_seconds(
+    recipe: Recipe, piece: Piece, config: PretrainedConfig, card: Card, measured: Measured | None
+) -> Range:
+    """One step of a piece of an SAE: by the roofline, or its share of a measured step."""
+    sae_id, latents = piece
+    point = recipe.hook_points[sae_id]
+    if measured is None:
+        return step_seconds(recipe, point, config.hidden_size, card, latents)
+    return _around(measured.step_seconds[sae_id] * latents / point.dict_size)
 
 
-def _step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card) -> Range:
-    """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser.
-
-    Where many latents are active the tail uses three more dense products instead of gathers.
-    """
-    batch = recipe.training.batch_size
-    dense = point.k / point.dict_size > DENSE_SHARE
-    product = 2 * batch * hidden * point.dict_size * (4 if dense else 1)
-    preactivations = 2 * batch * point.dict_size * 2
-    gathers = 0 if dense else 5 * batch * point.k * hidden * 2
-    optimiser = 2 * point.dict_size * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
-    traffic = preactivations + gathers + optimiser
-    cautious, optimistic = (
-        product / (card.bf16_tflops * 1e12 * products) + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
-        for products, bandwidth in zip(_PRODUCT_SHARE, _TRAFFIC_SHARE, strict=True)
-    )
-    return cautious, optimistic
+def _around(seconds: float) -> Range:
+    return seconds * _AROUND[0], seconds * _AROUND[1]
 
 
-def _card(gpu: str) -> Card:
-    if gpu.lower() not in GPUS:
-        raise RecipeError(f"--gpu {gpu} is unknown; one of {', '.join(GPUS)}")
-    return GPUS[gpu.lower()]
+def _kinds(recipe: Recipe, config: PretrainedConfig) -> tuple[Kind, ...]:
+    return layer_kinds(config)[: recipe.layers[-1] + 1]
 
 
 def _card_like(measured: Measured) -> Card:
@@ -283,7 +188,7 @@ def _card_like(measured: Measured) -> Card:
         measured.memory_bytes / GIB,
         measured.product_tflops,
         measured.traffic_tb_s,
-        known.link_gb_s if known else _NETWORK_GB_S,
+        known.link_gb_s if known else NETWORK_GB_S,
         known.usd_per_hour if known else None,
     )
 
@@ -297,27 +202,23 @@ def _rates(measured: Measured, config: PretrainedConfig, size: ModelSize) -> dic
     }
 
 
-def _moment_bytes(recipe: Recipe) -> int:
-    return 4 if recipe.training.moments == "float32" else 2
-
-
 def memory_needs(
-    recipe: Recipe, config: PretrainedConfig, parameters: int, owned: list[list[str]], process: int | None = None
+    recipe: Recipe, config: PretrainedConfig, parameters: int, held: Held, process: int | None = None
 ) -> dict[str, int]:
     """Bytes of each component on the card that owns the most, at its fullest moment.
 
     Args:
         parameters: Of the truncated language model.
-        owned: SAEs per card.
+        held: What each card holds of the SAEs.
         process: On a CPU, what the process itself takes; None means a GPU.
     """
     training, hidden, cpu = recipe.training, config.hidden_size, process is not None
     width = pick_dtype(recipe.lm, config).itemsize
-    fullest = max(owned, key=lambda ids: sum(recipe.hook_points[sae_id].dict_size for sae_id in ids))
-    sizes = [recipe.hook_points[sae_id].dict_size for sae_id in fullest]
-    layers, cards = len(_layers(recipe, fullest)), len(owned)
+    fullest = max(held, key=lambda pieces: sum(latents for _, latents in pieces))
+    sizes = [latents for _, latents in fullest]
+    layers, cards = len(layers_of(recipe, fullest)), len(held)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
-    trained = weights * (4 + 2 * _moment_bytes(recipe))
+    trained = weights * (4 + 2 * moment_bytes(recipe))
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     row = hidden * width
