@@ -12,15 +12,15 @@ the most SAEs allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PretrainedConfig, Qwen3_5MoeTextConfig
 
-from qwenscope.calibration import Measured
+from qwenscope.calibration import BATCH_POSITIONS, PADDING, Measured, batches_of
 from qwenscope.errors import ModelError
-from qwenscope.lm.load import Kind, check_hook_points, layer_kinds, load_config, pick_dtype
+from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
 from qwenscope.recipe import Recipe
 from qwenscope.roofline import (
     GPUS,
@@ -34,9 +34,9 @@ from qwenscope.roofline import (
     find_card,
     layers_of,
     model_size,
-    moment_bytes,
     position_seconds,
     step_seconds,
+    trained_bytes,
 )
 from qwenscope.training.parallel import owners
 
@@ -44,9 +44,12 @@ GIB = 1 << 30
 Held = Sequence[Sequence[Piece]]
 """What each card holds."""
 
-_AROUND: Range = (1.25, 0.95)  # of measured times: gathers, logs, checkpoints and more dead latents come on top of them
-_PADDING = 1.05  # positions per token in length-bucketed batches of real conversations
-_BATCH_TOKENS = 10_000  # of a language-model batch of real conversations (corpus/batches.py)
+_AROUND: Range = (1.1, 0.95)  # of measured times: gathers, logs and checkpoints come on top of them
+_FLOAT32_SHARE = 1 / 16  # of a card's bf16 rate
+_LOAD_SECONDS: Range = (1.5, 0.5)  # config, tokenizer, building; a probe of the model; the folder
+_READ_BYTES: Range = (5e8, 3e9)  # per second, of weights on a disk
+_SAVE_SECONDS: Range = (0.5, 0.1)
+_WRITE_BYTES: Range = (2e8, 1e9)  # with their checksums
 _RESERVE = 0.92  # share of a card's memory that a run can really use
 
 
@@ -79,21 +82,12 @@ def plan(
     config = read_config(recipe)
     size = model_size(config, recipe.layers[-1] + 1)
     held = _held(recipe, gpus)
-    position = (
-        position_seconds(size, card) if measured is None else _around(measured.lm_seconds(_kinds(recipe, config)))
-    )
-    steps = [[_piece_seconds(recipe, piece, config, card, measured) for piece in pieces] for pieces in held]
-    seconds: dict[str, Sequence[float]] = {
-        "language_model": [recipe.training.batch_size * _PADDING * value for value in position],
-        "saes": [sum(step[end] for card_steps in steps for step in card_steps) for end in (0, 1)],
-        "saes_of_busiest_card": [max(sum(step[end] for step in card_steps) for card_steps in steps) for end in (0, 1)],
-        "exchange": exchange_seconds(recipe, held, config, card),
-        "corpus": [recipe.training.batch_size * measured.corpus_seconds if measured else 0.0] * 2,
-    }
-    seconds["step"] = _evened_out(recipe, seconds, gpus)
-    rates = [recipe.training.batch_size / value for value in seconds["step"]]
+    parts = _Parts(recipe, config, size, card, held, measured)
+    seconds = parts.per_step()
     length = tokens or recipe.training.tokens
-    hours = [length / rate / 3600 for rate in reversed(rates)]
+    once = parts.once(length, seconds)
+    rates = [recipe.training.batch_size / value for value in seconds["step"]]
+    hours = [(length / rates[end] + sum(part[end] for part in once.values())) / 3600 for end in (1, 0)]
     process = measured.process_bytes if measured and measured.device == "cpu" else None
 
     def needs(changed: Recipe) -> dict[str, int]:
@@ -113,9 +107,10 @@ def plan(
         "fits": sum(memory.values()) <= room,
         "owners": [[sae_id for sae_id, _ in pieces] for pieces in held],
         "seconds_per_step": seconds,
+        "seconds_once": once,
         "bytes_per_step": bytes_moved(recipe, held, config),
         "tokens_per_second": [round(rate) for rate in rates],
-        "hours": [round(value, 2) for value in hours],
+        "hours": [round(value, 4) for value in hours],
         "cost_usd": cost and [round(value, 2) for value in cost],
         "advice": _advice(recipe, needs, room, gpus),
     }
@@ -138,47 +133,126 @@ def read_config(recipe: Recipe) -> PretrainedConfig:
     return config
 
 
-def _evened_out(recipe: Recipe, seconds: Mapping[str, Sequence[float]], gpus: int) -> list[float]:
-    """Seconds from end to end: all work shared evenly, but nobody does less than one whole batch or its own SAEs.
+@dataclass(frozen=True)
+class _Parts:
+    """What the parts of a run take, each (cautious, optimistic), by the roofline or from measured times."""
 
-    The cautious end lets every card wait for one more batch (the bound of dealing the largest first).
-    """
-    batches = window_batches(recipe)
-    ends = []
-    for end in (0, 1):
-        forward, steps = seconds["language_model"][end], seconds["saes"][end]
-        even, one_batch = (forward + steps) / gpus, forward / batches
-        even = max(even, one_batch) if end else even + one_batch * (1 - 1 / gpus)
-        ends.append(max(even, seconds["saes_of_busiest_card"][end]) + seconds["exchange"][end] + seconds["corpus"][end])
-    return ends
+    recipe: Recipe
+    config: PretrainedConfig
+    size: ModelSize
+    card: Card
+    held: Held
+    measured: Measured | None
 
+    def per_step(self) -> dict[str, Range]:
+        """Seconds per batch of `training.batch_size` rows."""
+        recipe, measured = self.recipe, self.measured
+        if measured is None:
+            padding, position = PADDING, position_seconds(self.size, self.card)
+        else:
+            padding = measured.batches.padding
+            position = _around(measured.lm_seconds(layer_kinds(self.config)[: self.size.layers]))
+        saes = [_sum(self._piece_seconds(piece) for piece in pieces) for pieces in self.held]
+        corpus = recipe.training.batch_size * (measured.corpus_seconds if measured else 0.0)
+        seconds = {
+            "language_model": _times(position, recipe.training.batch_size * padding),
+            "saes": _sum(saes),
+            "saes_of_busiest_card": (max(cautious for cautious, _ in saes), max(optimistic for _, optimistic in saes)),
+            "exchange": exchange_seconds(recipe, self.held, self.config, self.card),
+            "corpus": (corpus, corpus),
+        }
+        return seconds | {"step": (self._end_to_end(seconds, 0), self._end_to_end(seconds, 1))}
 
-def window_batches(recipe: Recipe) -> int:
-    """Language-model batches of one window of real conversations."""
-    return max(1, recipe.activations.window_tokens // min(recipe.corpus.batch_tokens, _BATCH_TOKENS))
+    def once(self, tokens: int, seconds: Mapping[str, Range]) -> dict[str, Range]:
+        """Seconds of what a run of `tokens` does once, before its first step, after its last, or in part windows."""
+        recipe, window = self.recipe, self.recipe.activations.window_tokens
+        read = self.size.parameters * pick_dtype(recipe.lm, self.config).itemsize
+        saved = max(sum(self._trained_bytes(piece) for piece in pieces) for pieces in self.held)
+        batch = recipe.training.batch_size
+        harvest = _sum([_times(seconds["language_model"], 1 / len(self.held)), seconds["corpus"]])
+        unused = _times(harvest, (-tokens % window) / batch)  # the last window is harvested whole
+        hidden = seconds["saes_of_busiest_card"] if seconds["saes_of_busiest_card"] < harvest else harvest
+        alone = _times(hidden, min(tokens, window) / batch if self._side_by_side else 0.0)  # nothing runs beside it
+        return {
+            "load_model": (_LOAD_SECONDS[0] + read / _READ_BYTES[0], _LOAD_SECONDS[1] + read / _READ_BYTES[1]),
+            "calibration": self._calibration(),
+            "part_windows": _sum([unused, alone]),
+            "last_save": (_SAVE_SECONDS[0] + saved / _WRITE_BYTES[0], _SAVE_SECONDS[1] + saved / _WRITE_BYTES[1]),
+        }
+
+    @property
+    def batches(self) -> int:
+        """Of the language model, per window."""
+        return self.measured.batches.count if self.measured else batches_of(self.recipe).count
+
+    @property
+    def _side_by_side(self) -> bool:
+        """Whether a window is harvested while SAEs train on the one before, at no cost to either: on spare cores. On
+        one GPU both share what there is.
+        """
+        overlap = _overlap(self.recipe)
+        return overlap and self.measured is not None and self.measured.lanes >= 2 * len(self.held)
+
+    def _end_to_end(self, seconds: Mapping[str, Range], end: int) -> float:
+        """One step: all work shared evenly, but nobody does less than one whole batch or its own SAEs.
+
+        The cautious end lets every card wait for one more batch (the bound of dealing the largest first).
+        """
+        cards = len(self.held)
+        forward, steps, busiest, exchange, corpus = (
+            seconds[part][end] for part in ("language_model", "saes", "saes_of_busiest_card", "exchange", "corpus")
+        )
+        one_batch = forward / self.batches
+        even = (forward if self._side_by_side else forward + steps) / cards
+        even = max(even, one_batch) if end else even + one_batch * (1 - 1 / cards)
+        if self._side_by_side:
+            return max(even + exchange + corpus, busiest)
+        return max(even, busiest) + exchange + corpus
+
+    def _piece_seconds(self, piece: Piece) -> Range:
+        """One step of a piece of an SAE."""
+        sae_id, latents = piece
+        point = self.recipe.hook_points[sae_id]
+        if self.measured is None:
+            return step_seconds(self.recipe, point, self.config.hidden_size, self.card, latents)
+        dead, alive = self.measured.step_seconds[sae_id]
+        share = latents / point.dict_size
+        return dead * share * _AROUND[0], alive * share * _AROUND[1]
+
+    def _calibration(self) -> Range:
+        """Of the card that owns the most."""
+        rows = min(self.recipe.training.calibration_tokens, self.recipe.activations.window_tokens)
+        if self.measured is None:
+            flops = (
+                max(sum(latents for _, latents in pieces) for pieces in self.held) * 2 * rows * self.config.hidden_size
+            )
+            return _times((4.0, 1.0), flops / (self.card.bf16_tflops * 1e12 * _FLOAT32_SHARE))
+        per_row = self.measured.calibration_seconds
+        return _around(rows * max(sum(per_row[sae_id] for sae_id, _ in pieces) for pieces in self.held))
+
+    def _trained_bytes(self, piece: Piece) -> int:
+        return trained_bytes(self.recipe, piece[1], self.config.hidden_size)
 
 
 def _held(recipe: Recipe, cards: int) -> list[list[Piece]]:
     return [[(sae_id, recipe.hook_points[sae_id].dict_size) for sae_id in ids] for ids in owners(recipe, cards)]
 
 
-def _piece_seconds(
-    recipe: Recipe, piece: Piece, config: PretrainedConfig, card: Card, measured: Measured | None
-) -> Range:
-    """One step of a piece of an SAE: by the roofline, or its share of a measured step."""
-    sae_id, latents = piece
-    point = recipe.hook_points[sae_id]
-    if measured is None:
-        return step_seconds(recipe, point, config.hidden_size, card, latents)
-    return _around(measured.step_seconds[sae_id] * latents / point.dict_size)
+def _overlap(recipe: Recipe) -> bool:
+    return bool(getattr(recipe.activations, "overlap", False))
 
 
 def _around(seconds: float) -> Range:
-    return seconds * _AROUND[0], seconds * _AROUND[1]
+    return _times(_AROUND, seconds)
 
 
-def _kinds(recipe: Recipe, config: PretrainedConfig) -> tuple[Kind, ...]:
-    return layer_kinds(config)[: recipe.layers[-1] + 1]
+def _times(seconds: Range, factor: float) -> Range:
+    return seconds[0] * factor, seconds[1] * factor
+
+
+def _sum(parts: Iterable[Range]) -> Range:
+    cautious, optimistic = zip((0.0, 0.0), *parts, strict=True)
+    return sum(cautious), sum(optimistic)
 
 
 def _card_like(measured: Measured) -> Card:
@@ -218,7 +292,7 @@ def memory_needs(
     sizes = [latents for _, latents in fullest]
     layers, cards = len(layers_of(recipe, fullest)), len(held)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
-    trained = weights * (4 + 2 * moment_bytes(recipe))
+    trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     row = hidden * width
@@ -226,7 +300,9 @@ def memory_needs(
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
         "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
         # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
-        "windows": window * row * (layers + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)),
+        "windows": window
+        * row
+        * (layers * (2 if _overlap(recipe) else 1) + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)),
         "saes": trained + shadows[training.precision],
         # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
         "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
@@ -272,9 +348,9 @@ def _advice(recipe: Recipe, needs: Callable[[Recipe], dict[str, int]], room: flo
 
 
 def _feeding(recipe: Recipe, gpus: int) -> list[str]:
-    if gpus == 1 or (batches := window_batches(recipe)) >= 2 * gpus:
+    if gpus == 1 or (batches := batches_of(recipe).count) >= 2 * gpus:
         return []
-    window = 4 * gpus * min(recipe.corpus.batch_tokens, _BATCH_TOKENS)
+    window = 4 * gpus * min(recipe.corpus.batch_tokens, BATCH_POSITIONS)
     return [
         f"a window holds about {batches} language-model batches for {gpus} cards: "
         f"--set activations.window_tokens={1 << (window - 1).bit_length()} shares them evenly"

@@ -129,7 +129,7 @@ def step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card, late
     product = 2 * batch * hidden * held * (4 if dense else 1)
     preactivations = 2 * batch * held * 2
     gathers = 0.0 if dense else 5 * batch * active * hidden * 2
-    optimiser = 2 * held * hidden * (2 * 4 + 4 * moment_bytes(recipe) + 2)
+    optimiser = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
     traffic = preactivations + gathers + optimiser
     told = shard_bytes(recipe, point, hidden, held) / (card.link_gb_s * 1e9)
     cautious, optimistic = (
@@ -148,8 +148,12 @@ def shard_bytes(recipe: Recipe, point: HookPoint, hidden: int, latents: int) -> 
     return (shards - 1) * batch * point.k * 4 + 2 * (shards - 1) / shards * batch * hidden * 4
 
 
-def moment_bytes(recipe: Recipe) -> int:
-    """Of one value of Adam's moments."""
+def trained_bytes(recipe: Recipe, latents: int, hidden: int) -> int:
+    """Both matrices of that many latents with their moments: what a checkpoint holds."""
+    return 2 * latents * hidden * (4 + 2 * _moment_bytes(recipe))
+
+
+def _moment_bytes(recipe: Recipe) -> int:
     return 4 if recipe.training.moments == "float32" else 2
 
 
