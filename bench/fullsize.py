@@ -41,8 +41,8 @@ from qwenscope.doctor import examine
 from qwenscope.lm.load import LanguageModel, cut_config, decoder_layers, layer_kinds, pick_dtype
 from qwenscope.lm.placement import pick_devices
 from qwenscope.lm.standin import standin_config
-from qwenscope.plan import GPUS, model_size
 from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.roofline import GPUS, model_size
 from qwenscope.training.building import build_trainer
 from qwenscope.training.trainer import SAETrainer
 

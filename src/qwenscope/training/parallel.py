@@ -24,15 +24,12 @@ from qwenscope.activations.division import Division
 from qwenscope.errors import RecipeError, ResourceError
 from qwenscope.lm.load import LanguageModel
 from qwenscope.ranks import ALONE, Group, told
-from qwenscope.recipe import HookPoint, Recipe
+from qwenscope.recipe import Recipe
+from qwenscope.roofline import GPUS, position_seconds, size_of, step_seconds
 from qwenscope.training.shards import Piece, Shard, cut
 
 _PATIENCE = timedelta(minutes=30)  # for one collective: ranks load the model and write checkpoints at unlike speed
 _PULSE_SECONDS = 0.25
-
-# A card to weigh harvesting against SAE steps with; only their ratio matters, and only to who waits for whom.
-_FORWARD_FLOPS, _PRODUCT_FLOPS = 3.5e14, 7.9e14
-_MEMORY_BYTES, _CACHE_BYTES = 3e12, 5e12  # per second
 
 
 def launched() -> bool:
@@ -115,37 +112,18 @@ def shards(recipe: Recipe, group: Group) -> dict[str, Shard]:
 
 def divide(recipe: Recipe, lm: LanguageModel, group: Group) -> Division:
     """Who owns which rows, and how busy each rank is with its SAEs: one with more to do there harvests less."""
-    position = 2 * _active_parameters(lm) / _FORWARD_FLOPS
+    card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
+    position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
     steps = recipe.activations.window_tokens / recipe.training.batch_size
     owned, points = owners(recipe, group.size), recipe.hook_points
+
+    def seconds(piece: Piece) -> float:
+        return sum(step_seconds(recipe, points[piece.sae_id], lm.hidden_dim, card, piece.latents))
+
     return Division(
         group,
         tuple(tuple(sorted({points[piece.sae_id].layer for piece in held})) for held in owned),
-        tuple(
-            steps
-            * sum(step_seconds(recipe, points[piece.sae_id], piece.latents, lm.hidden_dim) for piece in held)
-            / position
-            for held in owned
-        ),
-    )
-
-
-def step_seconds(recipe: Recipe, point: HookPoint, n: int, hidden: int) -> float:
-    """One sparse step over n latents by a roofline: encoder product, selection, optimiser, three gathers of rows."""
-    batch = recipe.training.batch_size
-    product = 2 * batch * hidden * n / _PRODUCT_FLOPS
-    traffic = (6 * batch * n + 36 * n * hidden) / _MEMORY_BYTES
-    return product + traffic + 6 * batch * point.k * hidden / _CACHE_BYTES
-
-
-def _active_parameters(lm: LanguageModel) -> float:
-    """Weights that one token is multiplied with: of a mixture of experts, the routed share."""
-    config = lm.model.config
-    routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
-    return sum(
-        weight.numel() * (routed if ".experts." in name else 1)
-        for name, weight in lm.model.named_parameters()
-        if weight.ndim >= 2 and "embed" not in name
+        tuple(steps * sum(map(seconds, held)) / position for held in owned),
     )
 
 
