@@ -18,6 +18,7 @@ from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import load_language_model
 from qwenscope.plan import GIB, GPUS, memory_needs, model_size, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.training.parallel import owners
 
 PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
 
@@ -197,7 +198,7 @@ class LiveBytes(TorchDispatchMode):
 def test_activation_memory_is_what_a_forward_pass_holds_at_once() -> None:
     recipe = load_recipe("standin", ["corpus.batch_tokens=1024"])
     lm = load_language_model(recipe.lm, last_layer=recipe.layers[-1])
-    needs = memory_needs(recipe, lm.model.config, 0, [list(recipe.hook_points)], process=0)
+    needs = memory_needs(recipe, lm.model.config, 0, owners(recipe, 1), process=0)
     with LiveBytes(lm.model) as live:
         residual_streams(lm, torch.zeros(2, 512, dtype=torch.int64), recipe.layers)
     assert needs["language_model_activations"] == pytest.approx(live.peak, rel=0.1)

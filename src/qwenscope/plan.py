@@ -26,10 +26,13 @@ from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_c
 from qwenscope.recipe import HookPoint, Recipe
 from qwenscope.training.gradients import DENSE_SHARE
 from qwenscope.training.parallel import owners
+from qwenscope.training.shards import Piece
 
 GIB = 1 << 30
 Range = tuple[float, float]
 """(cautious, optimistic)"""
+Owned = list[list[Piece]]
+"""SAEs, or latents of them, per card."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,10 @@ def plan(
     seconds = {
         "language_model": lm_seconds,
         "saes": [sum(step[end] for step in steps.values()) for end in (0, 1)],
-        "saes_of_busiest_card": [max(sum(steps[sae_id][end] for sae_id in ids) for ids in owned) for end in (0, 1)],
+        "saes_of_busiest_card": [
+            max(sum(steps[p.sae_id][end] * p.latents / p.dict_size for p in pieces) for pieces in owned)
+            for end in (0, 1)
+        ],
         "exchange": [_exchange_seconds(recipe, owned, config, card, share) for share in _LINK_SHARE],
         "corpus": [recipe.training.batch_size * measured.corpus_seconds if measured else 0.0] * 2,
     }
@@ -127,7 +133,7 @@ def plan(
         "memory_total_bytes": sum(memory.values()),
         "memory_card_bytes": int(card.memory_gib * GIB),
         "fits": sum(memory.values()) <= room,
-        "owners": owned,
+        "owners": [[piece.stem for piece in pieces] for pieces in owned],
         "seconds_per_step": seconds,
         "bytes_per_step": bytes_moved(recipe, owned, config),
         "tokens_per_second": [round(rate) for rate in rates],
@@ -184,29 +190,27 @@ def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
     return ModelSize(layers, int(parameters), int(active), int(2 * active + 8 * delta_layers * state))
 
 
-def bytes_moved(recipe: Recipe, owned: list[list[str]], config: PretrainedConfig) -> int:
+def bytes_moved(recipe: Recipe, owned: Owned, config: PretrainedConfig) -> int:
     """Bytes that all cards together send per step: rows that their owner did not harvest, and four bytes per token and
     hook point to everyone else, the norms that decide which rows are left out.
     """
     cards = len(owned)
     norms = 4 * recipe.training.batch_size * len(recipe.layers) * (cards - 1)
-    return norms + sum(_received(recipe, ids, config, cards) for ids in owned)
+    return norms + sum(_received(recipe, pieces, config, cards) for pieces in owned)
 
 
-def _received(recipe: Recipe, ids: list[str], config: PretrainedConfig, cards: int) -> int:
+def _received(recipe: Recipe, pieces: list[Piece], config: PretrainedConfig, cards: int) -> int:
     rows = recipe.training.batch_size * (cards - 1) // cards
-    return len(_layers(recipe, ids)) * rows * int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
+    return len(_layers(recipe, pieces)) * rows * int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
 
 
-def _layers(recipe: Recipe, ids: list[str]) -> set[int]:
-    return {recipe.hook_points[sae_id].layer for sae_id in ids}
+def _layers(recipe: Recipe, pieces: list[Piece]) -> set[int]:
+    return {recipe.hook_points[piece.sae_id].layer for piece in pieces}
 
 
-def _exchange_seconds(
-    recipe: Recipe, owned: list[list[str]], config: PretrainedConfig, card: Card, share: float
-) -> float:
+def _exchange_seconds(recipe: Recipe, owned: Owned, config: PretrainedConfig, card: Card, share: float) -> float:
     """Until the card that receives the most has it."""
-    busiest = max(_received(recipe, ids, config, len(owned)) for ids in owned)
+    busiest = max(_received(recipe, pieces, config, len(owned)) for pieces in owned)
     link = card.link_gb_s if len(owned) <= _MACHINE else min(card.link_gb_s, _NETWORK_GB_S)
     return busiest / (link * 1e9 * share)
 
@@ -302,19 +306,19 @@ def _moment_bytes(recipe: Recipe) -> int:
 
 
 def memory_needs(
-    recipe: Recipe, config: PretrainedConfig, parameters: int, owned: list[list[str]], process: int | None = None
+    recipe: Recipe, config: PretrainedConfig, parameters: int, owned: Owned, process: int | None = None
 ) -> dict[str, int]:
     """Bytes of each component on the card that owns the most, at its fullest moment.
 
     Args:
         parameters: Of the truncated language model.
-        owned: SAEs per card.
+        owned: SAEs, or latents of them, per card.
         process: On a CPU, what the process itself takes; None means a GPU.
     """
     training, hidden, cpu = recipe.training, config.hidden_size, process is not None
     width = pick_dtype(recipe.lm, config).itemsize
-    fullest = max(owned, key=lambda ids: sum(recipe.hook_points[sae_id].dict_size for sae_id in ids))
-    sizes = [recipe.hook_points[sae_id].dict_size for sae_id in fullest]
+    fullest = max(owned, key=lambda pieces: sum(piece.latents for piece in pieces))
+    sizes = [piece.latents for piece in fullest]
     layers, cards = len(_layers(recipe, fullest)), len(owned)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
     trained = weights * (4 + 2 * _moment_bytes(recipe))

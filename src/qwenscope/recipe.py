@@ -173,6 +173,8 @@ class TrainingRecipe(_Node):
     """Gradient norm above which the gradient is scaled down; null never clips."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Storage of Adam's moments."""
+    latents_per_rank: Annotated[int, Field(ge=64)] | None = None
+    """Under torchrun, an SAE with more latents is spread over as many ranks as it takes; null never spreads one."""
 
 
 class CheckpointRecipe(_Node):

@@ -175,7 +175,7 @@ def test_windows_in_memory(
     monkeypatch.setattr(HARVEST, watched)
     drain(Windows(lm, ListStream(CORPUS), recipe(overlap=overlap, tokens=TOKENS)), 100)
     assert len(counts) > 3
-    assert max(counts) == int(overlap)
+    assert max(counts) <= int(overlap)
 
 
 def test_bad_input_is_named(lm: LanguageModel, recipe: MakeRecipe) -> None:

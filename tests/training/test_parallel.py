@@ -22,7 +22,7 @@ from qwenscope.errors import FormatError, RecipeError, ResourceError
 from qwenscope.ranks import Group
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training import checkpoint
-from qwenscope.training.parallel import deal, joined, owners, step_seconds
+from qwenscope.training.parallel import joined, owners, step_seconds
 
 HIDDEN, FLOAT = 32, 4
 TOKENS = STEPS * BATCH - 10
@@ -82,7 +82,7 @@ def test_each_batch_runs_on_one_rank_and_each_token_is_used_once(runs: dict[int,
 def test_bytes_sent_are_what_the_documentation_says(runs: dict[int, Run], size: int) -> None:
     """docs/scaling.md: rows go to each owner but the rank they are on, norms of all tokens to all other ranks."""
     layers = {"sae_delta": 1, "sae_attn": 3, "sae_delta_small": 1}
-    owned = [len({layers[name] for name in names}) for names in owners(three_saes(Path("model")), size)]
+    owned = [len({layers[piece.sae_id] for piece in held}) for held in owners(three_saes(Path("model")), size)]
     did = runs[size].did
     harvested = did[0]["harvested"]
     assert len(did[0]["tokens"]) <= sum(harvested) <= did[0]["read"]
@@ -184,18 +184,21 @@ def test_a_window_that_one_rank_fails_to_write_does_not_exist(
 def test_the_published_nine_are_balanced_over_two_to_eight_ranks() -> None:
     recipe = load_recipe("qwen3.5-35b-a3b")
     for size in (2, 3, 4, 8):
-        weights = [sum(recipe.hook_points[name].dict_size for name in names) for names in owners(recipe, size)]
+        weights = [sum(piece.latents for piece in held) for held in owners(recipe, size)]
         assert sum(weights) == 2 * 8192 + 7 * 16384
         assert max(weights) <= 1.15 * sum(weights) / size
     assert max(weights) == min(weights)
-    assert sorted(name for names in owners(recipe, 4) for name in names) == sorted(recipe.hook_points)
+    assert sorted(piece.stem for held in owners(recipe, 4) for piece in held) == sorted(recipe.hook_points)
 
 
 def test_harvest_evens_out_what_saes_do_not() -> None:
     """Four ranks, nine SAEs, windows of made-up conversations: time for SAE steps and language model within 15 %."""
     recipe = load_recipe("qwen3.5-35b-a3b")
     position = 2 * 2.2e9 / 3.5e14  # seconds of one position of the truncated model on a card at 35 % of its peak
-    steps = [sum(step_seconds(recipe, recipe.hook_points[name], 2048) for name in names) for names in owners(recipe, 4)]
+    steps = [
+        sum(step_seconds(recipe, recipe.hook_points[piece.sae_id], piece.latents, 2048) for piece in held)
+        for held in owners(recipe, 4)
+    ]
     assert max(steps) > 1.15 * sum(steps) / 4  # k weighs as much as the dictionary: SAEs alone are uneven
     busy = tuple(seconds * recipe.activations.window_tokens / 4096 / position for seconds in steps)
     draw = np.random.default_rng(5)
@@ -224,9 +227,14 @@ def test_devices_that_ranks_cannot_have_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_dealing_takes_any_number_of_ranks() -> None:
-    assert deal({"a": 3, "b": 2, "c": 2}, 5) == [["a"], ["b"], ["c"], [], []]
-    assert deal({"a": 3, "b": 2, "c": 2}, 2) == [["a"], ["b", "c"]]
-    assert deal({"a": 3, "b": 2}, 1) == [["a", "b"]]
+    recipe = three_saes(Path("model"))  # of 256, 192 and 64 latents
+    delta, attn, small = "sae_delta", "sae_attn", "sae_delta_small"
+    for count, expected in {
+        1: [[delta, attn, small]],
+        2: [[delta], [attn, small]],
+        5: [[delta], [attn], [small], [], []],
+    }.items():
+        assert [[piece.stem for piece in held] for held in owners(recipe, count)] == expected
 
 
 def test_each_layer_has_one_rank_that_speaks_for_it() -> None:
