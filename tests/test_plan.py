@@ -12,12 +12,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, Qwen3_5MoeTextConfig
 
 from qwenscope import calibration
-from qwenscope.calibration import Measured, measurable, measure
+from qwenscope.calibration import Batches, Measured, batches_of, measurable, measure
+from qwenscope.corpus.batches import cut
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import load_language_model
-from qwenscope.plan import GIB, GPUS, memory_needs, model_size, plan, read_config
+from qwenscope.plan import GIB, memory_needs, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.roofline import GPUS, model_size
+from qwenscope.training.parallel import owners
 
 PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
 
@@ -25,12 +28,16 @@ PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
 def measured(recipe: Recipe, **changes: Any) -> Measured:
     values: dict[str, Any] = {
         "device": "cpu",
+        "lanes": 1,
         "memory_bytes": 8 * GIB,
         "process_bytes": GIB // 2,
         "product_tflops": 0.1,
         "traffic_tb_s": 0.02,
+        "batches": Batches(6, (8, 700), 1.04),
         "layer_seconds": {"deltanet": 1e-5, "attention": 5e-6},
-        "step_seconds": dict.fromkeys(recipe.hook_points, 4e-3),
+        "rest_seconds": 1e-6,
+        "step_seconds": dict.fromkeys(recipe.hook_points, (4e-3, 3e-3)),
+        "calibration_seconds": dict.fromkeys(recipe.hook_points, 1e-5),
         "corpus_seconds": 2e-6,
     }
     return Measured(**(values | changes))
@@ -64,8 +71,9 @@ def test_the_published_recipes_fit_141_gb_as_they_are_and_80_gb_as_advised(name:
     for gpu in ("H100", "a100"):
         small = plan(recipe, gpu)
         assert not small["fits"]
-        assert small["advice"][1] == "fits with --set corpus.batch_tokens=8192"  # the recipe's own comment says so too
-        assert plan(load_recipe(name, ["corpus.batch_tokens=8192"]), gpu)["fits"]
+        # the recipe's own comment says so too
+        assert small["advice"][1] == "fits with --set corpus.batch_tokens=8192 --set activations.overlap=false"
+        assert plan(load_recipe(name, ["corpus.batch_tokens=8192", "activations.overlap=false"]), gpu)["fits"]
 
 
 def test_advice_can_be_followed_or_says_that_nothing_helps() -> None:
@@ -77,7 +85,9 @@ def test_advice_can_be_followed_or_says_that_nothing_helps() -> None:
     assert "more memory" in plan(load_recipe("qwen3.5-35b-a3b"), "4090")["advice"][-1]
     assert "lm.device=cuda:0,cuda:1" in plan(load_recipe("qwen3.5-35b-a3b"), "l40s")["advice"][-1]
     spread = load_recipe("qwen3.5-35b-a3b", ["lm.device=cuda:0,cuda:1", "corpus.batch_tokens=8192"])
-    assert plan(spread, "l40s")["advice"][-1] == "fits with --set activations.window_tokens=65536"
+    assert plan(spread, "l40s")["advice"][-1] == (
+        "fits with --set activations.overlap=false --set activations.window_tokens=65536"
+    )
 
 
 def test_ranges_are_ordered_and_add_up() -> None:
@@ -90,9 +100,13 @@ def test_ranges_are_ordered_and_add_up() -> None:
         for cautious, optimistic in report["seconds_per_step"].values():
             assert cautious > optimistic or cautious == optimistic == 0
         assert report["tokens_per_second"][0] == round(4096 / report["seconds_per_step"]["step"][0])
-    assert plan(recipe, "h200", tokens=10_000_000_000)["hours"] == pytest.approx(
-        [50 * hours for hours in plan(recipe, "h200")["hours"]], rel=0.01
-    )
+    one, long = plan(recipe, "h200"), plan(recipe, "h200", tokens=10_000_000_000)
+    for end, once in enumerate((1, 0)):
+        steps, more = (
+            report["hours"][end] * 3600 - sum(part[once] for part in report["seconds_once"].values())
+            for report in (one, long)
+        )
+        assert more == pytest.approx(50 * steps, rel=0.01)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8, 64])
@@ -134,13 +148,21 @@ def test_too_small_a_window_for_many_cards_is_said() -> None:
 def test_a_plan_from_measured_times_is_their_sum() -> None:
     recipe = load_recipe("standin")
     report = plan(recipe, measured=measured(recipe))
-    forward = 512 * 1.05 * (27 * 1e-5 + 9 * 5e-6)  # 36 layers, one in four is attention
-    step, corpus = forward + 9 * 4e-3, 512 * 2e-6
-    assert report["seconds_per_step"]["step"] == pytest.approx([1.25 * step + corpus, 0.95 * step + corpus])
+    forward = 512 * 1.04 * (27 * 1e-5 + 9 * 5e-6 + 1e-6)  # 36 layers, one in four is attention
+    corpus = 512 * 2e-6
+    step = (1.1 * (forward + 9 * 4e-3) + corpus, 0.95 * (forward + 9 * 3e-3) + corpus)
+    assert report["seconds_per_step"]["step"] == pytest.approx(step)
+    once = report["seconds_once"]
+    assert once["calibration"] == pytest.approx([1.1 * 9 * 16384 * 1e-5, 0.95 * 9 * 16384 * 1e-5])
+    unused = -600_000 % 32768  # tokens of the last window that nobody trains on
+    assert once["part_windows"][1] == pytest.approx((0.95 * forward + corpus) / 512 * unused)
+    assert report["hours"][1] * 3600 == pytest.approx(
+        600_000 / 512 * step[0] + sum(cautious for cautious, _ in once.values()), rel=0.01
+    )
     assert (report["gpu"], report["cost_usd"], report["fits"]) == ("cpu", None, True)
     assert report["memory_bytes"]["process"] == GIB // 2
     flops = report["model"]["flops_per_token"]
-    assert report["measured"]["lm_share"] == pytest.approx(flops / (forward / 512 / 1.05) / 0.1e12)
+    assert report["measured"]["lm_share"] == pytest.approx(flops / (forward / 512 / 1.04) / 0.1e12)
     named = plan(recipe, measured=measured(recipe, device="NVIDIA H200", memory_bytes=139 * GIB))
     assert named["cost_usd"] is not None
     assert named["memory_card_bytes"] == 139 * GIB
@@ -149,8 +171,7 @@ def test_a_plan_from_measured_times_is_their_sum() -> None:
 
 def test_every_kind_of_layer_and_every_sae_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_SECONDS", 0.0)
-    monkeypatch.setattr(calibration, "_POSITIONS", 128)
-    recipe = load_recipe("standin", ["corpus.max_length=64", "training.batch_size=32"])
+    recipe = load_recipe("standin", ["corpus.max_length=64", "corpus.batch_tokens=256", "training.batch_size=32"])
     assert measurable(recipe)
     found = measure(recipe, read_config(recipe))
     assert found.device == "cpu"
@@ -159,12 +180,24 @@ def test_every_kind_of_layer_and_every_sae_is_measured(monkeypatch: pytest.Monke
     assert found.step_seconds["sae_delta_early"] == found.step_seconds["sae_attn_early"]
     for value in (
         *found.layer_seconds.values(),
-        *found.step_seconds.values(),
+        *(end for ends in found.step_seconds.values() for end in ends),
+        *found.calibration_seconds.values(),
         found.product_tflops,
         found.traffic_tb_s,
     ):
         assert value > 0
     assert plan(recipe, measured=found)["tokens_per_second"][0] > 0
+
+
+def test_batches_are_those_of_a_window_of_such_conversations() -> None:
+    recipe = load_recipe("standin", ["activations.window_tokens=1000", "corpus.batch_tokens=1024"])
+    drawn = [100, 50] * 6 + [100]  # the same ones again and again, until a window is full
+    rows = [[drawn[member] for member in members] for members in cut(drawn, 1024)]
+    found = batches_of(recipe, [100, 50])
+    assert found.count == len(rows)
+    assert found.padding == sum(len(lengths) * max(lengths) for lengths in rows) / 1000
+    assert found.shape in [(len(lengths), max(lengths)) for lengths in rows]
+    assert batches_of(load_recipe("qwen3.5-35b-a3b")).count == 13  # of about 10,000 positions
 
 
 def test_a_recipe_for_a_gpu_is_measured_only_where_one_is() -> None:
@@ -194,7 +227,7 @@ class LiveBytes(TorchDispatchMode):
 def test_activation_memory_is_what_a_forward_pass_holds_at_once() -> None:
     recipe = load_recipe("standin", ["corpus.batch_tokens=1024"])
     lm = load_language_model(recipe.lm, last_layer=recipe.layers[-1])
-    needs = memory_needs(recipe, lm.model.config, 0, [list(recipe.hook_points)], process=0)
+    needs = memory_needs(recipe, lm.model.config, 0, owners(recipe, 1), process=0)
     with LiveBytes(lm.model) as live:
         residual_streams(lm, torch.zeros(2, 512, dtype=torch.int64), recipe.layers)
     assert needs["language_model_activations"] == pytest.approx(live.peak, rel=0.1)
@@ -218,3 +251,25 @@ def test_a_device_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_wrong_hook_point_is_named_before_anything_is_measured() -> None:
     with pytest.raises(ModelError, match=r"hook_points\.sae_attn_late\.kind"):
         read_config(load_recipe("standin", ["hook_points.sae_attn_late.layer=34"]))
+
+
+def test_an_sae_too_wide_for_one_card_is_spread_by_advice() -> None:
+    recipe = load_recipe("qwen3.5-35b-a3b", ["hook_points.sae_attn_mid.dict_size=2097152"])
+    alone, cards = plan(recipe, "h200"), plan(recipe, "h200", gpus=8)
+    assert not alone["fits"]
+    assert not cards["fits"]
+    assert "latents_per_rank" not in " ".join(alone["advice"])
+    assert cards["advice"][1] == "fits with --set training.latents_per_rank=262144"
+    spread = load_recipe(
+        "qwen3.5-35b-a3b", ["hook_points.sae_attn_mid.dict_size=2097152", "training.latents_per_rank=262144"]
+    )
+    found = plan(spread, "h200", gpus=8)
+    assert found["fits"]
+    assert sorted(stem for stems in found["owners"] for stem in stems if "@" in stem) == sorted(
+        f"sae_attn_mid@{start}-{start + 262144}" for start in range(0, 2097152, 262144)
+    )
+    trained = (2 * 8192 + 6 * 16384 + 2097152) * 2 * 2048 * 12
+    assert found["memory_bytes"]["saes"] < 1.2 * (trained / 8) * 16 / 12
+    assert (
+        found["seconds_per_step"]["saes_of_busiest_card"][0] < cards["seconds_per_step"]["saes_of_busiest_card"][0] / 4
+    )

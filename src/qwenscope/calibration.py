@@ -1,15 +1,17 @@
 """Measure the device at hand for about ten seconds, so that a plan for it rests on what it does.
 
-Timed are the parts that a run consists of, at the recipe's own shapes: one decoder layer of each kind with random
-weights (a run passes each of them many times), one optimiser step of each size of SAE, reading a corpus that is here,
-and for comparison with data sheets one large product and one large copy. Nothing is downloaded.
+Timed are the parts that a run consists of, at the recipe's own shapes: reading a corpus that is here, one decoder layer
+of each kind with random weights on a batch like the run's own (a run passes each of them many times), calibrating each
+size of SAE and one optimiser step of it, and for comparison with data sheets one large product and one large copy.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import psutil
@@ -17,19 +19,36 @@ import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
+from qwenscope.corpus.batches import cut
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import ResourceError
 from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, load_tokenizer, pick_dtype
 from qwenscope.lm.placement import pick_devices
 from qwenscope.recipe import Recipe
+from qwenscope.roofline import Range
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 DEAD_SHARE = 0.1
-"""Share of latents taken for dead while a step is timed: their loss costs, and runs have some."""
-_POSITIONS = 8192  # of the batch that the layers are timed on; batches of real conversations hold about 10,000
-_SECONDS = 1.0  # per timed part, one repetition at least
+"""Of latents, at the cautious end of a step's time: their loss costs, and some runs have so many."""
+BATCH_POSITIONS = 10_000
+"""Of a language-model batch of real conversations (corpus/batches.py)."""
+PADDING = 1.05
+"""Positions per token in such batches."""
+_LENGTH = 1024  # of conversations that nobody has looked at
+_SECONDS = 1.0  # per timed part, two repetitions at least
 _REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The language-model batches of one window."""
+
+    count: int
+    shape: tuple[int, int]
+    """(C, T) of one that is neither large nor small."""
+    padding: float
+    """Positions per token."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +57,28 @@ class Measured:
 
     device: str
     """Its name, such as cpu or NVIDIA H200."""
+    lanes: int
+    """How many processes or threads of work run beside each other without slowing down: 1 on a GPU."""
     memory_bytes: int
     process_bytes: int
     """What the process holds beside a run's tensors: the interpreter, its libraries and their caches. 0 on a GPU."""
     product_tflops: float
     traffic_tb_s: float
+    batches: Batches
     layer_seconds: Mapping[Kind, float]
     """Per position of a batch, by kind of layer."""
-    step_seconds: Mapping[str, float]
-    """Per step, by SAE."""
+    rest_seconds: float
+    """Per position of a batch, of all that is no layer."""
+    step_seconds: Mapping[str, Range]
+    """Per step, by SAE: with a share of dead latents, and with none."""
+    calibration_seconds: Mapping[str, float]
+    """Per row that an SAE is calibrated on."""
     corpus_seconds: float
     """Of reading the corpus, per token, where that holds up the rest."""
 
     def lm_seconds(self, kinds: tuple[Kind, ...]) -> float:
-        """Of the layers `kinds`, per position of a batch."""
-        return sum(self.layer_seconds[kind] for kind in kinds)
+        """Of the layers `kinds` and all around them, per position of a batch."""
+        return self.rest_seconds + sum(self.layer_seconds[kind] for kind in kinds)
 
 
 def measurable(recipe: Recipe) -> bool:
@@ -70,22 +96,29 @@ def measure(recipe: Recipe, config: PretrainedConfig) -> Measured:
     device = pick_devices(recipe.lm.device)[0]
     on_gpu = device.type == "cuda"
     sizes = {(point.dict_size, point.k) for point in recipe.hook_points.values()}
+    lengths, corpus_seconds = _conversations(recipe)
+    batches = batches_of(recipe, lengths)
     try:
-        layers = _layer_seconds(recipe, config, device)
+        layers, rest = _layer_seconds(recipe, config, batches.shape, device)
         steps = {size: _step_seconds(recipe, *size, config.hidden_size, device) for size in sizes}
     except torch.OutOfMemoryError:
         raise ResourceError(
             f"{device} has no room for single layers of {recipe.lm.model}; plan for another card with --gpu NAME"
         ) from None
+    by_sae = {name: steps[point.dict_size, point.k] for name, point in recipe.hook_points.items()}
     return Measured(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        lanes=1 if on_gpu else max(1, (psutil.cpu_count() or 1) // torch.get_num_threads()),
         memory_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total,
         process_bytes=0 if on_gpu else psutil.Process().memory_info().rss,
         product_tflops=product_tflops(device, pick_dtype(recipe.lm, config)),
         traffic_tb_s=_traffic_tb_s(device),
+        batches=batches,
         layer_seconds=layers,
-        step_seconds={name: steps[point.dict_size, point.k] for name, point in recipe.hook_points.items()},
-        corpus_seconds=_corpus_seconds(recipe),
+        rest_seconds=rest,
+        step_seconds={name: step for name, (step, _) in by_sae.items()},
+        calibration_seconds={name: per_row for name, (_, per_row) in by_sae.items()},
+        corpus_seconds=corpus_seconds,
     )
 
 
@@ -96,6 +129,45 @@ def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / _seconds(lambda: a @ a, device) / 1e12
 
 
+def batches_of(recipe: Recipe, lengths: Sequence[int] = ()) -> Batches:
+    """How a window of conversations of such `lengths` is cut; without any, like windows of real conversations."""
+    window, budget = recipe.activations.window_tokens, recipe.corpus.batch_tokens
+    if not lengths:
+        length = min(recipe.corpus.max_length, _LENGTH)
+        positions = min(budget, BATCH_POSITIONS)
+        return Batches(max(1, window // positions), (max(1, positions // length), length), PADDING)
+    drawn: list[int] = []
+    tokens = 0
+    for length in cycle(lengths):
+        if tokens >= window:
+            break
+        drawn.append(length)
+        tokens += length
+    shapes = sorted((len(members), drawn[members[0]]) for members in cut(drawn, budget))
+    by_size = sorted(shapes, key=lambda shape: shape[0] * shape[1])
+    return Batches(len(shapes), by_size[len(by_size) // 2], sum(rows * longest for rows, longest in shapes) / tokens)
+
+
+def _conversations(recipe: Recipe) -> tuple[list[int], float]:
+    """Lengths of conversations of sources on this machine (none where they are elsewhere), and seconds per token of
+    reading them: 0 where other processes read ahead.
+    """
+    generated_or_local = all(
+        source.path or (source.name == "tool_use" and not source.repo) for source in recipe.corpus.sources
+    )
+    if not generated_or_local:
+        return [], 0.0
+    stream = CorpusStream(recipe.corpus, load_tokenizer(recipe.lm), seed=recipe.seed)
+    lengths = [len(conversation.token_ids) for conversation in islice(stream, 1)]  # opens what it reads from
+    began, opened = time.perf_counter(), sum(lengths)
+    while time.perf_counter() - began < _SECONDS and (conversation := next(stream, None)) is not None:
+        lengths.append(len(conversation.token_ids))
+    seconds = time.perf_counter() - began
+    stream.close()
+    tokens = sum(lengths) - opened
+    return lengths, seconds / tokens if tokens and not recipe.corpus.workers else 0.0
+
+
 def _traffic_tb_s(device: torch.device) -> float:
     """Bytes read and written by one large copy, in 10^12 per second."""
     source = torch.zeros(1 << (28 if device.type == "cuda" else 24), device=device)
@@ -104,8 +176,10 @@ def _traffic_tb_s(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _layer_seconds(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> dict[Kind, float]:
-    """Per position of each kind of layer, in the shallowest model that has them all."""
+def _layer_seconds(
+    recipe: Recipe, config: PretrainedConfig, shape: tuple[int, int], device: torch.device
+) -> tuple[dict[Kind, float], float]:
+    """Per position of each kind of layer, and of the rest, in the shallowest model that has all kinds."""
     kinds = layer_kinds(config)[: recipe.layers[-1] + 1]
     depth = 1 + max(kinds.index(kind) for kind in set(kinds))
     with device:
@@ -113,11 +187,10 @@ def _layer_seconds(recipe: Recipe, config: PretrainedConfig, device: torch.devic
             cut_config(config, depth), dtype=pick_dtype(recipe.lm, config)
         )
     model.train(False)
-    length = min(recipe.corpus.max_length, 1024)
-    ids_CT = torch.randint(config.vocab_size, (max(1, _POSITIONS // length), length), device=device)
-    times: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+    ids_CT = torch.randint(config.vocab_size, shape, device=device)
+    layers: list[float] = []  # of all passes, one after the other
 
-    def watch(layer: nn.Module, kind: Kind) -> None:
+    def watch(layer: nn.Module) -> None:
         began = 0.0
 
         def before(_module: nn.Module, _inputs: Any) -> None:
@@ -125,22 +198,26 @@ def _layer_seconds(recipe: Recipe, config: PretrainedConfig, device: torch.devic
             began = _now(device)
 
         def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-            times[kind].append(_now(device) - began)
+            layers.append(_now(device) - began)
 
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
 
-    for layer, kind in zip(decoder_layers(model, depth), kinds, strict=False):
-        watch(layer, kind)
-    model(input_ids=ids_CT, use_cache=False)  # kernels are compiled and caches filled
-    for taken in times.values():
-        taken.clear()
-    _seconds(lambda: model(input_ids=ids_CT, use_cache=False), device)
-    return {kind: min(taken) / ids_CT.numel() for kind, taken in times.items()}
+    for layer in decoder_layers(model, depth):
+        watch(layer)
+    whole = _seconds(lambda: model(input_ids=ids_CT, use_cache=False), device)
+    times: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+    for taken, kind in zip(
+        layers[depth:], cycle(kinds[:depth]), strict=False
+    ):  # in the first pass kernels are compiled
+        times[kind].append(taken)
+    passes = [sum(layers[start : start + depth]) for start in range(depth, len(layers), depth)]
+    positions = ids_CT.numel()
+    return {kind: min(taken) / positions for kind, taken in times.items()}, max(0.0, whole - min(passes)) / positions
 
 
-def _step_seconds(recipe: Recipe, dict_size: int, k: int, hidden: int, device: torch.device) -> float:
-    """Of one trainer's step on random rows, a share of its latents dead."""
+def _step_seconds(recipe: Recipe, dict_size: int, k: int, hidden: int, device: torch.device) -> tuple[Range, float]:
+    """One trainer's step on random rows, with a share of its latents dead and with none; its calibration, per row."""
     training = recipe.training
     trainer = SAETrainer(
         TopKSAE(hidden, dict_size, k, seed=0).to(device),
@@ -152,35 +229,20 @@ def _step_seconds(recipe: Recipe, dict_size: int, k: int, hidden: int, device: t
         clip_norm=training.clip_norm,
         moments=getattr(torch, training.moments),
     )
+    rows_BD = torch.randn(training.batch_size, hidden, device=device)
+    calibration = _seconds(lambda: trainer.calibrate(rows_BD), device) / len(rows_BD)
     dead = slice(0, int(DEAD_SHARE * dict_size))
+    alive = _seconds(lambda: trainer.step(rows_BD), device)
     trainer.weights["encoder_bias"][dead] = -1e3  # out of reach: they stay dead
     trainer.ages.tokens_N[dead] = trainer.ages.dead_after_tokens
-    rows_BD = torch.randn(training.batch_size, hidden, device=device)
-    return _seconds(lambda: trainer.step(rows_BD), device)
-
-
-def _corpus_seconds(recipe: Recipe) -> float:
-    """Per token, of sources on this machine; 0 where they are elsewhere, or other processes read ahead."""
-    generated_or_local = all(
-        source.path or (source.name == "tool_use" and not source.repo) for source in recipe.corpus.sources
-    )
-    if recipe.corpus.workers or not generated_or_local:
-        return 0.0
-    stream = CorpusStream(recipe.corpus, load_tokenizer(recipe.lm), seed=recipe.seed)
-    next(stream, None)  # opens what it reads from
-    tokens, began = 0, time.perf_counter()
-    while time.perf_counter() - began < _SECONDS and (conversation := next(stream, None)) is not None:
-        tokens += len(conversation.token_ids)
-    seconds = time.perf_counter() - began
-    stream.close()
-    return seconds / tokens if tokens else 0.0
+    return (_seconds(lambda: trainer.step(rows_BD), device), alive), calibration
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Least wall time of a call after one to warm up: neighbours on a machine only ever slow it down."""
+    """Least time of a call after one to warm up: neighbours on a machine only ever slow it down."""
     call()
     times: list[float] = []
-    while not times or (sum(times) < _SECONDS and len(times) < _REPEATS):
+    while len(times) < 2 or (sum(times) < _SECONDS and len(times) < _REPEATS):
         began = _now(device)
         call()
         times.append(_now(device) - began)

@@ -1,9 +1,9 @@
 """What a recipe needs and how long it takes, before anyone rents a machine.
 
-A roofline: each part's time is its products at the card's product rate plus its memory traffic at the card's bandwidth.
-For a card that is not here, the rates are stated shares of the data sheet's peaks, a cautious and an optimistic one at
-the ends of each range. The language model is built on the meta device, so its parameters are counted, not guessed.
-`docs/plan.md` compares plans with measurements.
+Parts are priced by `roofline`, or by what `calibration` measured on the device at hand. For a card that is not here,
+the rates are stated shares of the data sheet's peaks, a cautious and an optimistic one at the ends of each range. The
+language model is built on the meta device, so its parameters are counted, not guessed. `docs/plan.md` compares plans
+with measurements.
 
 Several cards (`torchrun`): each runs some of a window's language-model batches and owns some of the SAEs, to which rows
 travel. A card with more SAE steps to do harvests less, so time is evened out as far as whole batches and the card with
@@ -12,60 +12,46 @@ the most SAEs allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
+from transformers import PretrainedConfig, Qwen3_5MoeTextConfig
 
-from qwenscope.calibration import Measured
-from qwenscope.errors import ModelError, RecipeError
-from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config, pick_dtype
-from qwenscope.recipe import HookPoint, Recipe
-from qwenscope.training.gradients import DENSE_SHARE
+from qwenscope.calibration import BATCH_POSITIONS, PADDING, Measured, batches_of
+from qwenscope.errors import ModelError
+from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
+from qwenscope.recipe import Recipe
+from qwenscope.roofline import (
+    GPUS,
+    NETWORK_GB_S,
+    Card,
+    ModelSize,
+    Range,
+    bytes_moved,
+    exchange_seconds,
+    find_card,
+    layers_of,
+    model_size,
+    position_seconds,
+    step_seconds,
+    trained_bytes,
+)
 from qwenscope.training.parallel import owners
+from qwenscope.training.shards import Piece
 
 GIB = 1 << 30
-Range = tuple[float, float]
-"""(cautious, optimistic)"""
+Held = Sequence[Sequence[Piece]]
+"""What each card holds."""
+Change = tuple[str, int | str]
+"""(key of a recipe, value)"""
 
-
-@dataclass(frozen=True)
-class Card:
-    """Peaks of one card, from its data sheet or measured.
-
-    link_gb_s: to the other cards of its machine, one direction. usd_per_hour: span of on-demand prices seen in 2026,
-    for orientation; None where nothing is known.
-    """
-
-    memory_gib: float
-    bf16_tflops: float
-    bandwidth_tb_s: float
-    link_gb_s: float
-    usd_per_hour: Range | None
-
-
-GPUS: dict[str, Card] = {
-    "h200": Card(140, 989, 4.8, 450, (2.3, 5.0)),
-    "h100": Card(79.6, 989, 3.35, 450, (1.8, 4.0)),
-    "b200": Card(179, 2250, 8.0, 900, (3.8, 7.0)),
-    "a100": Card(79.2, 312, 2.0, 300, (1.1, 2.5)),
-    "l40s": Card(45, 362, 0.86, 32, (0.8, 1.9)),
-    "4090": Card(24, 165, 1.0, 32, (0.3, 0.7)),
-}
-
-# Shares of peak: the language model's many small expert products, one large product, memory traffic, links.
-_LM_SHARE: Range = (0.25, 0.45)
-_PRODUCT_SHARE: Range = (0.65, 0.85)
-_TRAFFIC_SHARE: Range = (0.55, 0.85)
-_LINK_SHARE: Range = (0.4, 0.8)
-_AROUND: Range = (1.25, 0.95)  # of measured times: gathers, logs, checkpoints and more dead latents come on top of them
-_MACHINE = 8  # cards that share fast links
-_NETWORK_GB_S = 50.0  # between machines: one adapter of 400 Gbit/s per card
-_PADDING = 1.05  # positions per token in length-bucketed batches of real conversations
-_BATCH_TOKENS = 10_000  # of a language-model batch of real conversations (corpus/batches.py)
+_AROUND: Range = (1.1, 0.95)  # of measured times: gathers, logs and checkpoints come on top of them
+_FLOAT32_SHARE = 1 / 16  # of a card's bf16 rate
+_LOAD_SECONDS: Range = (1.5, 0.5)  # config, tokenizer, building; a probe of the model; the folder
+_READ_BYTES: Range = (5e8, 3e9)  # per second, of weights on a disk
+_SAVE_SECONDS: Range = (0.5, 0.1)
+_WRITE_BYTES: Range = (2e8, 1e9)  # with their checksums
 _RESERVE = 0.92  # share of a card's memory that a run can really use
 
 
@@ -94,26 +80,20 @@ def plan(
         RecipeError: unknown card.
         ModelError: the model's config is not to be had, or lacks a hook point.
     """
-    name, card = (gpu.lower(), _card(gpu)) if measured is None else (measured.device, _card_like(measured))
+    name, card = (gpu.lower(), find_card(gpu)) if measured is None else (measured.device, _card_like(measured))
     config = read_config(recipe)
     size = model_size(config, recipe.layers[-1] + 1)
-    lm_seconds, steps = _roofline(recipe, config, size, card) if measured is None else _timed(recipe, config, measured)
-    owned = owners(recipe, gpus)
-    seconds = {
-        "language_model": lm_seconds,
-        "saes": [sum(step[end] for step in steps.values()) for end in (0, 1)],
-        "saes_of_busiest_card": [max(sum(steps[sae_id][end] for sae_id in ids) for ids in owned) for end in (0, 1)],
-        "exchange": [_exchange_seconds(recipe, owned, config, card, share) for share in _LINK_SHARE],
-        "corpus": [recipe.training.batch_size * measured.corpus_seconds if measured else 0.0] * 2,
-    }
-    seconds["step"] = _evened_out(recipe, seconds, gpus)
-    rates = [recipe.training.batch_size / value for value in seconds["step"]]
+    held = owners(recipe, gpus)
+    parts = _Parts(recipe, config, size, card, held, measured)
+    seconds = parts.per_step()
     length = tokens or recipe.training.tokens
-    hours = [length / rate / 3600 for rate in reversed(rates)]
+    once = parts.once(length, seconds)
+    rates = [recipe.training.batch_size / value for value in seconds["step"]]
+    hours = [(length / rates[end] + sum(part[end] for part in once.values())) / 3600 for end in (1, 0)]
     process = measured.process_bytes if measured and measured.device == "cpu" else None
 
     def needs(changed: Recipe) -> dict[str, int]:
-        return memory_needs(changed, config, size.parameters, owned, process)
+        return memory_needs(changed, config, size.parameters, owners(changed, gpus), process)
 
     memory, room = needs(recipe), card.memory_gib * GIB * _RESERVE
     cost = [h * gpus * price for h, price in zip(hours, card.usd_per_hour, strict=True)] if card.usd_per_hour else None
@@ -127,11 +107,12 @@ def plan(
         "memory_total_bytes": sum(memory.values()),
         "memory_card_bytes": int(card.memory_gib * GIB),
         "fits": sum(memory.values()) <= room,
-        "owners": owned,
+        "owners": [[piece.stem for piece in pieces] for pieces in held],
         "seconds_per_step": seconds,
-        "bytes_per_step": bytes_moved(recipe, owned, config),
+        "seconds_once": once,
+        "bytes_per_step": bytes_moved(recipe, held, config),
         "tokens_per_second": [round(rate) for rate in rates],
-        "hours": [round(value, 2) for value in hours],
+        "hours": [round(value, 4) for value in hours],
         "cost_usd": cost and [round(value, 2) for value in cost],
         "advice": _advice(recipe, needs, room, gpus),
     }
@@ -155,125 +136,115 @@ def read_config(recipe: Recipe) -> PretrainedConfig:
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """Of the truncated language model without LM head."""
+class _Parts:
+    """What the parts of a run take, each (cautious, optimistic), by the roofline or from measured times."""
 
-    layers: int
-    parameters: int
-    active_parameters: int
-    flops_per_token: int
+    recipe: Recipe
+    config: PretrainedConfig
+    size: ModelSize
+    card: Card
+    held: Held
+    measured: Measured | None
 
+    def per_step(self) -> dict[str, Range]:
+        """Seconds per batch of `training.batch_size` rows."""
+        recipe, measured = self.recipe, self.measured
+        if measured is None:
+            padding, position = PADDING, position_seconds(self.size, self.card)
+        else:
+            padding = measured.batches.padding
+            position = _around(measured.lm_seconds(layer_kinds(self.config)[: self.size.layers]))
+        saes = [_sum(self._piece_seconds(piece) for piece in pieces) for pieces in self.held]
+        corpus = recipe.training.batch_size * (measured.corpus_seconds if measured else 0.0)
+        seconds = {
+            "language_model": _times(position, recipe.training.batch_size * padding),
+            "saes": _sum(saes),
+            "saes_of_busiest_card": (max(cautious for cautious, _ in saes), max(optimistic for _, optimistic in saes)),
+            "exchange": exchange_seconds(recipe, self.held, self.config, self.card),
+            "corpus": (corpus, corpus),
+        }
+        return seconds | {"step": (self._end_to_end(seconds, 0), self._end_to_end(seconds, 1))}
 
-def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
-    """Count the first `layers` layers on the meta device: 2 FLOPs per active weight and token, plus the mixers' state.
+    def once(self, tokens: int, seconds: Mapping[str, Range]) -> dict[str, Range]:
+        """Seconds of what a run of `tokens` does once, before its first step, after its last, or in part windows."""
+        recipe, window = self.recipe, self.recipe.activations.window_tokens
+        read = self.size.parameters * pick_dtype(recipe.lm, self.config).itemsize
+        saved = max(sum(self._trained_bytes(piece) for piece in pieces) for pieces in self.held)
+        batch = recipe.training.batch_size
+        harvest = _sum([_times(seconds["language_model"], 1 / len(self.held)), seconds["corpus"]])
+        unused = _times(harvest, (-tokens % window) / batch)  # the last window is harvested whole
+        hidden = seconds["saes_of_busiest_card"] if seconds["saes_of_busiest_card"] < harvest else harvest
+        alone = _times(hidden, min(tokens, window) / batch if self._side_by_side else 0.0)  # nothing runs beside it
+        return {
+            "load_model": (_LOAD_SECONDS[0] + read / _READ_BYTES[0], _LOAD_SECONDS[1] + read / _READ_BYTES[1]),
+            "calibration": self._calibration(),
+            "part_windows": _sum([unused, alone]),
+            "last_save": (_SAVE_SECONDS[0] + saved / _WRITE_BYTES[0], _SAVE_SECONDS[1] + saved / _WRITE_BYTES[1]),
+        }
 
-    Of a mixture of experts only the routed share is active; embeddings are looked up, not multiplied. The length-
-    dependent part of attention is left out: below 1 % at 2,048 tokens.
-    """
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(cut_config(config, layers))  # type: ignore[no-untyped-call]
-    routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
-    parameters = active = 0.0
-    for name, weight in model.named_parameters():
-        parameters += weight.numel()
-        if weight.ndim >= 2 and "embed" not in name:
-            active += weight.numel() * (routed if ".experts." in name else 1)
-    delta_layers = sum(kind == "deltanet" for kind in layer_kinds(config)[:layers])
-    heads = getattr(config, "linear_num_value_heads", 0)
-    state = heads * getattr(config, "linear_key_head_dim", 0) * getattr(config, "linear_value_head_dim", 0)
-    return ModelSize(layers, int(parameters), int(active), int(2 * active + 8 * delta_layers * state))
+    @property
+    def batches(self) -> int:
+        """Of the language model, per window."""
+        return self.measured.batches.count if self.measured else batches_of(self.recipe).count
 
+    @property
+    def _side_by_side(self) -> bool:
+        """Whether a window is harvested while SAEs train on the one before, at no cost to either: on spare cores. On
+        one GPU both share what there is.
+        """
+        spare = self.measured is not None and self.measured.lanes >= 2 * len(self.held)
+        return self.recipe.activations.overlap and spare
 
-def bytes_moved(recipe: Recipe, owned: list[list[str]], config: PretrainedConfig) -> int:
-    """Bytes that all cards together send per step: rows that their owner did not harvest, and four bytes per token and
-    hook point to everyone else, the norms that decide which rows are left out.
-    """
-    cards = len(owned)
-    norms = 4 * recipe.training.batch_size * len(recipe.layers) * (cards - 1)
-    return norms + sum(_received(recipe, ids, config, cards) for ids in owned)
+    def _end_to_end(self, seconds: Mapping[str, Range], end: int) -> float:
+        """One step: all work shared evenly, but nobody does less than one whole batch or its own SAEs.
 
+        The cautious end lets every card wait for one more batch (the bound of dealing the largest first).
+        """
+        cards = len(self.held)
+        forward, steps, busiest, exchange, corpus = (
+            seconds[part][end] for part in ("language_model", "saes", "saes_of_busiest_card", "exchange", "corpus")
+        )
+        one_batch = forward / self.batches
+        even = (forward if self._side_by_side else forward + steps) / cards
+        even = max(even, one_batch) if end else even + one_batch * (1 - 1 / cards)
+        if self._side_by_side:
+            return max(even + exchange + corpus, busiest)
+        return max(even, busiest) + exchange + corpus
 
-def _received(recipe: Recipe, ids: list[str], config: PretrainedConfig, cards: int) -> int:
-    rows = recipe.training.batch_size * (cards - 1) // cards
-    return len(_layers(recipe, ids)) * rows * int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
+    def _piece_seconds(self, piece: Piece) -> Range:
+        """One step of a piece of an SAE."""
+        if self.measured is None:
+            point = self.recipe.hook_points[piece.sae_id]
+            return step_seconds(self.recipe, point, self.config.hidden_size, self.card, piece.latents)
+        dead, alive = self.measured.step_seconds[piece.sae_id]
+        share = piece.latents / piece.dict_size
+        return dead * share * _AROUND[0], alive * share * _AROUND[1]
 
+    def _calibration(self) -> Range:
+        """Of the card that owns the most."""
+        rows = min(self.recipe.training.calibration_tokens, self.recipe.activations.window_tokens)
+        if self.measured is None:
+            latents = max(sum(piece.latents for piece in pieces) for pieces in self.held)
+            flops = 2 * rows * latents * self.config.hidden_size
+            return _times((4.0, 1.0), flops / (self.card.bf16_tflops * 1e12 * _FLOAT32_SHARE))
+        per_row = self.measured.calibration_seconds
+        return _around(rows * max(sum(per_row[piece.sae_id] for piece in pieces) for pieces in self.held))
 
-def _layers(recipe: Recipe, ids: list[str]) -> set[int]:
-    return {recipe.hook_points[sae_id].layer for sae_id in ids}
-
-
-def _exchange_seconds(
-    recipe: Recipe, owned: list[list[str]], config: PretrainedConfig, card: Card, share: float
-) -> float:
-    """Until the card that receives the most has it."""
-    busiest = max(_received(recipe, ids, config, len(owned)) for ids in owned)
-    link = card.link_gb_s if len(owned) <= _MACHINE else min(card.link_gb_s, _NETWORK_GB_S)
-    return busiest / (link * 1e9 * share)
-
-
-def _evened_out(recipe: Recipe, seconds: Mapping[str, Sequence[float]], gpus: int) -> list[float]:
-    """Seconds from end to end: all work shared evenly, but nobody does less than one whole batch or its own SAEs.
-
-    The cautious end lets every card wait for one more batch (the bound of dealing the largest first).
-    """
-    batches = window_batches(recipe)
-    ends = []
-    for end in (0, 1):
-        forward, steps = seconds["language_model"][end], seconds["saes"][end]
-        even, one_batch = (forward + steps) / gpus, forward / batches
-        even = max(even, one_batch) if end else even + one_batch * (1 - 1 / gpus)
-        ends.append(max(even, seconds["saes_of_busiest_card"][end]) + seconds["exchange"][end] + seconds["corpus"][end])
-    return ends
-
-
-def window_batches(recipe: Recipe) -> int:
-    """Language-model batches of one window of real conversations."""
-    return max(1, recipe.activations.window_tokens // min(recipe.corpus.batch_tokens, _BATCH_TOKENS))
-
-
-def _roofline(
-    recipe: Recipe, config: PretrainedConfig, size: ModelSize, card: Card
-) -> tuple[list[float], dict[str, Range]]:
-    """Seconds of the truncated forward over one training batch, and of each SAE's step, from the card's peaks."""
-    flops = recipe.training.batch_size * _PADDING * size.flops_per_token
-    forward = [flops / (card.bf16_tflops * 1e12 * share) for share in _LM_SHARE]
-    points = recipe.hook_points.items()
-    return forward, {sae_id: _step_seconds(recipe, point, config.hidden_size, card) for sae_id, point in points}
-
-
-def _timed(recipe: Recipe, config: PretrainedConfig, measured: Measured) -> tuple[list[float], dict[str, Range]]:
-    """The same from measured times."""
-    positions = recipe.training.batch_size * _PADDING
-    forward = positions * measured.lm_seconds(layer_kinds(config)[: recipe.layers[-1] + 1])
-    steps = measured.step_seconds.items()
-    return [forward * factor for factor in _AROUND], {
-        sae_id: (seconds * _AROUND[0], seconds * _AROUND[1]) for sae_id, seconds in steps
-    }
-
-
-def _step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card) -> Range:
-    """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser.
-
-    Where many latents are active the tail uses three more dense products instead of gathers.
-    """
-    batch = recipe.training.batch_size
-    dense = point.k / point.dict_size > DENSE_SHARE
-    product = 2 * batch * hidden * point.dict_size * (4 if dense else 1)
-    preactivations = 2 * batch * point.dict_size * 2
-    gathers = 0 if dense else 5 * batch * point.k * hidden * 2
-    optimiser = 2 * point.dict_size * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
-    traffic = preactivations + gathers + optimiser
-    cautious, optimistic = (
-        product / (card.bf16_tflops * 1e12 * products) + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
-        for products, bandwidth in zip(_PRODUCT_SHARE, _TRAFFIC_SHARE, strict=True)
-    )
-    return cautious, optimistic
+    def _trained_bytes(self, piece: Piece) -> int:
+        return trained_bytes(self.recipe, piece.latents, self.config.hidden_size)
 
 
-def _card(gpu: str) -> Card:
-    if gpu.lower() not in GPUS:
-        raise RecipeError(f"--gpu {gpu} is unknown; one of {', '.join(GPUS)}")
-    return GPUS[gpu.lower()]
+def _around(seconds: float) -> Range:
+    return _times(_AROUND, seconds)
+
+
+def _times(seconds: Range, factor: float) -> Range:
+    return seconds[0] * factor, seconds[1] * factor
+
+
+def _sum(parts: Iterable[Range]) -> Range:
+    cautious, optimistic = zip((0.0, 0.0), *parts, strict=True)
+    return sum(cautious), sum(optimistic)
 
 
 def _card_like(measured: Measured) -> Card:
@@ -283,7 +254,7 @@ def _card_like(measured: Measured) -> Card:
         measured.memory_bytes / GIB,
         measured.product_tflops,
         measured.traffic_tb_s,
-        known.link_gb_s if known else _NETWORK_GB_S,
+        known.link_gb_s if known else NETWORK_GB_S,
         known.usd_per_hour if known else None,
     )
 
@@ -297,35 +268,32 @@ def _rates(measured: Measured, config: PretrainedConfig, size: ModelSize) -> dic
     }
 
 
-def _moment_bytes(recipe: Recipe) -> int:
-    return 4 if recipe.training.moments == "float32" else 2
-
-
 def memory_needs(
-    recipe: Recipe, config: PretrainedConfig, parameters: int, owned: list[list[str]], process: int | None = None
+    recipe: Recipe, config: PretrainedConfig, parameters: int, held: Held, process: int | None = None
 ) -> dict[str, int]:
     """Bytes of each component on the card that owns the most, at its fullest moment.
 
     Args:
         parameters: Of the truncated language model.
-        owned: SAEs per card.
+        held: What each card holds of the SAEs.
         process: On a CPU, what the process itself takes; None means a GPU.
     """
     training, hidden, cpu = recipe.training, config.hidden_size, process is not None
     width = pick_dtype(recipe.lm, config).itemsize
-    fullest = max(owned, key=lambda ids: sum(recipe.hook_points[sae_id].dict_size for sae_id in ids))
-    sizes = [recipe.hook_points[sae_id].dict_size for sae_id in fullest]
-    layers, cards = len(_layers(recipe, fullest)), len(owned)
+    fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
+    sizes = [piece.latents for piece in fullest]
+    layers, cards = len(layers_of(recipe, fullest)), len(held)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
-    trained = weights * (4 + 2 * _moment_bytes(recipe))
+    trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     row = hidden * width
+    # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
+    travelling = 1 if cards == 1 else layers + 2 * len(recipe.layers) // cards
     needs = {
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
         "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
-        # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
-        "windows": window * row * (layers + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)),
+        "windows": window * row * (layers * (1 + recipe.activations.overlap) + travelling),
         "saes": trained + shadows[training.precision],
         # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
         "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
@@ -353,16 +321,23 @@ def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: b
 
 
 def _advice(recipe: Recipe, needs: Callable[[Recipe], dict[str, int]], room: float, gpus: int) -> list[str]:
-    """What to change so that it fits, the cheapest first, as many as it takes; else what would feed all cards."""
-    over = sum(needs(recipe).values()) - room
-    if over <= 0:
+    """What to change so that it fits, the cheapest first, no more than it takes; else what would feed all cards."""
+
+    def over(changes: Sequence[Change] = ()) -> float:
+        return sum(needs(_changed(recipe, changes)).values()) - room
+
+    if over() <= 0:
         return _feeding(recipe, gpus)
-    advice = [f"{over / GIB:.1f} GiB more than the {room / GIB:.1f} that a run can use"]
-    changes = []
-    for key, value, changed in _savings(recipe):
-        changes.append(f"--set {key}={value}")
-        if sum(needs(changed).values()) <= room:
-            return [*advice, f"fits with {' '.join(changes)}"]
+    advice = [f"{over() / GIB:.1f} GiB more than the {room / GIB:.1f} that a run can use"]
+    changes: list[Change] = []
+    for change in _savings(recipe, gpus):
+        changes.append(change)
+        if over(changes) > 0:
+            continue
+        for earlier in reversed(changes[:-1]):
+            if over(without := [other for other in changes if other != earlier]) <= 0:
+                changes = without
+        return [*advice, f"fits with {' '.join(f'--set {key}={str(value).lower()}' for key, value in changes)}"]
     return [
         *advice,
         "too large for this card whatever is set: take a card with more memory or an FP8 checkpoint, or spread the "
@@ -371,29 +346,34 @@ def _advice(recipe: Recipe, needs: Callable[[Recipe], dict[str, int]], room: flo
 
 
 def _feeding(recipe: Recipe, gpus: int) -> list[str]:
-    if gpus == 1 or (batches := window_batches(recipe)) >= 2 * gpus:
+    if gpus == 1 or (batches := batches_of(recipe).count) >= 2 * gpus:
         return []
-    window = 4 * gpus * min(recipe.corpus.batch_tokens, _BATCH_TOKENS)
+    window = 4 * gpus * min(recipe.corpus.batch_tokens, BATCH_POSITIONS)
     return [
         f"a window holds about {batches} language-model batches for {gpus} cards: "
         f"--set activations.window_tokens={1 << (window - 1).bit_length()} shares them evenly"
     ]
 
 
-def _savings(recipe: Recipe) -> Iterator[tuple[str, int | str, Recipe]]:
-    """(key, value, recipe with all changes so far): less memory at little or no cost."""
-    batch_tokens = max(recipe.corpus.max_length, 8192)
-    if batch_tokens < recipe.corpus.batch_tokens:
-        recipe = _changed(recipe, "corpus", batch_tokens=batch_tokens)
-        yield "corpus.batch_tokens", batch_tokens, recipe
-    window = max(recipe.training.batch_size, recipe.activations.window_tokens // 2)
-    if window < recipe.activations.window_tokens:
-        recipe = _changed(recipe, "activations", window_tokens=window)
-        yield "activations.window_tokens", window, recipe
+def _savings(recipe: Recipe, gpus: int) -> Iterator[Change]:
+    """Less memory at little or no cost."""
+    if (batch_tokens := max(recipe.corpus.max_length, 8192)) < recipe.corpus.batch_tokens:
+        yield "corpus.batch_tokens", batch_tokens
+    if recipe.activations.overlap:
+        yield "activations.overlap", False
+    window = recipe.activations.window_tokens
+    if (half := max(recipe.training.batch_size, window // 2)) < window:
+        yield "activations.window_tokens", half
+    widest = max(point.dict_size for point in recipe.hook_points.values())
+    share = max(64, -(-widest // (64 * gpus)) * 64)
+    if gpus > 1 and share < min(widest, recipe.training.latents_per_rank or widest):
+        yield "training.latents_per_rank", share
     if recipe.training.moments == "float32":
-        recipe = _changed(recipe, "training", moments="bfloat16")
-        yield "training.moments", "bfloat16", recipe
+        yield "training.moments", "bfloat16"
 
 
-def _changed(recipe: Recipe, part: str, **values: Any) -> Recipe:
-    return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update=values)})
+def _changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
+    for key, value in changes:
+        part, name = key.split(".")
+        recipe = recipe.model_copy(update={part: getattr(recipe, part).model_copy(update={name: value})})
+    return recipe

@@ -44,7 +44,7 @@ def test_the_folder_is_what_the_contract_says(run: tuple[Path, list[Progress]], 
     assert ended["error"] is None
     facts = json.loads((folder / "run.json").read_text())
     assert facts["seed"] == 5
-    assert facts["machine"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["machine"]["versions"]["torch"])  # without +cu130
     assert facts["sessions"][0]["threads"] == torch.get_num_threads()
     assert set(facts["revisions"]) == {"model", "corpus"}
     assert set(facts["precision"]) == {"sae_delta", "sae_attn"}

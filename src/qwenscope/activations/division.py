@@ -27,6 +27,8 @@ class Division:
     """Per rank, the hooked layers whose rows it needs, ascending."""
     busy: tuple[float, ...]
     """Per rank, what it does in a window besides harvesting, in positions of a language-model batch."""
+    in_turn: bool = False
+    """Whether a window may only be harvested between SAE steps, whatever `activations.overlap` says."""
 
     @classmethod
     def alone(cls, layers: Sequence[int]) -> Division:
@@ -37,6 +39,12 @@ class Division:
     def own_layers(self) -> tuple[int, ...]:
         """The hooked layers whose rows this rank needs."""
         return self.layers[self.group.rank]
+
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """Of the own layers, those that no rank before this one needs: what is done once per layer is done here."""
+        before = {layer for layers in self.layers[: self.group.rank] for layer in layers}
+        return tuple(layer for layer in self.own_layers if layer not in before)
 
     def deal(self, positions: Sequence[int]) -> list[int]:
         """Batches of that many positions each -> the rank that runs each: the largest first, to who is free first.

@@ -1,15 +1,16 @@
 """One run on several devices: `torchrun --nproc-per-node W -m qwenscope train RECIPE --out RUN`.
 
-Every rank harvests some of the language model's batches, each SAE lives on one rank, and rows travel to it: that is
-two orders of magnitude less than gradients. Windows, batches and steps are those of one process, so any number of ranks
-gives the same weights, and a checkpoint of one number goes on with another. docs/scaling.md has the figures.
+Every rank harvests some of the language model's batches, each SAE lives on one rank (one that is too wide, on several),
+and rows travel to it: that is two orders of magnitude less than gradients. Windows, batches and steps are those of one
+process, so any number of ranks gives the same weights, and a checkpoint of one number goes on with another.
+docs/scaling.md has the figures.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,14 +25,12 @@ from qwenscope.errors import RecipeError, ResourceError
 from qwenscope.lm.forward import RowSource
 from qwenscope.lm.load import LanguageModel
 from qwenscope.ranks import ALONE, Group, told
-from qwenscope.recipe import HookPoint, Recipe
+from qwenscope.recipe import Recipe
+from qwenscope.roofline import GPUS, position_seconds, size_of, step_seconds
+from qwenscope.training.shards import Piece, Shard, cut
 
 _PATIENCE = timedelta(minutes=30)  # for one collective: ranks load the model and write checkpoints at unlike speed
 _PULSE_SECONDS = 0.25
-
-# A card to weigh harvesting against SAE steps with; only their ratio matters, and only to who waits for whom.
-_FORWARD_FLOPS, _PRODUCT_FLOPS = 3.5e14, 7.9e14
-_MEMORY_BYTES, _CACHE_BYTES = 3e12, 5e12  # per second
 
 
 def launched() -> bool:
@@ -80,51 +79,59 @@ def joined(device: str) -> Iterator[Group]:
     dist.destroy_process_group()  # after an error the process ends anyway, and nobody may answer any more
 
 
-def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """Names per rank: the largest first, each to the rank that holds the least; further ranks stay empty."""
-    held: list[list[str]] = [[] for _ in range(ranks)]
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        min(held, key=lambda names: sum(sizes[other] for other in names)).append(name)
-    return held
+def owners(recipe: Recipe, ranks: int) -> list[list[Piece]]:
+    """The SAEs of each rank, or its latents of them, in the recipe's order.
+
+    Dealt by latents, the largest first, each to the rank that holds the least; memory and checkpoints follow them. Time
+    is evened out by `divide`. Further ranks stay empty.
+    """
+    most = recipe.training.latents_per_rank
+    suite = [cut(sae_id, point.dict_size, most, ranks) for sae_id, point in recipe.hook_points.items()]
+    held: list[list[Piece]] = [[] for _ in range(ranks)]
+    for pieces in sorted(suite, key=lambda pieces: -pieces[0].latents):
+        free = sorted(range(ranks), key=lambda rank: sum(piece.latents for piece in held[rank]))[: len(pieces)]
+        for rank, piece in zip(sorted(free), pieces, strict=True):  # a group's ranks are in order, so its latents are
+            held[rank].append(piece)
+    order = list(recipe.hook_points)
+    return [sorted(pieces, key=lambda piece: order.index(piece.sae_id)) for pieces in held]
 
 
-def owners(recipe: Recipe, ranks: int) -> list[list[str]]:
-    """The SAEs of each rank, by weights: memory and checkpoints follow them. Time is evened out by `divide`."""
-    return deal({sae_id: point.dict_size for sae_id, point in recipe.hook_points.items()}, ranks)
+def shards(recipe: Recipe, group: Group) -> dict[str, Shard]:
+    """This rank's latents of each SAE that it owns, with the ranks that share it; called by all ranks alike."""
+    owned = owners(recipe, group.size)
+    groups: dict[tuple[int, ...], Group | None] = {}
+    own: dict[str, Shard] = {}
+    for sae_id, point in recipe.hook_points.items():
+        holders = {rank: piece for rank, held in enumerate(owned) for piece in held if piece.sae_id == sae_id}
+        ranks = tuple(holders)
+        if ranks not in groups:
+            groups[ranks] = group.among(ranks) if len(ranks) > 1 else ALONE
+        if (among := groups[ranks]) is not None and group.rank in ranks:
+            own[sae_id] = Shard((0, *(piece.stop for piece in holders.values())), point.k, among)
+    return own
 
 
 def divide(recipe: Recipe, lm: RowSource, group: Group) -> Division:
-    """Who owns which rows, and how busy each rank is with its SAEs: one with more to do there harvests less."""
-    if not isinstance(lm, LanguageModel):  # other engines work in one process
-        return Division.alone(recipe.layers)
-    position = 2 * _active_parameters(lm) / _FORWARD_FLOPS
+    """Who owns which rows, and how busy each rank is with its SAEs: one with more to do there harvests less.
+
+    Where steps exchange tensors too, GPUs take turns: two threads that use nccl side by side can lock each other out,
+    when ranks meet their kernels in unlike order. Engines other than transformers work in one process and one thread.
+    """
+    if not isinstance(lm, LanguageModel):
+        return Division(ALONE, (recipe.layers,), (0.0,), in_turn=True)
+    card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
+    position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
     steps = recipe.activations.window_tokens / recipe.training.batch_size
-    held = [[recipe.hook_points[sae_id] for sae_id in names] for names in owners(recipe, group.size)]
+    owned, points = owners(recipe, group.size), recipe.hook_points
+
+    def seconds(piece: Piece) -> float:
+        return sum(step_seconds(recipe, points[piece.sae_id], lm.hidden_dim, card, piece.latents))
+
     return Division(
         group,
-        tuple(tuple(sorted({point.layer for point in points})) for points in held),
-        tuple(
-            steps * sum(step_seconds(recipe, point, lm.hidden_dim) for point in points) / position for points in held
-        ),
-    )
-
-
-def step_seconds(recipe: Recipe, point: HookPoint, hidden: int) -> float:
-    """One sparse step by a roofline: encoder product, selection, optimiser, and three gathers of active rows."""
-    batch, n = recipe.training.batch_size, point.dict_size
-    product = 2 * batch * hidden * n / _PRODUCT_FLOPS
-    traffic = (6 * batch * n + 36 * n * hidden) / _MEMORY_BYTES
-    return product + traffic + 6 * batch * point.k * hidden / _CACHE_BYTES
-
-
-def _active_parameters(lm: LanguageModel) -> float:
-    """Weights that one token is multiplied with: of a mixture of experts, the routed share."""
-    config = lm.model.config
-    routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
-    return sum(
-        weight.numel() * (routed if ".experts." in name else 1)
-        for name, weight in lm.model.named_parameters()
-        if weight.ndim >= 2 and "embed" not in name
+        tuple(tuple(sorted({points[piece.sae_id].layer for piece in held})) for held in owned),
+        tuple(steps * sum(map(seconds, held)) / position for held in owned),
+        in_turn=lm.device.type == "cuda" and any(piece.latents < piece.dict_size for held in owned for piece in held),
     )
 
 

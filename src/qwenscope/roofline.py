@@ -1,0 +1,189 @@
+"""What the parts of a run cost on a card: seconds, bytes of memory, bytes sent.
+
+A roofline: a part's time is its products at the card's product rate plus its memory traffic at the card's bandwidth.
+`plan` adds the parts up before anyone rents a machine; `training/parallel.py` weighs them against one another.
+docs/plan.md has the formulas, and where their constants come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig
+
+from qwenscope.errors import RecipeError
+from qwenscope.lm.load import Kind, cut_config, layer_kinds, pick_dtype
+from qwenscope.recipe import HookPoint, Recipe
+from qwenscope.training.gradients import DENSE_SHARE
+from qwenscope.training.shards import Piece
+
+Range = tuple[float, float]
+"""(cautious, optimistic)"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peaks of one card, from its data sheet or measured.
+
+    link_gb_s: to the other cards of its machine, one direction. usd_per_hour: span of on-demand prices seen in 2026,
+    for orientation; None where nothing is known.
+    """
+
+    memory_gib: float
+    bf16_tflops: float
+    bandwidth_tb_s: float
+    link_gb_s: float
+    usd_per_hour: Range | None
+
+
+GPUS: dict[str, Card] = {
+    "h200": Card(140, 989, 4.8, 450, (2.3, 5.0)),
+    "h100": Card(79.6, 989, 3.35, 450, (1.8, 4.0)),
+    "b200": Card(179, 2250, 8.0, 900, (3.8, 7.0)),
+    "a100": Card(79.2, 312, 2.0, 300, (1.1, 2.5)),
+    "l40s": Card(45, 362, 0.86, 32, (0.8, 1.9)),
+    "4090": Card(24, 165, 1.0, 32, (0.3, 0.7)),
+}
+NETWORK_GB_S = 50.0
+"""Between machines: one adapter of 400 Gbit/s per card."""
+
+# Shares of peak: the language model's many small expert products, one large product, memory traffic, links.
+_LM_SHARE: Range = (0.25, 0.45)
+_PRODUCT_SHARE: Range = (0.65, 0.85)
+_TRAFFIC_SHARE: Range = (0.55, 0.85)
+_LINK_SHARE: Range = (0.4, 0.8)
+_MACHINE = 8  # cards that share fast links
+
+
+def find_card(gpu: str) -> Card:
+    """The card of that name, however it is spelt.
+
+    Raises:
+        RecipeError: it is not one of `GPUS`.
+    """
+    if gpu.lower() not in GPUS:
+        raise RecipeError(f"--gpu {gpu} is unknown; one of {', '.join(GPUS)}")
+    return GPUS[gpu.lower()]
+
+
+# -- the language model -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of the truncated language model without LM head."""
+
+    layers: int
+    parameters: int
+    active_parameters: int
+    flops_per_token: int
+
+
+def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
+    """Of the first `layers` layers, built on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(cut_config(config, layers))  # type: ignore[no-untyped-call]
+    return size_of(model, config, layer_kinds(config)[:layers])
+
+
+def size_of(model: nn.Module, config: PretrainedConfig, kinds: Sequence[Kind]) -> ModelSize:
+    """Count a model of layers `kinds`: 2 FLOPs per active weight and token, plus the mixers' state.
+
+    Of a mixture of experts only the routed share is active; embeddings are looked up, not multiplied. The length-
+    dependent part of attention is left out: below 1 % at 2,048 tokens.
+    """
+    routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    parameters = active = 0.0
+    for name, weight in model.named_parameters():
+        parameters += weight.numel()
+        if weight.ndim >= 2 and "embed" not in name:
+            active += weight.numel() * (routed if ".experts." in name else 1)
+    heads = getattr(config, "linear_num_value_heads", 0)
+    state = heads * getattr(config, "linear_key_head_dim", 0) * getattr(config, "linear_value_head_dim", 0)
+    flops = 2 * active + 8 * kinds.count("deltanet") * state
+    return ModelSize(len(kinds), int(parameters), int(active), int(flops))
+
+
+def position_seconds(size: ModelSize, card: Card) -> Range:
+    """The truncated forward, per position of a batch."""
+    cautious, optimistic = (size.flops_per_token / (card.bf16_tflops * 1e12 * share) for share in _LM_SHARE)
+    return cautious, optimistic
+
+
+# -- SAEs -------------------------------------------------------------------------------------------------------------
+
+
+def step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card, latents: int | None = None) -> Range:
+    """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser.
+
+    Where many latents are active the tail uses three more dense products instead of gathers. Of an SAE that several
+    ranks share, a card holds `latents`: that part of product and optimiser, and what the ranks tell one another.
+    """
+    batch, held = recipe.training.batch_size, latents or point.dict_size
+    dense = point.k / point.dict_size > DENSE_SHARE
+    product = 2 * batch * hidden * held * (4 if dense else 1)
+    preactivations = 2 * batch * held * 2
+    gathers = 0 if dense else 5 * batch * point.k * hidden * 2
+    optimiser = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
+    traffic = preactivations + gathers + optimiser
+    told = shard_bytes(recipe, point, hidden, held) / (card.link_gb_s * 1e9)
+    cautious, optimistic = (
+        product / (card.bf16_tflops * 1e12 * products)
+        + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
+        + told / link
+        for products, bandwidth, link in zip(_PRODUCT_SHARE, _TRAFFIC_SHARE, _LINK_SHARE, strict=True)
+    )
+    return cautious, optimistic
+
+
+def shard_bytes(recipe: Recipe, point: HookPoint, hidden: int, latents: int) -> float:
+    """Bytes that a rank with `latents` of an SAE sends per step: its k largest to the others, its part of x_hat."""
+    shards = point.dict_size / latents
+    batch = recipe.training.batch_size
+    return (shards - 1) * batch * point.k * 4 + 2 * (shards - 1) / shards * batch * hidden * 4
+
+
+def trained_bytes(recipe: Recipe, latents: int, hidden: int) -> int:
+    """Both matrices of that many latents with their moments: what a checkpoint holds."""
+    return 2 * latents * hidden * (4 + 2 * _moment_bytes(recipe))
+
+
+def _moment_bytes(recipe: Recipe) -> int:
+    return 4 if recipe.training.moments == "float32" else 2
+
+
+# -- rows on their way ------------------------------------------------------------------------------------------------
+
+
+def layers_of(recipe: Recipe, held: Sequence[Piece]) -> set[int]:
+    """Hooked layers whose rows a card needs for what it holds."""
+    return {recipe.hook_points[piece.sae_id].layer for piece in held}
+
+
+def bytes_moved(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig) -> int:
+    """Bytes that all cards together send per step: rows that their owner did not harvest, four bytes per token and hook
+    point to everyone else (the norms that decide which rows are left out), and what ranks that share an SAE say.
+    """
+    norms = 4 * recipe.training.batch_size * len(recipe.layers) * (len(held) - 1)
+    shards = sum(
+        shard_bytes(recipe, recipe.hook_points[piece.sae_id], config.hidden_size, piece.latents)
+        for pieces in held
+        for piece in pieces
+    )
+    return norms + sum(_received(recipe, pieces, config, len(held)) for pieces in held) + round(shards)
+
+
+def exchange_seconds(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig, card: Card) -> Range:
+    """Until the card that receives the most rows has them."""
+    busiest = max(_received(recipe, pieces, config, len(held)) for pieces in held)
+    link = card.link_gb_s if len(held) <= _MACHINE else min(card.link_gb_s, NETWORK_GB_S)
+    cautious, optimistic = (busiest / (link * 1e9 * share) for share in _LINK_SHARE)
+    return cautious, optimistic
+
+
+def _received(recipe: Recipe, held: Sequence[Piece], config: PretrainedConfig, cards: int) -> int:
+    rows = recipe.training.batch_size * (cards - 1) // cards
+    return len(layers_of(recipe, held)) * rows * int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
