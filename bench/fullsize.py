@@ -6,7 +6,9 @@
 
 The language model has the published model's configuration up to the last hooked layer (30.8B parameters, made on the
 device; nothing is downloaded); conversations are random token ids with lengths like real ones. Windows, harvest and
-trainers are those of `qwenscope train`. One window warms up, then whole windows are timed until --seconds have passed.
+trainers are those of `qwenscope train`. One window warms up, then whole windows are timed until --seconds have passed:
+first harvest and steps in turns, so that each phase has a time of its own, then, unless the recipe says
+`activations.overlap=false`, side by side (`tokens_per_s_overlapped`).
 
 Prints one JSON object. Phases are timed by CUDA events (on a CPU by the clock): `language_model` is the truncated
 forward alone, `sae_steps` all trainers' steps, `other` the rest: drawing, filtering, shuffling, gathering, waiting.
@@ -20,6 +22,7 @@ import argparse
 import json
 import resource
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,7 +173,7 @@ def random_model(recipe: Recipe, config: PretrainedConfig) -> LanguageModel:
 def run(recipe: Recipe, config: PretrainedConfig, seconds: float) -> dict[str, Any]:
     """Warm up for one window, time whole windows for `seconds`, and report."""
     lm = random_model(recipe, config)
-    windows = Windows(lm, RandomConversations(config.vocab_size, recipe.corpus.max_length, recipe.seed), recipe)  # type: ignore[arg-type]
+    windows = random_windows(lm, recipe, overlap=False)
     trainers = {sae_id: build_trainer(recipe, lm, sae_id, recipe.training.precision) for sae_id in recipe.hook_points}
     rows = windows.calibration_rows()
     for sae_id, trainer in trainers.items():
@@ -193,8 +196,36 @@ def run(recipe: Recipe, config: PretrainedConfig, seconds: float) -> dict[str, A
         timed.windows, timed.trained, timed.finite = timed.windows + 1, timed.trained + tokens, timed.finite and finite
     timed.seconds, timed.harvested = time.perf_counter() - began, windows.tokens_read - read
     timed.forward, timed.steps = forward.seconds(), steps.seconds()
+    del windows  # its window's memory
+    side_by_side = overlapped(lm, recipe, trainers, seconds) if recipe.activations.overlap else None
     precisions = {trainer.precision for trainer in trainers.values()}
-    return describe(recipe, lm) | {"precision": sorted(precisions)} | report(lm, timed)
+    return (
+        describe(recipe, lm)
+        | {"precision": sorted(precisions)}
+        | report(lm, timed)
+        | {"tokens_per_s_overlapped": side_by_side}
+    )
+
+
+def random_windows(lm: LanguageModel, recipe: Recipe, overlap: bool) -> Windows:
+    recipe = recipe.model_copy(update={"activations": recipe.activations.model_copy(update={"overlap": overlap})})
+    conversations: Any = RandomConversations(
+        len(lm.model.get_input_embeddings().weight), recipe.corpus.max_length, recipe.seed
+    )
+    return Windows(lm, conversations, recipe)
+
+
+def overlapped(lm: LanguageModel, recipe: Recipe, trainers: dict[str, SAETrainer], seconds: float) -> float:
+    """Tokens per second with the next window harvested beside the steps."""
+    with closing(random_windows(lm, recipe, overlap=True)) as windows:
+        idle = Stopwatch(lm.device)
+        train_window(recipe, windows, trainers, idle)
+        synchronise(lm.device)
+        tokens, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            tokens += train_window(recipe, windows, trainers, idle)[0]
+        synchronise(lm.device)
+        return tokens / (time.perf_counter() - began)
 
 
 def train_window(

@@ -25,7 +25,9 @@ from qwenscope.activations import harvest, windows
 from qwenscope.activations.division import Division
 from qwenscope.errors import QwenscopeError
 from qwenscope.files import write_text
+from qwenscope.ranks import Group
 from qwenscope.recipe import HookPoint, Recipe, load_recipe
+from qwenscope.training.parallel import joined
 from qwenscope.training.run import train
 from qwenscope.training.signals import Stopped
 
@@ -105,6 +107,26 @@ def complete(size: int, recipe: Recipe, run: Path, *, resume: bool = False) -> l
     with ranks(size, recipe, run, resume=resume) as job:
         assert job.wait() == [0] * size, job.errors()
         return job.did()
+
+
+def on_ranks(size: int, act: Callable[[Group], None]) -> None:
+    """Let `act` (picklable) run on ranks that have joined, to its end."""
+    start_server()
+    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    processes = [context.Process(target=_act, args=(act, {**environment, "RANK": str(rank)})) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * size
+
+
+def _act(act: Callable[[Group], None], environment: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    with joined("cpu") as group:
+        act(group)
 
 
 def _rank(

@@ -12,7 +12,7 @@ the most SAEs allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from qwenscope.roofline import (
     GPUS,
     NETWORK_GB_S,
     Card,
+    Held,
     ModelSize,
-    Piece,
     Range,
     bytes_moved,
     exchange_seconds,
@@ -39,10 +39,9 @@ from qwenscope.roofline import (
     trained_bytes,
 )
 from qwenscope.training.parallel import owners
+from qwenscope.training.shards import Piece
 
 GIB = 1 << 30
-Held = Sequence[Sequence[Piece]]
-"""What each card holds."""
 
 _AROUND: Range = (1.1, 0.95)  # of measured times: gathers, logs and checkpoints come on top of them
 _FLOAT32_SHARE = 1 / 16  # of a card's bf16 rate
@@ -81,7 +80,7 @@ def plan(
     name, card = (gpu.lower(), find_card(gpu)) if measured is None else (measured.device, _card_like(measured))
     config = read_config(recipe)
     size = model_size(config, recipe.layers[-1] + 1)
-    held = _held(recipe, gpus)
+    held = owners(recipe, gpus)
     parts = _Parts(recipe, config, size, card, held, measured)
     seconds = parts.per_step()
     length = tokens or recipe.training.tokens
@@ -105,7 +104,7 @@ def plan(
         "memory_total_bytes": sum(memory.values()),
         "memory_card_bytes": int(card.memory_gib * GIB),
         "fits": sum(memory.values()) <= room,
-        "owners": [[sae_id for sae_id, _ in pieces] for pieces in held],
+        "owners": [[piece.stem for piece in pieces] for pieces in held],
         "seconds_per_step": seconds,
         "seconds_once": once,
         "bytes_per_step": bytes_moved(recipe, held, config),
@@ -190,7 +189,7 @@ class _Parts:
         """Whether a window is harvested while SAEs train on the one before, at no cost to either: on spare cores. On
         one GPU both share what there is.
         """
-        overlap = _overlap(self.recipe)
+        overlap = self.recipe.activations.overlap
         return overlap and self.measured is not None and self.measured.lanes >= 2 * len(self.held)
 
     def _end_to_end(self, seconds: Mapping[str, Range], end: int) -> float:
@@ -211,12 +210,10 @@ class _Parts:
 
     def _piece_seconds(self, piece: Piece) -> Range:
         """One step of a piece of an SAE."""
-        sae_id, latents = piece
-        point = self.recipe.hook_points[sae_id]
         if self.measured is None:
-            return step_seconds(self.recipe, point, self.config.hidden_size, self.card, latents)
-        dead, alive = self.measured.step_seconds[sae_id]
-        share = latents / point.dict_size
+            return step_seconds(self.recipe, piece, self.config.hidden_size, self.card)
+        dead, alive = self.measured.step_seconds[piece.sae_id]
+        share = piece.latents / piece.dict_size
         return dead * share * _AROUND[0], alive * share * _AROUND[1]
 
     def _calibration(self) -> Range:
@@ -224,22 +221,14 @@ class _Parts:
         rows = min(self.recipe.training.calibration_tokens, self.recipe.activations.window_tokens)
         if self.measured is None:
             flops = (
-                max(sum(latents for _, latents in pieces) for pieces in self.held) * 2 * rows * self.config.hidden_size
+                max(sum(piece.latents for piece in pieces) for pieces in self.held) * 2 * rows * self.config.hidden_size
             )
             return _times((4.0, 1.0), flops / (self.card.bf16_tflops * 1e12 * _FLOAT32_SHARE))
         per_row = self.measured.calibration_seconds
-        return _around(rows * max(sum(per_row[sae_id] for sae_id, _ in pieces) for pieces in self.held))
+        return _around(rows * max(sum(per_row[piece.sae_id] for piece in pieces) for pieces in self.held))
 
     def _trained_bytes(self, piece: Piece) -> int:
-        return trained_bytes(self.recipe, piece[1], self.config.hidden_size)
-
-
-def _held(recipe: Recipe, cards: int) -> list[list[Piece]]:
-    return [[(sae_id, recipe.hook_points[sae_id].dict_size) for sae_id in ids] for ids in owners(recipe, cards)]
-
-
-def _overlap(recipe: Recipe) -> bool:
-    return bool(getattr(recipe.activations, "overlap", False))
+        return trained_bytes(self.recipe, piece.latents, self.config.hidden_size)
 
 
 def _around(seconds: float) -> Range:
@@ -288,8 +277,8 @@ def memory_needs(
     """
     training, hidden, cpu = recipe.training, config.hidden_size, process is not None
     width = pick_dtype(recipe.lm, config).itemsize
-    fullest = max(held, key=lambda pieces: sum(latents for _, latents in pieces))
-    sizes = [latents for _, latents in fullest]
+    fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
+    sizes = [piece.latents for piece in fullest]
     layers, cards = len(layers_of(recipe, fullest)), len(held)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
     trained = trained_bytes(recipe, sum(sizes), hidden)
@@ -299,10 +288,14 @@ def memory_needs(
     needs = {
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
         "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
-        # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
+        # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives; with
+        # overlap the window before it is being consumed
         "windows": window
         * row
-        * (layers * (2 if _overlap(recipe) else 1) + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)),
+        * (
+            layers * (2 if recipe.activations.overlap else 1)
+            + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)
+        ),
         "saes": trained + shadows[training.precision],
         # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
         "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
@@ -363,6 +356,9 @@ def _savings(recipe: Recipe) -> Iterator[tuple[str, int | str, Recipe]]:
     if batch_tokens < recipe.corpus.batch_tokens:
         recipe = _changed(recipe, "corpus", batch_tokens=batch_tokens)
         yield "corpus.batch_tokens", batch_tokens, recipe
+    if recipe.activations.overlap:
+        recipe = _changed(recipe, "activations", overlap=False)
+        yield "activations.overlap", "false", recipe
     window = max(recipe.training.batch_size, recipe.activations.window_tokens // 2)
     if window < recipe.activations.window_tokens:
         recipe = _changed(recipe, "activations", window_tokens=window)

@@ -38,20 +38,24 @@ class Group:
     def __init__(self, rank: int = 0, size: int = 1, process_group: Any = None) -> None:
         self.rank, self.size = rank, size
         self._group = process_group
-        self.bytes_sent = 0
-        """What `exchange` has sent to other ranks."""
 
     @property
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def twin(self) -> Group:
-        """The same ranks over connections of their own, for another thread."""
+    def twin(self, rows: bool = False) -> Group:
+        """The same ranks over connections of their own, for another thread; with `rows` also for tensors on GPUs."""
         if self.size == 1:
             return self
         with told():
-            return Group(self.rank, self.size, dist.new_group(backend="gloo"))
+            return Group(self.rank, self.size, dist.new_group(backend=None if rows else "gloo"))
+
+    def among(self, ranks: Sequence[int]) -> Group | None:
+        """Those `ranks` as a group of their own, in that order; None where this is none of them."""
+        with told():
+            process_group = dist.new_group(list(ranks))
+        return Group(ranks.index(self.rank), len(ranks), process_group) if self.rank in ranks else None
 
     def together(self, act: Callable[[], T]) -> list[T]:
         """Let every rank `act` -> the results (JSON-able) of all, by rank.
@@ -64,13 +68,8 @@ class Group:
             return [act()]
         said, error = _outcome(act)
         data = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with told():
-            dist.all_gather(lengths, torch.tensor([len(data)]), self._group)
-            longest = int(max(lengths))
-            padded = torch.cat([data, data.new_zeros(longest - len(data))])
-            rows = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(rows, padded, self._group)
+        lengths = self.gather(torch.tensor([len(data)]))
+        rows = self.gather(torch.cat([data, data.new_zeros(int(max(lengths)) - len(data))]))
         if error is not None:
             raise error
         whole = [row[: int(length)].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
@@ -102,7 +101,24 @@ class Group:
         """Overwrite `tensor` by rank 0's, which has the same shape and dtype."""
         if self.size > 1:
             with told():
-                dist.broadcast(tensor, 0, self._group)
+                dist.broadcast(tensor, group_src=0, group=self._group)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' `tensor` (same shape and dtype), the same bits on each; in place."""
+        if self.size > 1:
+            with told():
+                dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """All ranks' `tensor` (same shape and dtype), by rank."""
+        if self.size == 1:
+            return [tensor]
+        raw = tensor.contiguous().view(-1).view(torch.uint8)  # any dtype, to the bit
+        arrived = [torch.empty_like(raw) for _ in range(self.size)]
+        with told():
+            dist.all_gather(arrived, raw, group=self._group)
+        return [other.view(tensor.dtype).view(tensor.shape) for other in arrived]
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Rows [S, X] to their ranks -> what arrives here, [R, X].
@@ -120,7 +136,6 @@ class Group:
         arrived = raw.new_empty(sum(receive), raw.shape[1])
         with told():
             dist.all_to_all_single(arrived, raw, list(receive), list(send), self._group)
-        self.bytes_sent += (sum(send) - send[self.rank]) * raw.shape[1]
         return arrived.view(rows.dtype)
 
 

@@ -136,6 +136,8 @@ class ActivationsRecipe(_Node):
     """Leave out each conversation's first token."""
     cache: str | None = None
     """Folder, or fsspec address such as s3://bucket/path, that keeps harvested windows; null harvests afresh."""
+    overlap: bool = True
+    """Harvest the next window while SAEs train on the current one; false holds one window in memory instead of two."""
 
 
 class TrainingRecipe(_Node):
@@ -171,6 +173,8 @@ class TrainingRecipe(_Node):
     """Gradient norm above which the gradient is scaled down; null never clips."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Storage of Adam's moments."""
+    latents_per_rank: Annotated[int, Field(ge=64)] | None = None
+    """Under torchrun, an SAE with more latents is spread over as many ranks as it takes; null never spreads one."""
 
 
 class CheckpointRecipe(_Node):

@@ -16,13 +16,14 @@ from transformers import AutoModel, PretrainedConfig
 
 from qwenscope.errors import RecipeError
 from qwenscope.lm.load import Kind, cut_config, layer_kinds, pick_dtype
-from qwenscope.recipe import HookPoint, Recipe
+from qwenscope.recipe import Recipe
 from qwenscope.training.gradients import DENSE_SHARE
+from qwenscope.training.shards import Piece
 
 Range = tuple[float, float]
 """(cautious, optimistic)"""
-Piece = tuple[str, int]
-"""(SAE id, how many of its latents): what one card holds of an SAE."""
+Held = Sequence[Sequence[Piece]]
+"""Per card, the SAEs, or latents of them, that it owns."""
 
 
 @dataclass(frozen=True)
@@ -117,21 +118,21 @@ def position_seconds(size: ModelSize, card: Card) -> Range:
 # -- SAEs -------------------------------------------------------------------------------------------------------------
 
 
-def step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card, latents: int | None = None) -> Range:
+def step_seconds(recipe: Recipe, piece: Piece, hidden: int, card: Card) -> Range:
     """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser.
 
-    Where many latents are active the tail uses three more dense products instead of gathers. Of an SAE that is sharded,
-    a card holds `latents`: that share of the work, and what its shards tell one another.
+    Where many latents are active the tail uses three more dense products instead of gathers. A piece of an SAE is that
+    share of the work, and what its ranks hand over.
     """
-    batch, held = recipe.training.batch_size, latents or point.dict_size
-    active = point.k * held / point.dict_size
-    dense = point.k / point.dict_size > DENSE_SHARE
+    batch, held, k = recipe.training.batch_size, piece.latents, recipe.hook_points[piece.sae_id].k
+    active = k * held / piece.dict_size
+    dense = k / piece.dict_size > DENSE_SHARE
     product = 2 * batch * hidden * held * (4 if dense else 1)
     preactivations = 2 * batch * held * 2
     gathers = 0.0 if dense else 5 * batch * active * hidden * 2
     optimiser = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
     traffic = preactivations + gathers + optimiser
-    told = shard_bytes(recipe, point, hidden, held) / (card.link_gb_s * 1e9)
+    told = shard_bytes(recipe, piece, hidden) / (card.link_gb_s * 1e9)
     cautious, optimistic = (
         product / (card.bf16_tflops * 1e12 * products)
         + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
@@ -141,11 +142,13 @@ def step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card, late
     return cautious, optimistic
 
 
-def shard_bytes(recipe: Recipe, point: HookPoint, hidden: int, latents: int) -> float:
-    """Bytes that one shard of `latents` sends per step: its k candidates to each other shard, its part of the sum."""
-    shards = point.dict_size / latents
-    batch = recipe.training.batch_size
-    return (shards - 1) * batch * point.k * 4 + 2 * (shards - 1) / shards * batch * hidden * 4
+def shard_bytes(recipe: Recipe, piece: Piece, hidden: int) -> float:
+    """Bytes that the owner of a piece sends per step to those of the rest: its k largest of every row to each, and its
+    part of the reconstruction (`training.shards`).
+    """
+    ranks, batch = piece.dict_size / piece.latents, recipe.training.batch_size
+    k = recipe.hook_points[piece.sae_id].k
+    return (ranks - 1) * 4 * batch * k + 2 * (ranks - 1) / ranks * 4 * (batch + 1) * hidden
 
 
 def trained_bytes(recipe: Recipe, latents: int, hidden: int) -> int:
@@ -162,23 +165,19 @@ def _moment_bytes(recipe: Recipe) -> int:
 
 def layers_of(recipe: Recipe, held: Sequence[Piece]) -> set[int]:
     """Hooked layers whose rows a card needs for what it holds."""
-    return {recipe.hook_points[sae_id].layer for sae_id, _ in held}
+    return {recipe.hook_points[piece.sae_id].layer for piece in held}
 
 
-def bytes_moved(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig) -> int:
+def bytes_moved(recipe: Recipe, held: Held, config: PretrainedConfig) -> int:
     """Bytes that all cards together send per step: rows that their owner did not harvest, four bytes per token and hook
     point to everyone else (the norms that decide which rows are left out), and what shards of one SAE tell each other.
     """
     norms = 4 * recipe.training.batch_size * len(recipe.layers) * (len(held) - 1)
-    shards = sum(
-        shard_bytes(recipe, recipe.hook_points[sae_id], config.hidden_size, latents)
-        for pieces in held
-        for sae_id, latents in pieces
-    )
+    shards = sum(shard_bytes(recipe, piece, config.hidden_size) for pieces in held for piece in pieces)
     return norms + sum(_received(recipe, pieces, config, len(held)) for pieces in held) + round(shards)
 
 
-def exchange_seconds(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig, card: Card) -> Range:
+def exchange_seconds(recipe: Recipe, held: Held, config: PretrainedConfig, card: Card) -> Range:
     """Until the card that receives the most rows has them."""
     busiest = max(_received(recipe, pieces, config, len(held)) for pieces in held)
     link = card.link_gb_s if len(held) <= _MACHINE else min(card.link_gb_s, NETWORK_GB_S)

@@ -76,7 +76,9 @@ def lm(tiny_folder: Path) -> LanguageModel:
 def recipe(tiny_folder: Path) -> Callable[..., Recipe]:
     """recipe(window_tokens=..., ...) -> hook points at LAYERS; other keys go to `activations`."""
 
-    def make(*, seed: int = 42, batch_size: int = 128, calibration_tokens: int = 64, **activations: Any) -> Recipe:
+    def make(
+        *, seed: int = 42, tokens: int = 1000, batch_size: int = 128, calibration_tokens: int = 64, **activations: Any
+    ) -> Recipe:
         points = {f"sae_{layer}": {"layer": layer, "dict_size": 64, "k": 4, "lr": 1e-3} for layer in LAYERS}
         tree = {
             "seed": seed,
@@ -85,7 +87,7 @@ def recipe(tiny_folder: Path) -> Callable[..., Recipe]:
             "corpus": {"sources": [{"name": "tool_use", "weight": 1}], "max_length": 64, "batch_tokens": 256},
             "activations": {"window_tokens": 300} | activations,
             "training": {
-                "tokens": 1000,
+                "tokens": tokens,
                 "batch_size": batch_size,
                 "warmup_steps": 0,
                 "calibration_tokens": calibration_tokens,

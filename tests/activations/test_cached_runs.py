@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from tiny_run import make_language_model, make_reference, tiny_recipe
 
-from qwenscope.activations import windows
 from qwenscope.errors import FormatError
 from qwenscope.training.run import train
 
@@ -22,7 +21,7 @@ def test_writer_and_reader_of_a_cache_end_like_a_run_without(tmp_path: Path, mon
     def refuse(*_: object) -> None:
         raise AssertionError("harvested although the cache is whole")
 
-    monkeypatch.setattr(windows, "harvest", refuse)
+    monkeypatch.setattr("qwenscope.activations.source.harvest", refuse)
     train(cached, tmp_path / "reader")
     reference.check(tmp_path / "reader")
 

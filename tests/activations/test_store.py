@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ from activations.conftest import LAYERS, ListStream, conversation
 from damage import damaged
 from torch import Tensor
 
-from qwenscope.activations import windows
 from qwenscope.activations.store import WindowStore, cache_bytes
 from qwenscope.activations.windows import Windows
 from qwenscope.errors import FormatError, ResourceError
@@ -28,8 +28,8 @@ CORPUS = [conversation(i, 3 + (i * 7) % 40) for i in range(50)]
 
 
 def batches(lm: LanguageModel, recipe: Recipe, count: int = 12, corpus: Any = CORPUS) -> list[dict[int, Tensor]]:
-    source = Windows(lm, ListStream(corpus), recipe)
-    return [source.next_batch(100) for _ in range(count)]
+    with closing(Windows(lm, ListStream(corpus), recipe)) as source:
+        return [source.next_batch(100) for _ in range(count)]
 
 
 def equal(left: list[dict[int, Tensor]], right: list[dict[int, Tensor]]) -> bool:
@@ -43,7 +43,7 @@ def no_harvest(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*_: object) -> None:
         raise AssertionError("harvested again")
 
-    return lambda: monkeypatch.setattr(windows, "harvest", refuse)
+    return lambda: monkeypatch.setattr("qwenscope.activations.source.harvest", refuse)
 
 
 def test_a_run_from_cache_gives_the_same_batches(

@@ -12,7 +12,6 @@ import torch
 from activations.conftest import BROKEN, LAYERS, LOUD, ListStream, conversation
 from torch import Tensor
 
-from qwenscope.activations import windows
 from qwenscope.activations.harvest import Harvest, harvest
 from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
@@ -25,6 +24,7 @@ from qwenscope.seeds import generator
 MakeRecipe = Callable[..., Recipe]
 CORPUS = [conversation(i, 3 + (i * 7) % 40) for i in range(60)]
 TOKENS = sum(len(c.token_ids) for c in CORPUS)
+HARVEST = "qwenscope.activations.source.harvest"
 Batches = list[dict[int, Tensor]]
 
 
@@ -91,17 +91,16 @@ def test_resume_anywhere_is_exact_and_harvests_one_window(
     lm: LanguageModel, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = [*CORPUS[:20], conversation(70, 30, LOUD), *CORPUS[20:]]
-    source = Windows(lm, ListStream(corpus), recipe())
+    source = Windows(lm, ListStream(corpus), recipe(overlap=False))
     states, batches, counts = [], [], []
     for _ in range(9):
         states.append(json.dumps(source.state()))
         batches.append(source.next_batch(128))
         counts.append((source.tokens_read, source.left_out))
     harvested: list[int] = []
-    real = windows.harvest
-    monkeypatch.setattr(windows, "harvest", lambda *args: harvested.append(1) or real(*args))
+    monkeypatch.setattr(HARVEST, lambda *args: harvested.append(1) or harvest(*args))
     for start, state in enumerate(states):
-        resumed = Windows(lm, ListStream(corpus), recipe())
+        resumed = Windows(lm, ListStream(corpus), recipe(overlap=False))
         resumed.restore(json.loads(state))
         assert json.loads(json.dumps(resumed.state())) == json.loads(state)
         harvested.clear()
@@ -159,8 +158,11 @@ def test_calibration_rows_come_first_and_are_trained_on(lm: LanguageModel, recip
     assert 300 <= len(whole[2]) < 350
 
 
-def test_one_window_at_a_time(lm: LanguageModel, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a window is harvested, no earlier one is alive."""
+@pytest.mark.parametrize("overlap", [False, True])
+def test_windows_in_memory(
+    lm: LanguageModel, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """When a window is harvested, no earlier one is alive but the one that is consumed at the time."""
     alive: weakref.WeakSet[Harvest] = weakref.WeakSet()
     counts: list[int] = []
 
@@ -170,10 +172,10 @@ def test_one_window_at_a_time(lm: LanguageModel, recipe: MakeRecipe, monkeypatch
         alive.add(made)
         return made
 
-    monkeypatch.setattr(windows, "harvest", watched)
-    drain(Windows(lm, ListStream(CORPUS), recipe()), 100)
+    monkeypatch.setattr(HARVEST, watched)
+    drain(Windows(lm, ListStream(CORPUS), recipe(overlap=overlap, tokens=TOKENS)), 100)
     assert len(counts) > 3
-    assert max(counts) == 0
+    assert max(counts) <= int(overlap)
 
 
 def test_bad_input_is_named(lm: LanguageModel, recipe: MakeRecipe) -> None:

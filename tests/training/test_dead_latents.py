@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwenscope.training.dead_latents import FiringAges, ResamplingPool
+from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def test_ages_count_tokens_not_steps() -> None:
     ages.update(torch.tensor([False, True, False]), 1, yes)
     assert ages.dead().tolist() == [False, False, True]
     ages.update(torch.tensor([False, False, False]), 60, yes)
-    assert ages.longest_dead().tolist() == [2, 0]
+    assert longest_dead(ages.tokens_N, ages.dead_after_tokens).tolist() == [2, 0]
 
 
 def test_pool_rows_age_out() -> None:

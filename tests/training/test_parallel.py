@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -11,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_ranks import complete, three_saes
+from tiny_ranks import complete, ranks, three_saes
 from tiny_run import BATCH, STEPS, final_hashes, make_language_model, metrics, status
 
+from qwenscope.activations import store
 from qwenscope.activations.division import Division
 from qwenscope.corpus.batches import cut
 from qwenscope.errors import RecipeError, ResourceError
 from qwenscope.ranks import Group
-from qwenscope.recipe import load_recipe
+from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.roofline import GPUS, ModelSize, position_seconds, step_seconds
 from qwenscope.training import checkpoint
-from qwenscope.training.parallel import deal, joined, owners
+from qwenscope.training.parallel import joined, owners
 
 HIDDEN, FLOAT = 32, 4
 TOKENS = STEPS * BATCH - 10
@@ -73,7 +75,7 @@ def test_each_batch_runs_on_one_rank_and_each_token_is_used_once(runs: dict[int,
 def test_bytes_sent_are_what_the_documentation_says(runs: dict[int, Run], size: int) -> None:
     """docs/scaling.md: rows go to each owner but the rank they are on, norms of all tokens to all other ranks."""
     layers = {"sae_delta": 1, "sae_attn": 3, "sae_delta_small": 1}
-    owned = [len({layers[name] for name in names}) for names in owners(three_saes(Path("model")), size)]
+    owned = [len({layers[piece.sae_id] for piece in held}) for held in owners(three_saes(Path("model")), size)]
     did = runs[size].did
     harvested = did[0]["harvested"]
     assert len(did[0]["tokens"]) <= sum(harvested) <= did[0]["read"]
@@ -96,25 +98,83 @@ def test_a_checkpoint_does_not_tell_how_many_ranks_wrote_it(runs: dict[int, Run]
     assert four.state["guard"] == alone.state["guard"]
 
 
-def test_ranks_read_the_cache_that_one_process_filled(model: Path, tmp_path: Path) -> None:
-    recipe = three_saes(model, activations__cache=str(tmp_path / "cache"), training__tokens=20 * BATCH)
-    alone = complete(1, recipe, tmp_path / "alone")
-    shutil.rmtree(next((tmp_path / "cache").glob("*/window-000001")))
-    did = complete(2, recipe, tmp_path / "two")
-    assert final_hashes(tmp_path / "two") == final_hashes(tmp_path / "alone")
-    ran = [len(each["batches"]) for each in (*alone, *did)]
-    assert 0 < ran[1] + ran[2] < ran[0]  # the window that is missing
-    assert not any((tmp_path / "cache").glob("*/window-000001"))
+def cache_files(cache: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in cache.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_any_number_of_ranks_writes_the_same_cache(model: Path, tmp_path: Path) -> None:
+    def short(cache: Path) -> Recipe:
+        return three_saes(model, activations__cache=str(cache), training__tokens=20 * BATCH)
+
+    complete(1, short(tmp_path / "one"), tmp_path / "alone")
+    whole = cache_files(tmp_path / "one")
+    assert len(whole) == 2 * 4  # two windows: rows of two layers, tokens, manifest
+    complete(3, short(tmp_path / "three"), tmp_path / "written")
+    assert cache_files(tmp_path / "three") == whole
+    assert final_hashes(tmp_path / "written") == final_hashes(tmp_path / "alone")
+
+    # ranks that read it run no batch, and complete what is missing
+    shutil.rmtree(next((tmp_path / "one").glob("*/window-000001")))
+    did = complete(2, short(tmp_path / "one"), tmp_path / "completed")
+    assert cache_files(tmp_path / "one") == whole
+    assert sum(len(each["batches"]) for each in did) > 0
+    did = complete(2, short(tmp_path / "one"), tmp_path / "read")
+    assert sum(len(each["batches"]) for each in did) == 0
+    assert final_hashes(tmp_path / "read") == final_hashes(tmp_path / "completed") == final_hashes(tmp_path / "alone")
+
+
+def no_room() -> None:
+    """This rank's disk is full when it writes the second window's rows."""
+    write_rows = store.WindowStore.write_rows
+
+    def refuse(self: store.WindowStore, index: int, rows: Any) -> Any:
+        if index == 1:
+            raise ResourceError("no space left for window 1")
+        return write_rows(self, index, rows)
+
+    store.WindowStore.write_rows = refuse  # type: ignore[method-assign]
+
+
+def elsewhere() -> None:
+    """This rank's cache is a folder of its own, as on a machine that shares nothing."""
+    write = store._Files.write
+
+    def aside(self: store._Files, file: str, data: bytes) -> None:
+        self._local = self._local.with_name("elsewhere")
+        write(self, file, data)
+
+    store._Files.write = aside  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "windows"),
+    [(no_room, "rank 1: no space left for window 1", 1), (elsewhere, "a folder that all machines share", 0)],
+)
+def test_a_window_that_one_rank_fails_to_write_does_not_exist(
+    model: Path, tmp_path: Path, before: Any, said: str, windows: int
+) -> None:
+    recipe = three_saes(model, activations__cache=str(tmp_path / "cache"))
+    with ranks(2, recipe, tmp_path / "run", before={1: before}) as job:
+        assert job.wait() == [ResourceError.exit_code] * 2, job.errors()
+        assert said in job.errors()
+    assert said in status(tmp_path / "run")["error"]
+    assert len(list((tmp_path / "cache").rglob("manifest.json"))) == windows
+    complete(2, recipe, tmp_path / "run", resume=True)
+    assert len(list((tmp_path / "cache").rglob("manifest.json"))) == 3
 
 
 def test_the_published_nine_are_balanced_over_two_to_eight_ranks() -> None:
     recipe = load_recipe("qwen3.5-35b-a3b")
     for size in (2, 3, 4, 8):
-        weights = [sum(recipe.hook_points[name].dict_size for name in names) for names in owners(recipe, size)]
+        weights = [sum(piece.latents for piece in held) for held in owners(recipe, size)]
         assert sum(weights) == 2 * 8192 + 7 * 16384
         assert max(weights) <= 1.15 * sum(weights) / size
     assert max(weights) == min(weights)
-    assert sorted(name for names in owners(recipe, 4) for name in names) == sorted(recipe.hook_points)
+    assert sorted(piece.stem for held in owners(recipe, 4) for piece in held) == sorted(recipe.hook_points)
 
 
 def test_harvest_evens_out_what_saes_do_not() -> None:
@@ -122,10 +182,7 @@ def test_harvest_evens_out_what_saes_do_not() -> None:
     recipe = load_recipe("qwen3.5-35b-a3b")
     size = ModelSize(layers=36, parameters=0, active_parameters=0, flops_per_token=int(4.39e9))
     position = sum(position_seconds(size, GPUS["h200"]))
-    steps = [
-        sum(sum(step_seconds(recipe, recipe.hook_points[name], 2048, GPUS["h200"])) for name in names)
-        for names in owners(recipe, 4)
-    ]
+    steps = [sum(sum(step_seconds(recipe, piece, 2048, GPUS["h200"])) for piece in held) for held in owners(recipe, 4)]
     assert max(steps) > 1.05 * sum(steps) / 4  # k weighs beside the dictionary: SAEs alone are less even
     busy = tuple(seconds * recipe.activations.window_tokens / 4096 / position for seconds in steps)
     draw = np.random.default_rng(5)
@@ -154,6 +211,11 @@ def test_devices_that_ranks_cannot_have_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_dealing_takes_any_number_of_ranks() -> None:
-    assert deal({"a": 3, "b": 2, "c": 2}, 5) == [["a"], ["b"], ["c"], [], []]
-    assert deal({"a": 3, "b": 2, "c": 2}, 2) == [["a"], ["b", "c"]]
-    assert deal({"a": 3, "b": 2}, 1) == [["a", "b"]]
+    recipe = three_saes(Path("model"))  # of 256, 192 and 64 latents
+    delta, attn, small = "sae_delta", "sae_attn", "sae_delta_small"
+    for count, expected in {
+        1: [[delta, attn, small]],
+        2: [[delta], [attn, small]],
+        5: [[delta], [attn], [small], [], []],
+    }.items():
+        assert [[piece.stem for piece in held] for held in owners(recipe, count)] == expected

@@ -38,6 +38,12 @@ class Division:
         """The hooked layers whose rows this rank needs."""
         return self.layers[self.group.rank]
 
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """Of the own layers, those that no rank before this one needs: what is done once per layer is done here."""
+        before = {layer for layers in self.layers[: self.group.rank] for layer in layers}
+        return tuple(layer for layer in self.own_layers if layer not in before)
+
     def deal(self, positions: Sequence[int]) -> list[int]:
         """Batches of that many positions each -> the rank that runs each: the largest first, to who is free first.
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,13 @@ class WindowStore:
         self._files.make_room(total)
         logger.info("activation cache %s: %.1f GB when whole", self._files.root, total / 1e9)
 
-    def read(self, index: int, cursor: dict[str, Any]) -> Window | None:
-        """Window `index`, or None if it is not there.
+    def read(self, index: int, cursor: dict[str, Any], layers: Sequence[int]) -> Window | None:
+        """Window `index` with the rows of `layers`, or None if it is not there.
 
         Args:
             index: Which window.
             cursor: Stream state before its first conversation, which must be the one it was written with.
+            layers: Whose files are read and checked.
 
         Raises:
             FormatError: a damaged or missing file, or another place in the corpus; names the file.
@@ -93,29 +95,45 @@ class WindowStore:
                 f"{self._files.name(folder)} begins elsewhere in the corpus than this run: corpus.sources changed "
                 "since it was written; delete the folder or set activations.cache to another one"
             )
-        parts = {file: self._part(folder, file, entry) for file, entry in manifest["files"].items()}
-        rows = {layer: parts[_layer_file(layer)]["rows"].to(self._lm.device) for layer in self._layers}
-        tokens = parts[_TOKENS]
+        rows = {layer: self._part(folder, _layer_file(layer), manifest)["rows"].to(self._lm.device) for layer in layers}
+        tokens = self._part(folder, _TOKENS, manifest)
         kept = Harvest(
             rows, tokens["conversation"], tokens["position"], manifest["left_out"], manifest["padding_share"]
         )
         return Window(kept, manifest["conversation_ids"], manifest["tokens"], manifest["next_cursor"])
 
-    def write(self, index: int, window: Window, cursor: dict[str, Any]) -> None:
-        """Keep window `index`, which begins at stream state `cursor`.
+    def write_rows(self, index: int, rows: Mapping[int, Tensor]) -> dict[str, Any]:
+        """Write {layer: x_RD} of window `index` -> {file: bytes and sha256} for `finish`.
 
         Raises:
             ResourceError: the disk is full.
         """
-        folder = f"window-{index:06d}"
+        return {
+            _layer_file(layer): self._write_part(index, _layer_file(layer), {"rows": rows_RD})
+            for layer, rows_RD in rows.items()
+        }
+
+    def finish(self, index: int, window: Window, cursor: dict[str, Any], files: Mapping[str, Any]) -> None:
+        """Make window `index` exist: its tokens, and the manifest last.
+
+        Args:
+            index: Which window.
+            window: Its rows do not matter here.
+            cursor: Stream state before its first conversation.
+            files: What `write_rows` returned, of all layers together.
+
+        Raises:
+            ResourceError: the disk is full, or it is not the one that other ranks wrote their files to.
+        """
+        for file, entry in files.items():
+            if self._files.size(f"window-{index:06d}/{file}") != entry["bytes"]:
+                raise ResourceError(
+                    f"{self._files.name(f'window-{index:06d}/{file}')} was written by a rank whose files are not seen "
+                    "here; set activations.cache to a folder that all machines share"
+                )
         kept = window.harvest
-        parts = {_layer_file(layer): {"rows": rows_RD} for layer, rows_RD in kept.rows.items()}
-        parts[_TOKENS] = {"conversation": kept.conversation_R, "position": kept.position_R}
-        files = {}
-        for file, tensors in parts.items():
-            data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
-            self._files.write(f"{folder}/{file}", data)
-            files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        tokens = {"conversation": kept.conversation_R, "position": kept.position_R}
+        files = {**files, _TOKENS: self._write_part(index, _TOKENS, tokens)}
         manifest = {
             "version": VERSION,
             "tokens": window.tokens,
@@ -124,10 +142,15 @@ class WindowStore:
             "cursor": cursor,
             "next_cursor": window.next_cursor,
             "conversation_ids": window.conversation_ids,
-            "files": files,
+            "files": dict(sorted(files.items())),
         }
         text = json.dumps({"sha256": _digest(manifest), "manifest": manifest}, indent=1)
-        self._files.write(f"{folder}/manifest.json", text.encode())
+        self._files.write(f"window-{index:06d}/manifest.json", text.encode())
+
+    def _write_part(self, index: int, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+        self._files.write(f"window-{index:06d}/{file}", data)
+        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def _manifest(self, folder: str) -> dict[str, Any] | None:
         data = self._files.read(f"{folder}/manifest.json")
@@ -146,7 +169,8 @@ class WindowStore:
             raise FormatError(f"{name} has format version {manifest['version']}, this program reads {VERSION}")
         return manifest
 
-    def _part(self, folder: str, file: str, entry: dict[str, Any]) -> dict[str, Tensor]:
+    def _part(self, folder: str, file: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
+        entry = manifest["files"][file]
         data = self._files.read(f"{folder}/{file}")
         if data is None or len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
             state = "missing" if data is None else "damaged"
@@ -192,6 +216,15 @@ class _Files:
             return None
         return data
 
+    def size(self, file: str) -> int | None:
+        """The file's length in bytes, or None if there is no such file."""
+        try:
+            if self._remote is None:
+                return (self._local / file).stat().st_size
+            return int(self._remote.size(f"{self._base}/{file}"))
+        except FileNotFoundError:
+            return None
+
     def write(self, file: str, data: bytes) -> None:
         if self._remote is not None:
             self._remote.makedirs(f"{self._base}/{file}".rpartition("/")[0], exist_ok=True)
@@ -217,6 +250,6 @@ def _fingerprint(lm: LanguageModel, recipe: Recipe) -> str:
         "model": [lm.name, lm.revision, str(lm.dtype), weights_digest(lm, recipe.layers[-1])],
         "layers": recipe.layers,
         "corpus": recipe.corpus.model_dump(mode="json", exclude={"workers"}),
-        "activations": recipe.activations.model_dump(mode="json", exclude={"cache"}),
+        "activations": recipe.activations.model_dump(mode="json", exclude={"cache", "overlap"}),
     }
     return _digest(parts)[:16]

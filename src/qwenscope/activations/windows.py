@@ -5,26 +5,27 @@ are visited in the order `randperm(R)` of a generator seeded by (seed, "window",
 window is a pure function of (recipe, seed, i) and of where the stream stood when it began: a resumed run harvests that
 one window again and goes on in its middle. A batch that a window cannot fill continues in the next one.
 
+While a window is consumed the next one is harvested in another thread, if the run will want rows of it: an order of
+events, without any effect on the rows. `state` speaks of what was handed out, never of what was made in advance.
+
 Of several ranks, rank 0 reads the corpus and tells the others the token ids; all harvest, and each holds the rows of
 the hook points that it owns, the same as one process would hold.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from qwenscope.activations.ahead import Ahead
 from qwenscope.activations.division import Division
-from qwenscope.activations.harvest import harvest
-from qwenscope.activations.store import Window, WindowStore
+from qwenscope.activations.source import WindowSource
+from qwenscope.activations.store import Window
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError
 from qwenscope.lm.load import LanguageModel
 from qwenscope.recipe import Recipe
@@ -33,23 +34,14 @@ from qwenscope.seeds import generator
 if TYPE_CHECKING:
     from qwenscope.corpus.stream import CorpusStream
 
-log = logging.getLogger(__name__)
-
 LEFT_OUT = ("non_finite", "outlier", "first_position")
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """What a window needs of a conversation."""
-
-    id: str
-    token_ids: NDArray[np.int32]
 
 
 class Windows:
     """Training batches: the same tokens at every hook point, each kept token once.
 
-    Holds one window at a time (36.9 KB per token for nine hook points of the published model).
+    Holds one window, and with `activations.overlap` the next one (36.9 KB each per token for nine hook points of the
+    published model). `close` it: a harvest may be under way.
     """
 
     def __init__(
@@ -57,8 +49,8 @@ class Windows:
     ) -> None:
         """
         Args:
-            lm: Built up to the recipe's last hooked layer.
-            stream: Conversations; from here on only this object draws from it. None on all ranks but the first.
+            lm: Built up to the recipe's last hooked layer. With `activations.overlap` another thread runs it.
+            stream: Conversations; until `close` only this object draws from it. None on all ranks but the first.
             recipe: Its corpus, activations, training and seed.
             division: Among several ranks, which then make the same calls; None is one process alone.
 
@@ -67,21 +59,18 @@ class Windows:
             ResourceError: `activations.cache` is set and its disk cannot hold the run's rows.
         """
         self._lm = lm
-        self._source = stream
         self._recipe = recipe
-        self._division = division or Division.alone(recipe.layers)
-        self._group, self._layers = self._division.group, self._division.own_layers
-        self._names: dict[int, str] = {}
-        for name, point in recipe.hook_points.items():
-            self._names[point.layer] = " and ".join(filter(None, (self._names.get(point.layer), name)))
+        division = division or Division.alone(recipe.layers)
+        self._layers = division.own_layers
         self._check_size(recipe.training.batch_size)
-        cache = recipe.activations.cache
-        self._store = None if cache is None else WindowStore(cache, lm, recipe)
-        if cache is not None and self._group.size > 1 and self._group.leads:
-            log.warning("several ranks read activations.cache but do not fill it; one process alone does")
+        self._ahead: Ahead | None = None
+        if recipe.activations.overlap:
+            self._ahead = Ahead(lm.device)
+            division = dataclasses.replace(division, group=division.group.twin(rows=True))
+        self._source = WindowSource(lm, stream, recipe, division)
         self._index = 0  # the window that the next row comes from
         self._offset = 0  # its rows already handed out
-        self._cursor: dict[str, Any] = self._group.share(lambda: self._stream.state())  # where it begins
+        self._cursor = self._source.start()  # where it begins
         self._before = dict.fromkeys(("tokens_read", *LEFT_OUT), 0)  # counts of all windows before it
         self._window: Window | None = None  # None: not harvested yet
         self._order_R = torch.empty(0, dtype=torch.int64)  # of its rows, on the CPU
@@ -152,6 +141,8 @@ class Windows:
         self._cursor, self._before = state["cursor"], dict(state["counts"])
         self._expected = state["conversations"]
         self._window = None
+        if self._ahead is not None:
+            self._ahead.drop()
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -166,14 +157,19 @@ class Windows:
 
     def report(self) -> dict[str, Any]:
         """The corpus report of all windows so far, also where they came from the cache. Rank 0's alone to make."""
-        self._move_stream(self._cursor if self._window is None else self._window.next_cursor)
-        report: dict[str, Any] = self._stream.report()
-        return report
+        if self._ahead is not None:
+            self._ahead.settle()  # the corpus is read by one thread at a time
+        return self._source.report(self._cursor if self._window is None else self._window.next_cursor)
+
+    def close(self) -> None:
+        """Wait for a harvest under way, drop it, and end its thread; `state` and `report` stay valid."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _current(self) -> Window | None:
         """The window that the next row comes from; None when the corpus is used up."""
         while self._window is None:
-            window = self._from_cache() or self._harvest()
+            window = self._next()
             if window is None:
                 return None
             kept = len(window.harvest.position_R)
@@ -187,7 +183,24 @@ class Windows:
             self._window = window
             if self._offset == kept:
                 self._leave(window)
+            else:
+                self._look_ahead(window)
         return self._window
+
+    def _next(self) -> Window | None:
+        """Window `self._index`, made now or in advance; None when the corpus is used up."""
+        make = partial(self._source.window, self._index, self._cursor)
+        if self._ahead is None:
+            return make()
+        if not self._ahead.begun:
+            self._ahead.begin(make)
+        return self._ahead.take()
+
+    def _look_ahead(self, window: Window) -> None:
+        """Begin the window behind the current one if the run will want rows of it; every rank decides alike."""
+        handed_out = self._before["tokens_read"] - sum(self._before[reason] for reason in LEFT_OUT)  # before this one
+        if self._ahead is not None and handed_out + len(self._order_R) < self._recipe.training.tokens:
+            self._ahead.begin(partial(self._source.window, self._index + 1, window.next_cursor))
 
     def _take(self, most: int) -> dict[int, Tensor] | None:
         """Up to `most` further rows, all of one window, which is let go with its last row; None at the corpus's end."""
@@ -202,69 +215,6 @@ class Windows:
             self._leave(window)
         return self._gather(window, index)
 
-    def _from_cache(self) -> Window | None:
-        """The window as it was kept; what one rank finds damaged, or not at all, is so for all of them."""
-        found: list[Window] = []
-
-        def read() -> bool:
-            window = self._store.read(self._index, self._cursor) if self._store else None
-            found.extend([window] if window else [])
-            return window is not None
-
-        if self._store is None or not all(self._group.together(read)):
-            return None
-        rows = found[0].harvest.rows
-        found[0].harvest.rows = {layer: rows[layer] for layer in self._layers}
-        return found[0]
-
-    def _harvest(self) -> Window | None:
-        conversations, next_cursor = self._draw()
-        if not conversations and self._index == 0:
-            raise CorpusError("the corpus holds no conversation; look at corpus.sources and its privacy report")
-        if not conversations:
-            return None
-        recipe = self._recipe
-        rows = harvest(
-            self._lm,
-            conversations,
-            recipe.layers,
-            recipe.activations,
-            recipe.corpus.batch_tokens,
-            self._names,
-            self._division,
-        )
-        window = Window(
-            harvest=rows,
-            conversation_ids=[conversation.id for conversation in conversations],
-            tokens=sum(len(conversation.token_ids) for conversation in conversations),
-            next_cursor=next_cursor,
-        )
-        if self._store and self._group.size == 1:  # no rank of several holds all the rows
-            self._store.write(self._index, window, self._cursor)
-        return window
-
-    def _draw(self) -> tuple[Sequence[_Drawn], dict[str, Any]]:
-        """The window's conversations, and where the next one begins: read on rank 0, told to the others."""
-        drawn: list[_Drawn] = []
-
-        def read() -> tuple[list[str], list[int], dict[str, Any]]:
-            self._move_stream(self._cursor)
-            tokens = 0
-            while tokens < self._recipe.activations.window_tokens:
-                if (conversation := next(self._stream, None)) is None:
-                    break
-                drawn.append(_Drawn(conversation.id, conversation.token_ids))
-                tokens += len(conversation.token_ids)
-            return [one.id for one in drawn], [len(one.token_ids) for one in drawn], self._stream.state()
-
-        ids, lengths, next_cursor = self._group.share(read)
-        token_ids = np.concatenate(
-            [np.empty(sum(lengths) if not drawn else 0, np.int32), *(d.token_ids for d in drawn)]
-        )
-        self._group.fill(torch.from_numpy(token_ids))
-        ends = np.cumsum(lengths, dtype=np.int64)[:-1]
-        return [_Drawn(*one) for one in zip(ids, np.split(token_ids, ends), strict=True)] if ids else [], next_cursor
-
     def _gather(self, window: Window, index: Tensor) -> dict[int, Tensor]:
         index = index.to(self._lm.device, non_blocking=True)
         return {layer: rows_RD[index] for layer, rows_RD in window.harvest.rows.items()}
@@ -277,15 +227,6 @@ class Windows:
         self._index += 1
         self._offset = 0
         self._window = None
-
-    @property
-    def _stream(self) -> CorpusStream:
-        assert self._source is not None, "the corpus is rank 0's to read"
-        return self._source
-
-    def _move_stream(self, cursor: dict[str, Any]) -> None:
-        if self._stream.state() != cursor:  # after a restore, or after windows that came from the cache
-            self._stream.restore(cursor)
 
     def _check_size(self, size: int) -> None:
         if size > (limit := self._recipe.activations.window_tokens):

@@ -42,15 +42,16 @@ def residual_streams(lm: LanguageModel, input_ids_CT: Tensor, layers: Sequence[i
     caught: dict[int, Tensor] = {}
     last = max(layers)
     handles: list[RemovableHandle] = []
-    try:
-        for layer in set(layers):
-            handles.append(_built(lm, layer).register_forward_hook(_catch(caught, layer, lm.device, layer == last)))
-        lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=False)
-    except _StopForward:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with lm.lock:
+        try:
+            for layer in set(layers):
+                handles.append(_built(lm, layer).register_forward_hook(_catch(caught, layer, lm.device, layer == last)))
+            lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=False)
+        except _StopForward:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
     return {layer: caught[layer] for layer in layers}
 
 

@@ -181,16 +181,11 @@ def _read(folder: Path, root: Path, device: str | torch.device) -> TopKSAE:
     for listing in {root, folder}:  # a suite lists all its files, a run's SAE its own
         verify_listed(listing, [folder / CONFIG_FILE, folder / WEIGHTS_FILE])
     config = read_config(folder / CONFIG_FILE)
-    hidden_dim, dict_size, k = (config[key] for key in ("hidden_dim", "dict_size", "k"))
-    shapes = weight_shapes(hidden_dim, dict_size)
+    shapes = weight_shapes(config["hidden_dim"], config["dict_size"])
     weights = read_safetensors(folder / WEIGHTS_FILE, shapes)
-    with torch.device("meta"):
-        sae = TopKSAE(hidden_dim, dict_size, k)
-    sae.config = config
     # In memory a latent's decoder direction is one contiguous row, as the sparse decode wants it.
     weights["decoder.weight"] = weights["decoder.weight"].T.contiguous().T
-    sae.load_state_dict(weights, assign=True)
-    return sae.to(device)
+    return TopKSAE.of(config, weights).to(device)
 
 
 def weight_shapes(hidden_dim: int, dict_size: int) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ Legend: B rows (tokens), D hidden, N latents (dictionary size), K active latents
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from qwenscope.errors import FormatError
 from qwenscope.files import atomic_path, write_json
 from qwenscope.sae.functions import sparse_decode, sparse_encode
 from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, load_sae
+
+_BLOCK = 1 << 16  # latents drawn at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,20 @@ class Codes:
         """The same latents as [B, N], zeros included."""
         shape = (*self.values.shape[:-1], self.dict_size)
         return self.values.new_zeros(shape).scatter(-1, self.indices, self.values)
+
+
+def random_directions(hidden_dim: int, dict_size: int, seed: int | None, start: int, stop: int) -> Tensor:
+    """Rows start..stop of the random unit decoder [N, D] of `TopKSAE(..., seed=seed)`, without holding all of it.
+
+    The others before them are drawn too, block by block: a slice is the same whoever asks for it.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    blocks = []
+    for begin in range(0, stop, _BLOCK):
+        block = torch.randn(min(_BLOCK, dict_size - begin), hidden_dim, generator=generator)
+        if begin + _BLOCK > start:
+            blocks.append(block[max(0, start - begin) : stop - begin])
+    return nn.functional.normalize(torch.cat(blocks), dim=1)
 
 
 class TopKSAE(nn.Module):
@@ -65,8 +82,7 @@ class TopKSAE(nn.Module):
                 "each must be at least 1, and k at most dict_size"
             )
         self.config: dict[str, Any] = {"hidden_dim": hidden_dim, "dict_size": dict_size, "k": k}
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        decoder_ND = nn.functional.normalize(torch.randn(dict_size, hidden_dim, generator=generator), dim=1)
+        decoder_ND = random_directions(hidden_dim, dict_size, seed, 0, dict_size)
         self.encoder = nn.Linear(hidden_dim, dict_size, device="meta")
         self.encoder.weight = nn.Parameter(decoder_ND.clone())
         self.encoder.bias = nn.Parameter(torch.zeros(dict_size))
@@ -74,6 +90,15 @@ class TopKSAE(nn.Module):
         # A transposed view: [D, N] to the outside, one contiguous row per latent in memory for the sparse decode.
         self.decoder.weight = nn.Parameter(decoder_ND.T)
         self.pre_bias = nn.Parameter(torch.zeros(hidden_dim))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> TopKSAE:
+        """An SAE with that configuration around tensors that are there already, named as in its state dict."""
+        with torch.device("meta"):
+            sae = cls(config["hidden_dim"], config["dict_size"], config["k"])
+        sae.config = dict(config)
+        sae.load_state_dict(weights, assign=True)
+        return sae
 
     @property
     def hidden_dim(self) -> int:

@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]*")
 _PIECE = 1 << 22  # bytes per write: small enough that the training thread gets the interpreter back in between
 _SLACK = 1 << 16  # JSON files and file system overhead, in bytes
 _DTYPES = {
@@ -132,8 +132,8 @@ def save(
     return final
 
 
-def load(path: Path, stems: Container[str] | None = None) -> Checkpoint:
-    """Read a checkpoint, each file once, and verify every byte of it on the way; of tensors, those named, or all.
+def load(path: Path, wanted: Callable[[str], bool] = lambda stem: True) -> Checkpoint:
+    """Read a checkpoint, each file once, and verify every byte of it on the way; of tensors, those `wanted` by stem.
 
     Raises:
         NewerFormatError: a later version wrote it.
@@ -151,18 +151,18 @@ def load(path: Path, stems: Container[str] | None = None) -> Checkpoint:
         stem = name.removesuffix(".safetensors")
         if name == _STATE:
             state = json.loads(_read_verified(path / name, expected))
-        elif stems is None or stem in stems:
+        elif wanted(stem):
             tensors[stem] = _parse_tensors(path / name, _read_verified(path / name, expected))
     return Checkpoint(path, state, tensors)
 
 
 def load_newest(
-    folder: Path, stems: Container[str] | None = None, group: Group = ALONE
+    folder: Path, wanted: Callable[[str], bool] = lambda stem: True, group: Group = ALONE
 ) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why each newer one was passed over; (None, []) if there is none at all.
 
     Args:
-        stems: the tensors that this rank reads; None reads all.
+        wanted: whether this rank reads the file of that stem.
         group: what one rank finds damaged, all pass over.
 
     Raises:
@@ -173,7 +173,7 @@ def load_newest(
     for name in reversed(group.share(lambda: [path.name for path in list_checkpoints(folder)])):
         loaded: list[Checkpoint] = []
         try:
-            group.together(partial(_load_into, loaded, folder / name, stems))
+            group.together(partial(_load_into, loaded, folder / name, wanted))
             return loaded[0], passed_over
         except NewerFormatError:
             raise
@@ -221,8 +221,8 @@ def rotate(folder: Path, keep: int) -> None:
         _remove(doomed)
 
 
-def _load_into(loaded: list[Checkpoint], path: Path, stems: Container[str] | None) -> None:
-    loaded.append(load(path, stems))
+def _load_into(loaded: list[Checkpoint], path: Path, wanted: Callable[[str], bool]) -> None:
+    loaded.append(load(path, wanted))
 
 
 def _write_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:

@@ -30,11 +30,12 @@ class FiringAges:
         """Bool [N]: has not fired for `dead_after_tokens` tokens or more."""
         return self.tokens_N >= self.dead_after_tokens
 
-    def longest_dead(self) -> Tensor:
-        """Dead latents, int64, the longest dead first."""
-        dead_N = self.dead()
-        order = self.tokens_N.masked_fill(~dead_N, -1).argsort(descending=True, stable=True)
-        return order[: int(dead_N.sum())]
+
+def longest_dead(tokens_N: Tensor, dead_after_tokens: int) -> Tensor:
+    """Latents [M], int64, that have not fired for so many tokens, the longest dead first."""
+    dead_N = tokens_N >= dead_after_tokens
+    order = tokens_N.masked_fill(~dead_N, -1).argsort(descending=True, stable=True)
+    return order[: int(dead_N.sum())]
 
 
 class ResamplingPool:

@@ -30,8 +30,16 @@ from qwenscope.training.lock import LOCK_NAME, run_lock
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ between a checkpoint and the recipe it is resumed with: they do not touch a single weight.
-_FREE_KEYS = ("checkpoint.", "telemetry.", "evaluation.", "corpus.workers")
+# Keys that may differ between a checkpoint and the recipe it is resumed with: they touch no weight. (How an SAE is
+# spread over ranks touches its last bits, and may change because their number may.)
+_FREE_KEYS = (
+    "checkpoint.",
+    "telemetry.",
+    "evaluation.",
+    "corpus.workers",
+    "activations.overlap",
+    "training.latents_per_rank",
+)
 _LAST_WORDS = ".rank-{}.tmp"  # why a rank other than 0 ended; the next session removes it
 _STATUS_SECONDS = 10.0  # between rewrites of an unchanged state
 

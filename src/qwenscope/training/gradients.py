@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwenscope.sae import ops
 from qwenscope.sae.selection import Selection
+from qwenscope.training.shards import Shard
 from qwenscope.training.weights import Weights
 
 DENSE_SHARE = 0.007
@@ -60,16 +61,16 @@ class Auxiliary:
         bfloat16, the gradient (weighted by `scale`) carries its rounding.
         """
         dtype, full = pre_BM.dtype, residual.parts[0].dtype
-        left_out = pre_BM.topk(max(0, len(latents) - k), dim=1, largest=False, sorted=False).indices
-        codes_BM = pre_BM.scatter(1, left_out, 0.0)
+        left_BM = _left_out(pre_BM, k, weights.shard)
+        codes_BM = pre_BM.masked_fill(left_BM, 0.0)
         decoder_MD = weights["decoder"][latents].to(dtype)
-        g_BD, whole = codes_BM @ decoder_MD, variance(residual)
+        g_BD, whole = weights.shard.total(codes_BM @ decoder_MD), variance(residual)
         losses = []
         for part, left in zip(ops.cut(g_BD), residual.parts, strict=True):
             error = left + part
             losses.append(torch.linalg.vector_norm(error).square())
             part.copy_(error.mul_(2 * scale / whole))
-        delta_BM = (g_BD @ decoder_MD.T).scatter_(1, left_out, 0.0)
+        delta_BM = (g_BD @ decoder_MD.T).masked_fill_(left_BM, 0.0)
         return cls(
             torch.stack(losses).sum() / whole,
             latents,
@@ -79,12 +80,22 @@ class Auxiliary:
         )
 
 
+def _left_out(pre_BM: Tensor, k: int, shard: Shard) -> Tensor:
+    """Which pre-activations are not among the k largest of their row -> bool [B, M]."""
+    count = pre_BM.shape[1]
+    if shard.group.size == 1:
+        left_out = pre_BM.topk(max(0, count - k), dim=1, largest=False, sorted=False).indices
+        return torch.zeros_like(pre_BM, dtype=torch.bool).scatter_(1, left_out, True)
+    values, places = pre_BM.topk(min(k, count), dim=1, sorted=False)
+    return torch.ones_like(pre_BM, dtype=torch.bool).scatter_(1, places, ~shard.largest(values, k))
+
+
 @dataclass(frozen=True, slots=True)
 class SparseGradient:
-    """Gradient of one batch's loss for all parameters, before the decoder's projection.
+    """Gradient of one batch's loss for all parameters of this rank, before the decoder's projection.
 
     x, g: centred rows and dLoss/dx_hat [B, D], in the dtype that row gradients gather. encoder_bias [N], pre_bias [D]:
-    complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm.
+    complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm over all ranks.
     """
 
     x: ops.Panels
@@ -103,7 +114,7 @@ class SparseGradient:
         cls, weights: Weights, rows: ops.Panels, g: ops.Panels, selection: Selection, auxiliary: Auxiliary | None
     ) -> SparseGradient:
         """Products of the active pairs, and everything that is small."""
-        n, k, table = weights.dict_size, selection.values.shape[1], weights.decoder
+        n, k, table, shard = weights.latents, selection.values.shape[1], weights.decoder, weights.shard
         on_gpu = table.is_cuda
         dense = on_gpu and table.dtype == torch.bfloat16 and k > DENSE_SHARE * n
         pairs = (ops.DensePairs if dense else ops.Pairs).of(selection.indices, n)
@@ -123,7 +134,8 @@ class SparseGradient:
             latents = auxiliary.latents
             encoder_bias.index_copy_(0, latents, encoder_bias[latents] + auxiliary.bias_M)
             extra = [auxiliary.encoder_MD.norm(), auxiliary.decoder_MD.norm()]
-        pre_bias = torch.cat([part.sum(0) for part in g.parts]) - encoder_bias @ weights["encoder"]
+        through_encoder = shard.total(encoder_bias @ weights["encoder"])
+        pre_bias = torch.cat([part.sum(0) for part in g.parts]) - through_encoder
         sparse = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm()
         return cls(
             x_gathered,
@@ -134,7 +146,7 @@ class SparseGradient:
             encoder_bias,
             pre_bias,
             pairs.totals(active_P.to(values_P.dtype)) > 0,
-            sparse + sum(extra),
+            shard.total(sparse + sum(extra)),
             auxiliary,
         )
 

@@ -78,7 +78,7 @@ def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
 
 def _blocks(weights: Weights, gradient: SparseGradient) -> Iterator[tuple[str, slice, Tensor]]:
     """(matrix, rows, their gradient), the decoder's without its component along each unit row."""
-    n = weights.dict_size
+    n = weights.latents
     size = n if weights["decoder"].is_cuda else BLOCK_ROWS
     for start in range(0, n, size):
         block = slice(start, min(start + size, n))
@@ -99,7 +99,8 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
     Where `finite` (0-dim bool) is false nothing changes.
     """
     biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
-    norms = [value.norm() for value in biases.values()]
+    shard = weights.shard
+    norms = [gradient.encoder_bias.norm(), shard.once(gradient.pre_bias.norm())]
     divisor = torch.ones((), device=finite.device)
     blocks: Iterable[tuple[str, slice, Tensor]] = _blocks(weights, gradient)
     on_gpu = finite.is_cuda
@@ -107,7 +108,7 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
         blocks = list(blocks)
     if clip_norm is not None and (on_gpu or bool(gradient.bound > clip_norm)):
         known = blocks if on_gpu else _blocks(weights, gradient)
-        norm = torch.stack(norms + [rows_RD.norm() for _, _, rows_RD in known]).norm()
+        norm = shard.norm(torch.stack(norms + [rows_RD.norm() for _, _, rows_RD in known]).norm())
         divisor = (norm / clip_norm).clamp_min(1.0).float()
     skip = (~finite).float()
     for name, block, rows_RD in blocks:
@@ -120,5 +121,4 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
         weights.refresh(name, block)
     for name, value in biases.items():
         adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
-    norm_of_all: Tensor = torch.stack(norms).norm()
-    return norm_of_all
+    return shard.norm(torch.stack(norms).norm())

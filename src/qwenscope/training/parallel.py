@@ -1,15 +1,16 @@
 """One run on several devices: `torchrun --nproc-per-node W -m qwenscope train RECIPE --out RUN`.
 
-Every rank harvests some of the language model's batches, each SAE lives on one rank, and rows travel to it: that is
-two orders of magnitude less than gradients. Windows, batches and steps are those of one process, so any number of ranks
-gives the same weights, and a checkpoint of one number goes on with another. docs/scaling.md has the figures.
+Every rank harvests some of the language model's batches, each SAE lives on one rank (one that is too wide, on several),
+and rows travel to it: that is two orders of magnitude less than gradients. Windows, batches and steps are those of one
+process, so any number of ranks gives the same weights, and a checkpoint of one number goes on with another.
+docs/scaling.md has the figures.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ from qwenscope.lm.load import LanguageModel
 from qwenscope.ranks import ALONE, Group, told
 from qwenscope.recipe import Recipe
 from qwenscope.roofline import GPUS, position_seconds, size_of, step_seconds
+from qwenscope.training.shards import Piece, Shard, cut
 
 _PATIENCE = timedelta(minutes=30)  # for one collective: ranks load the model and write checkpoints at unlike speed
 _PULSE_SECONDS = 0.25
@@ -76,17 +78,36 @@ def joined(device: str) -> Iterator[Group]:
     dist.destroy_process_group()  # after an error the process ends anyway, and nobody may answer any more
 
 
-def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """Names per rank: the largest first, each to the rank that holds the least; further ranks stay empty."""
-    held: list[list[str]] = [[] for _ in range(ranks)]
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        min(held, key=lambda names: sum(sizes[other] for other in names)).append(name)
-    return held
+def owners(recipe: Recipe, ranks: int) -> list[list[Piece]]:
+    """The SAEs of each rank, or its latents of them, in the recipe's order.
+
+    Dealt by latents, the largest first, each to the rank that holds the least; memory and checkpoints follow them. Time
+    is evened out by `divide`. Further ranks stay empty.
+    """
+    most = recipe.training.latents_per_rank
+    suite = [cut(sae_id, point.dict_size, most, ranks) for sae_id, point in recipe.hook_points.items()]
+    held: list[list[Piece]] = [[] for _ in range(ranks)]
+    for pieces in sorted(suite, key=lambda pieces: -pieces[0].latents):
+        free = sorted(range(ranks), key=lambda rank: sum(piece.latents for piece in held[rank]))[: len(pieces)]
+        for rank, piece in zip(sorted(free), pieces, strict=True):  # a group's ranks are in order, so its latents are
+            held[rank].append(piece)
+    order = list(recipe.hook_points)
+    return [sorted(pieces, key=lambda piece: order.index(piece.sae_id)) for pieces in held]
 
 
-def owners(recipe: Recipe, ranks: int) -> list[list[str]]:
-    """The SAEs of each rank, by weights: memory and checkpoints follow them. Time is evened out by `divide`."""
-    return deal({sae_id: point.dict_size for sae_id, point in recipe.hook_points.items()}, ranks)
+def shards(recipe: Recipe, group: Group) -> dict[str, Shard]:
+    """This rank's latents of each SAE that it owns, with the ranks that share it; called by all ranks alike."""
+    owned = owners(recipe, group.size)
+    groups: dict[tuple[int, ...], Group | None] = {}
+    own: dict[str, Shard] = {}
+    for sae_id, point in recipe.hook_points.items():
+        holders = {rank: piece for rank, held in enumerate(owned) for piece in held if piece.sae_id == sae_id}
+        ranks = tuple(holders)
+        if ranks not in groups:
+            groups[ranks] = group.among(ranks) if len(ranks) > 1 else ALONE
+        if (among := groups[ranks]) is not None and group.rank in ranks:
+            own[sae_id] = Shard((0, *(piece.stop for piece in holders.values())), point.k, among)
+    return own
 
 
 def divide(recipe: Recipe, lm: LanguageModel, group: Group) -> Division:
@@ -94,12 +115,14 @@ def divide(recipe: Recipe, lm: LanguageModel, group: Group) -> Division:
     card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
     position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
     steps = recipe.activations.window_tokens / recipe.training.batch_size
-    held = [[recipe.hook_points[sae_id] for sae_id in names] for names in owners(recipe, group.size)]
-    busy = [sum(sum(step_seconds(recipe, point, lm.hidden_dim, card)) for point in points) for points in held]
+    owned, points = owners(recipe, group.size), recipe.hook_points
     return Division(
         group,
-        tuple(tuple(sorted({point.layer for point in points})) for points in held),
-        tuple(steps * seconds / position for seconds in busy),
+        tuple(tuple(sorted({points[piece.sae_id].layer for piece in held})) for held in owned),
+        tuple(
+            steps * sum(sum(step_seconds(recipe, piece, lm.hidden_dim, card)) for piece in held) / position
+            for held in owned
+        ),
     )
 
 

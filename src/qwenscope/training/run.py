@@ -15,33 +15,30 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
 
 from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
-from qwenscope.errors import CheckpointError, CorpusError, ModelError, ResourceError, TrainingError
+from qwenscope.errors import CheckpointError, CorpusError, ModelError, ResourceError
 from qwenscope.files import write_json
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, load_language_model
 from qwenscope.ranks import Group, RankLostError
 from qwenscope.recipe import LMRecipe, Recipe
 from qwenscope.seeds import derive_seed
-from qwenscope.training.building import build_trainer
 from qwenscope.training.checkpoint import Checkpoint, load_newest, set_aside_newer
 from qwenscope.training.finish import publish
 from qwenscope.training.folder import RunFolder, check_checkpoint_expected, check_same_recipe, open_run
 from qwenscope.training.guards import LossGuard
-from qwenscope.training.parallel import Pulse, Wishes, divide, joined, owners, restarted
+from qwenscope.training.parallel import Pulse, Wishes, divide, joined, restarted
 from qwenscope.training.probe import check_probe, check_ranks, probe
 from qwenscope.training.saver import Saver
 from qwenscope.training.signals import SignalWatch, Stopped
+from qwenscope.training.suite import Suite, wanted
 from qwenscope.training.telemetry import Progress, SAEProgress, Telemetry
-from qwenscope.training.trainer import StepMetrics
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 OnProgress = Callable[[Progress], None]
-_NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")  # of StepMetrics, in metrics.jsonl under these names
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnProgress | None = None) -> None:
@@ -85,7 +82,6 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.watch, self.on_progress = recipe, folder, watch, on_progress
         self.group = group
-        self.owned = owners(recipe, group.size)[group.rank]
         self.step = 0
         self.tokens = 0
         self.target = recipe.training.tokens
@@ -96,7 +92,6 @@ class Run:
         self.telemetry: Telemetry | None = None  # rank 0's
         self.stream: CorpusStream | None = None  # rank 0's
         self._began = self._saved_at = time.monotonic()
-        self._finite: list[tuple[int, str, Tensor]] = []  # flags of steps not looked at yet
         self._progress = Progress("loading model", 0, self.target)
 
     def go(self) -> None:
@@ -125,7 +120,8 @@ class Run:
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        saved, self.passed_over = load_newest(self.folder.checkpoints, self.owned, self.group)
+        mine = wanted(self.recipe, self.group)
+        saved, self.passed_over = load_newest(self.folder.checkpoints, mine, self.group)
         for reason in self.passed_over:
             log.warning("passed over a checkpoint: %s", reason)
         if saved is None:
@@ -164,12 +160,9 @@ class Run:
             raise ModelError(f"ranks loaded unlike revisions of {recipe.lm.model} ({models}); set lm.revision")
         corpus = self.group.share(lambda: self._open_corpus(revisions["corpus"] if revisions else None, closing))
         self.windows = Windows(self.lm, self.stream, recipe, divide(recipe, self.lm, self.group))
-        self.trainers = {
-            sae_id: build_trainer(recipe, self.lm, sae_id, precision.get(sae_id, recipe.training.precision))
-            for sae_id in self.owned
-        }
-        own = {sae_id: trainer.precision for sae_id, trainer in self.trainers.items()}
-        self.precision = self._of_all(lambda: own)
+        closing.callback(self.windows.close)
+        self.suite = Suite(recipe, self.lm, self.group, precision)
+        self.precision = self._of_all(lambda: self.suite.precision)
         self.revisions = {"model": self.lm.revision, "corpus": corpus}
         self.probe = probe(self.lm, recipe.layers)
         self._note(check_ranks(self.group.together(lambda: self.probe)))
@@ -201,9 +194,7 @@ class Run:
             raise Stopped(wishes.stop, self.tokens)
         if saved is None:
             self._show("calibrating")
-            rows = self.windows.calibration_rows()
-            for sae_id, trainer in self.trainers.items():
-                trainer.calibrate(rows[self.recipe.hook_points[sae_id].layer])
+            self.suite.calibrate(self.windows.calibration_rows())
             return
         self._show("resuming")
         state = saved.state
@@ -214,14 +205,10 @@ class Run:
                 state["threads"],
                 torch.get_num_threads(),
             )
-        self.group.together(lambda: self._load_trainers(saved.tensors))
+        self.group.together(lambda: self.suite.load(saved.tensors))
         self.windows.restore(state["windows"])
         self.guard.restore(state["guard"])
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
-
-    def _load_trainers(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        for sae_id, trainer in self.trainers.items():
-            trainer.load_state_dict(tensors[sae_id])
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -263,42 +250,13 @@ class Run:
             raise CorpusError(
                 f"the corpus ended after {self.tokens:,} of training.tokens = {self.target:,}; add sources, or lower it"
             )
-        self._last: dict[str, StepMetrics] = {}
-        for sae_id, trainer in self.trainers.items():
-            metrics = trainer.step(batch[self.recipe.hook_points[sae_id].layer])
-            self._last[sae_id] = metrics
-            self._finite.append((self.step + 1, sae_id, metrics.finite))
+        self.suite.step(batch, self.step + 1)
         self.step += 1
         self.tokens += rows
 
-    def _check_finite(self) -> None:
-        """Look at the flags of all steps since the last look: one transfer. The trainer has skipped a bad update."""
-        if not self._finite:
-            return
-        flags = torch.stack([finite for _, _, finite in self._finite]).tolist()
-        for (step, sae_id, _), finite in zip(self._finite, flags, strict=True):
-            if not finite:
-                raise TrainingError(
-                    f"{sae_id}: loss or gradient is not finite at step {step}; the last checkpoint is good: "
-                    f"lower hook_points.{sae_id}.lr, or look for extreme rows at its layer"
-                )
-        self._finite.clear()
-
-    def _numbers(self) -> dict[str, dict[str, float]]:
-        """The last step's numbers of each own SAE: one transfer for all."""
-        self._check_finite()
-        tensors = [getattr(metrics, name).float() for metrics in self._last.values() for name in _NUMBERS]
-        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
-        saes: dict[str, dict[str, float]] = {}
-        for sae_id, metrics in self._last.items():
-            saes[sae_id] = {name: next(numbers) for name in _NUMBERS}
-            saes[sae_id]["dead"] /= self.recipe.hook_points[sae_id].dict_size
-            saes[sae_id]["lr"] = metrics.lr
-        return saes
-
     def _log(self) -> None:
         """One line of metrics: numbers of all SAEs, then guards, file, sinks and display."""
-        saes = self._of_all(self._numbers)
+        saes = self._of_all(self.suite.numbers)
         now = time.monotonic()
         then, tokens_then = self._clock[0]
         speed = (self.tokens - tokens_then) / max(now - then, 1e-9)
@@ -350,12 +308,11 @@ class Run:
             "threads": torch.get_num_threads(),
             "versions": self.folder.versions,
         }
-        tensors = {sae_id: trainer.state_dict() for sae_id, trainer in self.trainers.items()}
-        self.saver.save(self.step, state, tensors, snapshot)
+        self.saver.save(self.step, state, self.suite.state(), snapshot)
         self._saved_at = time.monotonic()
 
     def _make_ready(self) -> None:
-        self._check_finite()
+        self.suite.check_finite()
         if self.telemetry is not None:
             self.telemetry.file.flush()
 
@@ -402,8 +359,7 @@ class Run:
         if self._saved_step() != self.step:  # a session that only has the ending left to do has not read the corpus
             self.group.share(lambda: write_json(self.folder.path / "privacy_report.json", self.windows.report()))
         self._save_and_wait()
-        saes = {sae_id: trainer.sae() for sae_id, trainer in self.trainers.items()}
-        publish(saes, self.folder.path / "saes", self.group)
+        publish(self.suite.finished(), self.folder.path / "saes", self.group)
         self.group.share(lambda: self.folder.write_status("complete", self.tokens))
         self._show("complete")
 

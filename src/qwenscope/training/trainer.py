@@ -11,7 +11,7 @@ Legend: B rows (tokens), D hidden, N latents, K active latents per row, M dead l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,10 +22,11 @@ from qwenscope.sae import ops
 from qwenscope.sae.selection import Precision, Selector, best_precision
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
-from qwenscope.training.dead_latents import FiringAges, ResamplingPool
+from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
 from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
 from qwenscope.training.optimizer import Adam, update
 from qwenscope.training.schedule import learning_rate
+from qwenscope.training.shards import Shard
 from qwenscope.training.weights import PARAMETERS, Weights
 
 PRECISIONS: tuple[Precision, ...] = ("exact", "fp32", "bf16")
@@ -73,6 +74,7 @@ class SAETrainer:
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
         moments: dtype of Adam's moments.
         seed: of the resampling.
+        shard: where the SAE is spread over several ranks, which make the same calls: `sae` has this rank's latents.
 
     Raises:
         TrainingError: an impossible value.
@@ -97,6 +99,7 @@ class SAETrainer:
         clip_norm: float | None = 1.0,
         moments: torch.dtype = torch.float32,
         seed: int = 0,
+        shard: Shard | None = None,
     ) -> None:
         _check(
             lr=lr >= 0,
@@ -111,8 +114,9 @@ class SAETrainer:
             clip_norm=clip_norm is None or clip_norm > 0,
             moments=moments in (torch.float32, torch.bfloat16, torch.float64),
         )
-        self.config = dict(sae.config)
-        self.k = sae.k
+        self.shard = shard or Shard.whole(sae)
+        self.k = self.shard.k
+        self.config = sae.config | {"dict_size": self.shard.dict_size, "k": self.k}
         self.device = sae.pre_bias.device
         self.lr, self.tokens, self.warmup_tokens, self.decay_share = lr, tokens, warmup_tokens, decay_share
         self.aux_coefficient = aux_coefficient
@@ -120,10 +124,12 @@ class SAETrainer:
         self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
         self.resample_every_steps = resample_every_steps
         self._precision_is_free = precision == "auto"
-        self.precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
+        self.precision: Precision = (
+            self.shard.group.share(lambda: best_precision(sae.encoder.weight)) if precision == "auto" else precision
+        )
         self.normalise = normalise
-        self.weights = Weights(sae, self.precision, moments)
-        self._selector = Selector(self.k, self.precision)
+        self.weights = Weights(sae, self.shard, self.precision, moments)
+        self._selector = Selector(sae.k, self.precision)
         self.centre_D = torch.zeros_like(self.weights["pre_bias"])
         self.rms = torch.ones_like(self.centre_D[0])
         if dead_after_tokens is None:
@@ -131,14 +137,15 @@ class SAETrainer:
         self.ages = FiringAges(sae.dict_size, dead_after_tokens, self.device)
         self.pool: ResamplingPool | None = None
         if resample_every_steps:
-            per_step = max(1, sae.dict_size // (4 * min(POOL_STEPS, resample_every_steps)))
+            per_step = max(1, self.shard.dict_size // (4 * min(POOL_STEPS, resample_every_steps)))
             size = per_step * min(POOL_STEPS, resample_every_steps)
             self.pool = ResamplingPool(size, sae.hidden_dim, per_step, self.device)
         self.generator = generator(seed, "resampling")
         # Listing the dead synchronises with a GPU, so there they are listed every so many steps.
         self._refresh_every = 64 if self.device.type == "cuda" else 1
         self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
-        self._names = self.candidates_N.nonzero().squeeze(1)
+        self._names: Tensor | None = None  # of the dead, if any rank has some
+        self._listed = False
         self._lr = torch.zeros((), device=self.device)
         self._step = torch.zeros((), device=self.device)
         self.steps = 0
@@ -163,8 +170,8 @@ class SAETrainer:
         target = fitted = torch.zeros_like(self.rms)
         for chunk in chunks:
             x = self._rows(chunk)[:]
-            values, indices = (x @ decoder.T).topk(self.k, dim=1, sorted=False)
-            x_hat = ops.weighted_rows(decoder, indices, values.relu())
+            values, indices = (x @ decoder.T).topk(self._selector.k, dim=1, sorted=False)
+            x_hat = self.shard.total(ops.weighted_rows(decoder, indices, self._active(values.relu())))
             target = target + (x * x_hat).sum()
             fitted = fitted + x_hat.square().sum()
         self.weights["encoder"].copy_(decoder * torch.where(fitted > 0, target / fitted, 1.0))
@@ -199,7 +206,9 @@ class SAETrainer:
         )
         if self.steps % self._refresh_every == 0:
             self.candidates_N.copy_(self.ages.dead())
-            self._names = self.candidates_N.nonzero().squeeze(1)
+            self._listed = False
+        if not self._listed:
+            self._list_dead()
         self.steps += 1
         self.tokens_trained += len(x_BD)
         self._lr.fill_(lr)
@@ -218,13 +227,14 @@ class SAETrainer:
         On CUDA in bf16 it can be captured as a graph (see bench/gpu.py); the host's part is in `step`.
         Returns the metrics (without lr), the gradient and the loss of each row.
         """
-        weights, names = self.weights, self._names if self.aux_coefficient and len(self._names) else None
-        dead = self.ages.dead().sum()
+        weights, names, shard = self.weights, self._names, self.shard
+        dead = shard.total(self.ages.dead().sum())
         rows = self._rows(x_BD)
         selection = self._selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"], names)
+        selection = replace(selection, values=self._active(selection.values))
         residual = ops.decode(weights.decoder, selection.indices, selection.values).to(self.centre_D.dtype)
         for part, x_part in zip(residual.parts, rows.parts, strict=True):
-            part.sub_(x_part)
+            shard.total(part).sub_(x_part)
         loss_B, whole = residual.squares(), variance(rows)
         fvu = loss_B.sum() / whole
         auxiliary = None
@@ -240,26 +250,45 @@ class SAETrainer:
         adam = Adam(self._lr, self.betas, self.eps, self._step)
         norm = update(weights, gradient, adam, self.clip_norm, finite)
         self.ages.update(gradient.fired, len(x_BD), finite)
-        if weights.eight_bits and selection.redone > REDONE_SHARE * len(x_BD) and bool(finite):
-            weights.shadow(self.precision, eight_bits=False)
+        if weights.eight_bits:
+            redone = shard.total(torch.tensor(selection.redone))
+            if redone > REDONE_SHARE * len(x_BD) * shard.group.size and finite:
+                weights.shadow(self.precision, eight_bits=False)
         metrics = {
             "fvu": fvu,
             "loss": loss,
             "aux_loss": aux_loss,
-            "l0": (selection.values > 0).sum() / len(x_BD),
+            "l0": shard.total((selection.values > 0).sum()) / len(x_BD),
             "dead": dead,
             "grad_norm": norm,
             "finite": finite,
         }
         return metrics, gradient, loss_B
 
+    def _active(self, values_BK: Tensor) -> Tensor:
+        """This rank's K largest values of each row, with 0 for those that are not among the SAE's K largest."""
+        if self.shard.group.size == 1:
+            return values_BK
+        return values_BK * self.shard.largest(values_BK, self.k)
+
+    def _list_dead(self) -> None:
+        """Take up `candidates_N`: what the dead-latent loss works with."""
+        names = self.candidates_N.nonzero().squeeze(1)
+        anywhere = int(self.shard.total(torch.tensor(len(names)))) > 0
+        self._names = names if self.aux_coefficient and anywhere else None
+        self._listed = True
+
     def _resample(self, pool: ResamplingPool) -> None:
         """Turn the longest dead latents into directions from the pool."""
-        dead = self.ages.longest_dead()
+        shard, ages_N = self.shard, self.shard.of_all(self.ages.tokens_N)
+        dead = longest_dead(ages_N, self.ages.dead_after_tokens)
         directions = -pool.draw(len(dead), self.generator)  # the pool has dLoss/dx_hat, a step goes against it
-        alive_norm = self.weights["encoder"][~self.ages.dead()].norm(dim=1).mean().nan_to_num(1.0)
+        norms_N = shard.of_all(self.weights["encoder"].norm(dim=1))
+        alive_norm = norms_N[ages_N < self.ages.dead_after_tokens].mean().nan_to_num(1.0)
         dead = dead[: len(directions)]
-        self.weights.restart(dead, directions, 0.2 * alive_norm)
+        own = (dead >= shard.start) & (dead < shard.stop)
+        dead = dead[own] - shard.start
+        self.weights.restart(dead, directions[own], 0.2 * alive_norm)
         self.ages.tokens_N[dead] = 0
 
     def sae(self) -> TopKSAE:
@@ -267,15 +296,22 @@ class SAETrainer:
 
         With x' = (x - centre) / rms, latents scale by rms: W_enc stays, encoder.bias and pre_bias are in x's own units.
         """
-        weights = self.weights
-        sae = TopKSAE(len(self.centre_D), weights.dict_size, self.k, seed=0).to(self.device)
-        sae.config = dict(self.config)
-        with torch.no_grad():
-            sae.encoder.weight.copy_(weights["encoder"])
-            sae.encoder.bias.copy_(weights["encoder_bias"] * self.rms)
-            sae.decoder.weight.copy_(torch.nn.functional.normalize(weights["decoder"], dim=1).T)
-            sae.pre_bias.copy_(self.centre_D + self.rms * weights["pre_bias"])
+        sae = self.collect()
+        assert sae is not None, "an SAE spread over ranks is for collect()"
         return sae
+
+    def collect(self) -> TopKSAE | None:
+        """As `sae`; of an SAE spread over ranks, all call this, the first gets it (on the CPU) and the others None."""
+        weights, collect = self.weights, self.shard.collect
+        whole = {
+            "encoder.weight": collect(weights["encoder"].to(torch.float32, copy=True)),
+            "encoder.bias": collect((weights["encoder_bias"] * self.rms).float()[:, None])[:, 0],
+            "decoder.weight": collect(torch.nn.functional.normalize(weights["decoder"], dim=1).float()).T,
+        }
+        if not self.shard.group.leads:
+            return None
+        pre_bias = (self.centre_D + self.rms * weights["pre_bias"]).float().to(whole["encoder.bias"].device)
+        return TopKSAE.of(self.config, {**whole, "pre_bias": pre_bias})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the next step depends on, flat, ready for safetensors (the trainer's own tensors, not copies)."""
@@ -326,9 +362,9 @@ class SAETrainer:
             self.pool.cursor = int(state["pool.cursor"])
         for name in own.keys() - {"counters", "generator", "pool.cursor"}:
             own[name].copy_(state[name])
-        self._names = self.candidates_N.nonzero().squeeze(1)
+        self._listed = False
         self.weights.shadow(precision, bool(eight_bits))
-        self._selector = Selector(self.k, precision)
+        self._selector = Selector(self._selector.k, precision)
 
 
 def _check(**possible: bool) -> None:

@@ -11,19 +11,22 @@ from torch import Tensor
 from qwenscope.sae.eight_bit import EightBit
 from qwenscope.sae.selection import Precision, eight_bits_pay
 from qwenscope.sae.topk import TopKSAE
+from qwenscope.training.shards import Shard
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "pre_bias")
 
 
 class Weights:
-    """Parameters of one SAE in training order, each with its moments.
+    """Parameters of one SAE, or of this rank's latents of it, in training order, each with its moments.
 
     parameters: "encoder" [N, D], "encoder_bias" [N], "decoder" [N, D] (unit rows), "pre_bias" [D]. means, squares:
     Adam's first and second moments under the same names. shadows: copies in bfloat16 of the matrices that the precision
-    multiplies so, or in 8-bit integers; the caller refreshes them with `refresh` after each change.
+    multiplies so, or in 8-bit integers; the caller refreshes them with `refresh` after each change. shard: which
+    latents these are.
     """
 
-    def __init__(self, sae: TopKSAE, precision: Precision, moments: torch.dtype) -> None:
+    def __init__(self, sae: TopKSAE, shard: Shard, precision: Precision, moments: torch.dtype) -> None:
+        self.shard = shard
         dtype = torch.float64 if sae.pre_bias.dtype == torch.float64 else torch.float32
         self.parameters: dict[str, Tensor] = {
             "encoder": sae.encoder.weight.detach().to(dtype, copy=True).contiguous(),
@@ -33,7 +36,8 @@ class Weights:
         }
         self.means = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
         self.squares = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
-        self.shadow(precision, precision == "exact" and eight_bits_pay(self.parameters["encoder"]))
+        eight_bits = precision == "exact" and shard.group.share(lambda: eight_bits_pay(self.parameters["encoder"]))
+        self.shadow(precision, eight_bits)
 
     def shadow(self, precision: Precision, eight_bits: bool) -> None:
         """Make the shadows that `precision` needs, from the parameters; `eight_bits`: exact's in place of bfloat16."""
@@ -51,8 +55,8 @@ class Weights:
         return self.parameters[name]
 
     @property
-    def dict_size(self) -> int:
-        """N, number of latents."""
+    def latents(self) -> int:
+        """N, how many latents these are."""
         return len(self.parameters["encoder"])
 
     @property
@@ -75,6 +79,7 @@ class Weights:
 
     def restart(self, latents: Tensor, directions_LD: Tensor, encoder_norm: Tensor) -> None:
         """Point the given latents [L] at unit `directions`, with a weak encoder, no bias and moments of zero."""
+        directions_LD = directions_LD.to(encoder_norm)
         self.parameters["decoder"][latents] = directions_LD
         self.parameters["encoder"][latents] = directions_LD * encoder_norm
         self.parameters["encoder_bias"][latents] = 0.0

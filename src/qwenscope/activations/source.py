@@ -1,0 +1,154 @@
+"""Where windows come from: the cache that keeps them, or a harvest of the next conversations of the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qwenscope.activations.division import Division
+from qwenscope.activations.harvest import harvest
+from qwenscope.activations.store import Window, WindowStore
+from qwenscope.errors import CorpusError
+from qwenscope.lm.load import LanguageModel
+from qwenscope.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qwenscope.corpus.stream import CorpusStream
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a window needs of a conversation."""
+
+    id: str
+    token_ids: NDArray[np.int32]
+
+
+class WindowSource:
+    """Makes any window, given where in the corpus it begins. Not for two threads at a time.
+
+    Args:
+        lm: Built up to the recipe's last hooked layer.
+        stream: Conversations; only this object draws from it. None on all ranks but the first.
+        recipe: Its corpus, activations, training and seed.
+        division: Among several ranks, which then make the same calls.
+
+    Raises:
+        ResourceError: `activations.cache` is set and its disk cannot hold the run's rows.
+    """
+
+    def __init__(self, lm: LanguageModel, stream: CorpusStream | None, recipe: Recipe, division: Division) -> None:
+        self._lm, self._corpus, self._recipe = lm, stream, recipe
+        self._division, self._group = division, division.group
+        self._names: dict[int, str] = {}
+        for name, point in recipe.hook_points.items():
+            self._names[point.layer] = " and ".join(filter(None, (self._names.get(point.layer), name)))
+        self._store: WindowStore | None = None
+        self._group.together(self._open_store)
+
+    def start(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        cursor: dict[str, Any] = self._group.share(lambda: self._stream.state())
+        return cursor
+
+    def window(self, index: int, cursor: dict[str, Any]) -> Window | None:
+        """Window `index`, which begins at `cursor`; None when the corpus is used up.
+
+        Raises:
+            CorpusError: the corpus holds no conversation at all.
+            FormatError: the cache's files are damaged.
+            TrainingError: too many non-finite rows.
+        """
+        return self._from_cache(index, cursor) or self._harvest(index, cursor)
+
+    def report(self, cursor: dict[str, Any]) -> dict[str, Any]:
+        """The corpus report of everything before `cursor`. Rank 0's alone to make."""
+        self._move_stream(cursor)
+        report: dict[str, Any] = self._stream.report()
+        return report
+
+    def _open_store(self) -> None:
+        if (cache := self._recipe.activations.cache) is not None:
+            self._store = WindowStore(cache, self._lm, self._recipe)
+
+    def _from_cache(self, index: int, cursor: dict[str, Any]) -> Window | None:
+        """The window as it was kept; what one rank finds damaged, or not at all, is so for all of them."""
+        if (store := self._store) is None:
+            return None
+        found: list[Window] = []
+
+        def read() -> bool:
+            window = store.read(index, cursor, self._division.own_layers)
+            found.extend([window] if window else [])
+            return window is not None
+
+        return found[0] if all(self._group.together(read)) else None
+
+    def _harvest(self, index: int, cursor: dict[str, Any]) -> Window | None:
+        conversations, next_cursor = self._draw(cursor)
+        if not conversations and index == 0:
+            raise CorpusError("the corpus holds no conversation; look at corpus.sources and its privacy report")
+        if not conversations:
+            return None
+        recipe = self._recipe
+        rows = harvest(
+            self._lm,
+            conversations,
+            recipe.layers,
+            recipe.activations,
+            recipe.corpus.batch_tokens,
+            self._names,
+            self._division,
+        )
+        window = Window(
+            harvest=rows,
+            conversation_ids=[conversation.id for conversation in conversations],
+            tokens=sum(len(conversation.token_ids) for conversation in conversations),
+            next_cursor=next_cursor,
+        )
+        if self._store is not None:
+            self._keep(self._store, index, window, cursor)
+        return window
+
+    def _keep(self, store: WindowStore, index: int, window: Window, cursor: dict[str, Any]) -> None:
+        """Write each hook point from the first rank that holds it; the manifest only when all have written theirs."""
+        rows = {layer: window.harvest.rows[layer] for layer in self._division.first_layers}
+        parts = self._group.together(lambda: store.write_rows(index, rows))
+        files = {file: entry for part in parts for file, entry in part.items()}
+        self._group.share(lambda: store.finish(index, window, cursor, files))
+
+    def _draw(self, cursor: dict[str, Any]) -> tuple[Sequence[_Drawn], dict[str, Any]]:
+        """The window's conversations, and where the next one begins: read on rank 0, told to the others."""
+        drawn: list[_Drawn] = []
+
+        def read() -> tuple[list[str], list[int], dict[str, Any]]:
+            self._move_stream(cursor)
+            tokens = 0
+            while tokens < self._recipe.activations.window_tokens:
+                if (conversation := next(self._stream, None)) is None:
+                    break
+                drawn.append(_Drawn(conversation.id, conversation.token_ids))
+                tokens += len(conversation.token_ids)
+            return [one.id for one in drawn], [len(one.token_ids) for one in drawn], self._stream.state()
+
+        ids, lengths, next_cursor = self._group.share(read)
+        token_ids = np.concatenate(
+            [np.empty(sum(lengths) if not drawn else 0, np.int32), *(d.token_ids for d in drawn)]
+        )
+        self._group.fill(torch.from_numpy(token_ids))
+        ends = np.cumsum(lengths, dtype=np.int64)[:-1]
+        return [_Drawn(*one) for one in zip(ids, np.split(token_ids, ends), strict=True)] if ids else [], next_cursor
+
+    @property
+    def _stream(self) -> CorpusStream:
+        assert self._corpus is not None, "the corpus is rank 0's to read"
+        return self._corpus
+
+    def _move_stream(self, cursor: dict[str, Any]) -> None:
+        if self._stream.state() != cursor:  # after a restore, or after windows that came from the cache
+            self._stream.restore(cursor)

@@ -1,0 +1,119 @@
+"""All SAEs of a run that this rank trains, whole or some latents of them: one step of each per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qwenscope.errors import TrainingError
+from qwenscope.lm.load import LanguageModel
+from qwenscope.ranks import Group
+from qwenscope.recipe import Recipe
+from qwenscope.sae.selection import Precision
+from qwenscope.sae.topk import TopKSAE
+from qwenscope.training.building import build_trainer
+from qwenscope.training.parallel import owners, shards
+from qwenscope.training.shards import overlaps, state_of
+from qwenscope.training.trainer import StepMetrics
+
+NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")
+"""Of StepMetrics, in metrics.jsonl under these names; `dead` as a share there."""
+
+
+def wanted(recipe: Recipe, group: Group) -> Callable[[str], bool]:
+    """Which of a checkpoint's files this rank reads, by stem: those with latents of its own."""
+    pieces = owners(recipe, group.size)[group.rank]
+    return lambda stem: overlaps(stem, pieces)
+
+
+class Suite:
+    """The trainers of this rank, by SAE id; several ranks make the same calls in the same order."""
+
+    def __init__(
+        self, recipe: Recipe, lm: LanguageModel, group: Group, precision: Mapping[str, Precision | Literal["auto"]]
+    ) -> None:
+        """
+        Args:
+            recipe: What to train.
+            lm: On whose device, and how wide.
+            group: Whose ranks share the SAEs.
+            precision: Per SAE what an earlier session settled on; the recipe's where it says nothing.
+        """
+        self._points = recipe.hook_points
+        self._pieces = {piece.sae_id: piece for piece in owners(recipe, group.size)[group.rank]}
+        self._trainers = {
+            sae_id: build_trainer(recipe, lm, sae_id, precision.get(sae_id, recipe.training.precision), shard)
+            for sae_id, shard in shards(recipe, group).items()
+        }
+        self._last: dict[str, StepMetrics] = {}
+        self._finite: list[tuple[int, str, Tensor]] = []  # flags of steps not looked at yet
+
+    @property
+    def precision(self) -> dict[str, Precision]:
+        """What each trainer settled on."""
+        return {sae_id: trainer.precision for sae_id, trainer in self._trainers.items()}
+
+    def calibrate(self, rows: Mapping[int, Tensor]) -> None:
+        """Fit every SAE to the first rows {layer: x_RD} of a run."""
+        for sae_id, trainer in self._trainers.items():
+            trainer.calibrate(rows[self._points[sae_id].layer])
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from a checkpoint's {stem: tensors}, whatever ranks wrote them.
+
+        Raises:
+            CheckpointError: they are of other trainers.
+        """
+        for sae_id, trainer in self._trainers.items():
+            trainer.load_state_dict(state_of(self._pieces[sae_id], tensors))
+
+    def step(self, batch: Mapping[int, Tensor], step: int) -> None:
+        """One optimiser step of every SAE on {layer: x_BD}; `step` is its number, from 1."""
+        for sae_id, trainer in self._trainers.items():
+            self._last[sae_id] = metrics = trainer.step(batch[self._points[sae_id].layer])
+            self._finite.append((step, sae_id, metrics.finite))
+
+    def check_finite(self) -> None:
+        """Look at the flags of all steps since the last look: one transfer. The trainer has skipped a bad update.
+
+        Raises:
+            TrainingError: a loss or a gradient was not finite.
+        """
+        if not self._finite:
+            return
+        flags = torch.stack([finite for _, _, finite in self._finite]).tolist()
+        for (step, sae_id, _), finite in zip(self._finite, flags, strict=True):
+            if not finite:
+                raise TrainingError(
+                    f"{sae_id}: loss or gradient is not finite at step {step}; the last checkpoint is good: "
+                    f"lower hook_points.{sae_id}.lr, or look for extreme rows at its layer"
+                )
+        self._finite.clear()
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """The last step's numbers of each SAE: one transfer for all.
+
+        Raises:
+            TrainingError: as `check_finite`.
+        """
+        self.check_finite()
+        tensors = [getattr(metrics, name).float() for metrics in self._last.values() for name in NUMBERS]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+        saes: dict[str, dict[str, float]] = {}
+        for sae_id, metrics in self._last.items():
+            saes[sae_id] = {name: next(numbers) for name in NUMBERS}
+            saes[sae_id]["dead"] /= self._points[sae_id].dict_size
+            saes[sae_id]["lr"] = metrics.lr
+        return saes
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """{stem: tensors} for a checkpoint: the trainers' own tensors, not copies."""
+        return {self._pieces[sae_id].stem: trainer.state_dict() for sae_id, trainer in self._trainers.items()}
+
+    def finished(self) -> dict[str, TopKSAE]:
+        """The SAEs as they stand, each whole and on one rank."""
+        saes = {sae_id: trainer.collect() for sae_id, trainer in self._trainers.items()}
+        return {sae_id: sae for sae_id, sae in saes.items() if sae is not None}
