@@ -1,18 +1,26 @@
-"""Rate of harvesting nine hook points through windows, beside the bare truncated and the bare full forward pass.
+"""Rate of harvesting nine hook points through windows, beside bare forward passes and beside SAE steps.
 
     python bench/harvest.py [--recipe standin] [--tokens N] [--rounds R] [--device cpu] [--dtype float32] ...
 
 Prints one JSON object. The contestants take turns on the same generated conversations, in the same batches and one
 process:
 
-    full        all layers, final norm, LM head (logits of every position, as a plain forward pass computes them)
+    plain       transformers' own call, model(input_ids): all layers, logits of every position, and a cache, by default
+    full        the same without the cache: all layers, final norm, LM head
     decoder     all layers and final norm
     truncated   layers 0 to the last hook point
     harvest     `Windows.next_batch` to the last row: truncated passes; rows gathered, filtered, shuffled, batched
+    steps       one step of every SAE on each of those batches, alone
+    in_turn     harvest and steps with activations.overlap=false
+    overlapped  the same with activations.overlap=true: the next window in a thread of its own, beside the steps
 
 Rates are kept (unpadded) tokens per second of process CPU time on a CPU and of wall time on CUDA, medians over rounds;
 ratios are medians of the rounds' own ratios: many short rounds, so that a busy machine slows all contestants alike.
 `flops_saved` counts matrix products with torch's FlopCounterMode, `time_saved` is what the clock says.
+
+`harvest_beside_steps` is the harvest thread's own time in `overlapped`, steps excluded, as a rate over `truncated`'s:
+by CPU seconds (which do not see waiting) and by wall seconds (which see the other thread, and the machine's other
+users). `overlap` compares wall seconds: it needs two idle cores, or a GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +29,16 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from qwenscope.activations.source import WindowSource
 from qwenscope.activations.windows import Windows
 from qwenscope.corpus.batches import Batch, make_batches
 from qwenscope.corpus.chat import Conversation
@@ -35,6 +46,11 @@ from qwenscope.corpus.stream import CorpusStream
 from qwenscope.lm.forward import final_hidden, logits, residual_streams
 from qwenscope.lm.load import LanguageModel, load_language_model
 from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.training.building import build_trainer
+
+Seconds = dict[str, list[float]]
+
+OVERLAP = ("harvest", "steps", "in_turn", "overlapped")
 
 
 class Replay:
@@ -57,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="standin", help="whose hook points, batches and windows are used")
     parser.add_argument("--model", help="instead of the recipe's lm.model")
-    parser.add_argument("--tokens", type=int, default=2500)
+    parser.add_argument("--tokens", type=int, default=7500)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--window-tokens", type=int, default=2500)
     parser.add_argument("--device", default="auto")
@@ -75,15 +91,22 @@ def main() -> None:
     truncated = load_language_model(recipe.lm, last_layer=recipe.layers[-1])
     conversations = draw(recipe, full, options.tokens)
     batches = in_windows(conversations, recipe)
+    tokens = sum(len(conversation.token_ids) for conversation in conversations)
+    steps = Steps(recipe, truncated, conversations)
+    thread: Seconds = {"cpu": [], "wall": []}
     contestants: dict[str, Callable[[], Any]] = {
+        "plain": lambda: each(batches, lambda ids_CT: full.model(ids_CT.to(full.device))),
         "full": lambda: each(batches, lambda ids_CT: logits(full, final_hidden(full, ids_CT))),
         "decoder": lambda: each(batches, lambda ids_CT: final_hidden(full, ids_CT)),
         "truncated": lambda: each(batches, lambda ids_CT: residual_streams(truncated, ids_CT, recipe.layers[-1:])),
-        "harvest": lambda: consume(Windows(truncated, Replay(conversations), recipe), recipe),  # type: ignore[arg-type]
+        "harvest": lambda: steps.walk(overlap=False, train=False),
+        "steps": steps.alone,
+        "in_turn": lambda: steps.walk(overlap=False),
+        "overlapped": lambda: steps.walk(overlap=True, thread=thread),
     }
-    tokens = sum(len(conversation.token_ids) for conversation in conversations)
-    seconds = take_turns(contestants, options.rounds, full.device)
-    flops = {name: count_flops(contestants[name]) for name in ("full", "decoder", "truncated")}
+    cpu, wall = take_turns(contestants, options.rounds, full.device)
+    seconds = wall if full.device.type == "cuda" else cpu
+    flops = {name: count_flops(contestants[name]) for name in ("plain", "full", "decoder", "truncated")}
     result = {
         "model": recipe.lm.model,
         "device": str(full.device),
@@ -97,8 +120,17 @@ def main() -> None:
         "rounds": options.rounds,
         "tokens_per_s": {name: round(tokens / statistics.median(times)) for name, times in seconds.items()},
         "harvest_over_truncated": ratio(seconds, "truncated", "harvest"),
+        "harvest_beside_steps_over_truncated": {
+            clock: ratio({"bare": bare["truncated"], "thread": thread[clock][1:]}, "bare", "thread")
+            for clock, bare in (("cpu", cpu), ("wall", wall))
+        },
+        "overlap": {
+            "wall_seconds": {name: round(statistics.median(wall[name]), 3) for name in OVERLAP},
+            "in_turn_over_overlapped": ratio(wall, "in_turn", "overlapped"),
+        },
         "saved_against_decoder": saved(seconds, flops, "decoder"),
         "saved_against_full": saved(seconds, flops, "full"),
+        "saved_against_plain": saved(seconds, flops, "plain"),
     }
     text = json.dumps(result, indent=2)
     print(text)
@@ -136,23 +168,76 @@ def each(batches: Sequence[Batch], run: Callable[[torch.Tensor], Any]) -> None:
         run(batch.input_ids_CT)
 
 
-def consume(windows: Windows, recipe: Recipe) -> None:
-    while len(windows.next_batch(recipe.training.batch_size)[recipe.layers[0]]):
-        pass
+class Steps:
+    """All SAEs of a recipe, to be trained on the conversations' windows over and over."""
+
+    def __init__(self, recipe: Recipe, lm: LanguageModel, conversations: Sequence[Conversation]) -> None:
+        self._recipe, self._lm, self._conversations = recipe, lm, conversations
+        precision = "fp32" if lm.device.type == "cpu" else recipe.training.precision  # auto would time products
+        self._trainers = {sae_id: build_trainer(recipe, lm, sae_id, precision) for sae_id in recipe.hook_points}
+        with closing(self._windows(overlap=False)) as windows:
+            rows = windows.calibration_rows()
+            for sae_id, trainer in self._trainers.items():
+                trainer.calibrate(rows[recipe.hook_points[sae_id].layer])
+            self._batches = list(self._each_batch(windows))
+
+    def alone(self) -> None:
+        for batch in self._batches:
+            self._step(batch)
+
+    def walk(self, overlap: bool, train: bool = True, thread: Seconds | None = None) -> None:
+        """Harvest everything, and train on it; the time spent in making windows is added to `thread`."""
+        with making_timed(thread or {"cpu": [], "wall": []}), closing(self._windows(overlap)) as windows:
+            for batch in self._each_batch(windows):
+                if train:
+                    self._step(batch)
+
+    def _step(self, batch: dict[int, torch.Tensor]) -> None:
+        for sae_id, trainer in self._trainers.items():
+            trainer.step(batch[self._recipe.hook_points[sae_id].layer])
+
+    def _windows(self, overlap: bool) -> Windows:
+        changes: dict[str, Any] = {"overlap": overlap}
+        recipe = self._recipe.model_copy(update={"activations": self._recipe.activations.model_copy(update=changes)})
+        return Windows(self._lm, Replay(self._conversations), recipe)  # type: ignore[arg-type]
+
+    def _each_batch(self, windows: Windows) -> Iterator[dict[int, torch.Tensor]]:
+        while len((batch := windows.next_batch(self._recipe.training.batch_size))[self._recipe.layers[0]]):
+            yield batch
 
 
-def take_turns(contestants: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+@contextmanager
+def making_timed(thread: Seconds) -> Iterator[None]:
+    """Add the seconds of the thread that makes windows, all of them together."""
+    make, cpu, wall = WindowSource.window, [0.0], [0.0]
+
+    def timed(self: WindowSource, index: int, cursor: dict[str, Any]) -> Any:
+        start = time.thread_time(), time.perf_counter()
+        window = make(self, index, cursor)
+        cpu.append(time.thread_time() - start[0])
+        wall.append(time.perf_counter() - start[1])
+        return window
+
+    with patch.object(WindowSource, "window", timed):
+        yield
+    thread["cpu"].append(sum(cpu))
+    thread["wall"].append(sum(wall))
+
+
+def take_turns(contestants: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> tuple[Seconds, Seconds]:
+    """CPU and wall seconds of each contestant in each round, after one round that is not counted."""
+    cpu: Seconds = {name: [] for name in contestants}
+    wall: Seconds = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, run in contestants.items():
-            start = clock()
-            run()
+            start = time.process_time(), time.perf_counter()
+            with torch.no_grad():
+                run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds[name].append(clock() - start)
-    return {name: times[1:] for name, times in seconds.items()}
+            cpu[name].append(time.process_time() - start[0])
+            wall[name].append(time.perf_counter() - start[1])
+    return {name: times[1:] for name, times in cpu.items()}, {name: times[1:] for name, times in wall.items()}
 
 
 def count_flops(run: Callable[[], Any]) -> int:
@@ -161,12 +246,12 @@ def count_flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
+def ratio(seconds: Seconds, above: str, below: str) -> float:
     pairs = zip(seconds[above], seconds[below], strict=True)
     return round(statistics.median(a / b for a, b in pairs), 4)
 
 
-def saved(seconds: dict[str, list[float]], flops: dict[str, int], whole: str) -> dict[str, float]:
+def saved(seconds: Seconds, flops: dict[str, int], whole: str) -> dict[str, float]:
     return {
         "flops_saved": round(1 - flops["truncated"] / flops[whole], 4),
         "time_saved": round(1 - ratio(seconds, "truncated", whole), 4),

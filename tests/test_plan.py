@@ -251,3 +251,25 @@ def test_a_device_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_wrong_hook_point_is_named_before_anything_is_measured() -> None:
     with pytest.raises(ModelError, match=r"hook_points\.sae_attn_late\.kind"):
         read_config(load_recipe("standin", ["hook_points.sae_attn_late.layer=34"]))
+
+
+def test_an_sae_too_wide_for_one_card_is_spread_by_advice() -> None:
+    recipe = load_recipe("qwen3.5-35b-a3b", ["hook_points.sae_attn_mid.dict_size=2097152"])
+    alone, cards = plan(recipe, "h200"), plan(recipe, "h200", gpus=8)
+    assert not alone["fits"]
+    assert not cards["fits"]
+    assert "latents_per_rank" not in " ".join(alone["advice"])
+    assert cards["advice"][1] == "fits with --set training.latents_per_rank=262144"
+    spread = load_recipe(
+        "qwen3.5-35b-a3b", ["hook_points.sae_attn_mid.dict_size=2097152", "training.latents_per_rank=262144"]
+    )
+    found = plan(spread, "h200", gpus=8)
+    assert found["fits"]
+    assert sorted(stem for stems in found["owners"] for stem in stems if "@" in stem) == sorted(
+        f"sae_attn_mid@{start}-{start + 262144}" for start in range(0, 2097152, 262144)
+    )
+    trained = (2 * 8192 + 6 * 16384 + 2097152) * 2 * 2048 * 12
+    assert found["memory_bytes"]["saes"] < 1.2 * (trained / 8) * 16 / 12
+    assert (
+        found["seconds_per_step"]["saes_of_busiest_card"][0] < cards["seconds_per_step"]["saes_of_busiest_card"][0] / 4
+    )

@@ -12,7 +12,7 @@ the most SAEs allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ from qwenscope.roofline import (
     GPUS,
     NETWORK_GB_S,
     Card,
-    Held,
     ModelSize,
     Range,
     bytes_moved,
@@ -42,6 +41,10 @@ from qwenscope.training.parallel import owners
 from qwenscope.training.shards import Piece
 
 GIB = 1 << 30
+Held = Sequence[Sequence[Piece]]
+"""What each card holds."""
+Change = tuple[str, int | str]
+"""(key of a recipe, value)"""
 
 _AROUND: Range = (1.1, 0.95)  # of measured times: gathers, logs and checkpoints come on top of them
 _FLOAT32_SHARE = 1 / 16  # of a card's bf16 rate
@@ -70,6 +73,8 @@ def plan(
         memory_bytes {component: bytes}, memory_total_bytes, memory_card_bytes, fits; owners [[sae_id, ...] per card];
         seconds_per_step of one batch of `training.batch_size` rows, each [cautious, optimistic]: language_model and
         saes of all cards together, saes_of_busiest_card, exchange, corpus, and step, what it takes from end to end;
+        seconds_once likewise: load_model, calibration, part_windows (rows harvested in vain at the end, and what runs
+        alone where harvest and steps overlap), last_save; hours include them;
         bytes_per_step, sent by all cards together; tokens_per_second [cautious, optimistic]; hours and cost_usd
         [optimistic, cautious] (cost null where no price is known); advice [sentence, ...].
 
@@ -90,7 +95,7 @@ def plan(
     process = measured.process_bytes if measured and measured.device == "cpu" else None
 
     def needs(changed: Recipe) -> dict[str, int]:
-        return memory_needs(changed, config, size.parameters, held, process)
+        return memory_needs(changed, config, size.parameters, owners(changed, gpus), process)
 
     memory, room = needs(recipe), card.memory_gib * GIB * _RESERVE
     cost = [h * gpus * price for h, price in zip(hours, card.usd_per_hour, strict=True)] if card.usd_per_hour else None
@@ -189,8 +194,8 @@ class _Parts:
         """Whether a window is harvested while SAEs train on the one before, at no cost to either: on spare cores. On
         one GPU both share what there is.
         """
-        overlap = self.recipe.activations.overlap
-        return overlap and self.measured is not None and self.measured.lanes >= 2 * len(self.held)
+        spare = self.measured is not None and self.measured.lanes >= 2 * len(self.held)
+        return self.recipe.activations.overlap and spare
 
     def _end_to_end(self, seconds: Mapping[str, Range], end: int) -> float:
         """One step: all work shared evenly, but nobody does less than one whole batch or its own SAEs.
@@ -211,7 +216,8 @@ class _Parts:
     def _piece_seconds(self, piece: Piece) -> Range:
         """One step of a piece of an SAE."""
         if self.measured is None:
-            return step_seconds(self.recipe, piece, self.config.hidden_size, self.card)
+            point = self.recipe.hook_points[piece.sae_id]
+            return step_seconds(self.recipe, point, self.config.hidden_size, self.card, piece.latents)
         dead, alive = self.measured.step_seconds[piece.sae_id]
         share = piece.latents / piece.dict_size
         return dead * share * _AROUND[0], alive * share * _AROUND[1]
@@ -220,9 +226,8 @@ class _Parts:
         """Of the card that owns the most."""
         rows = min(self.recipe.training.calibration_tokens, self.recipe.activations.window_tokens)
         if self.measured is None:
-            flops = (
-                max(sum(piece.latents for piece in pieces) for pieces in self.held) * 2 * rows * self.config.hidden_size
-            )
+            latents = max(sum(piece.latents for piece in pieces) for pieces in self.held)
+            flops = 2 * rows * latents * self.config.hidden_size
             return _times((4.0, 1.0), flops / (self.card.bf16_tflops * 1e12 * _FLOAT32_SHARE))
         per_row = self.measured.calibration_seconds
         return _around(rows * max(sum(per_row[piece.sae_id] for piece in pieces) for pieces in self.held))
@@ -285,17 +290,12 @@ def memory_needs(
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     row = hidden * width
+    # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
+    travelling = 1 if cards == 1 else layers + 2 * len(recipe.layers) // cards
     needs = {
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
         "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
-        # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives; with
-        # overlap the window before it is being consumed
-        "windows": window
-        * row
-        * (
-            layers * (2 if recipe.activations.overlap else 1)
-            + (1 if cards == 1 else layers + 2 * len(recipe.layers) // cards)
-        ),
+        "windows": window * row * (layers * (1 + recipe.activations.overlap) + travelling),
         "saes": trained + shadows[training.precision],
         # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
         "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
@@ -323,16 +323,23 @@ def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: b
 
 
 def _advice(recipe: Recipe, needs: Callable[[Recipe], dict[str, int]], room: float, gpus: int) -> list[str]:
-    """What to change so that it fits, the cheapest first, as many as it takes; else what would feed all cards."""
-    over = sum(needs(recipe).values()) - room
-    if over <= 0:
+    """What to change so that it fits, the cheapest first, no more than it takes; else what would feed all cards."""
+
+    def over(changes: Sequence[Change] = ()) -> float:
+        return sum(needs(_changed(recipe, changes)).values()) - room
+
+    if over() <= 0:
         return _feeding(recipe, gpus)
-    advice = [f"{over / GIB:.1f} GiB more than the {room / GIB:.1f} that a run can use"]
-    changes = []
-    for key, value, changed in _savings(recipe):
-        changes.append(f"--set {key}={value}")
-        if sum(needs(changed).values()) <= room:
-            return [*advice, f"fits with {' '.join(changes)}"]
+    advice = [f"{over() / GIB:.1f} GiB more than the {room / GIB:.1f} that a run can use"]
+    changes: list[Change] = []
+    for change in _savings(recipe, gpus):
+        changes.append(change)
+        if over(changes) > 0:
+            continue
+        for earlier in reversed(changes[:-1]):
+            if over(without := [other for other in changes if other != earlier]) <= 0:
+                changes = without
+        return [*advice, f"fits with {' '.join(f'--set {key}={str(value).lower()}' for key, value in changes)}"]
     return [
         *advice,
         "too large for this card whatever is set: take a card with more memory or an FP8 checkpoint, or spread the "
@@ -350,23 +357,25 @@ def _feeding(recipe: Recipe, gpus: int) -> list[str]:
     ]
 
 
-def _savings(recipe: Recipe) -> Iterator[tuple[str, int | str, Recipe]]:
-    """(key, value, recipe with all changes so far): less memory at little or no cost."""
-    batch_tokens = max(recipe.corpus.max_length, 8192)
-    if batch_tokens < recipe.corpus.batch_tokens:
-        recipe = _changed(recipe, "corpus", batch_tokens=batch_tokens)
-        yield "corpus.batch_tokens", batch_tokens, recipe
+def _savings(recipe: Recipe, gpus: int) -> Iterator[Change]:
+    """Less memory at little or no cost."""
+    if (batch_tokens := max(recipe.corpus.max_length, 8192)) < recipe.corpus.batch_tokens:
+        yield "corpus.batch_tokens", batch_tokens
     if recipe.activations.overlap:
-        recipe = _changed(recipe, "activations", overlap=False)
-        yield "activations.overlap", "false", recipe
-    window = max(recipe.training.batch_size, recipe.activations.window_tokens // 2)
-    if window < recipe.activations.window_tokens:
-        recipe = _changed(recipe, "activations", window_tokens=window)
-        yield "activations.window_tokens", window, recipe
+        yield "activations.overlap", False
+    window = recipe.activations.window_tokens
+    if (half := max(recipe.training.batch_size, window // 2)) < window:
+        yield "activations.window_tokens", half
+    widest = max(point.dict_size for point in recipe.hook_points.values())
+    share = max(64, -(-widest // (64 * gpus)) * 64)
+    if gpus > 1 and share < min(widest, recipe.training.latents_per_rank or widest):
+        yield "training.latents_per_rank", share
     if recipe.training.moments == "float32":
-        recipe = _changed(recipe, "training", moments="bfloat16")
-        yield "training.moments", "bfloat16", recipe
+        yield "training.moments", "bfloat16"
 
 
-def _changed(recipe: Recipe, part: str, **values: Any) -> Recipe:
-    return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update=values)})
+def _changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
+    for key, value in changes:
+        part, name = key.split(".")
+        recipe = recipe.model_copy(update={part: getattr(recipe, part).model_copy(update={name: value})})
+    return recipe

@@ -16,14 +16,12 @@ from transformers import AutoModel, PretrainedConfig
 
 from qwenscope.errors import RecipeError
 from qwenscope.lm.load import Kind, cut_config, layer_kinds, pick_dtype
-from qwenscope.recipe import Recipe
+from qwenscope.recipe import HookPoint, Recipe
 from qwenscope.training.gradients import DENSE_SHARE
 from qwenscope.training.shards import Piece
 
 Range = tuple[float, float]
 """(cautious, optimistic)"""
-Held = Sequence[Sequence[Piece]]
-"""Per card, the SAEs, or latents of them, that it owns."""
 
 
 @dataclass(frozen=True)
@@ -118,21 +116,20 @@ def position_seconds(size: ModelSize, card: Card) -> Range:
 # -- SAEs -------------------------------------------------------------------------------------------------------------
 
 
-def step_seconds(recipe: Recipe, piece: Piece, hidden: int, card: Card) -> Range:
+def step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card, latents: int | None = None) -> Range:
     """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser.
 
-    Where many latents are active the tail uses three more dense products instead of gathers. A piece of an SAE is that
-    share of the work, and what its ranks hand over.
+    Where many latents are active the tail uses three more dense products instead of gathers. Of an SAE that several
+    ranks share, a card holds `latents`: that part of product and optimiser, and what the ranks tell one another.
     """
-    batch, held, k = recipe.training.batch_size, piece.latents, recipe.hook_points[piece.sae_id].k
-    active = k * held / piece.dict_size
-    dense = k / piece.dict_size > DENSE_SHARE
+    batch, held = recipe.training.batch_size, latents or point.dict_size
+    dense = point.k / point.dict_size > DENSE_SHARE
     product = 2 * batch * hidden * held * (4 if dense else 1)
     preactivations = 2 * batch * held * 2
-    gathers = 0.0 if dense else 5 * batch * active * hidden * 2
+    gathers = 0 if dense else 5 * batch * point.k * hidden * 2
     optimiser = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
     traffic = preactivations + gathers + optimiser
-    told = shard_bytes(recipe, piece, hidden) / (card.link_gb_s * 1e9)
+    told = shard_bytes(recipe, point, hidden, held) / (card.link_gb_s * 1e9)
     cautious, optimistic = (
         product / (card.bf16_tflops * 1e12 * products)
         + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
@@ -142,13 +139,11 @@ def step_seconds(recipe: Recipe, piece: Piece, hidden: int, card: Card) -> Range
     return cautious, optimistic
 
 
-def shard_bytes(recipe: Recipe, piece: Piece, hidden: int) -> float:
-    """Bytes that the owner of a piece sends per step to those of the rest: its k largest of every row to each, and its
-    part of the reconstruction (`training.shards`).
-    """
-    ranks, batch = piece.dict_size / piece.latents, recipe.training.batch_size
-    k = recipe.hook_points[piece.sae_id].k
-    return (ranks - 1) * 4 * batch * k + 2 * (ranks - 1) / ranks * 4 * (batch + 1) * hidden
+def shard_bytes(recipe: Recipe, point: HookPoint, hidden: int, latents: int) -> float:
+    """Bytes that a rank with `latents` of an SAE sends per step: its k largest to the others, its part of x_hat."""
+    shards = point.dict_size / latents
+    batch = recipe.training.batch_size
+    return (shards - 1) * batch * point.k * 4 + 2 * (shards - 1) / shards * batch * hidden * 4
 
 
 def trained_bytes(recipe: Recipe, latents: int, hidden: int) -> int:
@@ -168,16 +163,20 @@ def layers_of(recipe: Recipe, held: Sequence[Piece]) -> set[int]:
     return {recipe.hook_points[piece.sae_id].layer for piece in held}
 
 
-def bytes_moved(recipe: Recipe, held: Held, config: PretrainedConfig) -> int:
+def bytes_moved(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig) -> int:
     """Bytes that all cards together send per step: rows that their owner did not harvest, four bytes per token and hook
-    point to everyone else (the norms that decide which rows are left out), and what shards of one SAE tell each other.
+    point to everyone else (the norms that decide which rows are left out), and what ranks that share an SAE say.
     """
     norms = 4 * recipe.training.batch_size * len(recipe.layers) * (len(held) - 1)
-    shards = sum(shard_bytes(recipe, piece, config.hidden_size) for pieces in held for piece in pieces)
+    shards = sum(
+        shard_bytes(recipe, recipe.hook_points[piece.sae_id], config.hidden_size, piece.latents)
+        for pieces in held
+        for piece in pieces
+    )
     return norms + sum(_received(recipe, pieces, config, len(held)) for pieces in held) + round(shards)
 
 
-def exchange_seconds(recipe: Recipe, held: Held, config: PretrainedConfig, card: Card) -> Range:
+def exchange_seconds(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig, card: Card) -> Range:
     """Until the card that receives the most rows has them."""
     busiest = max(_received(recipe, pieces, config, len(held)) for pieces in held)
     link = card.link_gb_s if len(held) <= _MACHINE else min(card.link_gb_s, NETWORK_GB_S)

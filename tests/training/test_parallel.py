@@ -18,7 +18,7 @@ from tiny_run import BATCH, STEPS, final_hashes, make_language_model, metrics, s
 from qwenscope.activations import store
 from qwenscope.activations.division import Division
 from qwenscope.corpus.batches import cut
-from qwenscope.errors import RecipeError, ResourceError
+from qwenscope.errors import FormatError, RecipeError, ResourceError
 from qwenscope.ranks import Group
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.roofline import GPUS, ModelSize, position_seconds, step_seconds
@@ -58,6 +58,14 @@ def test_weights_and_metrics_are_those_of_one_process_to_the_bit(runs: dict[int,
     assert metrics(runs[1].path)[-1]["left_out"]["outlier"] > 50
     assert status(runs[size].path)["state"] == "complete"
     assert (runs[size].path / "privacy_report.json").read_text() == (runs[1].path / "privacy_report.json").read_text()
+
+
+def test_overlap_changes_nothing_on_several_ranks_either(runs: dict[int, Run], tmp_path: Path) -> None:
+    recipe = load_recipe(runs[1].path.with_name("1.recipe.yaml"), ["activations.overlap=false"])
+    did = complete(3, recipe, tmp_path / "in-turn")
+    assert final_hashes(tmp_path / "in-turn") == final_hashes(runs[3].path)
+    assert metrics(tmp_path / "in-turn") == metrics(runs[3].path)
+    assert did == runs[3].did  # every batch on the same rank in the same order, every byte sent
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -126,6 +134,13 @@ def test_any_number_of_ranks_writes_the_same_cache(model: Path, tmp_path: Path) 
     assert sum(len(each["batches"]) for each in did) == 0
     assert final_hashes(tmp_path / "read") == final_hashes(tmp_path / "completed") == final_hashes(tmp_path / "alone")
 
+    # each rank looks at its own files; what one finds damaged ends all
+    victim = next((tmp_path / "one").glob("*/window-000001/layer-03.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with ranks(2, short(tmp_path / "one"), tmp_path / "stopped") as job:
+        assert job.wait() == [FormatError.exit_code] * 2, job.errors()
+        assert f"{victim} is damaged" in job.errors()
+
 
 def no_room() -> None:
     """This rank's disk is full when it writes the second window's rows."""
@@ -182,7 +197,10 @@ def test_harvest_evens_out_what_saes_do_not() -> None:
     recipe = load_recipe("qwen3.5-35b-a3b")
     size = ModelSize(layers=36, parameters=0, active_parameters=0, flops_per_token=int(4.39e9))
     position = sum(position_seconds(size, GPUS["h200"]))
-    steps = [sum(sum(step_seconds(recipe, piece, 2048, GPUS["h200"])) for piece in held) for held in owners(recipe, 4)]
+    steps = [
+        sum(sum(step_seconds(recipe, recipe.hook_points[piece.sae_id], 2048, GPUS["h200"])) for piece in held)
+        for held in owners(recipe, 4)
+    ]
     assert max(steps) > 1.05 * sum(steps) / 4  # k weighs beside the dictionary: SAEs alone are less even
     busy = tuple(seconds * recipe.activations.window_tokens / 4096 / position for seconds in steps)
     draw = np.random.default_rng(5)
@@ -219,3 +237,14 @@ def test_dealing_takes_any_number_of_ranks() -> None:
         5: [[delta], [attn], [small], [], []],
     }.items():
         assert [[piece.stem for piece in held] for held in owners(recipe, count)] == expected
+
+
+def test_each_layer_has_one_rank_that_speaks_for_it() -> None:
+    layers = ((1, 3), (1,), (), (3, 5), (5,))
+    assert [Division(Group(rank, 5), layers, (0.0,) * 5).first_layers for rank in range(5)] == [
+        (1, 3),
+        (),
+        (),
+        (5,),
+        (),
+    ]

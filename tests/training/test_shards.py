@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
+import threading
+from contextlib import closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,12 +25,15 @@ from tiny_run import BATCH as BATCH_TOKENS
 from tiny_run import final_hashes, make_language_model, metrics, status
 from torch import Tensor
 
+from qwenscope.activations.division import Division
+from qwenscope.activations.windows import Windows
+from qwenscope.lm.load import load_language_model
 from qwenscope.ranks import Group
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.training import checkpoint
 from qwenscope.training.building import untrained
-from qwenscope.training.parallel import owners
+from qwenscope.training.parallel import divide, owners
 from qwenscope.training.shards import Piece, Shard, cut, overlaps, state_of
 from qwenscope.training.trainer import SAETrainer
 
@@ -241,6 +249,35 @@ def test_latents_are_dealt_anew_over_two_then_one_then_four_ranks(
     sessions = json.loads((run / "run.json").read_text())["sessions"]
     assert [session["ranks"] for session in sessions] == [2, 1, 4]
     check_close(run, runs[1])
+
+
+def test_gpus_that_share_an_sae_take_turns(model: Path) -> None:
+    recipe = spread(model)
+    lm = load_language_model(recipe.lm)
+    on_gpu = dataclasses.replace(lm, device=torch.device("cuda"))
+    assert not divide(recipe, lm, Group(0, 4)).in_turn
+    assert not divide(three_saes(model), on_gpu, Group(0, 4)).in_turn
+    division = divide(recipe, on_gpu, Group(0, 4))
+    assert division.in_turn
+    conversation = SimpleNamespace(id="a", token_ids=np.arange(50, dtype=np.int32))
+    threads: set[int] = set()
+
+    class Stream:
+        """An endless corpus that notes who reads it."""
+
+        def state(self) -> dict[str, int]:
+            return {}
+
+        def __next__(self) -> SimpleNamespace:
+            threads.add(threading.get_ident())
+            return conversation
+
+    for in_turn in (True, False):
+        threads.clear()
+        alone = dataclasses.replace(Division.alone(recipe.layers), in_turn=in_turn)
+        with closing(Windows(lm, Stream(), recipe, alone)) as windows:  # type: ignore[arg-type]
+            windows.next_batch(10)
+        assert (threads == {threading.get_ident()}) == in_turn
 
 
 def test_pieces_are_dealt_evenly_and_to_unlike_ranks() -> None:

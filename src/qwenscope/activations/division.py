@@ -27,6 +27,8 @@ class Division:
     """Per rank, the hooked layers whose rows it needs, ascending."""
     busy: tuple[float, ...]
     """Per rank, what it does in a window besides harvesting, in positions of a language-model batch."""
+    in_turn: bool = False
+    """Whether a window may only be harvested between SAE steps, whatever `activations.overlap` says."""
 
     @classmethod
     def alone(cls, layers: Sequence[int]) -> Division:

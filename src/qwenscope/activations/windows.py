@@ -64,7 +64,7 @@ class Windows:
         self._layers = division.own_layers
         self._check_size(recipe.training.batch_size)
         self._ahead: Ahead | None = None
-        if recipe.activations.overlap:
+        if recipe.activations.overlap and not division.in_turn:
             self._ahead = Ahead(lm.device)
             division = dataclasses.replace(division, group=division.group.twin(rows=True))
         self._source = WindowSource(lm, stream, recipe, division)

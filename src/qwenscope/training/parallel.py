@@ -111,18 +111,24 @@ def shards(recipe: Recipe, group: Group) -> dict[str, Shard]:
 
 
 def divide(recipe: Recipe, lm: LanguageModel, group: Group) -> Division:
-    """Who owns which rows, and how busy each rank is with its SAEs: one with more to do there harvests less."""
+    """Who owns which rows, and how busy each rank is with its SAEs: one with more to do there harvests less.
+
+    Where steps exchange tensors too, GPUs take turns: two threads that use nccl side by side can lock each other out,
+    when ranks meet their kernels in unlike order.
+    """
     card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
     position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
     steps = recipe.activations.window_tokens / recipe.training.batch_size
     owned, points = owners(recipe, group.size), recipe.hook_points
+
+    def seconds(piece: Piece) -> float:
+        return sum(step_seconds(recipe, points[piece.sae_id], lm.hidden_dim, card, piece.latents))
+
     return Division(
         group,
         tuple(tuple(sorted({points[piece.sae_id].layer for piece in held})) for held in owned),
-        tuple(
-            steps * sum(sum(step_seconds(recipe, piece, lm.hidden_dim, card)) for piece in held) / position
-            for held in owned
-        ),
+        tuple(steps * sum(map(seconds, held)) / position for held in owned),
+        in_turn=lm.device.type == "cuda" and any(piece.latents < piece.dict_size for held in owned for piece in held),
     )
 
 
