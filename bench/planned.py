@@ -5,8 +5,10 @@
 
 Each configuration is planned by the probe, trained, and planned once more, each in a process of its own with one thread
 per operator; `two_ranks` runs under torchrun. Prints one JSON object: per configuration what was planned (the middle of
-the plan's range, the mean of both), what was measured, and their ratio measured / planned, for tokens per second (of training alone: no loading,
-calibration or saving), seconds of the whole run from the call of `train`, and the largest process's peak memory.
+the plan's range, the mean of both), what was measured, and their ratio measured / planned, for tokens per second (of
+training alone: no loading, calibration or saving), seconds of the whole run from the call of `train`, and the largest
+process's peak memory.
+
 `--cpu-time` compares CPU time, which neighbours on a machine disturb less than the clock: of harvest and SAE steps
 together, although they run side by side, and of the busiest rank.
 """
