@@ -3,10 +3,12 @@
     python bench/planned.py --json bench/results/planned.json              about five minutes on a quiet machine
     python bench/planned.py --cpu-time --only standin --only one_sae       on a shared one
 
-Each configuration is planned by the probe and then trained, each in a process of its own with one thread per operator;
-`two_ranks` runs under torchrun. Prints one JSON object: per configuration what was planned (the middle of the plan's
-range), what was measured, and their ratio measured / planned, for tokens per second (of training alone: no loading,
-calibration or saving), seconds of the whole run from the call of `train`, and the largest process's peak memory.
+Each configuration is planned by the probe, trained, and planned once more, each in a process of its own with one thread
+per operator; `two_ranks` runs under torchrun. Prints one JSON object: per configuration what was planned (the middle of
+the plan's range, the mean of both), what was measured, and their ratio measured / planned, for tokens per second (of
+training alone: no loading, calibration or saving), seconds of the whole run from the call of `train`, and the largest
+process's peak memory.
+
 `--cpu-time` compares CPU time, which neighbours on a machine disturb less than the clock: of harvest and SAE steps
 together, although they run side by side, and of the busiest rank.
 """
@@ -115,16 +117,16 @@ def planned(recipe: Recipe, ranks: int, cpu_time: bool) -> dict[str, float]:
 
 def trained(recipe: Recipe, out: Path, cpu_time: bool) -> dict[str, float]:
     """A run, timed by its phases."""
-    clock = time.process_time if cpu_time else time.perf_counter
+    clock, own_clock = (time.process_time, time.thread_time) if cpu_time else (time.perf_counter, time.perf_counter)
     began: dict[str, float] = {}
     calibration_seconds = 0.0
     calibrate = SAETrainer.calibrate
 
     def timed(self: SAETrainer, rows_RD: torch.Tensor) -> None:
         nonlocal calibration_seconds
-        start = clock()
+        start = own_clock()
         calibrate(self, rows_RD)
-        calibration_seconds += clock() - start
+        calibration_seconds += own_clock() - start
 
     SAETrainer.calibrate = timed  # type: ignore[method-assign]
     start = clock()
@@ -145,24 +147,24 @@ def trained(recipe: Recipe, out: Path, cpu_time: bool) -> dict[str, float]:
 
 
 def child(act: str, recipe: Path, ranks: int, cpu_time: bool, out: Path) -> None:
-    """What the process is for, into `out`.json or, of several ranks, `out`.RANK.json."""
+    """What the process is for, noted in `out` under its rank."""
     torch.set_num_threads(1)
     loaded = load_recipe(recipe)
     found = planned(loaded, ranks, cpu_time) if act == "plan" else trained(loaded, out / "run", cpu_time)
-    (out / f"{act}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+    (out / f"{act}.{os.environ.get('RANK', '0')}.{os.getpid()}.json").write_text(json.dumps(found))
 
 
 # -- the comparison ---------------------------------------------------------------------------------------------------
 
 
 def compare(name: str, recipe: Recipe, folder: Path, cpu_time: bool) -> dict[str, Any]:
-    """Plan, train, and set side by side."""
+    """Plan, train, plan again, and set side by side."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     ranks = 2 if name == "two_ranks" else 1
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    for act in ("plan", "train"):
+    for act in ("plan", "train", "plan"):
         command = [sys.executable, *(launcher if act == "train" else []), __file__, "--child", act, str(folder)]
         command += ["--ranks", str(ranks), *(["--cpu-time"] if cpu_time else [])]
         subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
@@ -170,12 +172,10 @@ def compare(name: str, recipe: Recipe, folder: Path, cpu_time: bool) -> dict[str
         [json.loads(path.read_text()) for path in sorted(folder.glob(f"{act}.*.json"))] for act in ("plan", "train")
     )
     measured = runs[0] | {key: max(run[key] for run in runs) for key in ("seconds", "memory_mb")}
+    middle = {figure: sum(one[figure] for one in plans) / len(plans) for figure in plans[0]}
     figures = ("tokens_per_second", "seconds", "memory_mb")
-    return {
-        "planned": plans[0],
-        "measured": measured,
-        "ratio": {figure: round(measured[figure] / plans[0][figure], 3) for figure in figures},
-    }
+    ratio = {figure: round(measured[figure] / middle[figure], 3) for figure in figures}
+    return {"planned": middle, "measured": measured, "ratio": ratio}
 
 
 def main() -> None:

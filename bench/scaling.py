@@ -18,7 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwenscope.plan import plan, read_config, window_batches
+from qwenscope.calibration import batches_of
+from qwenscope.plan import plan, read_config
 from qwenscope.recipe import HookPoint, Recipe, load_recipe
 
 TEN_BILLION = 10_000_000_000
@@ -36,7 +37,7 @@ def every_layer(recipe: Recipe) -> Recipe:
 def fed(recipe: Recipe, gpus: int, most: int) -> Recipe:
     """The recipe with a window that has batches for all."""
     activations = recipe.activations
-    per_batch = activations.window_tokens // window_batches(recipe)
+    per_batch = activations.window_tokens // batches_of(recipe).count
     tokens = min(most, max(activations.window_tokens, PER_CARD * gpus * per_batch))
     return recipe.model_copy(update={"activations": activations.model_copy(update={"window_tokens": tokens})})
 

@@ -52,7 +52,7 @@ class Ranks:
         start_server()
         self._run = run
         self._reader, writer = context.Pipe(duplex=False)
-        environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = [
             context.Process(
                 target=_rank,
@@ -112,7 +112,7 @@ def complete(size: int, recipe: Recipe, run: Path, *, resume: bool = False) -> l
 def on_ranks(size: int, act: Callable[[Group], None]) -> None:
     """Let `act` (picklable) run on ranks that have joined, to its end."""
     start_server()
-    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [context.Process(target=_act, args=(act, {**environment, "RANK": str(rank)})) for rank in range(size)]
     for process in processes:
         process.start()
@@ -181,7 +181,7 @@ def _observe() -> dict[str, Any]:
     return did
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

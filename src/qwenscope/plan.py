@@ -73,6 +73,8 @@ def plan(
         memory_bytes {component: bytes}, memory_total_bytes, memory_card_bytes, fits; owners [[sae_id, ...] per card];
         seconds_per_step of one batch of `training.batch_size` rows, each [cautious, optimistic]: language_model and
         saes of all cards together, saes_of_busiest_card, exchange, corpus, and step, what it takes from end to end;
+        seconds_once likewise: load_model, calibration, part_windows (rows harvested in vain at the end, and what runs
+        alone where harvest and steps overlap), last_save; hours include them;
         bytes_per_step, sent by all cards together; tokens_per_second [cautious, optimistic]; hours and cost_usd
         [optimistic, cautious] (cost null where no price is known); advice [sentence, ...].
 

@@ -65,22 +65,19 @@ def ready(tmp_path: Path) -> Path:
     return tmp_path / "ready"
 
 
-def test_the_end_of_a_slot_saves_and_queues_again(sbatch: Any, ready: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "queued"), [(signal.SIGUSR1, "requeue 42\n"), (signal.SIGTERM, "")], ids=["end of the slot", "cancelled"]
+)
+def test_a_signal_saves_and_only_the_end_of_a_slot_queues_again(
+    sbatch: Any, ready: Path, tmp_path: Path, signum: int, queued: str
+) -> None:
     process = sbatch(UNTIL_TERM)
     ready.read_text()
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signum)
     assert process.wait(20) == 143
-    assert said(tmp_path, "scontrol") == "requeue 42\n"
+    assert said(tmp_path, "scontrol") == queued
     arguments = f"-m qwenscope train standin --out {tmp_path / 'run'} --resume --set seed=7\n"
     assert said(tmp_path, "torchrun") == f"--standalone --nproc-per-node=4 --max-restarts=3 {arguments}"
-
-
-def test_a_cancelled_job_saves_and_stays_away(sbatch: Any, ready: Path, tmp_path: Path) -> None:
-    process = sbatch(UNTIL_TERM)
-    ready.read_text()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143
-    assert said(tmp_path, "scontrol") == ""
 
 
 @pytest.mark.parametrize("code", [0, 6])
@@ -109,6 +106,12 @@ def test_the_sky_file_has_known_keys_and_a_packaged_recipe() -> None:
         subprocess.run(["bash", "-n"], input=script.encode(), check=True)
 
 
+def run_sky(folder: Path, home: Path) -> subprocess.CompletedProcess[bytes]:
+    variables = environment(folder, HOME=str(home), RECIPE="standin", SKYPILOT_NUM_GPUS_PER_NODE="8")
+    script = SKY["run"].replace("/bucket", str(folder / "bucket"))
+    return subprocess.run(["bash"], input=script.encode(), env=variables, timeout=20, capture_output=True, check=False)
+
+
 def test_the_sky_run_brings_back_what_is_kept_and_keeps_what_is_new(tmp_path: Path) -> None:
     bucket, home = tmp_path / "bucket", tmp_path / "home"
     old = bucket / "checkpoints" / "step-00000002"
@@ -123,9 +126,7 @@ def test_the_sky_run_brings_back_what_is_kept_and_keeps_what_is_new(tmp_path: Pa
         'echo 4 > "$HOME/run/checkpoints/step-00000004/state.json"\n'
         'echo {} > "$HOME/run/status.json"; echo w > "$HOME/run/saes/sae_a/weights.safetensors"',
     )
-    variables = environment(tmp_path, HOME=str(home), RECIPE="standin", SKYPILOT_NUM_GPUS_PER_NODE="8")
-    script = SKY["run"].replace("/bucket", str(bucket))
-    done = subprocess.run(["bash"], input=script.encode(), env=variables, timeout=20, capture_output=True, check=False)
+    done = run_sky(tmp_path, home)
     assert done.returncode == 0, done.stderr
     assert said(tmp_path, "torchrun").endswith(f"-m qwenscope train standin --out {home}/run --resume\n")
     kept = {str(path.relative_to(bucket)) for path in bucket.rglob("*") if path.is_file()}
@@ -139,7 +140,4 @@ def test_the_sky_run_brings_back_what_is_kept_and_keeps_what_is_new(tmp_path: Pa
 
 def test_a_failed_sky_run_fails(tmp_path: Path) -> None:
     write_command(tmp_path, "torchrun", "exit 6")
-    variables = environment(tmp_path, HOME=str(tmp_path), RECIPE="standin", SKYPILOT_NUM_GPUS_PER_NODE="8")
-    script = SKY["run"].replace("/bucket", str(tmp_path / "bucket"))
-    done = subprocess.run(["bash"], input=script.encode(), env=variables, timeout=20, capture_output=True, check=False)
-    assert done.returncode == 6
+    assert run_sky(tmp_path, tmp_path).returncode == 6

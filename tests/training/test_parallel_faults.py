@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import psutil
 import pytest
 import tiny_ranks
 import torch
-from tiny_ranks import complete, ranks, three_saes
+from tiny_ranks import complete, free_port, ranks, three_saes
 from tiny_run import BATCH, Reference, final_hashes, make_language_model, metrics, status
 
 from qwenscope.errors import ResourceError
@@ -36,11 +36,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_language_model(tmp_path_factory.mktemp("lm"))
 
 
+def uninterrupted(recipe: Recipe, run: Path) -> Reference:
+    train(recipe, run)
+    return Reference(final_hashes(run), metrics(run))
+
+
 @pytest.fixture(scope="module")
 def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    run = tmp_path_factory.mktemp("reference") / "run"
-    train(three_saes(model), run)
-    return Reference(final_hashes(run), metrics(run))
+    return uninterrupted(three_saes(model), tmp_path_factory.mktemp("reference") / "run")
 
 
 def rare_saves(model: Path) -> Recipe:
@@ -223,11 +226,7 @@ def test_a_folder_that_a_rank_does_not_see_is_named(model: Path, tmp_path: Path)
             pass
 
 
-@pytest.fixture(scope="module")
-def long_reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    run = tmp_path_factory.mktemp("long") / "run"
-    train(long_run(model), run)
-    return Reference(final_hashes(run), metrics(run))
+# -- torchrun ---------------------------------------------------------------------------------------------------------
 
 
 def long_run(model: Path) -> Recipe:
@@ -235,53 +234,139 @@ def long_run(model: Path) -> Recipe:
     return three_saes(model, training__tokens=400 * BATCH)
 
 
-@contextmanager
-def torchrun(recipe: Recipe, run: Path) -> Iterator[subprocess.Popen[str]]:
-    """The real launcher with two ranks, once its run has a checkpoint."""
-    path = run.with_name("recipe.yaml")
-    path.write_text(recipe.to_yaml())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "2"]
-    job = subprocess.Popen(
-        [*launcher, "--nproc-per-node", "2", "-m", "qwenscope", "train", str(path), "--out", str(run)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while not (run / "checkpoints" / "step-00000006").exists():
+@pytest.fixture(scope="module")
+def long_reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return uninterrupted(long_run(model), tmp_path_factory.mktemp("long") / "run")
+
+
+TWO_RANKS = ("--standalone", "--nproc-per-node", "2")
+
+
+class Launched:
+    """One job of the real launcher, on one machine or, an agent each, on what stands for several."""
+
+    def __init__(self, recipe: Recipe, run: Path) -> None:
+        self.run = run
+        self._recipe = run.with_name("recipe.yaml")
+        self._recipe.write_text(recipe.to_yaml())
+        self._port = free_port()
+        self.agents: list[subprocess.Popen[str]] = []
+
+    def start(self, *options: str, resume: bool = False, **environment: str) -> subprocess.Popen[str]:
+        """torchrun with these options."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", *options, "--max-restarts", "2"]
+        train_run = ["train", str(self._recipe), "--out", str(self.run), *(["--resume"] if resume else [])]
+        agent = subprocess.Popen(
+            [*launcher, "-m", "qwenscope", *train_run],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.agents.append(agent)
+        return agent
+
+    def start_machine(self, host: bool) -> subprocess.Popen[str]:
+        """A machine with one rank, of one or two; `host`: the one where they meet."""
+        conf = f"is_host={str(host).lower()},last_call_timeout=1,keep_alive_interval=1"
+        return self.start(
+            *("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "job"),
+            *("--rdzv-endpoint", f"127.0.0.1:{self._port}", "--local-addr", "127.0.0.1", "--rdzv-conf", conf),
+            resume=True,
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        )
+
+    def until_saved(self, agent: subprocess.Popen[str]) -> None:
+        """Wait for the first checkpoint."""
+        while not (self.run / "checkpoints" / "step-00000006").exists():
             with suppress(subprocess.TimeoutExpired):
-                raise AssertionError(f"torchrun ended with {job.wait(0.05)} before its first checkpoint")
-        yield job
-    finally:
-        job.terminate()  # it ends its workers
-        job.wait(timeout=60)
+                raise AssertionError(f"torchrun ended with {agent.wait(0.05)} before its first checkpoint")
+
+    def ranks(self) -> list[int]:
+        """How many there were, session by session."""
+        return [session["ranks"] for session in json.loads((self.run / "run.json").read_text())["sessions"]]
+
+
+def workers(agent: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(agent.pid).children()
+
+
+def lose_machine(agent: subprocess.Popen[str]) -> None:
+    """Its agent and its ranks are gone at once."""
+    for process in (*workers(agent), psutil.Process(agent.pid)):
+        process.kill()
+
+
+def ended(agent: subprocess.Popen[str]) -> int:
+    """The agent's exit code; its last words where a test fails."""
+    _, errors = agent.communicate(timeout=180)
+    print(errors[-4000:])
+    return agent.returncode
+
+
+@pytest.fixture
+def job(model: Path, tmp_path: Path) -> Iterator[Launched]:
+    launched = Launched(long_run(model), tmp_path / "run")
+    yield launched
+    for agent in launched.agents:
+        agent.terminate()  # it ends its workers
+        agent.wait(timeout=60)
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_and_resumes_by_itself(model: Path, long_reference: Reference, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with torchrun(long_run(model), run) as job:
-        workers = [child for child in psutil.Process(job.pid).children() if child.environ().get("RANK") == "1"]
-        workers[0].kill()
-        _, errors = job.communicate(timeout=120)
-    assert job.returncode == 0, errors
-    assert len(json.loads((run / "run.json").read_text())["sessions"]) == 2
-    long_reference.check(run)
+def test_torchrun_restarts_and_resumes_by_itself(job: Launched, long_reference: Reference) -> None:
+    agent = job.start(*TWO_RANKS)
+    job.until_saved(agent)
+    next(worker for worker in workers(agent) if worker.environ().get("RANK") == "1").kill()
+    assert ended(agent) == 0
+    assert job.ranks() == [2, 2]
+    long_reference.check(job.run)
 
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_stops_all_ranks_with_a_checkpoint(
-    model: Path, long_reference: Reference, tmp_path: Path
+    model: Path, job: Launched, long_reference: Reference
 ) -> None:
-    run = tmp_path / "run"
-    with torchrun(long_run(model), run) as job:
-        job.terminate()
-        _, errors = job.communicate(timeout=120)
-    assert job.returncode != 0
-    stopped = status(run)
-    assert stopped["state"] == "stopped", errors
-    newest, _ = checkpoint.load_newest(run / "checkpoints")
+    agent = job.start(*TWO_RANKS)
+    job.until_saved(agent)
+    agent.terminate()
+    assert ended(agent) != 0
+    stopped = status(job.run)
+    assert stopped["state"] == "stopped"
+    newest, _ = checkpoint.load_newest(job.run / "checkpoints")
     assert newest is not None
     assert newest.state["tokens"] == stopped["tokens_trained"]
-    train(long_run(model), run, resume=True)
-    long_reference.check(run)
+    train(long_run(model), job.run, resume=True)
+    long_reference.check(job.run)
+
+
+@pytest.mark.slow
+def test_the_machines_that_are_left_go_on_without_a_lost_one(job: Launched, long_reference: Reference) -> None:
+    stays, lost = job.start_machine(host=True), job.start_machine(host=False)
+    job.until_saved(stays)
+    lose_machine(lost)
+    assert ended(stays) == 0
+    assert job.ranks() == [2, 1]
+    long_reference.check(job.run)
+
+
+@pytest.mark.slow
+def test_a_machine_that_comes_later_takes_its_part(job: Launched, long_reference: Reference) -> None:
+    first = job.start_machine(host=True)
+    job.until_saved(first)
+    second = job.start_machine(host=False)
+    assert [ended(first), ended(second)] == [0, 0]
+    assert job.ranks() == [1, 2]
+    long_reference.check(job.run)
+
+
+@pytest.mark.slow
+def test_without_the_machine_where_they_meet_the_job_ends_and_resumes(
+    model: Path, job: Launched, long_reference: Reference
+) -> None:
+    host, other = job.start_machine(host=True), job.start_machine(host=False)
+    job.until_saved(host)
+    lose_machine(host)
+    assert ended(other) != 0
+    assert status(job.run)["state"] == "failed"
+    train(long_run(model), job.run, resume=True)
+    long_reference.check(job.run)
