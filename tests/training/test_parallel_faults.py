@@ -23,8 +23,7 @@ from tiny_run import BATCH, Reference, final_hashes, make_language_model, metric
 
 from qwenscope.errors import ResourceError
 from qwenscope.recipe import Recipe
-from qwenscope.training import checkpoint, trainer
-from qwenscope.training import run as training_run
+from qwenscope.training import admission, checkpoint, trainer
 from qwenscope.training.folder import open_run
 from qwenscope.training.run import train
 
@@ -180,14 +179,14 @@ def another_seed() -> None:
 
 def other_weights() -> None:
     """This machine has another model under the same name."""
-    load = training_run.load_language_model
+    load = admission.load_language_model
 
     def changed(*args: Any, **options: Any) -> Any:
         lm = load(*args, **options)
         lm.model.get_input_embeddings().weight.mul_(1.5)
         return lm
 
-    training_run.load_language_model = changed
+    admission.load_language_model = changed
 
 
 @pytest.mark.parametrize(
