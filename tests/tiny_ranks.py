@@ -154,12 +154,12 @@ def _observe() -> dict[str, Any]:
     """Note what passes through the language model, to owners, into training and through all_to_all."""
     size = int(os.environ["WORLD_SIZE"])
     did: dict[str, Any] = {"batches": [], "tokens": [], "sent": 0, "harvested": [0] * size, "read": 0}
-    forward, next_batch, all_to_all = harvest.residual_streams, windows.Windows.next_batch, dist.all_to_all_single
+    forward, next_batch, all_to_all = harvest._forward, windows.Windows.next_batch, dist.all_to_all_single
     rows_to_owners = Division.rows_to_owners
 
-    def noted_forward(lm: Any, input_ids_CT: torch.Tensor, layers: Any) -> Any:
-        did["batches"].append(hashlib.sha256(input_ids_CT.numpy().tobytes()).hexdigest())
-        return forward(lm, input_ids_CT, layers)
+    def noted_forward(lm: Any, batches: Any, *rest: Any) -> Any:
+        did["batches"] += [hashlib.sha256(batch.input_ids_CT.numpy().tobytes()).hexdigest() for batch in batches]
+        return forward(lm, batches, *rest)
 
     def noted_batch(self: windows.Windows, size: int) -> Any:
         batch = next_batch(self, size)
@@ -176,7 +176,7 @@ def _observe() -> dict[str, Any]:
         did["sent"] += sum(count for to, count in enumerate(send) if to != dist.get_rank()) * rows[:1].nbytes
         return all_to_all(output, rows, receive, send, *rest)
 
-    harvest.residual_streams, windows.Windows.next_batch = noted_forward, noted_batch
+    harvest._forward, windows.Windows.next_batch = noted_forward, noted_batch
     Division.rows_to_owners, dist.all_to_all_single = noted_rows, noted_all_to_all
     return did
 

@@ -35,6 +35,7 @@ _OPTIONAL: dict[str, tuple[str, str, bool]] = {
         "pip install accelerate",
         True,
     ),
+    "vllm": ("lm.backend: vllm", "pip install 'qwenscope[vllm]'", False),
     "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install 'qwenscope[tensorboard]'", False),
     "wandb": ("telemetry.sinks: [wandb]", "pip install 'qwenscope[wandb]'", False),
     "trackio": ("telemetry.sinks: [trackio]", "pip install 'qwenscope[trackio]'", False),

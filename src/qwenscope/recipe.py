@@ -41,6 +41,18 @@ class LMRecipe(_Node):
     device: str = "auto"
     """auto (CUDA when present, else CPU), a torch device such as cpu or cuda:1, or several that share the layers, as
     cuda:0,cuda:1."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """Who computes the rows that a run trains on; vllm only after a comparison with transformers. Evaluation, index and
+    steering are transformers' in any case."""
+
+    @model_validator(mode="after")
+    def _vllm_takes_one_device(self) -> LMRecipe:
+        if self.backend == "vllm" and self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"backend vllm runs on one device of its own choice; set device to auto, not {self.device} "
+                "(CUDA_VISIBLE_DEVICES picks a GPU)"
+            )
+        return self
 
 
 class HookPoint(_Node):
@@ -249,6 +261,14 @@ class Recipe(_Node):
     def layers(self) -> tuple[int, ...]:
         """The hooked layers, ascending, each once."""
         return tuple(sorted({point.layer for point in self.hook_points.values()}))
+
+    @property
+    def layer_names(self) -> dict[int, str]:
+        """{layer: its hook point, or its hook points joined by "and"}, for messages."""
+        names: dict[int, str] = {}
+        for name, point in self.hook_points.items():
+            names[point.layer] = " and ".join(filter(None, (names.get(point.layer), name)))
+        return names
 
     def to_yaml(self) -> str:
         """The whole tree with every default written out; `load_recipe` reads it back to an equal recipe."""

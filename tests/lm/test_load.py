@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from qwenscope.errors import ModelError
 from qwenscope.lm import load
 from qwenscope.lm.forward import final_norm, residual_streams, unembedding
-from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, load_language_model, weights_digest
+from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, load_language_model
 from qwenscope.recipe import HookPoint, LMRecipe
 
 IDS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def test_skipped_shards_need_not_exist(checkpoint: Checkpoint, family: str, tmp_
     for file in set(shard_of.values()) - needed:
         (partial / file).unlink()
     lm = load_language_model(LMRecipe(model=str(partial)), last_layer=2)
-    assert weights_digest(lm, 2) == weights_digest(want, 2)
+    assert lm.digest(2) == want.digest(2)
     assert torch.equal(residual_streams(lm, IDS, [2])[2], residual_streams(want, IDS, [2])[2])
     with pytest.raises(ModelError, match=r"lacks the weights file model-\d+-of-\d+\.safetensors"):
         load_language_model(LMRecipe(model=str(partial)))
@@ -331,6 +331,6 @@ def test_unknown_device(checkpoint: Checkpoint, device: str) -> None:
 def test_digest_tells_weights_apart(checkpoint: Checkpoint) -> None:
     lm = load_language_model(LMRecipe(model=str(checkpoint("text")[0])), last_layer=3)
     whole = load_language_model(LMRecipe(model=str(checkpoint("text")[0])), lm_head=True)
-    assert weights_digest(lm, 3) == weights_digest(whole, 3) != weights_digest(whole, 4)
+    assert lm.digest(3) == whole.digest(3) != whole.digest(4)
     next(lm.layers[3].parameters()).data += 0.5
-    assert weights_digest(lm, 3) != weights_digest(whole, 3)
+    assert lm.digest(3) != whole.digest(3)

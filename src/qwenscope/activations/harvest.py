@@ -14,8 +14,7 @@ from torch import Tensor
 from qwenscope.activations.division import Division
 from qwenscope.corpus.batches import Batch, make_batches
 from qwenscope.errors import TrainingError
-from qwenscope.lm.forward import residual_streams
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import RowSource
 from qwenscope.recipe import ActivationsRecipe
 
 NON_FINITE_LIMIT = 0.01
@@ -50,7 +49,7 @@ class Harvest:
 
 
 def harvest(
-    lm: LanguageModel,
+    lm: RowSource,
     conversations: Sequence[HasTokens],
     layers: Sequence[int],
     activations: ActivationsRecipe,
@@ -105,7 +104,7 @@ def harvest(
 
 
 def _forward(
-    lm: LanguageModel, batches: Sequence[Batch], lengths: Mapping[int, int], layers: Sequence[int]
+    lm: RowSource, batches: Sequence[Batch], lengths: Mapping[int, int], layers: Sequence[int]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """{layer: rows} and {layer: norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
     total, starts = 0, {}
@@ -115,7 +114,7 @@ def _forward(
     rows = {layer: torch.empty(total, lm.hidden_dim, dtype=lm.dtype, device=lm.device) for layer in layers}
     norms = {layer: torch.empty(total, device=lm.device) for layer in layers}
     for batch in batches:
-        streams = residual_streams(lm, batch.input_ids_CT, layers)
+        streams = lm.streams(batch.input_ids_CT, batch.lengths_C, layers)
         for layer, x_CTD in streams.items():
             norms_CT = torch.linalg.vector_norm(x_CTD, dim=-1, dtype=torch.float32)
             for c, member in enumerate(batch.members):

@@ -14,7 +14,7 @@ from qwenscope.activations.division import Division
 from qwenscope.activations.harvest import harvest
 from qwenscope.activations.store import Window, WindowStore
 from qwenscope.errors import CorpusError
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import RowSource
 from qwenscope.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,12 +42,9 @@ class WindowSource:
         ResourceError: `activations.cache` is set and its disk cannot hold the run's rows.
     """
 
-    def __init__(self, lm: LanguageModel, stream: CorpusStream | None, recipe: Recipe, division: Division) -> None:
+    def __init__(self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, division: Division) -> None:
         self._lm, self._corpus, self._recipe = lm, stream, recipe
         self._division, self._group = division, division.group
-        self._names: dict[int, str] = {}
-        for name, point in recipe.hook_points.items():
-            self._names[point.layer] = " and ".join(filter(None, (self._names.get(point.layer), name)))
         self._store: WindowStore | None = None
         self._group.together(self._open_store)
 
@@ -102,7 +99,7 @@ class WindowSource:
             recipe.layers,
             recipe.activations,
             recipe.corpus.batch_tokens,
-            self._names,
+            recipe.layer_names,
             self._division,
         )
         window = Window(

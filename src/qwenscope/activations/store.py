@@ -29,7 +29,7 @@ from torch import Tensor
 from qwenscope.activations.harvest import Harvest
 from qwenscope.errors import FormatError, ResourceError
 from qwenscope.files import atomic_path
-from qwenscope.lm.load import LanguageModel, weights_digest
+from qwenscope.lm.forward import RowSource
 from qwenscope.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def cache_bytes(tokens: int, layers: int, hidden_dim: int, dtype: torch.dtype) -
 class WindowStore:
     """Reads and writes windows of one recipe's fingerprint."""
 
-    def __init__(self, root: str, lm: LanguageModel, recipe: Recipe) -> None:
+    def __init__(self, root: str, lm: RowSource, recipe: Recipe) -> None:
         """
         Args:
             root: Folder or fsspec URL (s3://..., gs://..., memory://...).
@@ -244,10 +244,10 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(lm: LanguageModel, recipe: Recipe) -> str:
+def _fingerprint(lm: RowSource, recipe: Recipe) -> str:
     parts = {
         "seed": recipe.seed,
-        "model": [lm.name, lm.revision, str(lm.dtype), weights_digest(lm, recipe.layers[-1])],
+        "model": [lm.name, lm.revision, str(lm.dtype), lm.digest(recipe.layers[-1])],
         "layers": recipe.layers,
         "corpus": recipe.corpus.model_dump(mode="json", exclude={"workers"}),
         "activations": recipe.activations.model_dump(mode="json", exclude={"cache", "overlap"}),

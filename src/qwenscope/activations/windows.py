@@ -27,7 +27,7 @@ from qwenscope.activations.division import Division
 from qwenscope.activations.source import WindowSource
 from qwenscope.activations.store import Window
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import RowSource
 from qwenscope.recipe import Recipe
 from qwenscope.seeds import generator
 
@@ -45,7 +45,7 @@ class Windows:
     """
 
     def __init__(
-        self, lm: LanguageModel, stream: CorpusStream | None, recipe: Recipe, division: Division | None = None
+        self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, division: Division | None = None
     ) -> None:
         """
         Args:

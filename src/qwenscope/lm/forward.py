@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError
-from qwenscope.lm.load import LanguageModel
+
+if TYPE_CHECKING:
+    from qwenscope.lm.load import LanguageModel
+
+
+class RowSource(Protocol):
+    """What harvest and training ask of a language model: a `LanguageModel`, or an engine of another kind."""
+
+    tokenizer: Tokenizer
+    layer_kinds: tuple[str | None, ...]
+    hidden_dim: int
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+    revision: str | None
+
+    def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], layers: Sequence[int]) -> dict[int, Tensor]:
+        """Residual stream after each of `layers`, of right-padded conversations of `lengths_C` tokens.
+
+        Returns:
+            {layer: x_CTD} in `dtype`, on `device`; what stands at the padding means nothing.
+        """
+
+    def digest(self, last_layer: int) -> str:
+        """Hex digits that tell models whose rows differ apart: weights up to `last_layer`, and who computes."""
 
 
 class _StopForward(Exception):  # noqa: N818 - it is no error

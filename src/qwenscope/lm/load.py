@@ -39,6 +39,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError, ResourceError
+from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.recipe import HookPoint, LMRecipe
 
@@ -84,6 +85,22 @@ class LanguageModel:
         """Whether layers of the config were left unbuilt, so that there are no logits."""
         return len(self.layers) < len(self.layer_kinds)
 
+    def streams(
+        self, input_ids_CT: torch.Tensor, lengths_C: Sequence[int], layers: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
+        """`residual_streams`, which needs no lengths: padding reaches no token."""
+        return residual_streams(self, input_ids_CT, layers)
+
+    def digest(self, last_layer: int) -> str:
+        """16 hex digits that tell models apart: 64 evenly spaced values of every parameter up to `last_layer`."""
+        digest = hashlib.sha256()
+        parts: list[Any] = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
+        for name, parameter in (named for part in parts for named in part.named_parameters()):
+            values = parameter.detach().flatten()
+            sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
 
 def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head: bool = False) -> LanguageModel:
     """Load a model for inference.
@@ -98,7 +115,7 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
             an architecture that would need code from the Hub.
         ResourceError: not enough memory.
     """
-    folder, revision = _resolve(lm)
+    folder, revision = resolve(lm)
     config = _text_config(lm.model, folder)
     kinds = layer_kinds(config)
     last = len(kinds) - 1 if last_layer is None else last_layer
@@ -135,7 +152,7 @@ def load_config(lm: LMRecipe) -> PretrainedConfig:
     Raises:
         ModelError: no such model, or an architecture that transformers does not know.
     """
-    folder, _ = _resolve(lm)
+    folder, _ = resolve(lm)
     return _text_config(lm.model, folder)
 
 
@@ -145,7 +162,7 @@ def load_tokenizer(lm: LMRecipe) -> Tokenizer:
     Raises:
         ModelError: no such model, or no tokenizer beside it.
     """
-    folder, _ = _resolve(lm)
+    folder, _ = resolve(lm)
     with _model_errors(lm.model):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
     return tokenizer
@@ -181,18 +198,7 @@ def check_hook_points(lm_or_kinds: LanguageModel | Sequence[Kind], hook_points: 
             raise ModelError(f"hook_points.{name}.kind is {point.kind}; layer {point.layer} is of kind {actual}")
 
 
-def weights_digest(lm: LanguageModel, last_layer: int) -> str:
-    """16 hex digits that tell models apart: hashes 64 evenly spaced values of every parameter up to `last_layer`."""
-    digest = hashlib.sha256()
-    parts: list[Any] = [lm.model.get_input_embeddings(), *lm.layers[: last_layer + 1]]
-    for name, parameter in (named for part in parts for named in part.named_parameters()):
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _resolve(lm: LMRecipe) -> tuple[Path, str | None]:
+def resolve(lm: LMRecipe) -> tuple[Path, str | None]:
     """Folder with config, tokenizer and (for local models) weights, and the commit of a Hub model."""
     if lm.model == "standin":
         from qwenscope.lm.standin import STANDIN_FOLDER  # here: its training script imports this module

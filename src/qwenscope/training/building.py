@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import RowSource
 from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE, random_directions
@@ -16,7 +16,7 @@ from qwenscope.training.trainer import SAETrainer
 
 
 def build_trainer(
-    recipe: Recipe, lm: LanguageModel, sae_id: str, precision: Precision | Literal["auto"], shard: Shard | None = None
+    recipe: Recipe, lm: RowSource, sae_id: str, precision: Precision | Literal["auto"], shard: Shard | None = None
 ) -> SAETrainer:
     """The untrained SAE `sae_id`, or this rank's latents of it, on the language model's device, with everything the
     recipe says of its training.

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from qwenscope.activations.division import Division
 from qwenscope.errors import RecipeError, ResourceError
+from qwenscope.lm.forward import RowSource
 from qwenscope.lm.load import LanguageModel
 from qwenscope.ranks import ALONE, Group, told
 from qwenscope.recipe import Recipe
@@ -110,12 +111,14 @@ def shards(recipe: Recipe, group: Group) -> dict[str, Shard]:
     return own
 
 
-def divide(recipe: Recipe, lm: LanguageModel, group: Group) -> Division:
+def divide(recipe: Recipe, lm: RowSource, group: Group) -> Division:
     """Who owns which rows, and how busy each rank is with its SAEs: one with more to do there harvests less.
 
     Where steps exchange tensors too, GPUs take turns: two threads that use nccl side by side can lock each other out,
-    when ranks meet their kernels in unlike order.
+    when ranks meet their kernels in unlike order. Engines other than transformers work in one process and one thread.
     """
+    if not isinstance(lm, LanguageModel):
+        return Division(ALONE, (recipe.layers,), (0.0,), in_turn=True)
     card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
     position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
     steps = recipe.activations.window_tokens / recipe.training.batch_size

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from qwenscope.errors import CheckpointError, ModelError
-from qwenscope.lm.forward import residual_streams
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import RowSource
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +21,10 @@ _POSITIONS = 16
 _OTHER_MODEL = 0.05  # relative difference of norms that no rounding makes, bfloat16 included
 
 
-def probe(lm: LanguageModel, layers: Sequence[int]) -> dict[str, list[float]]:
+def probe(lm: RowSource, layers: Sequence[int]) -> dict[str, list[float]]:
     """{layer: norms of the first 16 positions} of a fixed row of token ids; JSON keeps the values exactly."""
     ids_CT = torch.arange(_POSITIONS).remainder(len(lm.tokenizer)).unsqueeze(0)
-    streams = residual_streams(lm, ids_CT, layers)
+    streams = lm.streams(ids_CT, [_POSITIONS], layers)
     return {str(layer): x_CTD[0].double().norm(dim=-1).tolist() for layer, x_CTD in streams.items()}
 
 

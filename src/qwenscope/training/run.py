@@ -20,10 +20,11 @@ from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CheckpointError, CorpusError, ModelError, ResourceError
 from qwenscope.files import write_json
-from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, load_language_model
+from qwenscope.lm.load import check_hook_points, layer_kinds, load_config
 from qwenscope.ranks import Group, RankLostError
 from qwenscope.recipe import LMRecipe, Recipe
 from qwenscope.seeds import derive_seed
+from qwenscope.training.admission import open_source
 from qwenscope.training.checkpoint import Checkpoint, load_newest, set_aside_newer
 from qwenscope.training.finish import publish
 from qwenscope.training.folder import RunFolder, check_checkpoint_expected, check_same_recipe, open_run
@@ -155,7 +156,7 @@ class Run:
         earlier = self.group.share(lambda: _resolved(saved.state if saved else self.folder.recorded()))
         revisions, precision = earlier.get("revisions"), earlier.get("precision") or {}
         pinned = recipe.lm.model_copy(update={"revision": revisions["model"]}) if revisions else recipe.lm
-        models = self.group.together(lambda: self._load_model(pinned))
+        models = self.group.together(lambda: self._load_model(pinned, revisions, closing))
         if len(set(models)) > 1:
             raise ModelError(f"ranks loaded unlike revisions of {recipe.lm.model} ({models}); set lm.revision")
         corpus = self.group.share(lambda: self._open_corpus(revisions["corpus"] if revisions else None, closing))
@@ -166,16 +167,19 @@ class Run:
         self.revisions = {"model": self.lm.revision, "corpus": corpus}
         self.probe = probe(self.lm, recipe.layers)
         self._note(check_ranks(self.group.together(lambda: self.probe)))
-        self.group.share(lambda: self.folder.record(revisions=self.revisions, precision=self.precision))
+        self.group.share(
+            lambda: self.folder.record(revisions=self.revisions, precision=self.precision, parity=self.parity)
+        )
 
     def _note(self, difference: str | None) -> None:
         if difference is not None:
             log.warning("%s", difference)
             self.folder.note_now(difference)
 
-    def _load_model(self, lm: LMRecipe) -> str | None:
+    def _load_model(self, lm: LMRecipe, revisions: dict[str, Any] | None, closing: ExitStack) -> str | None:
         check_hook_points(layer_kinds(load_config(lm)), self.recipe.hook_points)  # before minutes of loading
-        self.lm = load_language_model(lm, last_layer=max(self.recipe.layers))
+        corpus = revisions["corpus"] if revisions else None
+        self.lm, self.parity = open_source(lm, self.recipe, corpus, self.group.size, closing)
         return self.lm.revision
 
     def _open_corpus(self, revisions: dict[str, str] | None, closing: ExitStack) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.errors import TrainingError
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import RowSource
 from qwenscope.ranks import Group
 from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
@@ -33,7 +33,7 @@ class Suite:
     """The trainers of this rank, by SAE id; several ranks make the same calls in the same order."""
 
     def __init__(
-        self, recipe: Recipe, lm: LanguageModel, group: Group, precision: Mapping[str, Precision | Literal["auto"]]
+        self, recipe: Recipe, lm: RowSource, group: Group, precision: Mapping[str, Precision | Literal["auto"]]
     ) -> None:
         """
         Args:

@@ -1,0 +1,81 @@
+"""Who computes a run's rows (`lm.backend`): transformers, or an engine that has just been compared with it.
+
+The engine is compared in every session, on the first conversations of the run's own corpus: a resumed run may meet
+another version of it. transformers goes first and is let go, so the two never need memory together.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qwenscope.corpus.stream import CorpusStream
+from qwenscope.errors import CorpusError, RecipeError
+from qwenscope.lm.forward import RowSource
+from qwenscope.lm.load import load_language_model, load_tokenizer
+from qwenscope.lm.parity import check_parity, sample_rows
+from qwenscope.lm.vllm_engine import VllmModel, check_vllm
+from qwenscope.recipe import LMRecipe, Recipe
+
+log = logging.getLogger(__name__)
+
+PARITY_TOKENS = 4096
+"""At least so many tokens are compared, of whole conversations."""
+
+
+def open_source(
+    lm: LMRecipe, recipe: Recipe, revisions: dict[str, str] | None, ranks: int, closing: ExitStack
+) -> tuple[RowSource, dict[str, Any] | None]:
+    """The language model of a run, and how an engine other than transformers compared with it (`check_parity`).
+
+    Args:
+        lm: The model, at the run's revision.
+        recipe: Its corpus, seed and hook points.
+        revisions: Of the corpus's data sets, where the run has resolved them.
+        ranks: Processes of the run.
+        closing: Ends an engine's life.
+
+    Raises:
+        ModelError: vLLM is missing, cannot run the model, or computes other rows.
+        RecipeError: vLLM in several processes.
+        CorpusError: the corpus holds no conversation.
+    """
+    layers, corpus = recipe.layers, recipe.corpus
+    if lm.backend == "transformers":
+        return load_language_model(lm, last_layer=layers[-1]), None
+    if ranks > 1:
+        raise RecipeError(f"lm.backend vllm works in one process, not in {ranks}; set it to transformers")
+    who = check_vllm(lm, corpus.max_length)  # before minutes of loading
+    token_ids = _first_conversations(lm, recipe, revisions)
+    reference = load_language_model(lm, last_layer=layers[-1])
+    expected = sample_rows(reference, token_ids, layers, corpus.batch_tokens)
+    weights = reference.digest(layers[-1])
+    del reference
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    engine = VllmModel(lm, layers, max_length=corpus.max_length, batch_tokens=corpus.batch_tokens, weights=weights)
+    closing.callback(engine.close)
+    found = sample_rows(engine, token_ids, layers, corpus.batch_tokens)
+    verdict = check_parity(expected, found, engine.dtype, recipe.layer_names, who)
+    log.info("%s computes the rows of transformers on %s tokens", who, f"{verdict['tokens']:,}")
+    return engine, verdict
+
+
+def _first_conversations(lm: LMRecipe, recipe: Recipe, revisions: dict[str, str] | None) -> list[NDArray[np.int32]]:
+    stream = CorpusStream(recipe.corpus, load_tokenizer(lm), seed=recipe.seed, revisions=revisions)
+    try:
+        drawn: list[NDArray[np.int32]] = []
+        while sum(map(len, drawn)) < PARITY_TOKENS and (conversation := next(stream, None)) is not None:
+            drawn.append(conversation.token_ids)
+    finally:
+        stream.close()
+    if not drawn:
+        raise CorpusError("the corpus holds no conversation; look at corpus.sources and its privacy report")
+    return drawn
