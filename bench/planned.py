@@ -107,7 +107,7 @@ def planned(recipe: Recipe, ranks: int, cpu_time: bool) -> dict[str, float]:
     training = sum(report["seconds_per_step"]["step"]) / 2 * tokens / batch + parts["part_windows"]
     return {
         "tokens_per_second": tokens / training,
-        "seconds": sum(report["hours"]) / 2 * 3600,
+        "seconds": training + parts["load_model"] + parts["calibration"] + parts["last_save"],
         "load_seconds": parts["load_model"],
         "calibration_seconds": parts["calibration"],
         "saving_seconds": parts["last_save"],

@@ -169,6 +169,23 @@ def test_a_plan_from_measured_times_is_their_sum() -> None:
     assert "process" not in named["memory_bytes"]
 
 
+@pytest.mark.parametrize(("cards", "lanes"), [(1, 2), (2, 4)])
+def test_harvest_beside_the_steps_takes_the_longer_of_both_on_spare_cores_alone(cards: int, lanes: int) -> None:
+    recipe = load_recipe("standin")
+    in_turn = load_recipe("standin", ["activations.overlap=false"])
+    few, many = (plan(recipe, gpus=cards, measured=measured(recipe, lanes=n)) for n in (lanes - 1, lanes))
+    turns = plan(in_turn, gpus=cards, measured=measured(recipe, lanes=lanes))
+    for parts in ("seconds_per_step", "seconds_once", "tokens_per_second"):
+        assert few[parts] == turns[parts]
+    seconds = many["seconds_per_step"]
+    harvest = seconds["language_model"][1] / cards + seconds["exchange"][1] + seconds["corpus"][1]
+    assert seconds["step"][1] == max(harvest, seconds["saes_of_busiest_card"][1]) < few["seconds_per_step"]["step"][1]
+    window = recipe.activations.window_tokens / recipe.training.batch_size
+    alone = many["seconds_once"]["part_windows"][1] - few["seconds_once"]["part_windows"][1]
+    assert alone == pytest.approx(window * min(harvest, seconds["saes_of_busiest_card"][1]), rel=1e-3)
+    assert many["memory_bytes"]["windows"] > turns["memory_bytes"]["windows"]
+
+
 def test_every_kind_of_layer_and_every_sae_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_SECONDS", 0.0)
     recipe = load_recipe("standin", ["corpus.max_length=64", "corpus.batch_tokens=256", "training.batch_size=32"])

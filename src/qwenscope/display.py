@@ -148,6 +148,11 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     low, high = report["tokens_per_second"]
     speed.add_row("tokens per second", f"{low:,} to {high:,}")
     speed.add_row("hours", "{:.2f} to {:.2f}".format(*report["hours"]))
+    once = ", ".join(
+        f"{name.replace('_', ' ')} {optimistic:.1f} to {cautious:.1f} s"
+        for name, (cautious, optimistic) in report["seconds_once"].items()
+    )
+    speed.add_row("of these, once", once)
     if report["cost_usd"]:
         speed.add_row("cost", "{:,.0f} to {:,.0f} USD at 2026 on-demand prices".format(*report["cost_usd"]))
     if report["measured"]:
