@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import BATCH, STEPS, final_hashes, make_language_model, metrics, status, tiny_recipe
 
-from qwenscope.errors import ModelError
+from qwenscope.errors import ModelError, RecipeError
 from qwenscope.recipe import load_recipe
 from qwenscope.training import checkpoint
+from qwenscope.training.folder import check_same_recipe
 from qwenscope.training.run import train
 from qwenscope.training.telemetry import Progress
 
@@ -110,3 +111,15 @@ def test_a_hook_point_of_another_kind_leaves_a_failed_run_that_says_so(model: Pa
         train(recipe, tmp_path / "run")
     assert status(tmp_path / "run")["state"] == "failed"
     assert "hook_points.sae_attn.kind" in status(tmp_path / "run")["error"]
+
+
+def test_a_run_saved_before_a_key_was_there_goes_on(model: Path) -> None:
+    recipe = tiny_recipe(model)
+    saved = recipe.model_dump(mode="json")
+    del saved["activations"]["overlap"], saved["training"]["latents_per_rank"], saved["lm"]["backend"]
+    check_same_recipe(saved, recipe, Path("state.json"))
+    with pytest.raises(RecipeError, match=r"lm\.backend: 'transformers' there, 'vllm' now"):
+        check_same_recipe(saved, tiny_recipe(model, lm__backend="vllm"), Path("state.json"))
+    saved["training"]["of_a_later_version"] = 1
+    with pytest.raises(RecipeError, match=r"state\.json holds a recipe that this version does not read.*of_a_later"):
+        check_same_recipe(saved, recipe, Path("state.json"))

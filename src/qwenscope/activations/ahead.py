@@ -77,9 +77,9 @@ class Ahead:
     def _make(self, make: Callable[[], Window | None], before: torch.cuda.Event | None) -> _Made:
         if self._stream is None or before is None:
             return _Made(make(), None)
-        # The steps on the window before this one must be through: until then its memory is not free for a third.
-        before.synchronize()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):  # its device too, which is the thread's own matter
+            # The steps on the window before this one must be through: until then its memory is not free for a third.
+            before.synchronize()
             window = make()
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)

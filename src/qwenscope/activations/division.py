@@ -87,6 +87,7 @@ class Division:
         arrived = group.exchange(
             outgoing, [count * len(layers) for layers in self.layers], [other * len(own) for other in counts]
         )
+        del outgoing  # as much again as arrives, where every rank needs every layer
         pieces = [
             piece.view(len(own), other, arrived.shape[1])
             for piece, other in zip(torch.split(arrived, [other * len(own) for other in counts]), counts, strict=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,15 +19,20 @@ from qwenscope.sae.topk import TopKSAE
 _UNIT_TOLERANCE = 1e-5
 
 
-def publish(saes: Mapping[str, TopKSAE], target: Path, group: Group = ALONE) -> None:
-    """Write every SAE (each rank its own) with its `SHA256SUMS` below `target`, which appears whole or not at all.
+def publish(saes: Iterable[tuple[str, TopKSAE | None]], target: Path, needed: int, group: Group = ALONE) -> None:
+    """Write every SAE with its `SHA256SUMS` below `target`, which appears whole or not at all.
+
+    Args:
+        saes: the same ids on all ranks, in the same order, each SAE on the rank that writes it; one at a time.
+        target: the folder.
+        needed: bytes of all of them.
+        group: all write, or none has.
 
     Raises:
         ResourceError: the disk is full; names the bytes needed.
         TrainingError: a weight is not finite, or what was written does not read back to the bit.
     """
     temporary = target.with_name(f".{target.name}.tmp")
-    needed = sum(value.numel() * 4 for sae in saes.values() for value in sae.state_dict().values())
 
     @disk_full_named(target, needed)
     def prepare() -> None:
@@ -34,8 +40,8 @@ def publish(saes: Mapping[str, TopKSAE], target: Path, group: Group = ALONE) -> 
         temporary.mkdir()
 
     @disk_full_named(target, needed)
-    def write() -> None:
-        for sae_id, sae in saes.items():
+    def write(sae_id: str, sae: TopKSAE | None) -> None:
+        if sae is not None:
             sae.save(temporary / sae_id)
             _check(sae_id, sae, temporary / sae_id)
             write_checksums(temporary / sae_id)
@@ -50,7 +56,8 @@ def publish(saes: Mapping[str, TopKSAE], target: Path, group: Group = ALONE) -> 
 
     try:
         group.share(prepare)
-        group.together(write)
+        for sae_id, sae in saes:
+            group.together(partial(write, sae_id, sae))
         group.share(put_in_place)
     finally:
         if group.leads:

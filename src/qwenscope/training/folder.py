@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from qwenscope.doctor import examine
 from qwenscope.errors import CheckpointError, LockError, QwenscopeError, RecipeError, ResourceError
@@ -199,12 +200,19 @@ def _check_shared(out: Path, holder: Any) -> None:
 
 
 def check_same_recipe(saved: Mapping[str, Any], recipe: Recipe, where: Path) -> None:
-    """Refuse to go on with a recipe that would train other weights.
+    """Refuse to go on with a recipe that would train other weights; keys that `saved` is too old to have are defaults.
 
     Raises:
-        RecipeError: names every differing key with both values.
+        RecipeError: names every differing key with both values; or `saved` is of a version that has other keys.
     """
-    before, now = dict(_flatten(saved)), dict(_flatten(recipe.model_dump(mode="json")))
+    try:
+        known = Recipe.model_validate(saved).model_dump(mode="json")
+    except ValidationError as error:
+        raise RecipeError(
+            f"{where} holds a recipe that this version does not read ({error.errors()[0]['msg']}: "
+            f"{'.'.join(map(str, error.errors()[0]['loc']))}); resume with the version that wrote it"
+        ) from None
+    before, now = dict(_flatten(known)), dict(_flatten(recipe.model_dump(mode="json")))
     keys = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     differing = [key for key in keys if not key.startswith(_FREE_KEYS)]
     if differing:

@@ -64,11 +64,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnPro
         run = Run(recipe, folder, watch, shown or (lambda progress: None), group)
         try:
             run.go()
-        except Stopped:
-            folder.write_status("stopped", run.tokens)
-            raise
         except BaseException as error:
-            run.fail(error)
+            if not isinstance(error, Stopped):
+                run.fail(error)
             raise
 
 
@@ -195,7 +193,7 @@ class Run:
 
     def _calibrate_or_restore(self, saved: Checkpoint | None) -> None:
         if (wishes := self._agree()).stop is not None:  # during a long load: nothing to save yet
-            raise Stopped(wishes.stop, self.tokens)
+            self._stopped(wishes.stop)
         if saved is None:
             self._show("calibrating")
             self.suite.calibrate(self.windows.calibration_rows())
@@ -288,6 +286,11 @@ class Run:
         if self.step:
             self._show("saving")
             self._save_and_wait()
+        self._stopped(signum)
+
+    def _stopped(self, signum: int) -> NoReturn:
+        """Said at once: a harvest under way is still waited for, and who sent the signal may not."""
+        self.folder.write_status("stopped", self.tokens)
         raise Stopped(signum, self.tokens)
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -363,7 +366,11 @@ class Run:
         if self._saved_step() != self.step:  # a session that only has the ending left to do has not read the corpus
             self.group.share(lambda: write_json(self.folder.path / "privacy_report.json", self.windows.report()))
         self._save_and_wait()
-        publish(self.suite.finished(), self.folder.path / "saes", self.group)
+        hidden = self.lm.hidden_dim
+        needed = sum(
+            4 * (2 * hidden * point.dict_size + point.dict_size + hidden) for point in self.recipe.hook_points.values()
+        )
+        publish(self.suite.finished(), self.folder.path / "saes", needed, self.group)
         self.group.share(lambda: self.folder.write_status("complete", self.tokens))
         self._show("complete")
 

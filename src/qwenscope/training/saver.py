@@ -66,7 +66,8 @@ class Saver:
     def _write(self, step: int, state: Mapping[str, Any], copied: torch.cuda.Event | None, snapshot: bool) -> None:
         try:
             if copied is not None:
-                copied.synchronize()
+                with torch.cuda.device(copied.device):  # the thread's own matter: it would be the first GPU
+                    copied.synchronize()
             self.newest = checkpoint.save(self.folder, step, state, self._copies, snapshot, self.group)
             if self.group.leads:
                 checkpoint.rotate(self.folder, self.keep)

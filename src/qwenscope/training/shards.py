@@ -14,8 +14,7 @@ Legend: B rows (tokens), D hidden, N latents of the whole SAE, K active latents,
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,7 +24,6 @@ from torch import Tensor
 from qwenscope.ranks import ALONE, Group
 from qwenscope.sae.topk import TopKSAE
 
-_STEM = re.compile(r"(?P<sae_id>[^@]+)(@(?P<start>\d+)-(?P<stop>\d+))?")
 _ALIGNED = 8  # latents: the two-stage top-k works on groups of that many columns
 _BY_LATENT = ("encoder", "decoder", "ages", "candidates")
 
@@ -51,37 +49,35 @@ class Piece:
 
 
 def cut(sae_id: str, dict_size: int, most: int | None, ranks: int) -> list[Piece]:
-    """The pieces of an SAE, of about equal size and with at most `most` latents each as far as there are ranks."""
+    """The pieces of an SAE, all about as large: as few as hold `most` latents each, no more than there are ranks."""
     count = 1 if most is None else min(ranks, math.ceil(dict_size / most))
     bounds = [dict_size * index // count // _ALIGNED * _ALIGNED for index in range(count)] + [dict_size]
     return [Piece(sae_id, start, stop, dict_size) for start, stop in pairwise(bounds)]
 
 
-def overlaps(stem: str, pieces: Iterable[Piece]) -> bool:
-    """Whether a checkpoint's file holds latents of one of the `pieces`."""
-    found = _STEM.fullmatch(stem)
-    assert found is not None, stem
-    start, stop = int(found["start"] or 0), math.inf if found["stop"] is None else int(found["stop"])
-    return any(
-        piece.sae_id == found["sae_id"] and start < piece.stop and stop > piece.start and stop > start
-        for piece in pieces
-    )
+def overlaps(stem: str, piece: Piece) -> bool:
+    """Whether a checkpoint's file holds latents of `piece`."""
+    sae_id, start, stop = _latents(stem)
+    return sae_id == piece.sae_id and start < piece.stop and stop > piece.start
 
 
 def state_of(piece: Piece, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The trainer's state of `piece`, put together from a checkpoint's {stem: tensors} of other pieces of the SAE."""
-    parts = {
-        int(_STEM.fullmatch(stem)["start"] or 0): part  # type: ignore[index]
-        for stem, part in tensors.items()
-        if overlaps(stem, [piece])
-    }
+    parts = {_latents(stem)[1]: part for stem, part in tensors.items() if overlaps(stem, piece)}
     first = min(parts)
     state = dict(parts[first])
-    for name in state:
+    for name, rows in state.items():
         if name.startswith(_BY_LATENT):
-            rows = torch.cat([parts[start][name] for start in sorted(parts)])
-            state[name] = rows[piece.start - first : piece.stop - first]
+            whole = torch.cat([parts[start][name] for start in sorted(parts)]) if len(parts) > 1 else rows
+            state[name] = whole[piece.start - first : piece.stop - first]
     return state
+
+
+def _latents(stem: str) -> tuple[str, int, float]:
+    """(SAE id, first latent, the one after the last) of a checkpoint's file; infinity where it holds all."""
+    sae_id, _, latents = stem.partition("@")
+    start, _, stop = latents.partition("-")
+    return sae_id, int(start or 0), int(stop) if stop else math.inf
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -26,7 +26,7 @@ NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")
 def wanted(recipe: Recipe, group: Group) -> Callable[[str], bool]:
     """Which of a checkpoint's files this rank reads, by stem: those with latents of its own."""
     pieces = owners(recipe, group.size)[group.rank]
-    return lambda stem: overlaps(stem, pieces)
+    return lambda stem: any(overlaps(stem, piece) for piece in pieces)
 
 
 class Suite:
@@ -113,7 +113,8 @@ class Suite:
         """{stem: tensors} for a checkpoint: the trainers' own tensors, not copies."""
         return {self._pieces[sae_id].stem: trainer.state_dict() for sae_id, trainer in self._trainers.items()}
 
-    def finished(self) -> dict[str, TopKSAE]:
-        """The SAEs as they stand, each whole and on one rank."""
-        saes = {sae_id: trainer.collect() for sae_id, trainer in self._trainers.items()}
-        return {sae_id: sae for sae_id, sae in saes.items() if sae is not None}
+    def finished(self) -> Iterator[tuple[str, TopKSAE | None]]:
+        """Each SAE of the run as it stands, in the recipe's order, whole on one rank and None on the others."""
+        for sae_id in self._points:
+            trainer = self._trainers.get(sae_id)
+            yield sae_id, None if trainer is None else trainer.collect()
