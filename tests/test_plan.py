@@ -290,3 +290,13 @@ def test_an_sae_too_wide_for_one_card_is_spread_by_advice() -> None:
     assert (
         found["seconds_per_step"]["saes_of_busiest_card"][0] < cards["seconds_per_step"]["saes_of_busiest_card"][0] / 4
     )
+
+
+def test_gpus_that_share_an_sae_hold_one_window() -> None:
+    """They harvest and train in turn, so a second window is neither reckoned nor advised away."""
+    changes = ["training.latents_per_rank=4096", "corpus.batch_tokens=8192"]
+    shared, whole = (plan(load_recipe("qwen3.5-35b-a3b", some), "h100", gpus=4) for some in (changes, changes[1:]))
+    in_turn = plan(load_recipe("qwen3.5-35b-a3b", [*changes, "activations.overlap=false"]), "h100", gpus=4)
+    assert shared["memory_bytes"]["windows"] == in_turn["memory_bytes"]["windows"]
+    assert not any("overlap" in line for line in shared["advice"])
+    assert shared["bytes_per_step"] > whole["bytes_per_step"]

@@ -32,13 +32,15 @@ from qwenscope.roofline import (
     exchange_seconds,
     find_card,
     layers_of,
+    link_bytes,
     model_size,
     position_seconds,
+    shard_bytes,
     step_seconds,
     trained_bytes,
 )
 from qwenscope.training.parallel import owners
-from qwenscope.training.shards import Piece
+from qwenscope.training.shards import Piece, shared
 
 GIB = 1 << 30
 Held = Sequence[Sequence[Piece]]
@@ -175,8 +177,9 @@ class _Parts:
         batch = recipe.training.batch_size
         harvest = _sum([_times(seconds["language_model"], 1 / len(self.held)), seconds["corpus"]])
         unused = _times(harvest, (-tokens % window) / batch)  # the last window is harvested whole
-        hidden = seconds["saes_of_busiest_card"] if seconds["saes_of_busiest_card"] < harvest else harvest
-        alone = _times(hidden, min(tokens, window) / batch if self._side_by_side else 0.0)  # nothing runs beside it
+        steps = seconds["saes_of_busiest_card"]
+        shorter = (min(steps[0], harvest[0]), min(steps[1], harvest[1]))
+        alone = _times(shorter, min(tokens, window) / batch if self._side_by_side else 0.0)  # nothing runs beside it
         return {
             "load_model": (_LOAD_SECONDS[0] + read / _READ_BYTES[0], _LOAD_SECONDS[1] + read / _READ_BYTES[1]),
             "calibration": self._calibration(),
@@ -216,11 +219,11 @@ class _Parts:
     def _piece_seconds(self, piece: Piece) -> Range:
         """One step of a piece of an SAE."""
         if self.measured is None:
-            point = self.recipe.hook_points[piece.sae_id]
-            return step_seconds(self.recipe, point, self.config.hidden_size, self.card, piece.latents)
+            return step_seconds(self.recipe, piece, self.config.hidden_size, self.card)
         dead, alive = self.measured.step_seconds[piece.sae_id]
         share = piece.latents / piece.dict_size
-        return dead * share * _AROUND[0], alive * share * _AROUND[1]
+        told = shard_bytes(self.recipe, piece, self.config.hidden_size) / link_bytes(self.card, round(1 / share))
+        return dead * share * _AROUND[0] + told, alive * share * _AROUND[1] + told
 
     def _calibration(self) -> Range:
         """Of the card that owns the most."""
@@ -230,7 +233,9 @@ class _Parts:
             flops = 2 * rows * latents * self.config.hidden_size
             return _times((4.0, 1.0), flops / (self.card.bf16_tflops * 1e12 * _FLOAT32_SHARE))
         per_row = self.measured.calibration_seconds
-        return _around(rows * max(sum(per_row[piece.sae_id] for piece in pieces) for pieces in self.held))
+        return _around(
+            rows * max(sum(per_row[p.sae_id] * p.latents / p.dict_size for p in pieces) for pieces in self.held)
+        )
 
     def _trained_bytes(self, piece: Piece) -> int:
         return trained_bytes(self.recipe, piece.latents, self.config.hidden_size)
@@ -292,10 +297,11 @@ def memory_needs(
     row = hidden * width
     # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
     travelling = 1 if cards == 1 else layers + 2 * len(recipe.layers) // cards
+    overlap = recipe.activations.overlap and (cpu or not shared(held))  # GPUs that share an SAE take turns
     needs = {
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
         "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
-        "windows": window * row * (layers * (1 + recipe.activations.overlap) + travelling),
+        "windows": window * row * (layers * (2 if overlap else 1) + travelling),
         "saes": trained + shadows[training.precision],
         # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
         "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),

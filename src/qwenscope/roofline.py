@@ -16,7 +16,7 @@ from transformers import AutoModel, PretrainedConfig
 
 from qwenscope.errors import RecipeError
 from qwenscope.lm.load import Kind, cut_config, layer_kinds, pick_dtype
-from qwenscope.recipe import HookPoint, Recipe
+from qwenscope.recipe import Recipe
 from qwenscope.training.gradients import DENSE_SHARE
 from qwenscope.training.shards import Piece
 
@@ -116,34 +116,38 @@ def position_seconds(size: ModelSize, card: Card) -> Range:
 # -- SAEs -------------------------------------------------------------------------------------------------------------
 
 
-def step_seconds(recipe: Recipe, point: HookPoint, hidden: int, card: Card, latents: int | None = None) -> Range:
-    """One sparse step: the encoder product, then traffic of selection, gathers and the optimiser.
+def step_seconds(recipe: Recipe, piece: Piece, hidden: int, card: Card) -> Range:
+    """One sparse step of an SAE, or of a card's latents of it: the encoder product, traffic of selection, gathers and
+    optimiser, and what the cards that share it tell one another (the cautious end: while latents are dead).
 
-    Where many latents are active the tail uses three more dense products instead of gathers. Of an SAE that several
-    ranks share, a card holds `latents`: that part of product and optimiser, and what the ranks tell one another.
+    Where many latents are active the tail uses three more dense products instead of gathers.
     """
-    batch, held = recipe.training.batch_size, latents or point.dict_size
-    dense = point.k / point.dict_size > DENSE_SHARE
+    batch, held, k = recipe.training.batch_size, piece.latents, recipe.hook_points[piece.sae_id].k
+    dense = min(k, held) / held > DENSE_SHARE
     product = 2 * batch * hidden * held * (4 if dense else 1)
     preactivations = 2 * batch * held * 2
-    gathers = 0 if dense else 5 * batch * point.k * hidden * 2
+    gathers = 0 if dense else 5 * batch * k * hidden * 2
     optimiser = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
     traffic = preactivations + gathers + optimiser
-    told = shard_bytes(recipe, point, hidden, held) / (card.link_gb_s * 1e9)
+    link = link_bytes(card, round(piece.dict_size / held))
+    told = [shard_bytes(recipe, piece, hidden, dead) / link for dead in (True, False)]
     cautious, optimistic = (
         product / (card.bf16_tflops * 1e12 * products)
         + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
-        + told / link
-        for products, bandwidth, link in zip(_PRODUCT_SHARE, _TRAFFIC_SHARE, _LINK_SHARE, strict=True)
+        + said / share
+        for products, bandwidth, said, share in zip(_PRODUCT_SHARE, _TRAFFIC_SHARE, told, _LINK_SHARE, strict=True)
     )
     return cautious, optimistic
 
 
-def shard_bytes(recipe: Recipe, point: HookPoint, hidden: int, latents: int) -> float:
-    """Bytes that a rank with `latents` of an SAE sends per step: its k largest to the others, its part of x_hat."""
-    shards = point.dict_size / latents
-    batch = recipe.training.batch_size
-    return (shards - 1) * batch * point.k * 4 + 2 * (shards - 1) / shards * batch * hidden * 4
+def shard_bytes(recipe: Recipe, piece: Piece, hidden: int, dead: bool = False) -> float:
+    """Bytes that a card with part of an SAE sends per step: its k largest to each other one, its part of x_hat; the
+    same for the dead-latent loss while latents are `dead`, in bfloat16.
+    """
+    shards, training = piece.dict_size / piece.latents, recipe.training
+    largest = 4 * recipe.hook_points[piece.sae_id].k + (2 * (training.aux_k or hidden // 2) if dead else 0)
+    summed = 4 * hidden * (1 + dead)
+    return training.batch_size * (shards - 1) * (largest + 2 / shards * summed)
 
 
 def trained_bytes(recipe: Recipe, latents: int, hidden: int) -> int:
@@ -168,20 +172,20 @@ def bytes_moved(recipe: Recipe, held: Sequence[Sequence[Piece]], config: Pretrai
     point to everyone else (the norms that decide which rows are left out), and what ranks that share an SAE say.
     """
     norms = 4 * recipe.training.batch_size * len(recipe.layers) * (len(held) - 1)
-    shards = sum(
-        shard_bytes(recipe, recipe.hook_points[piece.sae_id], config.hidden_size, piece.latents)
-        for pieces in held
-        for piece in pieces
-    )
+    shards = sum(shard_bytes(recipe, piece, config.hidden_size) for pieces in held for piece in pieces)
     return norms + sum(_received(recipe, pieces, config, len(held)) for pieces in held) + round(shards)
 
 
 def exchange_seconds(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig, card: Card) -> Range:
     """Until the card that receives the most rows has them."""
     busiest = max(_received(recipe, pieces, config, len(held)) for pieces in held)
-    link = card.link_gb_s if len(held) <= _MACHINE else min(card.link_gb_s, NETWORK_GB_S)
-    cautious, optimistic = (busiest / (link * 1e9 * share) for share in _LINK_SHARE)
+    cautious, optimistic = (busiest / (link_bytes(card, len(held)) * share) for share in _LINK_SHARE)
     return cautious, optimistic
+
+
+def link_bytes(card: Card, cards: int) -> float:
+    """Per second, one direction, among so many cards: of one machine, or of several."""
+    return 1e9 * (card.link_gb_s if cards <= _MACHINE else min(card.link_gb_s, NETWORK_GB_S))
 
 
 def _received(recipe: Recipe, held: Sequence[Piece], config: PretrainedConfig, cards: int) -> int:

@@ -197,10 +197,7 @@ def test_harvest_evens_out_what_saes_do_not() -> None:
     recipe = load_recipe("qwen3.5-35b-a3b")
     size = ModelSize(layers=36, parameters=0, active_parameters=0, flops_per_token=int(4.39e9))
     position = sum(position_seconds(size, GPUS["h200"]))
-    steps = [
-        sum(sum(step_seconds(recipe, recipe.hook_points[piece.sae_id], 2048, GPUS["h200"])) for piece in held)
-        for held in owners(recipe, 4)
-    ]
+    steps = [sum(sum(step_seconds(recipe, piece, 2048, GPUS["h200"])) for piece in held) for held in owners(recipe, 4)]
     assert max(steps) > 1.05 * sum(steps) / 4  # k weighs beside the dictionary: SAEs alone are less even
     busy = tuple(seconds * recipe.activations.window_tokens / 4096 / position for seconds in steps)
     draw = np.random.default_rng(5)

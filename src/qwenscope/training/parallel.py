@@ -27,7 +27,7 @@ from qwenscope.lm.load import LanguageModel
 from qwenscope.ranks import ALONE, Group, told
 from qwenscope.recipe import Recipe
 from qwenscope.roofline import GPUS, position_seconds, size_of, step_seconds
-from qwenscope.training.shards import Piece, Shard, cut
+from qwenscope.training.shards import Piece, Shard, cut, shared
 
 _PATIENCE = timedelta(minutes=30)  # for one collective: ranks load the model and write checkpoints at unlike speed
 _PULSE_SECONDS = 0.25
@@ -125,13 +125,13 @@ def divide(recipe: Recipe, lm: RowSource, group: Group) -> Division:
     owned, points = owners(recipe, group.size), recipe.hook_points
 
     def seconds(piece: Piece) -> float:
-        return sum(step_seconds(recipe, points[piece.sae_id], lm.hidden_dim, card, piece.latents))
+        return sum(step_seconds(recipe, piece, lm.hidden_dim, card))
 
     return Division(
         group,
         tuple(tuple(sorted({points[piece.sae_id].layer for piece in held})) for held in owned),
         tuple(steps * sum(map(seconds, held)) / position for held in owned),
-        in_turn=lm.device.type == "cuda" and any(piece.latents < piece.dict_size for held in owned for piece in held),
+        in_turn=lm.device.type == "cuda" and shared(owned),
     )
 
 

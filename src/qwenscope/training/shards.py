@@ -14,7 +14,7 @@ Legend: B rows (tokens), D hidden, N latents of the whole SAE, K active latents,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,6 +53,11 @@ def cut(sae_id: str, dict_size: int, most: int | None, ranks: int) -> list[Piece
     count = 1 if most is None else min(ranks, math.ceil(dict_size / most))
     bounds = [dict_size * index // count // _ALIGNED * _ALIGNED for index in range(count)] + [dict_size]
     return [Piece(sae_id, start, stop, dict_size) for start, stop in pairwise(bounds)]
+
+
+def shared(held: Iterable[Iterable[Piece]]) -> bool:
+    """Whether several ranks have latents of one SAE."""
+    return any(piece.latents < piece.dict_size for pieces in held for piece in pieces)
 
 
 def overlaps(stem: str, piece: Piece) -> bool:
