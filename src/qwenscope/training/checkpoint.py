@@ -7,7 +7,7 @@
 
 A save writes into a hidden folder, fsyncs each file and the folder, and renames once; a kill at any instant leaves
 either the old set of checkpoints or the old set and one more. Several ranks write their SAEs' files into one folder,
-and rank 0 closes it: a checkpoint does not tell how many there were. Nothing here knows what the tensors mean.
+and rank 0 closes it; any number of them goes on with it. Nothing here knows what the tensors mean.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _write_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> d
     files: dict[str, dict[str, Any]] = {}
     for stem, group in tensors.items():
         if not _SAFE_NAME.fullmatch(stem):
-            raise CheckpointError(f"{stem!r} cannot name a file; use letters, digits, _ . -")
+            raise CheckpointError(f"{stem!r} cannot name a file; use letters, digits, _ . @ -")
         files[f"{stem}.safetensors"] = _write_tensors(folder / f"{stem}.safetensors", group)
     return files
 

@@ -2,8 +2,8 @@
 
 Every rank harvests some of the language model's batches, each SAE lives on one rank (one that is too wide, on several),
 and rows travel to it: that is two orders of magnitude less than gradients. Windows, batches and steps are those of one
-process, so any number of ranks gives the same weights, and a checkpoint of one number goes on with another.
-docs/scaling.md has the figures.
+process, so any number of ranks gives the same weights (of an SAE on several of them, but for rounding), and a
+checkpoint of one number goes on with another. docs/scaling.md has the figures.
 """
 
 from __future__ import annotations
