@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +39,9 @@ class RowSource(Protocol):
         """Hex digits that tell models whose rows differ apart: weights up to `last_layer`, and who computes."""
 
 
+_CATCHING = threading.RLock()  # a pass's hooks are the module's, and would catch another thread's pass too
+
+
 class _StopForward(Exception):  # noqa: N818 - it is no error
     """Leaves the model's forward once the last hooked layer has spoken; never escapes this module."""
 
@@ -67,7 +71,7 @@ def residual_streams(lm: LanguageModel, input_ids_CT: Tensor, layers: Sequence[i
     caught: dict[int, Tensor] = {}
     last = max(layers)
     handles: list[RemovableHandle] = []
-    with lm.lock:
+    with _CATCHING:
         try:
             for layer in set(layers):
                 handles.append(_built(lm, layer).register_forward_hook(_catch(caught, layer, lm.device, layer == last)))

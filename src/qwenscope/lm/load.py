@@ -13,10 +13,9 @@ import hashlib
 import json
 import logging
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,6 @@ class LanguageModel:
     """Hub id or folder, as the recipe gave it."""
     revision: str | None
     """Commit of a Hub model; None for a folder."""
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
-    """Held by a pass that catches streams: its hooks are the module's, and would catch another thread's pass too."""
 
     @property
     def decoder(self) -> nn.Module:
