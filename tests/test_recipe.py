@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from qwenscope.errors import RecipeError
-from qwenscope.recipe import Recipe, load_recipe, packaged_recipes
+from qwenscope.recipe import Recipe, keys, load_recipe, packaged_recipes
 
 # The published card's overview table: layer, kind, dictionary size, k, learning rate.
 CARD = {
@@ -109,3 +110,33 @@ def test_ids_that_could_leave_the_folder_are_refused() -> None:
     for sae_id in ("../x", "/x", ".x", "a/b", "", "a" * 65, "a\x00", "a\n"):
         with pytest.raises(ValueError, match="hook_points"):
             Recipe.model_validate({**tree, "hook_points": {sae_id: point}})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("activations.overlop=true", r"activations\.overlop; did you mean activations\.overlap\?"),
+        ("training.overlap=true", r"training\.overlap; did you mean activations\.overlap\?"),
+        ("hook_points.sae_attn_mid.lrr=1", r"lrr; did you mean hook_points\.<id>\.lr\?"),
+        ("corpus.sources.0.wieght=1", r"wieght; did you mean corpus\.sources\.<n>\.weight\?"),
+        ("trainin.tokens=3", r"unknown key trainin; did you mean training\?"),
+        ("zzz=1", r"unknown key zzz; see qwenscope recipe --help-keys"),
+    ],
+)
+def test_an_unknown_key_says_what_was_probably_meant(wrong: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=meant):
+        load_recipe("standin", [wrong])
+
+
+def test_every_key_of_a_recipe_is_explained() -> None:
+    def leaves(tree: Any, prefix: str = "") -> set[str]:
+        if isinstance(tree, dict):
+            place = "<id>" if prefix == "hook_points." else None
+            return {leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}{place or key}.")}
+        if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+            return leaves(tree[0], f"{prefix}<n>.")
+        return {prefix.removesuffix(".")}
+
+    explained = keys()
+    assert set(explained) == leaves(load_recipe("standin").model_dump(mode="json"))
+    assert all(meaning.endswith((".", "?")) for meaning in explained.values())

@@ -91,8 +91,24 @@ def doctor(
         out.print(doctor_table(report))
 
 
+def _help_keys(asked: bool) -> None:
+    if asked:
+        from qwenscope.display import keys_table
+        from qwenscope.recipe import keys
+
+        out.print(keys_table(keys()))
+        raise typer.Exit
+
+
 @app.command(rich_help_panel="Before training")
-def recipe(name: RecipeName, overrides: Overrides = None) -> None:
+def recipe(
+    name: RecipeName,
+    overrides: Overrides = None,
+    help_keys: Annotated[
+        bool,
+        typer.Option("--help-keys", help="Say what every key means, and exit.", is_eager=True, callback=_help_keys),
+    ] = False,
+) -> None:
     """Print a recipe with every key and default written out."""
     from qwenscope.recipe import load_recipe
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -25,6 +26,16 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def keys_table(keys: Mapping[str, str]) -> Table:
+    """A recipe's keys and what they mean."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for key, meaning in keys.items():
+        table.add_row(escape(key), escape(meaning))
+    return table
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:

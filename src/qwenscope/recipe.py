@@ -1,18 +1,20 @@
 """The recipe: one frozen tree of everything a run depends on, read from YAML, strict about every key.
 
-The string under each field is its documentation and what `qwenscope recipe --help-keys` prints. An unknown key, an
-impossible value or a missing file is a RecipeError of one line that names the key.
+The string under each field is its documentation and what `qwenscope recipe --help-keys` prints. An unknown key (with
+what was probably meant), an impossible value or a missing file is a RecipeError of one line that names the key.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -345,11 +347,45 @@ def _override(tree: dict[str, Any], override: str) -> None:
     parent[int(last) if isinstance(parent, list) else last] = value
 
 
+def keys() -> dict[str, str]:
+    """Every key of a recipe with its meaning; <id> stands for an SAE's id, <n> for a place in a list."""
+    return dict(_keys(Recipe, ""))
+
+
+def _keys(node: type[_Node], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in node.model_fields.items():
+        inner, place = _node_in(field.annotation)
+        if inner is None:
+            yield f"{prefix}{name}", field.description or ""
+        else:
+            yield from _keys(inner, f"{prefix}{name}{place}.")
+
+
+def _node_in(annotation: Any) -> tuple[type[_Node] | None, str]:
+    """The part of the tree that a field holds, and how its key goes on: once, by id, or by place."""
+    if isinstance(annotation, type) and issubclass(annotation, _Node):
+        return annotation, ""
+    found = next((node for node, _ in map(_node_in, get_args(annotation)) if node), None)
+    return found, {dict: ".<id>", tuple: ".<n>"}.get(get_origin(annotation), "") if found else ""
+
+
+def _meant(key: str) -> str:
+    """What an unknown key was probably meant to be: one spelt like it beside it, or of its name elsewhere."""
+    template = re.sub(r"^hook_points\.[^.]+", "hook_points.<id>", re.sub(r"\.\d+", ".<n>", key))
+    place, _, name = template.rpartition(".")
+    paths = {path for leaf in keys() for path in accumulate(leaf.split("."), "{}.{}".format)}
+    known = [path.rpartition(".")[::2] for path in sorted(paths)]
+    close = difflib.get_close_matches(name, [last for where, last in known if where == place], n=1)
+    found = [(place, last) for last in close] or [pair for pair in known if pair[1] == name]
+    return " or ".join(".".join(filter(None, pair)) for pair in found)
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}"
+        meant = _meant(key)
+        return f"unknown key {key}; " + (f"did you mean {meant}?" if meant else "see qwenscope recipe --help-keys")
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
