@@ -138,3 +138,10 @@ def test_recipe_prints_what_it_reads(call, tmp_path: Path) -> None:  # type: ign
     path.write_text(call("recipe", "standin", "--set", "seed=7").out)
     assert call("recipe", str(path)).out == path.read_text()
     assert "seed: 7" in path.read_text()
+
+
+def test_recipe_explains_its_keys_without_a_recipe(call) -> None:  # type: ignore[no-untyped-def]
+    explained = call("recipe", "--help-keys")
+    assert explained.code == 0
+    assert "hook_points.<id>.lr" in explained.out
+    assert "Adam's decay rates." in explained.out
