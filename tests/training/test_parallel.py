@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_ranks import complete, ranks, three_saes
-from tiny_run import BATCH, STEPS, final_hashes, make_language_model, metrics, status
+from tiny_run import BATCH, STEPS, final_hashes, metrics, status
 
 from qwenscope.activations import store
 from qwenscope.activations.division import Division
@@ -35,11 +35,6 @@ class Run:
 
     path: Path
     did: list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_language_model(tmp_path_factory.mktemp("lm"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import pytest
 import tiny_ranks
 import torch
 from tiny_ranks import complete, free_port, ranks, three_saes
-from tiny_run import BATCH, Reference, final_hashes, make_language_model, metrics, status
+from tiny_run import BATCH, Reference, final_hashes, metrics, status
 
 from qwenscope.errors import ResourceError
 from qwenscope.recipe import Recipe
@@ -28,11 +28,6 @@ from qwenscope.training.folder import open_run
 from qwenscope.training.run import train
 
 LOST = 12  # exit code of a rank that lost another
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_language_model(tmp_path_factory.mktemp("lm"))
 
 
 def uninterrupted(recipe: Recipe, run: Path) -> Reference:

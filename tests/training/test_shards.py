@@ -22,7 +22,7 @@ from test_parallel_faults import LOST, fail_at_step_20, signal_itself
 from test_trainer import BATCH, HIDDEN, LATENTS, K, rows
 from tiny_ranks import complete, on_ranks, ranks, three_saes
 from tiny_run import BATCH as BATCH_TOKENS
-from tiny_run import final_hashes, make_language_model, metrics, status
+from tiny_run import final_hashes, metrics, status
 from torch import Tensor
 
 from qwenscope.activations.division import Division
@@ -170,11 +170,6 @@ def test_bytes_of_a_step_are_what_the_documentation_says(size: int, tmp_path: Pa
     for rank in range(size):
         handed = json.loads((tmp_path / f"{rank}.json").read_text())
         assert handed == {"all_gather": 5 * (4 * 32 * K + 4), "all_reduce": 5 * (4 * (32 + 1) * HIDDEN + 28)}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_language_model(tmp_path_factory.mktemp("lm"))
 
 
 def spread(model: Path, **changes: Any) -> Recipe:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import BATCH, STEPS, final_hashes, make_language_model, metrics, status, tiny_recipe
+from tiny_run import BATCH, STEPS, final_hashes, metrics, status, tiny_recipe
 
 from qwenscope.errors import ModelError, RecipeError
 from qwenscope.recipe import load_recipe
@@ -18,11 +18,6 @@ from qwenscope.training.run import train
 from qwenscope.training.telemetry import Progress
 
 TOKENS = STEPS * BATCH - 10
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_language_model(tmp_path_factory.mktemp("lm"))
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainers' threads run in this process too
 }
+_FAILURES = (ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError, OSError, ImportError)
 _SEQUENCES = 256  # conversations in one step
 _OPTIONS: dict[str, Any] = {
     "language_model_only": True,  # no vision tower
@@ -184,10 +185,7 @@ def _vllm_errors(name: str) -> Iterator[None]:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"not enough memory for {name} in vLLM: {_line(error)}") from error
-    except (
-        ValueError, RuntimeError, AssertionError, NotImplementedError, LookupError, AttributeError, TypeError, OSError,
-        ImportError,
-    ) as error:  # fmt: skip
+    except _FAILURES as error:
         raise ModelError(f"vLLM cannot run {name}: {_line(error)}; set lm.backend to transformers") from error
 
 
