@@ -207,9 +207,8 @@ def _layer_seconds(
         watch(layer)
     whole = _seconds(lambda: model(input_ids=ids_CT, use_cache=False), device)
     times: dict[Kind, list[float]] = {kind: [] for kind in kinds}
-    for taken, kind in zip(
-        layers[depth:], cycle(kinds[:depth]), strict=False
-    ):  # in the first pass kernels are compiled
+    later = layers[depth:]  # in the first pass kernels are compiled
+    for taken, kind in zip(later, cycle(kinds[:depth]), strict=False):
         times[kind].append(taken)
     passes = [sum(layers[start : start + depth]) for start in range(depth, len(layers), depth)]
     positions = ids_CT.numel()
