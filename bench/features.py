@@ -33,7 +33,7 @@ from starlette.testclient import TestClient
 from qwenscope.activations.harvest import harvest
 from qwenscope.evaluation.run import Target
 from qwenscope.features.browser.server import make_app
-from qwenscope.features.reading import CorpusPass, open_stream
+from qwenscope.features.corpus_pass import CorpusPass, open_stream
 from qwenscope.features.store import FILE, Index
 from qwenscope.lm.load import load_language_model
 from qwenscope.recipe import load_recipe

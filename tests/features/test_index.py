@@ -16,9 +16,9 @@ from qwenscope.errors import CorpusError, FormatError
 from qwenscope.evaluation.downstream import find_routers, watch_routers
 from qwenscope.evaluation.run import Target, open_target
 from qwenscope.features import reading
-from qwenscope.features.geometry import Company
+from qwenscope.features.corpus_pass import open_stream
+from qwenscope.features.geometry import CoActivation
 from qwenscope.features.index import build_index
-from qwenscope.features.reading import open_stream
 from qwenscope.features.statistics import AFTER, BEFORE, FIRINGS, TOP, bin_of
 from qwenscope.features.store import Index, MissingLatentError
 from qwenscope.lm.forward import final_norm, residual_streams, unembedding
@@ -183,7 +183,7 @@ def test_company_equals_the_correlation_matrix() -> None:
     fires_SN[::4] = torch.zeros(50, 12).scatter_(1, latents_SK[::4, :2].long(), 1.0)
     expected = np.corrcoef(fires_SN.T.numpy())
     np.fill_diagonal(expected, -np.inf)
-    (phi_MN, latents_MN), together = Company(latents_SK, 12).of(2, 9, 4)
+    (phi_MN, latents_MN), together = CoActivation(latents_SK, 12).of(2, 9, 4)
     for m in range(7):
         order = np.argsort(-expected[m + 2])[:4]
         np.testing.assert_allclose(phi_MN[m], expected[m + 2][order], atol=1e-5)

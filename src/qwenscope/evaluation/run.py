@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
+from qwenscope.checksums import CHECKSUMS_FILE, verify_folder, write_checksums
 from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError, FormatError
-from qwenscope.evaluation.compare import BOOTSTRAP_SAMPLES, LEVEL, compare_split, find_pairs, overlap
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
+from qwenscope.evaluation.pairs import BOOTSTRAP_SAMPLES, LEVEL, compare_split, find_pairs, overlap
 from qwenscope.evaluation.report import report_html
 from qwenscope.files import read_json, write_json, write_text
 from qwenscope.lm.load import LanguageModel, check_hook_points, load_language_model
 from qwenscope.recipe import Recipe, SourceRecipe, load_recipe
-from qwenscope.sae.checksums import CHECKSUMS_FILE, verify_folder, write_checksums
 from qwenscope.sae.topk import TopKSAE
 
 logger = logging.getLogger(__name__)

@@ -55,7 +55,7 @@ def counterparts(sae: TopKSAE, other: TopKSAE, start: int, stop: int) -> tuple[T
     return best.values.cpu(), best.indices.cpu()
 
 
-class Company:
+class CoActivation:
     """Which latents fire together, from a sample of tokens."""
 
     def __init__(self, latents_SK: Tensor, latents: int) -> None:

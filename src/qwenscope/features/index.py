@@ -24,11 +24,11 @@ import numpy as np
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.run import SPLITS, Target, open_target
-from qwenscope.features.characters import Piece, pieces_of
-from qwenscope.features.describing import Describer, Latent, Texts, summary_of
-from qwenscope.features.publishing import ParquetFiles
-from qwenscope.features.reading import CorpusPass, OnProgress
+from qwenscope.features.corpus_pass import CorpusPass, OnProgress
+from qwenscope.features.describe import Describer, Latent, Texts, summary_of
+from qwenscope.features.parquet import ParquetFiles
 from qwenscope.features.store import FILE, SCHEMA, VERSION, key_of, pack
+from qwenscope.features.token_text import Piece, pieces_of
 from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
 from qwenscope.lm.load import LanguageModel, check_hook_points, load_language_model

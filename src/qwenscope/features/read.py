@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qwenscope.corpus.chat import ROLES, render
 from qwenscope.corpus.repair import Dropped
 from qwenscope.errors import CorpusError, FormatError, ModelError
-from qwenscope.features.characters import pieces_of, readable
+from qwenscope.features.token_text import pieces_of, readable
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import LanguageModel, layer_kinds
 from qwenscope.recipe import load_recipe

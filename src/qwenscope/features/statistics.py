@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenscope.features.keeping import LatentTable, Sample, order_by_group
+from qwenscope.features.reservoirs import LatentTable, Sample, order_by_group
 from qwenscope.sae import ops
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator

@@ -18,11 +18,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen3_5MoeTextConfig
 
-from qwenscope.calibration import BATCH_POSITIONS, PADDING, Measured, batches_of
-from qwenscope.errors import ModelError
-from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
-from qwenscope.recipe import Recipe
-from qwenscope.roofline import (
+from qwenscope.costs import (
     GPUS,
     NETWORK_GB_S,
     Card,
@@ -39,6 +35,10 @@ from qwenscope.roofline import (
     step_seconds,
     trained_bytes,
 )
+from qwenscope.errors import ModelError
+from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
+from qwenscope.planning.measure import BATCH_POSITIONS, PADDING, Measured, batches_of
+from qwenscope.recipe import Recipe
 from qwenscope.training.parallel import owners
 from qwenscope.training.shards import Piece, shared
 

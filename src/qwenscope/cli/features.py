@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
-from qwenscope.cli_options import Data, Out, err, out
+from qwenscope.cli.options import Data, Out, err, out
 from qwenscope.errors import FormatError
 
 T = TypeVar("T")
@@ -21,8 +21,8 @@ def index(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 1_000_000,
 ) -> None:
     """Index every latent: examples, histograms, promoted tokens, neighbours, experts. Run again, it goes on."""
+    from qwenscope.cli.progress import phases
     from qwenscope.features.index import build_index
-    from qwenscope.live import phases
 
     with phases(err) as on_progress:
         build_index(target, path, data=data, tokens=tokens, on_progress=on_progress)
@@ -36,8 +36,8 @@ def browse(
 ) -> None:
     """Look at features in the web browser, offline; or write the same as a static site."""
     if export_ is not None:
+        from qwenscope.cli.progress import phases
         from qwenscope.features.browser.export import export_site
-        from qwenscope.live import phases
 
         with phases(err) as on_progress:
             export_site(path, export_, on_progress=on_progress)
@@ -120,8 +120,8 @@ def explain(
 ) -> None:
     """Label latents and score the labels by detection and fuzzing; without a model, by a simple offline rule."""
     from qwenscope.features.clients import Client, EndpointClient, LocalClient, OfflineClient
-    from qwenscope.features.interpret import explain as explain_latents
-    from qwenscope.features.interpret import export_delphi
+    from qwenscope.features.label import explain as explain_latents
+    from qwenscope.features.label import export_delphi
     from qwenscope.features.store import Index
 
     numbers = [int(part) for part in latents.split(",") if part.strip().isdigit()]

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from qwenscope import cli_features
-from qwenscope.cli_options import AsJson, Data, Out, Overrides, RecipeName, err, out
+from qwenscope.cli import features
+from qwenscope.cli.options import AsJson, Data, Out, Overrides, RecipeName, err, out
 from qwenscope.errors import FormatError, QwenscopeError, RecipeError
 
 
@@ -63,7 +63,7 @@ def _print_json(value: Any) -> None:
 @app.command(rich_help_panel="Start here")
 def demo(out_: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo")) -> None:
     """Train, evaluate and package nine SAEs on the packaged stand-in model, in minutes on a CPU."""
-    from qwenscope.live import run_demo
+    from qwenscope.cli.progress import run_demo
 
     run_demo(out_, err, out)
 
@@ -74,7 +74,7 @@ def doctor(
     self_test: Annotated[bool, typer.Option("--self-test", help="Also train, kill, resume and compare.")] = False,
 ) -> None:
     """Versions, devices, kernels; what is missing and how to get it."""
-    from qwenscope.display import doctor_table
+    from qwenscope.cli.tables import doctor_table
     from qwenscope.doctor import examine
 
     report = examine()
@@ -93,7 +93,7 @@ def doctor(
 
 def _help_keys(asked: bool) -> None:
     if asked:
-        from qwenscope.display import keys_table
+        from qwenscope.cli.tables import keys_table
         from qwenscope.recipe import keys
 
         out.print(keys_table(keys()))
@@ -132,10 +132,10 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Memory, tokens per second, hours and cost of a recipe, before anyone rents a machine."""
-    from qwenscope.calibration import measurable, measure
-    from qwenscope.display import plan_tables
-    from qwenscope.plan import plan as make_plan
-    from qwenscope.plan import read_config
+    from qwenscope.cli.tables import plan_tables
+    from qwenscope.planning.measure import measurable, measure
+    from qwenscope.planning.plan import plan as make_plan
+    from qwenscope.planning.plan import read_config
     from qwenscope.recipe import load_recipe
 
     recipe = load_recipe(name, overrides or ())
@@ -161,8 +161,8 @@ def survey(
     overrides: Overrides = None,
 ) -> None:
     """The corpus as it will be trained on: counts per source, token shares, padding, privacy report."""
+    from qwenscope.cli.tables import survey_tables
     from qwenscope.corpus.survey import survey as run_survey
-    from qwenscope.display import survey_tables
     from qwenscope.lm.load import load_tokenizer
     from qwenscope.recipe import load_recipe
 
@@ -198,7 +198,7 @@ def standin_train(
     seed: Annotated[int, typer.Option(help="Governs data order and initialisation.")] = 0,
 ) -> None:
     """Train the stand-in language model anew (about an hour of CPU)."""
-    from qwenscope.live import phases
+    from qwenscope.cli.progress import phases
     from qwenscope.lm.standin import train_standin
 
     with phases(err) as on_progress:
@@ -213,7 +213,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train every SAE of a recipe in one pass of the language model; under torchrun, on several devices at once."""
-    from qwenscope.live import train_with_progress
+    from qwenscope.cli.progress import train_with_progress
     from qwenscope.recipe import load_recipe
 
     console = err if _RANK in (None, "0") else Console(quiet=True)
@@ -228,7 +228,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure fidelity and the effect on the language model; write evaluation.json and report.html."""
-    from qwenscope.display import evaluation_table
+    from qwenscope.cli.tables import evaluation_table
     from qwenscope.evaluation.run import evaluate as run_evaluation
 
     result = run_evaluation(target, data=data, tokens=tokens)
@@ -247,8 +247,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Measure two suites on the same tokens, layer by layer, and match their latents."""
-    from qwenscope.display import comparison_table
-    from qwenscope.release.suites import compare as compare_suites
+    from qwenscope.cli.tables import comparison_table
+    from qwenscope.evaluation.compare import compare as compare_suites
 
     result = compare_suites(first, second, data=data, tokens=tokens)
     if as_json:
@@ -257,7 +257,7 @@ def compare(
         out.print(comparison_table(result))
 
 
-for command in (cli_features.index, cli_features.browse, cli_features.steer, cli_features.explain):
+for command in (features.index, features.browse, features.steer, features.explain):
     app.command(rich_help_panel="Look and steer")(command)
 
 
@@ -323,8 +323,8 @@ def release(
     tag: Annotated[str, typer.Option(help="With --push: the tag that makes the release visible, set last.")] = "v1",
 ) -> None:
     """Build the release folder with its model card, and publish it if asked."""
-    from qwenscope.release.hub import push as push_folder
     from qwenscope.release.package import release as build_release
+    from qwenscope.release.push import push as push_folder
 
     if dry_run and push is None:
         raise RecipeError("--dry-run lists what --push ORG/NAME would upload; name the repository")
@@ -341,7 +341,7 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag; the main branch by default.")] = None,
 ) -> None:
     """Fetch a whole suite from the Hub, verified. Run again, it goes on."""
-    from qwenscope.release.hub import pull as pull_suite
+    from qwenscope.release.push import pull as pull_suite
 
     pull_suite(repo, path, revision=revision)
 

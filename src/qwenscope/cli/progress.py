@@ -48,7 +48,7 @@ def run_demo(run: Path, console: Console, out: Console) -> None:
     Raises:
         QwenscopeError: as the three steps.
     """
-    from qwenscope.display import evaluation_table
+    from qwenscope.cli.tables import evaluation_table
     from qwenscope.evaluation.run import evaluate
     from qwenscope.files import read_json
     from qwenscope.release.package import release

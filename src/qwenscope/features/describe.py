@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from qwenscope.evaluation.run import SPLITS
-from qwenscope.features.characters import Piece, alone, readable
-from qwenscope.features.geometry import Company, Ranking, counterparts, neighbours, token_effects
-from qwenscope.features.reading import CONTEXT_COLUMNS, CorpusPass
+from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
+from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
+from qwenscope.features.token_text import Piece, alone, readable
 from qwenscope.files import read_json
 from qwenscope.lm.forward import final_norm, unembedding
 
@@ -85,7 +85,7 @@ class Describer:
         self._statistics = corpus_pass.statistics[sae_id]
         self._norm, self._unembedding = final_norm(self._lm), unembedding(self._lm)
         sample = self._statistics.company
-        self._company = Company(sample.latents_S[sample.filled], self._sae.dict_size)
+        self._company = CoActivation(sample.latents_S[sample.filled], self._sae.dict_size)
 
     @cached_property
     def _quiet(self) -> Tensor:
