@@ -13,12 +13,12 @@ from transformers import AutoModel, Qwen3_5MoeTextConfig
 
 from qwenscope import calibration
 from qwenscope.corpus.batches import cut
-from qwenscope.costs import GPUS, model_size
+from qwenscope.costs import GPUS
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import load_language_model
 from qwenscope.planning.measure import Batches, Measured, batches_of, measurable, measure
-from qwenscope.planning.plan import GIB, memory_needs, plan, read_config
+from qwenscope.planning.plan import GIB, memory_needs, model_size, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.parallel import owners
 

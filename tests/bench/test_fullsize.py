@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 from transformers import Qwen3_5MoeTextConfig
 
-from qwenscope.costs import model_size
 from qwenscope.lm.load import check_hook_points, layer_kinds
+from qwenscope.planning.plan import model_size
 
 
 @pytest.fixture(scope="module")
