@@ -171,7 +171,7 @@ def _moment_bytes(recipe: Recipe) -> int:
 # -- rows on their way ------------------------------------------------------------------------------------------------
 
 
-def layers_of(recipe: Recipe, held: Sequence[Part]) -> set[int]:
+def layers_held(recipe: Recipe, held: Sequence[Part]) -> set[int]:
     """Hooked layers whose rows a card needs for what it holds."""
     return {recipe.hook_points[part.sae_id].layer for part in held}
 
@@ -198,4 +198,4 @@ def link_bytes(card: Card, cards: int) -> float:
 
 
 def _received(recipe: Recipe, held: Sequence[Part], cards: int, row_bytes: int) -> int:
-    return len(layers_of(recipe, held)) * (recipe.training.batch_size * (cards - 1) // cards) * row_bytes
+    return len(layers_held(recipe, held)) * (recipe.training.batch_size * (cards - 1) // cards) * row_bytes

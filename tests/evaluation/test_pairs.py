@@ -15,8 +15,8 @@ from qwenscope.evaluation.pairs import (
     interval,
     overlap,
     resample,
+    unit_decoder,
 )
-from qwenscope.evaluation.truth import unit_decoder
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.topk import TopKSAE
 

@@ -79,20 +79,21 @@ def steer(
     ] = None,
 ) -> None:
     """Write on under steered latents, beside the unsteered model and the controls that tell an effect from noise."""
-    from qwenscope.features.index import open_suite
     from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
     from qwenscope.features.store import Index
+    from qwenscope.opening import open_target
 
     saes, strengths = _per_latent("--sae", sae, latent), _per_latent("--strength", strength, latent)
-    opened, lm = open_suite(target)
+    opened = open_target(target)
     opened_index = None if feature_index is None else Index(feature_index)
     pushes = []
     for id, number, amount in zip(saes, latent, strengths, strict=True):
         if id not in opened.saes:
             raise FormatError(f"--sae {id} is not in {target}; it holds {', '.join(opened.saes)}")
-        layer = opened.recipe.hook_points[id].layer
+        layer = opened.layers[id]
         unit: float | Literal["norm"] = "norm" if opened_index is None else opened_index.latent(id, number)["max"]
         pushes.append(Steering(layer, amount, opened.saes[id], number, mode.value, unit=unit, where=where.value))
+    lm = opened.language_model()
     for piece in side_by_side(lm, prompt_tokens(lm, prompt), pushes, max_new_tokens=max_new_tokens):
         if piece.effect is not None:
             out.print(f"\n[bold]{piece.run}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False)

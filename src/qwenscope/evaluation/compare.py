@@ -16,15 +16,30 @@ import torch
 
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
-from qwenscope.evaluation.pairs import BOOTSTRAP_SAMPLES, LEVEL, Pair, compare_split, overlap
-from qwenscope.evaluation.run import held_out_conversations, open_target
-from qwenscope.evaluation.truth import unit_decoder
-from qwenscope.lm.load import load_language_model
-from qwenscope.recipe import Recipe
-from qwenscope.release.facts import NUMBERS, SPECIAL
-from qwenscope.sae.loading import load_suite
+from qwenscope.evaluation.pairs import BOOTSTRAP, Pair, compare_split, overlap, unit_decoder
+from qwenscope.evaluation.run import fired
+from qwenscope.opening import check_widths, open_target
 from qwenscope.sae.topk import TopKSAE
 
+NUMBERS = (
+    "tokens",
+    "mse",
+    "fvu",
+    "explained_variance",
+    "explained_variance_per_dim",
+    "cosine",
+    "l0",
+    "dead_fraction",
+    "ce_clean",
+    "ce_spliced",
+    "ce_zero_ablation",
+    "ce_mean_ablation",
+    "ce_recovered_zero",
+    "ce_recovered_mean",
+    "kl",
+)
+"""What every SAE has of every split in evaluation.json."""
+SPECIAL = "mse_special_tokens"  # has no value where a split holds no special token
 _BEST = 20  # matched latents listed per pair
 _CHUNK = 2048  # decoder rows compared at once
 
@@ -40,9 +55,8 @@ def compare(
     """Measure two suites on the same tokens.
 
     Args:
-        first: a run or release folder; its recipe says which language model and which held-out conversations.
-        second: a run, release, imported suite, or Hub repository in the published layout; each SAE's config.json
-            must hold `layer`. Its SAEs may have been made on another checkpoint; they are measured on the first's.
+        first: what `open_target` takes; its recipe says which language model and which held-out conversations.
+        second: likewise. Its SAEs may have been made on another checkpoint; they are measured on the first's.
         data: conversations to measure on instead, as for `evaluate`.
         tokens: tokens per split at most; None takes the recipe's.
         revision: of `second` on the Hub.
@@ -53,29 +67,21 @@ def compare(
 
     Raises:
         FormatError: no layer is in both suites, an SAE does not say its layer, or sizes do not fit.
-        ModelError, CorpusError: as `evaluate`.
+        ModelError, CorpusError, HubError: as `evaluate`.
     """
-    opened = open_target(Path(first))
-    recipe = opened.recipe
-    layers = {f"first:{sae_id}": point.layer for sae_id, point in recipe.hook_points.items()}
-    saes = {f"first:{sae_id}": sae for sae_id, sae in opened.saes.items()}
-    for sae_id, sae in load_suite(second, revision=revision).items():
-        saes[f"second:{sae_id}"], layers[f"second:{sae_id}"] = sae, _layer(sae, sae_id, second)
+    opened = open_target(first)
+    other = open_target(second, revision=revision, like=opened)
+    sides = {"first": opened, "second": other}
+    layers = {f"{side}:{id}": layer for side, target in sides.items() for id, layer in target.layers.items()}
     pairs = _pairs(layers, first, second)
     used = {sae_id for pair in pairs for sae_id in (pair.first, pair.second)}
-    saes = {sae_id: sae for sae_id, sae in saes.items() if sae_id in used}
-    lm = load_language_model(
-        recipe.lm.model_copy(update={"revision": opened.revisions.get("model") or recipe.lm.revision}), lm_head=True
-    )
-    for sae_id, sae in saes.items():
-        if sae.hidden_dim != lm.hidden_dim:
-            raise FormatError(
-                f"{sae_id.partition(':')[2]} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}"
-            )
-        sae.to(lm.device).eval()
-    splits = held_out_conversations(opened, lm, data, tokens or recipe.evaluation.tokens)
+    lm = opened.language_model()
+    saes = {f"{side}:{id}": sae for side, target in sides.items() for id, sae in target.saes.items()}
+    saes = {sae_id: sae.to(lm.device).eval() for sae_id, sae in saes.items() if sae_id in used}
+    check_widths(saes, lm)
+    splits = opened.splits(lm.tokenizer, tokens or opened.recipe.evaluation.tokens, data)
     hooked = {sae_id: layers[sae_id] for sae_id in saes}
-    measured = {name: SplitMeter(lm, saes, hooked, found, recipe).run() for name, found in splits.items()}
+    measured = {name: SplitMeter(lm, saes, hooked, found, opened.recipe).run() for name, found in splits.items()}
     return {
         "language_model": {"name": lm.name, "revision": lm.revision},
         "suites": {"first": str(first), "second": str(second)},
@@ -83,16 +89,9 @@ def compare(
             name: {"conversations": len(found), "tokens": sum(len(each.token_ids) for each in found)}
             for name, found in splits.items()
         },
-        "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "level": LEVEL, "unit": "conversation"},
-        "pairs": [_pair_result(pair, saes, hooked, measured, recipe) for pair in pairs],
+        "bootstrap": BOOTSTRAP,
+        "pairs": [_pair_result(pair, saes, hooked, measured, opened.recipe.seed) for pair in pairs],
     }
-
-
-def _layer(sae: TopKSAE, sae_id: str, suite: str | Path) -> int:
-    layer = sae.config.get("layer")
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise FormatError(f"{suite}: {sae_id}/config.json does not say its layer; add the key layer")
-    return layer
 
 
 def _pairs(layers: Mapping[str, int], first: str | Path, second: str | Path) -> list[Pair]:
@@ -110,17 +109,14 @@ def _pair_result(
     saes: Mapping[str, TopKSAE],
     layers: Mapping[str, int],
     measured: Mapping[str, SplitMeasurement],
-    recipe: Recipe,
+    seed: int,
 ) -> dict[str, Any]:
     names = {side: sae_id.partition(":")[2] for side, sae_id in (("first", pair.first), ("second", pair.second))}
-    fired_N, fired_M = (
-        sum((found.fired_N[sae_id] for found in measured.values()), start=torch.zeros((), dtype=torch.int64)) > 0
-        for sae_id in (pair.first, pair.second)
-    )
+    fired_N, fired_M = fired(measured, pair.first) > 0, fired(measured, pair.second) > 0
     a, b = saes[pair.first], saes[pair.second]
     splits = {}
     for split, found in measured.items():
-        compared = compare_split([pair], found.sums, recipe.seed)
+        compared = compare_split([pair], found.sums, seed)
         splits[split] = {
             "first": _numbers(found.figures[pair.first]),
             "second": _numbers(found.figures[pair.second]),
@@ -131,7 +127,7 @@ def _pair_result(
         **names,
         "sizes": {side: [sae.dict_size, sae.k] for side, sae in (("first", a), ("second", b))},
         "splits": splits,
-        "latents": {"overlap": overlap(a, b, fired_N, fired_M, recipe.seed), "matched": matched_latents(a, b)},
+        "latents": {"overlap": overlap(a, b, fired_N, fired_M, seed), "matched": matched_latents(a, b)},
     }
 
 
@@ -147,7 +143,7 @@ def matched_latents(first: TopKSAE, second: TopKSAE) -> dict[str, Any]:
         {"mutual": how many, "mean_cosine": of them (None if there are none), "best": [[latent of the first, of the
         second, cosine], ...] of the closest 20}.
     """
-    a_ND, b_MD = unit_decoder(first), unit_decoder(second)
+    a_ND, b_MD = unit_decoder(first).cpu(), unit_decoder(second).cpu()
     best_M = torch.full((len(b_MD),), -torch.inf)
     owner_M = torch.zeros(len(b_MD), dtype=torch.int64)
     cosine_N, partner_N = torch.empty(len(a_ND)), torch.empty(len(a_ND), dtype=torch.int64)

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwenscope.evaluation.truth import unit_decoder
 from qwenscope.recipe import HookPoint
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import derive_seed, generator
@@ -30,6 +29,9 @@ OVERLAP_EDGES = tuple(round(-0.2 + 0.05 * step, 2) for step in range(25))
 OVERLAP_CHUNK = 2048  # decoder rows compared at once
 SHARED = 0.7  # cosine above which a latent has a counterpart
 RANDOM_DIRECTIONS = 512  # for the overlap that chance alone gives
+
+BOOTSTRAP = {"samples": BOOTSTRAP_SAMPLES, "level": LEVEL, "unit": "conversation"}
+"""How intervals are made, for the readers of a result."""
 
 Array = NDArray[np.float64]
 Sums = Mapping[str, Array]
@@ -128,6 +130,11 @@ def compare_split(pairs: list[Pair], sums: Mapping[str, Sums], seed: int) -> dic
     return {"intervals": intervals, "differences": differences}
 
 
+def unit_decoder(sae: TopKSAE) -> Tensor:
+    """The SAE's decoder directions as unit rows, float32 [N, D], where the SAE is."""
+    return torch.nn.functional.normalize(sae.decoder.weight.detach().float().T, dim=1)
+
+
 def overlap(
     first: TopKSAE, second: TopKSAE, alive_first_N: Tensor, alive_second_N: Tensor, seed: int
 ) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def overlap(
         Per direction of view, `mean_max_cosine`, `shared` (share above 0.7), `random_mean_max_cosine` (random unit
         directions looked up in the same dictionary) and a histogram; None where a dictionary is all dead.
     """
-    first_ND, second_ND = unit_decoder(first)[alive_first_N], unit_decoder(second)[alive_second_N]
+    first_ND, second_ND = unit_decoder(first).cpu()[alive_first_N], unit_decoder(second).cpu()[alive_second_N]
     if not len(first_ND) or not len(second_ND):
         return {"first_in_second": None, "second_in_first": None}
     random_ND = torch.randn(RANDOM_DIRECTIONS, first.hidden_dim, generator=generator(seed, "overlap"))

@@ -29,7 +29,7 @@ from qwenscope.costs import (
     bytes_moved,
     exchange_seconds,
     find_card,
-    layers_of,
+    layers_held,
     link_bytes,
     position_seconds,
     shard_bytes,
@@ -302,7 +302,7 @@ def memory_needs(
     width = pick_dtype(recipe.lm, config).itemsize
     fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
     sizes = [piece.latents for piece in fullest]
-    layers, cards = len(layers_of(recipe, fullest)), len(held)
+    layers, cards = len(layers_held(recipe, fullest)), len(held)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
     trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
