@@ -187,7 +187,7 @@ def layers_of(suite: Mapping[str, TopKSAE]) -> dict[str, int]:
         if layer is None and sae_id in published:
             layer = published[sae_id].layer
         if not isinstance(layer, int) or isinstance(layer, bool):
-            raise FormatError(f"{sae_id}: its config.json does not say its layer; add the key layer")
+            raise FormatError(f"{sae_id}/config.json does not say its layer; add the key layer")
         layers[sae_id] = layer
     return layers
 
