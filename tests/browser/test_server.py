@@ -15,7 +15,8 @@ from starlette.types import ASGIApp
 
 from qwenscope.errors import FormatError
 from qwenscope.features.browser.export import export_site
-from qwenscope.features.browser.server import BODY_LIMIT, make_app, page_files, serve
+from qwenscope.features.browser.edge import BODY_LIMIT
+from qwenscope.features.browser.server import make_app, page_files, serve
 from qwenscope.features.index import open_origin
 from qwenscope.features.steering import Steering, generate, prompt_tokens
 from qwenscope.features.store import Index, unpack

@@ -104,6 +104,10 @@ class Index:
         ((blob,),) = self._all("SELECT latents FROM saes WHERE ordinal = ?", self.ordinal(sae_id))
         return bytes(blob)
 
+    def alive(self, sae_id: str) -> list[int]:
+        """The latents of an SAE that fired at all."""
+        return [latent for latent, density in enumerate(self.table(sae_id)["density"]) if density > 0]
+
     def labels(self, sae_id: str) -> dict[int, str]:
         """{latent: label} of those that were explained."""
         ordinal = self.ordinal(sae_id)

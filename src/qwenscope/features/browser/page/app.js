@@ -1,6 +1,7 @@
 // Routes, keys and theme. A route is what follows #/ in the address, so that every view can be linked to.
 
 import { h } from "./dom.js";
+import { stopRunning } from "./api.js";
 import * as suite from "./suite.js";
 import * as sae from "./sae.js";
 import * as latent from "./latent.js";
@@ -12,7 +13,7 @@ const main = document.getElementById("main");
 const box = document.getElementById("q");
 const help = document.getElementById("help");
 const NAV = [["#/", "Suite"], ["#/try", "Try it"], ["#/steer", "Steer"], ["#/notes", "Notes"]];
-const KEYS = [["/", "search"], ["← →  or  k j", "previous, next latent"], ["↑ ↓  or  k j", "through a table of latents"], ["b", "bookmark this latent"], ["u", "up to the SAE"], ["g", "suite overview"], ["t", "try it"], ["s", "steer"], ["d", "light, dark"], ["?", "this help"]];
+const KEYS = [["/", "search"], ["← →  or  k j", "previous, next latent"], ["↑ ↓  or  k j", "through a table of latents"], ["b", "bookmark this latent"], ["u", "up to the SAE"], ["g", "suite overview"], ["t", "try it"], ["s", "steer"], ["d", "light, dark"], ["Esc", "stop the language model"], ["?", "this help"]];
 let keys = {};
 let turn = 0;
 
@@ -33,6 +34,7 @@ function route() {
 async function show() {
   if (location.hash && !location.hash.startsWith("#/")) return;
   const mine = ++turn;
+  stopRunning();
   let view;
   try {
     view = await route();
@@ -77,6 +79,7 @@ const EVERYWHERE = {
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || help.open) return;
+  if (event.key === "Escape") stopRunning();
   if (event.target.closest("input, textarea, select")) {
     if (event.key === "Escape") event.target.blur();
     return;

@@ -66,7 +66,7 @@ function testBox(id, latent, found) {
       const most = Math.max(...activations);
       out.replaceChildren(shaded(tokens, activations, activations.indexOf(most), found.max || most || 1, () => ""));
       said.replaceChildren(most ? `largest ${number(most)}, ${percent(most / (found.max || most))} of the largest in the index · ` : "not active · ", h("a", { href: link.read(text.value) }, "all latents on this text"));
-    } catch (error) { said.textContent = error.message; }
+    } catch (error) { said.textContent = api.reason(error); }
   }
   return h("form", { onsubmit: run }, h("label", { class: "hidden", for: "test" }, "Text to test"), text, h("div", { class: "fields" }, h("button", { type: "submit" }, "Test"), said), out);
 }
@@ -86,7 +86,7 @@ async function noteBox(id, latent) {
     try {
       await api.keepNote({ sae: id, latent, note: area.value, bookmarked: star.getAttribute("aria-pressed") === "true" });
       said.textContent = "kept";
-    } catch (error) { said.textContent = error.message; }
+    } catch (error) { said.textContent = api.reason(error); }
   }
   function toggle() {
     star.setAttribute("aria-pressed", String(star.getAttribute("aria-pressed") !== "true"));
