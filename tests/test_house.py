@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
-FOUNDATION = ("errors", "files", "checksums", "seeds", "recipe", "hub", "costs")
+FOUNDATION = ("errors", "files", "checksums", "seeds", "recipe", "hub", "costs", "machine")
 ROOMS = (
     *(frozenset({name}) for name in FOUNDATION),
     frozenset({"sae", "corpus"}),
