@@ -50,7 +50,7 @@ class FormatCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         for parameter in self.params:
             if parameter.name in ("to", "origin"):
-                parameter.metavar = "|".join(format_names(parameter.name))  # type: ignore[attr-defined]
+                parameter.metavar = "|".join(format_names(parameter.name))
         super().format_help(ctx, formatter)
 
 
