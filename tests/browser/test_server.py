@@ -14,12 +14,13 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from qwenscope.errors import FormatError
-from qwenscope.features.browser.export import export_site
 from qwenscope.features.browser.edge import BODY_LIMIT
+from qwenscope.features.browser.export import export_site
 from qwenscope.features.browser.server import make_app, page_files, serve
+from qwenscope.features.form import unpack
 from qwenscope.features.index import open_origin
 from qwenscope.features.steering import Steering, generate, prompt_tokens
-from qwenscope.features.store import Index, unpack
+from qwenscope.features.store import Index
 
 JSON = {"Content-Type": "application/json"}
 PUSH = {"sae": "sae_delta", "latent": PLANTED_LATENT, "strength": 1.0, "mode": "add", "unit": "max", "where": "all"}

@@ -56,9 +56,7 @@ class Runner:
 
         def work() -> Iterator[str]:
             target, lm = self._open()
-            yield _reading_json(
-                read(lm, lm.tokenizer, given, target.saes, layers=target.layers, max_length=MAX_TOKENS)
-            )
+            yield _reading_json(read(lm, lm.tokenizer, given, target.saes, layers=target.layers, max_length=MAX_TOKENS))
 
         return self._thread.submit(work)
 
