@@ -111,7 +111,9 @@ class Explanation(TypedDict):
     label: str
 
 
-_ADAPTERS = {form: TypeAdapter(form) for form in (Meta, Summary, Columns, Detail, Explanation)}
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {
+    form: TypeAdapter(form) for form in (Meta, Summary, Columns, Detail, Explanation)
+}
 
 
 def pack(value: Any) -> bytes:

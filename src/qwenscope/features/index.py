@@ -3,7 +3,8 @@
     build_index("runs/demo", Path("runs/demo-index"))
 
 The folder holds `index.sqlite` (to browse), `latents.parquet` and `examples.parquet` (to publish; text that passed the
-recipe's privacy filter only), `origin.json` (where SAEs and language model are, for this machine alone) and `SHA256SUMS`.
+recipe's privacy filter only), `origin.json` (where SAEs and language model are, for this machine alone) and their
+`SHA256SUMS`.
 """
 
 from __future__ import annotations

@@ -67,6 +67,10 @@ class Index:
         self._ordinals: dict[str, int] = {id: ordinal for ordinal, id, _ in rows}
         self._ids = {ordinal: id for id, ordinal in self._ordinals.items()}
         self._pieces: dict[int, TokenText] = {}
+        if sorted(self._ids) != list(range(len(self._ids))):
+            raise FormatError(f"{self.path} is damaged (an SAE is missing); build it again")
+        for sae_id in self.saes:
+            self._check_rows(sae_id)
 
     def suite(self) -> dict[str, Any]:
         """What the overview shows: {"meta", "saes": {id: summary}}."""
@@ -186,11 +190,8 @@ class Index:
 
     def _check_rows(self, sae_id: str) -> None:
         """As many latents as the summary says, in the table and one by one; the summary is what bounds the rest."""
-        low, high, size = (
-            key_of(self.ordinal(sae_id), 0),
-            key_of(self.ordinal(sae_id) + 1, 0),
-            self.saes[sae_id]["dict_size"],
-        )
+        size = self.saes[sae_id]["dict_size"]
+        low, high = key_of(self.ordinal(sae_id), 0), key_of(self.ordinal(sae_id) + 1, 0)
         ((rows, first, last),) = self._all(
             "SELECT count(*), min(key), max(key) FROM latents WHERE key >= ? AND key < ?", low, high
         )

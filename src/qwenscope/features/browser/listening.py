@@ -19,8 +19,8 @@ GRACE_SECONDS = 0.5
 def listener_on(port: int) -> socket.socket:
     """A socket on 127.0.0.1; who connects from now on waits instead of being refused.
 
-    Its protocol is named: asyncio sets TCP_NODELAY on sockets that say they are TCP, and without it the second packet of
-    every answer on a kept connection waits 40 ms for the first one's acknowledgement.
+    Its protocol is named: asyncio sets TCP_NODELAY on sockets that say they are TCP, and without it the second packet
+    of every answer on a kept connection waits 40 ms for the first one's acknowledgement.
 
     Raises:
         OSError, OverflowError: the port cannot be had.

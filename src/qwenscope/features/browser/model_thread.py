@@ -1,7 +1,7 @@
 """One thread that runs the language model, job after job, and a bounded queue before it.
 
-Requests wait for their answers in the event loop and occupy no thread. Who goes away cancels the job, queued or running:
-a queued one leaves the queue at once, a running one ends at its next piece or at the next `check`.
+Requests wait for their answers in the event loop and occupy no thread. Who goes away cancels the job: a queued one
+leaves the queue at once, a running one ends at its next piece or at the next `check`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The feature browser: an index, a page and, on request, the language model, served on this machine alone.
 
 What the page may do is fixed by the Content-Security-Policy: scripts and styles from here, connections to here, nothing
-inline. Requests under a foreign Host name (DNS rebinding) and writes from a foreign Origin are refused. No request waits
-for the language model but those that run it.
+inline. Requests under a foreign Host name (DNS rebinding) and writes from a foreign Origin are refused. Only requests
+that run the language model wait for it.
 """
 
 from __future__ import annotations
