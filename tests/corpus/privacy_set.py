@@ -62,8 +62,12 @@ def privacy_set() -> list[Sentence]:
         sentences += [_innocent(rng, language) for _ in range(30)]
         for kind, make in VALUES.items():
             sentences += [_planted(rng, language, kind, make(rng), rng.choice(templates["near"])) for _ in range(10)]
-        for key, kind, make in (("phone", "PHONE_NUMBER", _national_phone), ("id", "NATIONAL_ID", _national_id),
-                                ("passport", "NATIONAL_ID", _passport), ("handle", "USERNAME", _handle)):
+        for key, kind, make in (
+            ("phone", "PHONE_NUMBER", _national_phone),
+            ("id", "NATIONAL_ID", _national_id),
+            ("passport", "NATIONAL_ID", _passport),
+            ("handle", "USERNAME", _handle),
+        ):
             for _ in range(6 if key in templates else 0):
                 carrier = rng.choice(templates[key])
                 sentences.append(_planted(rng, language, kind, make(rng, language), carrier))
@@ -151,15 +155,31 @@ def _luhn(digits: str) -> str:
 
 
 def _email(rng: random.Random) -> str:
-    first = rng.choice("maria.kovacs li_na j.tanaka o.petrov+news josé.niño ana-b x9 почта.иван s.cohen 4815162342".split())
-    host = rng.choice("fastmail-test.net foxmail-test.com mail.firma-test.de docomo-test.jp пример-тест.рф uni-test.ac.uk "
-                      "163-test.com xn--bcher-kva.example-test.org".split())
+    first = rng.choice(
+        re.findall(r"\S+", "maria.kovacs li_na j.tanaka o.petrov+news josé.niño ana-b x9 почта.иван s.cohen 4815162342")
+    )
+    host = rng.choice(
+        "fastmail-test.net foxmail-test.com mail.firma-test.de docomo-test.jp пример-тест.рф uni-test.ac.uk "
+        re.findall(r"\S+", "163-test.com xn--bcher-kva.example-test.org")
+    )
     return f"{first}@{host}"
 
 
 def _iban(rng: random.Random) -> str:
-    country, length, bank = rng.choice([("DE", 18, ""), ("GB", 14, "NWBK"), ("NL", 10, "ABNA"), ("FR", 23, ""), ("ES", 20, ""),
-                                        ("AT", 16, ""), ("MT", 23, "MALT"), ("SA", 20, ""), ("TR", 22, ""), ("NO", 11, "")])
+    country, length, bank = rng.choice(
+        [
+            ("DE", 18, ""),
+            ("GB", 14, "NWBK"),
+            ("NL", 10, "ABNA"),
+            ("FR", 23, ""),
+            ("ES", 20, ""),
+            ("AT", 16, ""),
+            ("MT", 23, "MALT"),
+            ("SA", 20, ""),
+            ("TR", 22, ""),
+            ("NO", 11, ""),
+        ]
+    )
     body = bank + "".join(rng.choices(string.digits, k=length))
     if country == "TR":
         body = body[:5] + "0" + body[6:]
@@ -176,9 +196,12 @@ def _card(rng: random.Random) -> str:
 
 def _phone(rng: random.Random) -> str:
     return _digits(rng, rng.choice([
-        "+44 7911 12####", "+1 (212) 736-5###", "+1.212.736.5###", "+49 30/9018##", "+86 138 1### 5678", "+33 6 12 34 ## ##",
-        "+55 11 9123#-####", "+81 90-1###-5678", "+91 98765 4####", "+7 916 12#-##-##", "+12127365###", "0044 7911 12####",
-        "+972 50-12#-####", "+66 81 23# ####", "+90 532 12# ## ##", "+44 7911 12#### ext. 12", "+49 (0)30 9018##"]))  # fmt: skip
+        "+44 7911 12####", "+1 (212) 736-5###", "+1.212.736.5###", "+49 30/9018##", "+86 138 1### 5678",
+        "+33 6 12 34 ## ##",
+        "+55 11 9123#-####", "+81 90-1###-5678", "+91 98765 4####", "+7 916 12#-##-##", "+12127365###",
+        "0044 7911 12####",
+        "+972 50-23#-####", "+66 81 23# ####", "+90 532 12# ## ##", "+44 7911 12#### ext. 12",
+        "+49 (0)30 9018##"]))  # fmt: skip
 
 
 def _ip(rng: random.Random) -> str:
@@ -190,7 +213,11 @@ def _ip(rng: random.Random) -> str:
 
 def _mac(rng: random.Random) -> str:
     pairs = [f"{rng.randrange(256):02x}" for _ in range(5)] + ["7e"]
-    return rng.choice([":", "-"]).join(pairs) if rng.random() < 0.8 else f"{pairs[0]}{pairs[1]}.{pairs[2]}{pairs[3]}.{pairs[4]}7e"
+    return (
+        rng.choice([":", "-"]).join(pairs)
+        if rng.random() < 0.8
+        else f"{pairs[0]}{pairs[1]}.{pairs[2]}{pairs[3]}.{pairs[4]}7e"
+    )
 
 
 def _crypto(rng: random.Random) -> str:
@@ -211,17 +238,21 @@ def _secret(rng: random.Random) -> str:
 
     upper, lower = string.ascii_uppercase + "234567", string.hexdigits[:16]
     return rng.choice([
-        f"sk-proj-{token(48)}", f"sk-ant-api03-{token(60)}", f"hf_{token(34)}", "AKIA" + "".join(rng.choices(upper, k=15)) + "7",
-        f"ghp_{token(36)}", f"github_pat_{token(60)}", f"glpat-{token(20)}", "AIza" + token(35), f"xoxb-{_digits(rng, '############')}-{token(24)}",
-        f"sk_live_{token(24)}", f"npm_{token(36)}", f"SG.{token(22)}.{token(43)}", f"{_digits(rng, '61########')}:AA{token(33)}",
-        f"gsk_{token(52)}", f"eyJhbGciOiJIUzI1NiJ9.eyJ{token(20)}.{token(43)}", "dop_v1_" + "7" + "".join(rng.choices(lower, k=63)),
+        f"sk-proj-{token(48)}", f"sk-ant-api03-{token(60)}", f"hf_{token(34)}",
+        "AKIA" + "".join(rng.choices(upper, k=15)) + "7",
+        f"ghp_{token(36)}", f"github_pat_{token(60)}", f"glpat-{token(20)}", "AIza" + token(35),
+        f"xoxb-{_digits(rng, '############')}-{token(24)}",
+        f"sk_live_{token(24)}", f"npm_{token(36)}", f"SG.{token(22)}.{token(43)}",
+        f"{_digits(rng, '61########')}:AA{token(33)}",
+        f"gsk_{token(52)}", f"eyJhbGciOiJIUzI1NiJ9.eyJ{token(20)}.{token(43)}",
+        "dop_v1_" + "7" + "".join(rng.choices(lower, k=63)),
         f"-----BEGIN PRIVATE KEY-----\n{token(64)}\n{token(40)}\n-----END PRIVATE KEY-----"])  # fmt: skip
 
 
 def _profile(rng: random.Random) -> str:
-    name = rng.choice("mariakovacs li.na_88 jtanaka o_petrov anab1990 sara-cohen".split())
-    hosts = """https://github.com/ github.com/ https://twitter.com/ https://x.com/ https://www.instagram.com/ linkedin.com/in/ t.me/
-        https://www.reddit.com/u/ https://www.tiktok.com/@ https://vk.com/ facebook.com/ https://medium.com/@""".split()
+    name = rng.choice(re.findall(r"\S+", "mariakovacs li.na_88 jtanaka o_petrov anab1990 sara-cohen"))
+    hosts = re.findall(r"\S+", """https://github.com/ github.com/ https://twitter.com/ https://x.com/ https://www.instagram.com/ linkedin.com/in/ t.me/
+        https://www.reddit.com/u/ https://www.tiktok.com/@ https://vk.com/ facebook.com/ https://medium.com/@""")
     return rng.choice(hosts) + name
 
 
@@ -234,7 +265,7 @@ def _passport(rng: random.Random, language: str) -> str:
 
 
 def _handle(rng: random.Random, language: str) -> str:
-    return "@" + rng.choice("maria_kovacs lina88 j.tanaka opetrov ana_b1990 saracohen".split())
+    return "@" + rng.choice(re.findall(r"\S+", "maria_kovacs lina88 j.tanaka opetrov ana_b1990 saracohen"))
 
 
 def _weighted(digits: str, weights: list[int], modulus: int) -> int:
@@ -304,7 +335,7 @@ def _my_number(rng: random.Random) -> str:
 
 
 def _korean(rng: random.Random) -> str:
-    digits = f"{rng.randint(60, 99)}{rng.randint(1, 12):02d}{rng.randint(1, 28):02d}" + _digits(rng, "1#####")
+    digits = f"{rng.randint(60, 99)}{rng.randint(1, 12):02d}{rng.randint(1, 28):02d}" + _digits(rng, "108###")
     check = (11 - _weighted(digits, [2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5], 11)) % 10
     return f"{digits[:6]}-{digits[6:]}{check}"
 
@@ -338,7 +369,8 @@ def _ssn(rng: random.Random) -> str:
 
 
 _IDS: dict[str, Callable[[random.Random], str]] = {
-    "en": _ssn, "code": _ssn, "de": _german_tax, "fr": _nir, "es": _dni, "pt": _cpf, "ru": _snils, "zh": _chinese, "ja": _my_number,
+    "en": _ssn, "code": _ssn, "de": _german_tax, "fr": _nir, "es": _dni, "pt": _cpf, "ru": _snils, "zh": _chinese,
+    "ja": _my_number,
     "ko": _korean, "he": _israeli, "hi": _aadhaar, "th": _thai, "tr": _turkish,
 }  # fmt: skip
 VALUES: dict[str, Callable[[random.Random], str]] = {
@@ -356,14 +388,20 @@ def _innocent(rng: random.Random, language: str) -> Sentence:
     """A value that no rule may take, in a sentence that takes any."""
     value = rng.choice([
         f"{rng.randint(2000, 2030)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d} {rng.randint(10, 23)}:{rng.randint(10, 59)}:{rng.randint(10, 59)}",
-        f"17{_digits(rng, '########')}", f"17{_digits(rng, '###########')}", f"v{rng.randint(1, 9)}.{rng.randint(0, 30)}.{rng.randint(0, 30)}",
-        f"{rng.random()}", f"{rng.random() * 1000}", rng.randbytes(20).hex(), rng.randbytes(32).hex(), f"#{rng.randbytes(3).hex()}",
-        f"10.{rng.randint(0, 255)}.{rng.randint(0, 255)}.{rng.randint(1, 254)}", f"192.168.{rng.randint(0, 255)}.{rng.randint(1, 254)}",
+        f"17{_digits(rng, '########')}", f"17{_digits(rng, '###########')}",
+        f"v{rng.randint(1, 9)}.{rng.randint(0, 30)}.{rng.randint(0, 30)}",
+        f"{rng.random()}", f"{rng.random() * 1000}", rng.randbytes(20).hex(), rng.randbytes(32).hex(),
+        f"#{rng.randbytes(3).hex()}",
+        f"10.{rng.randint(0, 255)}.{rng.randint(0, 255)}.{rng.randint(1, 254)}",
+        f"192.168.{rng.randint(0, 255)}.{rng.randint(1, 254)}",
         f"user{rng.randint(1, 99)}@example.com", f"{rng.randint(1, 9)} {_digits(rng, '###')} {_digits(rng, '###')}",
         f"978-3-16-{_digits(rng, '1#####')}-{rng.randint(0, 9)}", f"{rng.randint(100, 999)}x{rng.randint(100, 999)}",
-        f"10.1000/{rng.randint(100, 999)}", f"ORD-{_digits(rng, '1#######')}", f"{rng.randint(10, 99)}:{rng.randint(10, 59)}",
-        "-".join((rng.randbytes(4).hex(), rng.randbytes(2).hex(), "4" + rng.randbytes(2).hex()[1:], "a" + rng.randbytes(2).hex()[1:], rng.randbytes(6).hex())),
-        f"({rng.randint(1, 9)}, {rng.randint(1, 9)}, {rng.randint(1, 9)})", f"{rng.randint(10, 99)} + {rng.randint(1000000, 9999999)}",
+        f"10.1000/{rng.randint(100, 999)}", f"ORD-{_digits(rng, '1#######')}",
+        f"{rng.randint(10, 99)}:{rng.randint(10, 59)}",
+        "-".join((rng.randbytes(4).hex(), rng.randbytes(2).hex(), "4" + rng.randbytes(2).hex()[1:],
+        "a" + rng.randbytes(2).hex()[1:], rng.randbytes(6).hex())),
+        f"({rng.randint(1, 9)}, {rng.randint(1, 9)}, {rng.randint(1, 9)})",
+        f"{rng.randint(10, 99)} + {rng.randint(1000000, 9999999)}",
     ])  # fmt: skip
     carrier = rng.choice(TEMPLATES[language]["near"]).replace("{{", "\0").replace("}}", "\1")
     return Sentence(language, carrier.replace("{}", value).replace("\0", "{").replace("\1", "}"), None)

@@ -1,6 +1,7 @@
 """Structured identifiers in text of any script: a pattern finds each candidate, a check decides.
 
-`folding` makes spellings alike, `rules` walks a text, and a file per family holds its rules: `contacts` (e-mail, phone),
+`folding` makes spellings alike, `rules` walks a text, and a file per family holds its rules: `contacts` (e-mail,
+phone),
 `accounts` (user names), `network`, `payment`, `national`, `secrets`. Checks are registry lengths and checksums
 (python-stdnum), numbering plans (phonenumbers) and address registries (ipaddress). Values that documentation uses
 (example.com, test cards, 192.0.2.0/24, private networks) stay, unless the words before claim them as somebody's own.
@@ -23,7 +24,7 @@ RULES: tuple[Rule, ...] = (
     *payment.RULES,
     *national.RULES,
 )
-_MAYBE = re.compile(r"[\d@\uff20\ufe6b/]|PRIVATE KEY|at[)\]\uff09\uff3d]")  # no identifier is without
+_MAYBE = re.compile(r"[\d@\uff20\ufe6b/]|PRIVATE KEY|hf_|at[)\]\uff09\uff3d]")  # no identifier is without
 _BY_GATE = {gate: [rule for rule in RULES if rule.gate is gate] for gate in {rule.gate for rule in RULES}}
 KINDS = tuple(sorted({rule.kind for rule in RULES}))
 

@@ -8,14 +8,26 @@ from functools import lru_cache
 
 import phonenumbers
 
-from qwenscope.corpus.identifiers.rules import GAP, Rule, Span, after, before, claimed, everywhere, is_named_by, numbers
+from qwenscope.corpus.identifiers.folding import MARK
+from qwenscope.corpus.identifiers.rules import (
+    GAP,
+    Rule,
+    Span,
+    after,
+    before,
+    claimed,
+    cue,
+    everywhere,
+    is_named_by,
+    numbers,
+)
 
-_LATIN = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u02d0"
-_CJK = r"\u1100-\u11ff\u3005-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7a3"
+_LATIN = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"
+_UNSPACED = r"\u0590-\u06ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\u3005-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7a3"
 _MARKS = r"0-9._+%'&\-"  # what may stand in a local part beside letters
 _LOCAL_REVERSED = re.compile(  # one script only: a word of another one before it is prose
-    rf"[{_MARKS}]*(?:(?![{_LATIN}{_CJK}{_MARKS}])\w)(?:(?![{_LATIN}{_CJK}])\w|[{_MARKS}])*"
-    rf"|[{_LATIN}{_MARKS}]+|[{_CJK}{_MARKS}]+"
+    rf"[{_MARKS}{MARK}]*(?![{_LATIN}{_UNSPACED}{_MARKS}{MARK}])\w(?:(?![{_LATIN}{_UNSPACED}])\w|[{_MARKS}])*"
+    rf"|[{_LATIN}{_MARKS}{MARK}]+|[{_UNSPACED}{_MARKS}{MARK}]+"
 )
 _TLD = (  # scripts without spaces need to know where a domain ends
     "中国|中國|公司|网络|網路|网址|香港|台湾|台灣|新加坡|澳門|在线|商城|集团|我爱你|みんな|コム|한국|닷컴|닷넷|삼성|ไทย|คอม"
@@ -23,7 +35,8 @@ _TLD = (  # scripts without spaces need to know where a domain ends
 _DOT = r"(?:\.|\s?[\[(]dot[\])]\s?)"
 _DOMAIN = re.compile(
     rf"(?:[0-9A-Za-z](?:[0-9A-Za-z\-]{{0,62}}[0-9A-Za-z])?{_DOT}){{1,16}}(?:xn--[0-9A-Za-z\-]{{2,59}}|[A-Za-z]{{2,24}})"
-    rf"|(?:[^\W_](?:[\w\-]{{0,62}}[^\W_])?{_DOT}){{1,8}}(?:[A-Za-z]{{2,24}}|{_TLD}|[^\W\d_]{{2,24}})"
+    rf"|(?:[^\W_](?:[\w\-]{{0,62}}[^\W_])?{_DOT}){{1,8}}(?:[A-Za-z]{{2,24}}|{_TLD}"
+    rf"|(?:(?![{_LATIN}{_UNSPACED}])[^\W\d_]){{2,24}}|[{_UNSPACED}{MARK}]{{2,10}})"
 )
 _AT = re.compile(r"@|%40|\s?[\[(]at[\])]\s?")
 
@@ -38,11 +51,14 @@ _PLACEHOLDER = (
 )
 _STAYS = re.compile(  # local part @ domain, in lower case
     r"(?:git|no-?_?reply|do-?not-?reply|mailer-daemon)@.*|.*@(?:.+\.)?(?:localhost|v?\d+\.\d+.*|v\d+\..*|\d+x\..*)"
-    rf"|{_PLACEHOLDER}@(?:.+\.)?{_PLACEHOLDER}\.[a-z]+|\w@\w\.\w+|(?:your|my|example)[\w.\-]*@.*|(?:self\.|.*@self\.).*"
-    r"|.*@(?:.+\.)?your[\w\-]*\.\w+|.*\.(?:png|jpe?g|gif|svg|webp|html?|css|txt|json|ya?ml|xml|js|ts|java|php|shape|sum|mean)"
+    rf"|{_PLACEHOLDER}(?:[._\-]{_PLACEHOLDER})*@(?:.+\.)?{_PLACEHOLDER}\.[a-z]+|\w@\w\.\w+|(?:your|my"
+    rf"|example)[\w.\-]*@.*|(?:self\.|.*@self\.).*"
+    r"|.*@(?:.+\.)?your[\w\-]*\.\w+|.*\.(?:png|jpe?g|gif|svg|webp|html?|css|txt|json|ya?ml|xml|js|ts|java|php"
+    r"|shape|sum|mean)"
 )
 _EXAMPLE_DOMAIN = re.compile(
-    r"(?:.+\.)?(?:example(?:\.[a-z]{2,3}){0,2}|.+\.(?:test|example|invalid)|(?:company|domain|mydomain|test)\.(?:com|org|net))"
+    r"(?:.+\.)?(?:example(?:\.[a-z]{2,3}){0,2}|.+\.(?:test|example|invalid)|(?:company|domain|mydomain"
+    r"|test)\.(?:com|org|net))"
 )
 _METHOD_CALL = re.compile(r"\(\s*(?:\)|-?\d+\s*[,)]|\w+\s*=)|\s*@")
 
@@ -53,7 +69,7 @@ def _email(match: re.Match[str]) -> Span | None:
     domain = _DOMAIN.match(text, match.end())
     if local is None or domain is None or not re.search(r"\w", local[0]):
         return None
-    name = local[0][::-1].lstrip(".'&-%")
+    name = local[0][::-1].lstrip(".'&-%" + MARK)
     spelled = f"{name}@{domain[0]}".lower()
     if not name or _STAYS.fullmatch(spelled) or _METHOD_CALL.match(text, domain.end()):
         return None
@@ -69,13 +85,15 @@ def claimed_at(text: str, start: int) -> bool:
     return match is not None and claimed(match)
 
 
-_PHONE_CUE = re.compile(
-    r"(?<![A-Za-z])(?:(?:(?:tele|mobile|cell|home|work|office|my|contact)[_ ]?)?phone(?:[_ ]?(?:number|no|nr|num))?|tel|telefone?|"
-    r"telefon[oa]?|t[eé]l[eé]phone|t[eé]l|telefoon|teléfono|celular|móvil|portable|mobile?|mobil|mob|cell|fax|call|ring|dial|"
-    r"whats?app|viber|signal|sms|text (?:me|us)|my number|handy|rufen sie|ruf|telp|hp|gsm|puhelin|tlf|điện thoại|đt|sđt|cep)(?![A-Za-z])"
+_PHONE_CUE = cue(
+    r"(?<![A-Za-z])(?:(?:(?:tele|mobile|cell|home|work|office|my|contact)[_ ]?)?phone(?:[_ ]?(?:number|no|nr"
+    r"|num))?|tel|telefone?|"
+    r"telefon[oa]?|t[eé]l[eé]phone|t[eé]l|telefoon|teléfono|celular|móvil|portable|mobile?|mobil|mob|cell|fax"
+    r"|call|ring|dial|"
+    r"whats?app|viber|signal|sms|text (?:me|us)|(?:my|our) number|(?:reach|contact) (?:me|us)|handy|rufen sie|ruf"
+    r"|telp|hp|gsm|puhelin|tlf|điện thoại|đt|sđt|cep)(?![A-Za-z])"
     r"|wa\.me/|[?&]phone=|telegram|телефон|тел(?!\w)|моб|звони|факс|позвони|номер|電話|电话|手机|手機|致电|致電|拨打|撥打|携帯|ファックス"
-    r"|传真|傳真|전화|휴대폰|연락처|핸드폰|هاتف|جوال|اتصل|تلفن|موبايل|موبایل|טלפון|נייד|फ़ोन|फोन|फ\u02d0न|मोबाइल|โทร|มือถือ|τηλ",
-    re.IGNORECASE,
+    r"|传真|傳真|전화|휴대폰|연락처|핸드폰|هاتف|جوال|اتصل|تلفن|موبايل|موبایل|טלפון|נייד|फ.?ोन|मोबाइल|โทร|มือถือ|τηλ"
 )
 _EXTENSION = re.compile(
     r"[ \t,;]{0,3}(?:ext(?:ension|n)?|extensión|x|доб(?:авочный)?|внутр|转|轉|分机|分機|内線|내선|ramal|poste|int|interno|"
@@ -87,7 +105,9 @@ _REGIONS = (
     "NO DK FI PT GR CZ HU RO CH AT BE IE CA NZ KZ BY"
 ).split()
 _RESERVED = re.compile(r"\+?(?:1\d{3}55501\d\d|44(?:20794 ?60|7700900|1632960|1134960|1144960|1154960|1214960)\d{3})")
-_FICTION = re.compile(r"\b(?:fiction(?:al)?|drama|example|dummy|fake|placeholder|reserved|documentation)\b", re.IGNORECASE)
+_FICTION = re.compile(
+    r"\b(?:fiction(?:al)?|drama|example|dummy|fake|placeholder|reserved|documentation)\b", re.IGNORECASE
+)
 _DATE = re.compile(r"(?:19|20)\d\d[-./ ]\d\d?[-./ ]\d\d?(?!\d)|\d\d?[-./]\d\d?[-./](?:19|20)\d\d(?!\d)")
 
 
@@ -128,14 +148,14 @@ def _international(match: re.Match[str]) -> Span | None:
 def _national(match: re.Match[str]) -> Span | None:
     text = before(match)
     linked = text.endswith(("wa.me/", "?phone=", "&phone="))
-    american = re.compile(r"(?:\([2-9]\d\d\) ?|[2-9]\d\d-)[2-9]\d\d-\d{4}(?!-?\d)").match(match[0])
+    american = re.compile(r"(?:1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d-)[2-9]\d\d-\d{4}(?!-?\d)").match(match[0])
     if not american and not is_named_by(_PHONE_CUE, text):
         return None
     if _DATE.match(match[0]):
         return None
     for value in [american[0]] if american else _cuts(match[0]):
         digits = re.sub(r"[^0-9]", "", value)
-        if digits in "012345678901234567890" or len(set(digits)) < 3 or re.search("0{5}$", digits):
+        if digits in "012345678901234567890" or len(set(digits)) < 3 or re.search("0{5}$|^555....$", digits):
             continue
         if linked and is_phone_number("+" + digits, None):
             return _with_extension(match, len(value))
@@ -150,7 +170,10 @@ RULES = (
     Rule(
         "PHONE_NUMBER",
         numbers,
-        re.compile(rf"(?:(?<![0-9A-Za-z_)])\+\(?|(?<![0-9A-Za-z_+])(?<![0-9][.,\-])00(?=[1-9]))[0-9](?:{GAP}[0-9]){{6,16}}(?![0-9])"),
+        re.compile(
+            rf"(?:(?:(?<![0-9A-Za-z_)])|(?<=[Tt]el)|(?<=hone)|(?<=ax)|(?<=App))\+\(?"
+            rf"|(?<![0-9A-Za-z_+])(?<![0-9][.,\-])00(?=[1-9]))[0-9](?:{GAP}[0-9]){{6,16}}(?![0-9])"
+        ),
         _international,
     ),
     Rule(

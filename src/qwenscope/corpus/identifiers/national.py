@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from qwenscope.corpus.identifiers.rules import Gate, Rule, Span, before, is_named_by, numbers, where
+from qwenscope.corpus.identifiers.rules import Gate, Rule, Span, before, cue, is_named_by, numbers, where
 
 # Numbers whose shape says enough, with the checksum that decides ("": none): of digits, and with letters.
 _DIGITS = {
@@ -34,41 +34,56 @@ _LETTERS = {
     r"[A-Z]{3}P[A-Z][0-9]{4}[A-Z]": "in_.pan",
     r"[A-CEGHJ-PR-TW-Z]{2} [0-9]{2} [0-9]{2} [0-9]{2} [A-D]": "",  # British national insurance
 }
-_CHECKED = """
-de.idnr in_.aadhaar br.cpf cn.ric pl.pesel nl.bsn se.personnummer no.fodselsnummer dk.cpr fi.hetu es.dni es.nie it.codicefiscale
-fr.nir fr.nif tr.tckimlik za.idnr ro.cnp bg.egn ee.ik lt.asmens hr.oib pt.nif gr.amka il.idnr ie.pps gb.nhs gb.utr ca.sin au.tfn
-ru.inn ua.rntrc th.pin my.nric id.nik kr.rrn cz.rc at.vnr is_.kennitala mx.curp cl.rut ar.cuit ar.dni be.nn ch.ssn pk.cnic
+_CHECKED = re.findall(r"\S+", """
+de.idnr in_.aadhaar br.cpf cn.ric pl.pesel nl.bsn se.personnummer no.fodselsnummer dk.cpr fi.hetu es.dni es.nie
+it.codicefiscale
+fr.nir fr.nif tr.tckimlik za.idnr ro.cnp bg.egn ee.ik lt.asmens hr.oib pt.nif gr.amka il.idnr ie.pps gb.nhs gb.utr
+ca.sin au.tfn
+ru.inn ua.rntrc th.pin my.nric id.nik kr.rrn cz.rc at.vnr is_.kennitala mx.curp cl.rut ar.cuit ar.dni be.nn ch.ssn
+pk.cnic
 in_.pan in_.epic jp.in_ us.itin us.ssn lv.pvn in_.vid eg.tn
-""".split()
+""")
 
-_CUE = re.compile(
-    r"(?<![A-Za-z])(?:ssn|social security|itin|tax(?:payer)?[ _\-]?(?:id|number|no|file)(?:entification)?|tin|tfn|idnr|steuer\w{0,20}|"
-    r"st-?nr|aadha+r|pan|cpf|pesel|bsn|burgerservicenummer|personn?ummer|person(?:al)?[ _]?id|fødselsnummer|personnummer|cpr|hetu|henkilötunnus|"
-    r"dni|nie|nif|codice fiscale|c\.?f\.?|nir|num[ée]ro de s[ée]curit[ée] sociale|s[ée]curit[ée] sociale|tc|tckn|kimlik|"
-    r"cnp|egn|oib|amka|teudat zehut|pps|pps[n]|nhs|nino|national insurance|national id(?:entity)?|identity (?:card|number|no)|"
-    r"id card|id[ _]?number|id no|sin|social insurance|medicare|inn|snils|nik|ktp|nric|my ?kad|rrn|rodn[ée] [čc][íi]slo|curp|rut|run|"
-    r"cuit|cuil|c[ée]dula|svnr|ahv|avs|kennitala|cnic|ak|isikukood|asmens kodas|citizen id|said|rsa id|my number)(?![A-Za-z])"
-    r"|身份证|身份證|身分證|税号|инн(?!\w)|снилс|иин|рнокпп|іпн|егн|マイナンバー|個人番号|주민등록|주민번호|आधार|आध\u02d0र|पैन|บัตรประชาชน|ประชาชน"
-    r"|ประจ\u02d0|הזהות|תעודת|זהות|ת\.ז|ת\"ז|הות|الهوية|الوطنية|الرقم القومي|کد ملی|αφμ|αμκα",
-    re.IGNORECASE,
+_CUE = cue(
+    r"(?<![A-Za-z])(?:ssn|social security|itin|tax(?:payer)?[ _\-]?(?:id|number|no|file)(?:entification)?|idnr"
+    r"|steuer\w{0,30}|"
+    r"st-?nr|aadha+r|cpf|pesel|bsn|burgerservicenummer|personn?ummer|person(?:al)?[ _]?id|fødselsnummer"
+    r"|personnummer|cpr|hetu|henkilötunnus|"
+    r"codice fiscale|c\.?f\.?|num[ée]ro de s[ée]curit[ée] sociale|s[ée]curit[ée] sociale|kimlik|"
+    r"teudat zehut|national insurance|national id(?:entity)?|identity (?:card|number|no)|"
+    r"id card|id[ _]?number|id no|social insurance|medicare|snils|nric|my ?kad|rrn|rodn[ée] [čc][íi]slo|curp|"
+    r"cuit|cuil|c[ée]dula|svnr|kennitala|cnic|isikukood|asmens kodas|citizen id|rsa id|my number|"
+    r"(?-i:TFN|PAN|TIN|DNI|NIE|NIF|NIR|TC|TCKN|CNP|EGN|OIB|AMKA|PPSN?|NHS|NINO|SIN|INN|NIK|KTP|RUT|RUN|AHV|AVS"
+    r"|AK)|dni)(?![A-Za-z])"
+    r"|身份证|身份證|身分證|税号|инн(?!\w)|снилс|иин|рнокпп|іпн|егн|マイナンバー|個人番号|주민등록|주민번호|आधार|पैन|บัตรประชาชน|ประชาชน"
+    r"|ประจำตัว|הזהות|תעודת|זהות|ת\.ז|ת\"ז|הות|الهوية|الوطنية|الرقم القومي|کد ملی|αφμ|αμκα"
 )
 _SSN_CUE = re.compile(r"(?<![A-Za-z])(?:ssn|social security|itin)(?![A-Za-z])", re.IGNORECASE)
-_PASSPORT_CUE = re.compile(
-    r"(?<![A-Za-z])(?:passports?|pasaporte|passaporto|passaporte|passeport|reisepass|paspoort|paszport\w?|pass|pasaport|paspor|"
-    r"driver'?s? licen[cs]e|driving licen[cs]e|f[üu]hrerschein\w*|ausweis\w*|personalausweis\w*)(?![A-Za-z])"
-    r"|护照|護照|паспорт|パスポート|旅券|여권|جواز|דרכון|पासपोर्ट|प\u02d0सप\u02d0र\u02d0ट|พาสปอร์ต|หนังสือเดินทาง|พ\u02d0สปอร\u02d0ต|หน\u02d0งส\u02d0อเด\u02d0นทาง",
-    re.IGNORECASE,
+_PASSPORT_CUE = cue(
+    r"(?<![A-Za-z])(?:passports?|pasaporte|passaporto|passaporte|passeport|reisepass|paspoort|paszport\w?|pass"
+    r"|pasaport|paspor|"
+    r"driver'?s? licen[cs]e|driving licen[cs]e|f[üu]hrerschein\w*|\w*ausweis\w*|national insurance(?: number)?"
+    r"|nino)(?![A-Za-z])"
+    r"|护照|護照|паспорт|パスポート|旅券|여권|جواز|דרכון|पासपोर्ट|พาสปอร์ต|หนังสือเดินทาง"
 )
 _NAMED = re.compile(
-    r"(?<![0-9A-Za-z])(?:[A-Z]{1,4}[ \-]?)?[0-9](?:[ \t.\-/]{0,2}[0-9]){6,17}[ \-]?[0-9A-Za-z]?(?![0-9A-Za-z])|(?<![0-9A-Za-z])"
+    r"(?<![0-9A-Za-z])(?:[A-Z]{1,4}[ \-]?)?[0-9](?:[ \t.\-/]{0,2}[0-9]){6,17}(?:[ \-]?[0-9A-Za-z])?(?![0-9A-Za-z])|(?<![0-9A-Za-z])"
     r"[A-Za-z]{6}[0-9]{2}[A-Za-z][0-9]{2}[A-Za-z][0-9]{3}[A-Za-z](?![0-9A-Za-z])"
 )
-_PASSPORT = re.compile(r"(?<![0-9A-Za-z])(?=[A-Z0-9 ]{0,8}[0-9])[0-9A-Z]{1,4} ?[0-9A-Z]{0,2} ?[0-9A-Z]{4,8}(?![0-9A-Za-z])")
+_PASSPORT = re.compile(
+    r"(?<![0-9A-Za-z])(?=[A-Z0-9 ]{0,8}[0-9])[0-9A-Z]{1,4} ?[0-9A-Z]{0,2} ?[0-9A-Z]{4,8}(?![0-9A-Za-z])"
+)
 
 
 @lru_cache(maxsize=None)
 def _module(name: str) -> Any:
     return importlib.import_module(f"stdnum.{name}")
+
+
+@lru_cache(maxsize=4096)
+def _has_checksum(number: str) -> bool:
+    """Whether `number`, without separators, is one of the countries' here."""
+    return any(_module(name).is_valid(number) for name in _CHECKED)
 
 
 def _shape_rule(gate: Gate, shapes: dict[str, str]) -> Rule:
@@ -90,8 +105,7 @@ def _named(match: re.Match[str]) -> Span | None:
     if not is_named_by(_CUE, text):
         return None
     compact = re.sub(r"[ \t.\-/]", "", match[0]).upper()
-    valid = any(_module(name).is_valid(value) for name in _CHECKED for value in (compact, match[0]))
-    return match.span() if valid or (len(compact) == 9 and is_named_by(_SSN_CUE, text)) else None
+    return match.span() if _has_checksum(compact) or (len(compact) == 9 and is_named_by(_SSN_CUE, text)) else None
 
 
 def _passport(match: re.Match[str]) -> Span | None:

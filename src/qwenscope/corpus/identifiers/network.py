@@ -7,25 +7,27 @@ import re
 
 from qwenscope.corpus.identifiers.rules import Rule, Span, after, before, claimed, where
 
-_IPV4 = re.compile(r"(?<![0-9A-Za-z_.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9A-Za-z]|\.[0-9])")
+_IPV4 = re.compile(r"(?<![0-9A-Za-z_.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9]|\.[0-9])")
 _IPV4_IN_NAME = re.compile(r"(?<![0-9])(?<!(?<![A-Za-z])[0-9]-)(?:[0-9]{1,3}-){3}[0-9]{1,3}(?=\.[A-Za-z])")
 _IPV6 = re.compile(r"(?<![0-9A-Fa-f:])[0-9A-Fa-f:]{2,45}(?![0-9A-Fa-f:])")
 _MAC = re.compile(
-    r"(?<![0-9A-Za-z])(?<![0-9A-Fa-f]{2}[:\-])(?:[0-9A-Fa-f]{2}([:\-])[0-9A-Fa-f]{2}(?:\1[0-9A-Fa-f]{2}){4}"
+    r"(?<![0-9A-Za-z])(?<!(?<![G-Zg-z])[0-9A-Fa-f]{2}[:\-])(?:[0-9A-Fa-f]{2}([:\-])[0-9A-Fa-f]{2}(?:\1[0-9A-Fa-f]{2}){4}"
     r"|[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4})(?![0-9A-Za-z]|[:\-.][0-9A-Fa-f])"
 )
 _VERSION_BEFORE = re.compile(
-    r"(?:\b(?:v|ver|version|release|build|firmware|chapter|section|oid|driver|update|patch|sdk|chrome|chromium|edge?|opr|"
-    r"opera|safari|firefox|version|browser|vivaldi|brave)\W{0,3}|[=<>~^]=\s?[\"']?)$",
+    r"(?:\b(?:v|ver|version|release|build|firmware|chapter|section|oid|driver|update|patch|sdk|chrome|chromium"
+    r"|edge?|opr|"
+    r"opera|safari|firefox|kernel|linux|windows|macos|ios|android|cuda|nginx|apache|openssl|php|java|jdk)\W{0,3}"
+    r"|[=<>~^]=\s?[\"']?)$",
     re.IGNORECASE,
 )
 _VERSION_AFTER = re.compile(r"-?(?:alpha|beta|rc|dev|snapshot|final|release|post)", re.IGNORECASE)
 _PUBLIC_RESOLVERS = frozenset(
-    """8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 149.112.112.112 208.67.222.222 208.67.220.220 4.2.2.2 2001:4860:4860::8888
-    2001:4860:4860::8844 2606:4700:4700::1111 2606:4700:4700::1001""".split()
+    re.findall(r"\S+", """8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 149.112.112.112 208.67.222.222 208.67.220.220 4.2.2.2 2001:4860:4860::8888
+    2001:4860:4860::8844 2606:4700:4700::1111 2606:4700:4700::1001""")
 )
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-_PLACEHOLDER_MACS = frozenset("001122334455 aabbccddeeff 0123456789ab deadbeef0000 112233445566 123456789abc".split())
+_PLACEHOLDER_MACS = frozenset(re.findall(r"\S+", "001122334455 aabbccddeeff 0123456789ab deadbeef0000 112233445566 123456789abc"))
 
 
 def _ipv4(match: re.Match[str]) -> Span | None:

@@ -10,14 +10,16 @@ from stdnum import bitcoin, iban, luhn
 from qwenscope.corpus.identifiers.rules import Rule, Span, after, before, claimed, is_named_by, numbers, where
 
 _IBAN = re.compile(
-    r"(?:(?<![0-9A-Za-z])|(?<=IBAN)|(?<=iban)|(?<=Iban))(?:A[DELTZ]|B[AEGHIRY]|C[HRYZ]|D[EJKO]|E[EGS]|F[IKOR]|G[BEILRT]|"
+    r"(?:(?<![0-9A-Za-z])|(?<=IBAN)|(?<=iban)|(?<=Iban))(?:A[DELTZ]|B[AEGHIRY]|C[HRYZ]|D[EJKO]|E[EGS]|F[IKOR]"
+    r"|G[BEILRT]|"
     r"H[NRU]|I[ELQST]|JO|K[WZ]|L[BCITUVY]|M[CDEKNRTU]|N[ILO]|OM|P[KLST]|QA|R[OSU]|S[ACDEIKMOTV]|T[LNR]|UA|V[AG]|XK|YE)"
     r"[ \-.]?[0-9]{2}(?:[ \t\r\n.\-]{0,3}[0-9A-Z]){11,30}",
     re.IGNORECASE,
 )
 _SEP = r"[ \t\r\n.\-]{1,3}"
 _CARD = re.compile(
-    rf"(?<![0-9])(?<![0-9][.\-])(?:[0-9]{{12,19}}|[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}(?:{_SEP}[0-9]{{3}}(?![0-9]))?"
+    rf"(?<![0-9])(?<![0-9][.\-])(?:[0-9]{{12,19}}"
+    rf"|[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}(?:{_SEP}[0-9]{{3}}(?![0-9]))?"
     rf"|[0-9]{{4}}{_SEP}[0-9]{{6}}{_SEP}[0-9]{{4,5}})(?![0-9]|\.[0-9])"
 )
 _BRANDS = re.compile(  # first digits and length of those in use
@@ -25,11 +27,13 @@ _BRANDS = re.compile(  # first digits and length of those in use
     r"|3(?:0[0-5]|[689]\d)\d{11,13}|35(?:2[89]|[3-8]\d)\d{12,15}|6(?:011|4[4-9]\d|5\d\d|[0237]\d\d|81\d)\d{12,15}"
     r"|(?:50|5[678]|8[12])\d{14,17}"
 )
-_CARD_CUE = re.compile(r"(?<![A-Za-z])(?:card|visa|mastercard|maestro|debit|credit)(?![A-Za-z])|卡号|карт", re.IGNORECASE)
+_CARD_CUE = re.compile(
+    r"(?<![A-Za-z])(?:card|visa|mastercard|maestro|debit|credit)(?![A-Za-z])|卡号|карт", re.IGNORECASE
+)
 _TEST_CARDS = frozenset(
-    """4111111111111111 4012888888881881 4242424242424242 4000056655665556 5555555555554444 5105105105105100 5200828282828210
+    re.findall(r"\S+", """4111111111111111 4012888888881881 4242424242424242 4000056655665556 5555555555554444 5105105105105100 5200828282828210
     2223003122003222 378282246310005 371449635398431 6011111111111117 6011000990139424 30569309025904 38520000023237
-    3530111333300000 3566002020360505 4222222222222 4000000000000002 6200000000000005""".split()
+    3530111333300000 3566002020360505 4222222222222 4000000000000002 6200000000000005""")
 )
 _ARITHMETIC_AFTER = re.compile(r"\s?(?:[+*^%\u00d7]|//|<<|>>|[<>]=?)\s?[\w(]|\s[/\-]\s[0-9]")
 _ARITHMETIC_BEFORE = re.compile(r"[\w)\]]\s?[+*^%]\s?$|[0-9)]\s[/\-]\s$|(?<![0-9])0,$")
@@ -92,8 +96,13 @@ RULES = (
     Rule(
         "CRYPTO_ADDRESS",
         where(r"1[02-9ac-hj-np-z]{38}|1[02-9AC-HJ-NP-Z]{38}"),
-        re.compile(r"(?<![0-9A-Za-z])(?:bc|ltc|tb|addr|stake|cosmos|nsec|age)1[02-9ac-hj-np-z]{38,100}(?![0-9A-Za-z])", re.IGNORECASE),
+        re.compile(
+            r"(?<![0-9A-Za-z])(?:bc|ltc|tb|addr|stake|cosmos|nsec|age)1[02-9ac-hj-np-z]{38,100}(?![0-9A-Za-z])",
+            re.IGNORECASE,
+        ),
         _bech32,
     ),
-    Rule("CRYPTO_ADDRESS", where("0x"), re.compile(r"(?<![0-9A-Za-z])0x[0-9A-Fa-f]{40}(?![0-9A-Za-z])"), _ethereum, "0x"),
+    Rule(
+        "CRYPTO_ADDRESS", where("0x"), re.compile(r"(?<![0-9A-Za-z])0x[0-9A-Fa-f]{40}(?![0-9A-Za-z])"), _ethereum, "0x"
+    ),
 )

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from qwenscope.corpus.identifiers.folding import fold
+
 Span = tuple[int, int]
 Gate = Callable[[str], Sequence[Span]]
 MARGIN = 200
@@ -81,6 +83,11 @@ def claimed(match: re.Match[str]) -> bool:
     return _OWN.search(before(match)) is not None
 
 
+def cue(pattern: str) -> re.Pattern[str]:
+    """`pattern` as it reads in folded text, in any case."""
+    return re.compile(fold(pattern).text, re.IGNORECASE)
+
+
 def is_named_by(cue: re.Pattern[str], text: str) -> bool:
     """Whether `text` ends in a word of `cue`, but for punctuation, words such as "number is", and letters of non-Latin
     scripts, whose grammar no list holds."""
@@ -93,19 +100,20 @@ def is_named_by(cue: re.Pattern[str], text: str) -> bool:
     rest = text[last.end() :]
     if len(rest) > 28 or _OTHER_VALUE.search(rest):
         return False
-    return all(word in _FILLERS for word in re.findall(r"[a-z\u00c0-\u024f]+", rest.casefold()))
+    return all(word in _FILLERS for word in re.findall(r"[a-z\u00c0-\u024f\u1e00-\u1eff]+", rest.casefold()))
 
 
-_OWN = re.compile(
+_OWN = cue(
     r"(?:\b(?:my|mine|our|his|her|their|reach me|log(?:ged)?[ \-]?in|signed in|came from|connect(?:ed|ing|ion)? from|"
-    r"meine?|unsere?|mi|nuestr[oa]|mon|ma|notre|mia|mio|minha|meu|мо[йяё]|мою|наш)\b|我的|我们的|私の|僕の|제|내)[^\n]*$",
-    re.IGNORECASE,
+    r"meine?|unsere?|mi|nuestr[oa]|mon|ma|notre|mia|mio|minha|meu|мо[йяё]|мою|наш)\b|我的|我们的|私の|僕の|제 |내 )[^\n;]*$"
 )
 _AFTER_DIGITS = re.compile(r"[^0-9]*$")
 _OTHER_VALUE = re.compile(r"[A-Za-z_]\(|\n\s*\n|[;{}|].*[;{}|]")
 _FILLERS = frozenset(
-    """a al am an and at auf au back below code de der die direct do e es est et for free ganz given home is ist it la le
-    lautet line me meine mi mein my n na new no nr num number numbers numer nummer numero número numéro número o of office
-    on only or our please por private self sob sur the their them this to toll un una under unter us was werk with work
-    you your her his him id là số é è és""".split()
+    re.findall(r"\S+", """a al am an and at auf au back below code de der die direct do e es est et for free ganz given home is ist it la le
+    lautet line me meine mi mein my n na new no nr num number numbers numer nummer numero número numéro número o of
+    office
+    on only or our please por private self sob số sur the their them this to toll un una under unter us was werk with
+    work
+    you your her his him id là é è és""")
 )

@@ -49,36 +49,57 @@ _KEYS = {  # a literal of the key -> its pattern; an empty one for prefix, then 
     "figd_": r"figd_[\w\-]{30,60}",
     "hvs.": r"hvs\.[\w\-]{24,120}",
     "AGE-SECRET-KEY-": r"AGE-SECRET-KEY-1[0-9A-Z]{50,64}",
-    ":AA": r"\d{8,10}:AA[\w\-]{30,40}",
+    ":AA": r"(?:bot)?\d{8,10}:AA[\w\-]{30,40}",
     "AC": r"AC[0-9a-f]{32}",
     "SK": r"SK[0-9a-f]{32}",
     "eyJ": r"eyJ[\w\-]{8,4000}\.eyJ[\w\-]{4,8000}(?:\.[\w\-]{4,1000})?",
     "AccountKey=": r"(?<=AccountKey=)[A-Za-z0-9+/=]{60,100}",
 }
 _PEM = re.compile(r"-----BEGIN ([A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?)-----")
-_PEM_LINE = re.compile(r"(?:\\[nr]|[\s\"'+\\]){0,40}(?:(?:Version|Comment|Proc-Type|DEK-Info):[^\n]{0,100}|[A-Za-z0-9+/=]{40,200}|[A-Za-z0-9+/=]{1,80}(?=\s|\\|[\"']|$))")
+_PEM_LINE = re.compile(
+    r"(?:\\[nr]|[\s\"'+\\]){0,40}(?:(?:Version|Comment|Proc-Type|DEK-Info):[^\n]{0,100}|[A-Za-z0-9+/=]{40,200}"
+    r"|[A-Za-z0-9+/=]{1,80}(?=\s|\\|[\"']|$))"
+)
 _IN_URL = re.compile(r"(?<=://)[\w.\-%+~]{0,64}:([^\s:@/\"'<>]{3,128})(?=@)")
 _VALUE = re.compile(r"(?<=[\s=:\"'`])[0-9A-Za-z+/_\-.~]{20,200}={0,2}(?![\w(])")
 _NAME_BEFORE = re.compile(
-    r"(?i:(?:api|access|secret|private|auth|account|client|encryption|signing)[_\- ]?(?:key|token|secret)|token|secret|passw(?:or)?d|pwd|"
+    r"(?i:(?:api|access|secret|private|auth|account|client|encryption|signing)[_\- ]?(?:key|token|secret)|token"
+    r"|secret|passw(?:or)?d|pwd|"
     r"bearer|authorization|credential)s?[\"'`]?(?:\s{0,3}(?:[:=]|:=|=>|is|:\s?bearer)\s{0,3}|\s)[\"'`]?$"
 )
-_DUMMY = re.compile(r"example|your|xxxx|\*\*\*|placeholder|insert|change.?me|dummy|redacted|123456789|abcdefgh|todo|replace", re.IGNORECASE)
+_DUMMY = re.compile(
+    r"example|your|xxxx|\*\*\*|placeholder|insert|change.?me|dummy|redacted|todo|replace", re.IGNORECASE
+)
 
 
 _has_token = where(r"[0-9](?:(?=[0-9A-Za-z]{8})|(?<=[0-9A-Za-z]{8}[0-9]))")  # nine in a row, one a digit
 
 
 def _names_secret(text: str) -> Sequence[Span]:
-    words = ("key", "Key", "KEY", "oken", "OKEN", "ecret", "ECRET", "assw", "ASSW", "pwd", "PWD", "earer", "redential", "uthoriz")
+    words = (
+        "key",
+        "Key",
+        "KEY",
+        "oken",
+        "OKEN",
+        "ecret",
+        "ECRET",
+        "assw",
+        "ASSW",
+        "pwd",
+        "PWD",
+        "earer",
+        "redential",
+        "uthoriz",
+    )
     return _has_token(text) if any(word in text for word in words) else ()
 
 
 def _looks_random(value: str) -> bool:
-    """Digits and letters mixed and many of them, and nothing that says it is an example."""
+    """Many different characters, of two kinds at least, and nothing that says it is an example."""
     body = value.rsplit("_", 1)[-1] if "_live_" in value or "_test_" in value else value
-    mixed = any(char.isdecimal() for char in body) and any(char.isalpha() for char in body)
-    return mixed and len(set(body)) >= 8 and not _DUMMY.search(value)
+    kinds = sum(any(test(char) for char in body) for test in (str.isdecimal, str.islower, str.isupper))
+    return kinds >= 2 and len(set(body)) >= 8 and not _DUMMY.search(value)
 
 
 def _key(match: re.Match[str]) -> Span | None:
@@ -98,7 +119,9 @@ def _pem(match: re.Match[str]) -> Span | None:
 
 
 def _password_in_url(match: re.Match[str]) -> Span | None:
-    dummy = re.fullmatch(r"(?:pass(?:word|wd)?|pwd|secret|\W*\w*(?:pass|pwd)\w*\W*|\$.*|\{.*|x-oauth-basic)", match[1], re.IGNORECASE)
+    dummy = re.fullmatch(
+        r"(?:pass(?:word|wd)?|pwd|secret|\W*\w*(?:pass|pwd)\w*\W*|\$.*|\{.*|x-oauth-basic)", match[1], re.IGNORECASE
+    )
     return None if dummy or _DUMMY.search(match[1]) else match.span(1)
 
 
@@ -114,7 +137,13 @@ def _assigned(match: re.Match[str]) -> Span | None:
 
 RULES = (
     *(
-        Rule("SECRET", _has_token, re.compile(rf"(?<![0-9A-Za-z])(?:{pattern})(?![0-9A-Za-z])"), _key, literal)
+        Rule(
+            "SECRET",
+            everywhere if literal == "hf_" else _has_token,
+            re.compile(rf"(?<![0-9A-Za-z])(?:{pattern})(?![0-9A-Za-z])", re.ASCII),
+            _key,
+            literal,
+        )
         for literal, pattern in _KEYS.items()
     ),
     Rule("SECRET", everywhere, _PEM, _pem, "PRIVATE KEY"),
