@@ -159,8 +159,11 @@ def _email(rng: random.Random) -> str:
         re.findall(r"\S+", "maria.kovacs li_na j.tanaka o.petrov+news josé.niño ana-b x9 почта.иван s.cohen 4815162342")
     )
     host = rng.choice(
-        "fastmail-test.net foxmail-test.com mail.firma-test.de docomo-test.jp пример-тест.рф uni-test.ac.uk "
-        re.findall(r"\S+", "163-test.com xn--bcher-kva.example-test.org")
+        re.findall(
+            r"\S+",
+            """fastmail-test.net foxmail-test.com mail.firma-test.de docomo-test.jp пример-тест.рф uni-test.ac.uk
+            163-test.com xn--bcher-kva.example-test.org""",
+        )
     )
     return f"{first}@{host}"
 
@@ -251,8 +254,12 @@ def _secret(rng: random.Random) -> str:
 
 def _profile(rng: random.Random) -> str:
     name = rng.choice(re.findall(r"\S+", "mariakovacs li.na_88 jtanaka o_petrov anab1990 sara-cohen"))
-    hosts = re.findall(r"\S+", """https://github.com/ github.com/ https://twitter.com/ https://x.com/ https://www.instagram.com/ linkedin.com/in/ t.me/
-        https://www.reddit.com/u/ https://www.tiktok.com/@ https://vk.com/ facebook.com/ https://medium.com/@""")
+    hosts = re.findall(
+        r"\S+",
+        """https://github.com/ github.com/ https://twitter.com/
+        https://x.com/ https://www.instagram.com/ linkedin.com/in/ t.me/
+        https://www.reddit.com/u/ https://www.tiktok.com/@ https://vk.com/ facebook.com/ https://medium.com/@""",
+    )
     return rng.choice(hosts) + name
 
 
@@ -387,7 +394,8 @@ def _national_id(rng: random.Random, language: str) -> str:
 def _innocent(rng: random.Random, language: str) -> Sentence:
     """A value that no rule may take, in a sentence that takes any."""
     value = rng.choice([
-        f"{rng.randint(2000, 2030)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d} {rng.randint(10, 23)}:{rng.randint(10, 59)}:{rng.randint(10, 59)}",
+        f"{rng.randint(2000, 2030)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d} "
+        f"{rng.randint(10, 23)}:{rng.randint(10, 59)}:{rng.randint(10, 59)}",
         f"17{_digits(rng, '########')}", f"17{_digits(rng, '###########')}",
         f"v{rng.randint(1, 9)}.{rng.randint(0, 30)}.{rng.randint(0, 30)}",
         f"{rng.random()}", f"{rng.random() * 1000}", rng.randbytes(20).hex(), rng.randbytes(32).hex(),

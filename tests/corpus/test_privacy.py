@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from qwenscope.corpus.countries import is_protected
 from qwenscope.corpus.chat import Renderer
+from qwenscope.corpus.countries import is_protected
 from qwenscope.corpus.identifiers import KINDS, RULES, find_identifiers
 from qwenscope.corpus.identifiers.folding import fold
 from qwenscope.corpus.identifiers.rules import MARGIN, Rule, numbers
@@ -266,7 +266,7 @@ t.me/a|00:1b:|0x1|-----BEGIN_PRIVATE_KEY-----|1-1-|aaaaaaaaa1|\u200b1""".replace
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_hostile_text_is_read_in_linear_time(unit: str) -> None:
     """Anything worse than linear would not come back from so long a text while somebody waits."""
-    assert STRICT.scrub((unit * 100_000)[:100_000])[0]
+    assert STRICT.scrub((unit * 30_000)[:30_000])[0]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.kind}-{rule.literal}")

@@ -6,7 +6,9 @@ import re
 
 from qwenscope.corpus.identifiers.rules import Rule, Span, after, before, cue, where
 
-_PROFILES = re.findall(r"\S+", """
+_PROFILES = re.findall(
+    r"\S+",
+    """
 github.com/ gitlab.com/ bitbucket.org/ huggingface.co/ twitter.com/ x.com/ instagram.com/ facebook.com/ fb.com/
 threads.net/@ tiktok.com/@ youtube.com/@ youtube.com/c/ youtube.com/user/ youtube.com/channel/ linkedin.com/in/
 reddit.com/u/ reddit.com/user/ medium.com/@ t.me/ telegram.me/ vk.com/ ok.ru/profile/ weibo.com/u/ weibo.com/n/
@@ -16,12 +18,15 @@ ko-fi.com/
 patreon.com/ linktr.ee/ about.me/ keybase.io/ kaggle.com/ behance.net/ dribbble.com/ flickr.com/people/ last.fm/user/
 bsky.app/profile/ npmjs.com/~ news.ycombinator.com/user?id= facebook.com/profile.php?id= line.me/ti/p/~
 mastodon.social/@
-""")
+""",
+)
 _OPEN = frozenset(  # hosts whose first part of the path is a person only when nothing follows
     re.findall(r"\S+", "github.com gitlab.com bitbucket.org huggingface.co kaggle.com")
 )
 _NO_NAMES = frozenset(
-    re.findall(r"\S+", """about account accounts api app apps assets blog business careers channel collections company contact datasets
+    re.findall(
+        r"\S+",
+        """about account accounts api app apps assets blog business careers channel collections company contact datasets
     developer developers discover docs download enterprise events example explore favicon.ico features gaming groups
     hashtag
     help home i images index.html intent issues jobs join legal live login logout marketplace messages mobile models
@@ -31,7 +36,8 @@ _NO_NAMES = frozenset(
     search security settings share sharer sharer.php shop shorts signup sitemap sponsors spaces status stories
     support tasks
     team terms topics tos trending tv user username users video videos watch yourname yourusername your_username
-    your-username""")
+    your-username""",
+    )
 )
 _PATHS_OF_HOST: dict[str, list[str]] = {}
 for _address in _PROFILES:

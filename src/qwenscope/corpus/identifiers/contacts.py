@@ -23,7 +23,10 @@ from qwenscope.corpus.identifiers.rules import (
 )
 
 _LATIN = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"
-_UNSPACED = r"\u0590-\u06ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\u3005-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7a3"
+_UNSPACED = (
+    r"\u0590-\u06ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff"
+    r"\u3005-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7a3"
+)
 _MARKS = r"0-9._+%'&\-"  # what may stand in a local part beside letters
 _LOCAL_REVERSED = re.compile(  # one script only: a word of another one before it is prose
     rf"[{_MARKS}{MARK}]*(?![{_LATIN}{_UNSPACED}{_MARKS}{MARK}])\w(?:(?![{_LATIN}{_UNSPACED}])\w|[{_MARKS}])*"
@@ -96,14 +99,67 @@ _PHONE_CUE = cue(
     r"|传真|傳真|전화|휴대폰|연락처|핸드폰|هاتف|جوال|اتصل|تلفن|موبايل|موبایل|טלפון|נייד|फ.?ोन|मोबाइल|โทร|มือถือ|τηλ"
 )
 _EXTENSION = re.compile(
-    r"[ \t,;]{0,3}(?:ext(?:ension|n)?|extensión|x|доб(?:авочный)?|внутр|转|轉|分机|分機|内線|내선|ramal|poste|int|interno|"
+    r"[ \t,;]{0,3}(?:ext(?:ension|n)?|extensión|x|"
+    r"доб(?:авочный)?|внутр|转|轉|分机|分機|内線|내선|ramal|poste|int|interno|"
     r"durchwahl|dw|#)[.:= \t]{0,3}[0-9]{1,6}(?![0-9])",
     re.IGNORECASE,
 )
-_REGIONS = (
-    "US GB DE FR IN CN JP RU BR VN KR MX ES IT TR ID PH TH PL UA NL AU ZA NG EG SA AE PK BD IR AR CO IL TW HK SG MY SE "
-    "NO DK FI PT GR CZ HU RO CH AT BE IE CA NZ KZ BY"
-).split()
+_REGIONS = [
+    "US",
+    "GB",
+    "DE",
+    "FR",
+    "IN",
+    "CN",
+    "JP",
+    "RU",
+    "BR",
+    "VN",
+    "KR",
+    "MX",
+    "ES",
+    "IT",
+    "TR",
+    "ID",
+    "PH",
+    "TH",
+    "PL",
+    "UA",
+    "NL",
+    "AU",
+    "ZA",
+    "NG",
+    "EG",
+    "SA",
+    "AE",
+    "PK",
+    "BD",
+    "IR",
+    "AR",
+    "CO",
+    "IL",
+    "TW",
+    "HK",
+    "SG",
+    "MY",
+    "SE",
+    "NO",
+    "DK",
+    "FI",
+    "PT",
+    "GR",
+    "CZ",
+    "HU",
+    "RO",
+    "CH",
+    "AT",
+    "BE",
+    "IE",
+    "CA",
+    "NZ",
+    "KZ",
+    "BY",
+]
 _RESERVED = re.compile(r"\+?(?:1\d{3}55501\d\d|44(?:20794 ?60|7700900|1632960|1134960|1144960|1154960|1214960)\d{3})")
 _FICTION = re.compile(
     r"\b(?:fiction(?:al)?|drama|example|dummy|fake|placeholder|reserved|documentation)\b", re.IGNORECASE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from qwenscope.corpus.identifiers.rules import Gate, Rule, Span, before, cue, is_named_by, numbers, where
@@ -34,7 +34,9 @@ _LETTERS = {
     r"[A-Z]{3}P[A-Z][0-9]{4}[A-Z]": "in_.pan",
     r"[A-CEGHJ-PR-TW-Z]{2} [0-9]{2} [0-9]{2} [0-9]{2} [A-D]": "",  # British national insurance
 }
-_CHECKED = re.findall(r"\S+", """
+_CHECKED = re.findall(
+    r"\S+",
+    """
 de.idnr in_.aadhaar br.cpf cn.ric pl.pesel nl.bsn se.personnummer no.fodselsnummer dk.cpr fi.hetu es.dni es.nie
 it.codicefiscale
 fr.nir fr.nif tr.tckimlik za.idnr ro.cnp bg.egn ee.ik lt.asmens hr.oib pt.nif gr.amka il.idnr ie.pps gb.nhs gb.utr
@@ -42,7 +44,8 @@ ca.sin au.tfn
 ru.inn ua.rntrc th.pin my.nric id.nik kr.rrn cz.rc at.vnr is_.kennitala mx.curp cl.rut ar.cuit ar.dni be.nn ch.ssn
 pk.cnic
 in_.pan in_.epic jp.in_ us.itin us.ssn lv.pvn in_.vid eg.tn
-""")
+""",
+)
 
 _CUE = cue(
     r"(?<![A-Za-z])(?:ssn|social security|itin|tax(?:payer)?[ _\-]?(?:id|number|no|file)(?:entification)?|idnr"
@@ -67,7 +70,8 @@ _PASSPORT_CUE = cue(
     r"|护照|護照|паспорт|パスポート|旅券|여권|جواز|דרכון|पासपोर्ट|พาสปอร์ต|หนังสือเดินทาง"
 )
 _NAMED = re.compile(
-    r"(?<![0-9A-Za-z])(?:[A-Z]{1,4}[ \-]?)?[0-9](?:[ \t.\-/]{0,2}[0-9]){6,17}(?:[ \-]?[0-9A-Za-z])?(?![0-9A-Za-z])|(?<![0-9A-Za-z])"
+    r"(?<![0-9A-Za-z])(?:[A-Z]{1,4}[ \-]?)?[0-9](?:[ \t.\-/]{0,2}[0-9]){6,17}(?:[ \-]?[0-9A-Za-z])?(?![0-9A-Za-z])"
+    r"|(?<![0-9A-Za-z])"
     r"[A-Za-z]{6}[0-9]{2}[A-Za-z][0-9]{2}[A-Za-z][0-9]{3}[A-Za-z](?![0-9A-Za-z])"
 )
 _PASSPORT = re.compile(
@@ -75,7 +79,7 @@ _PASSPORT = re.compile(
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(name: str) -> Any:
     return importlib.import_module(f"stdnum.{name}")
 

@@ -23,11 +23,14 @@ _VERSION_BEFORE = re.compile(
 )
 _VERSION_AFTER = re.compile(r"-?(?:alpha|beta|rc|dev|snapshot|final|release|post)", re.IGNORECASE)
 _PUBLIC_RESOLVERS = frozenset(
-    re.findall(r"\S+", """8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 149.112.112.112 208.67.222.222 208.67.220.220 4.2.2.2 2001:4860:4860::8888
-    2001:4860:4860::8844 2606:4700:4700::1111 2606:4700:4700::1001""")
+    re.findall(
+        r"\S+", """8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 149.112.112.112 208.67.222.222 208.67.220.220 4.2.2.2"""
+    )
 )
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-_PLACEHOLDER_MACS = frozenset(re.findall(r"\S+", "001122334455 aabbccddeeff 0123456789ab deadbeef0000 112233445566 123456789abc"))
+_PLACEHOLDER_MACS = frozenset(
+    re.findall(r"\S+", "001122334455 aabbccddeeff 0123456789ab deadbeef0000 112233445566 123456789abc")
+)
 
 
 def _ipv4(match: re.Match[str]) -> Span | None:

@@ -31,9 +31,13 @@ _CARD_CUE = re.compile(
     r"(?<![A-Za-z])(?:card|visa|mastercard|maestro|debit|credit)(?![A-Za-z])|卡号|карт", re.IGNORECASE
 )
 _TEST_CARDS = frozenset(
-    re.findall(r"\S+", """4111111111111111 4012888888881881 4242424242424242 4000056655665556 5555555555554444 5105105105105100 5200828282828210
+    re.findall(
+        r"\S+",
+        """4111111111111111 4012888888881881 4242424242424242 4000056655665556 5555555555554444 5105105105105100
+        5200828282828210
     2223003122003222 378282246310005 371449635398431 6011111111111117 6011000990139424 30569309025904 38520000023237
-    3530111333300000 3566002020360505 4222222222222 4000000000000002 6200000000000005""")
+    3530111333300000 3566002020360505 4222222222222 4000000000000002 6200000000000005""",
+    )
 )
 _ARITHMETIC_AFTER = re.compile(r"\s?(?:[+*^%\u00d7]|//|<<|>>|[<>]=?)\s?[\w(]|\s[/\-]\s[0-9]")
 _ARITHMETIC_BEFORE = re.compile(r"[\w)\]]\s?[+*^%]\s?$|[0-9)]\s[/\-]\s$|(?<![0-9])0,$")
@@ -52,7 +56,7 @@ def _iban(match: re.Match[str]) -> Span | None:
 def _card(match: re.Match[str]) -> Span | None:
     digits = re.sub(r"[^0-9]", "", match[0])
     brand = _BRANDS.fullmatch(digits) or (len(digits) < 16 and is_named_by(_CARD_CUE, before(match)))
-    if not brand or len(set(digits)) < 3 and digits not in _TEST_CARDS or not luhn.is_valid(digits):
+    if not brand or (len(set(digits)) < 3 and digits not in _TEST_CARDS) or not luhn.is_valid(digits):
         return None
     if _ARITHMETIC_AFTER.match(after(match)) or _ARITHMETIC_BEFORE.search(before(match)):
         return None

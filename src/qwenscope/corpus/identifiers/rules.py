@@ -91,13 +91,11 @@ def cue(pattern: str) -> re.Pattern[str]:
 def is_named_by(cue: re.Pattern[str], text: str) -> bool:
     """Whether `text` ends in a word of `cue`, but for punctuation, words such as "number is", and letters of non-Latin
     scripts, whose grammar no list holds."""
-    last = None
-    text = _AFTER_DIGITS.search(text)[0]
-    for last in cue.finditer(text):
-        pass
-    if last is None:
+    text = re.split("[0-9]", text)[-1]
+    ends = [match.end() for match in cue.finditer(text)]
+    if not ends:
         return False
-    rest = text[last.end() :]
+    rest = text[ends[-1] :]
     if len(rest) > 28 or _OTHER_VALUE.search(rest):
         return False
     return all(word in _FILLERS for word in re.findall(r"[a-z\u00c0-\u024f\u1e00-\u1eff]+", rest.casefold()))
@@ -105,15 +103,16 @@ def is_named_by(cue: re.Pattern[str], text: str) -> bool:
 
 _OWN = cue(
     r"(?:\b(?:my|mine|our|his|her|their|reach me|log(?:ged)?[ \-]?in|signed in|came from|connect(?:ed|ing|ion)? from|"
-    r"meine?|unsere?|mi|nuestr[oa]|mon|ma|notre|mia|mio|minha|meu|мо[йяё]|мою|наш)\b|我的|我们的|私の|僕の|제 |내 )[^\n;]*$"
+    r"meine?|unsere?|mi|nuestr[oa]|mon|ma|notre|mia|mio|minha|meu|мо[йяё]|мою|наш)\b"
+    r"|我的|我们的|私の|僕の|제 |내 )[^\n;]*$"
 )
-_AFTER_DIGITS = re.compile(r"[^0-9]*$")
 _OTHER_VALUE = re.compile(r"[A-Za-z_]\(|\n\s*\n|[;{}|].*[;{}|]")
 _FILLERS = frozenset(
-    re.findall(r"\S+", """a al am an and at auf au back below code de der die direct do e es est et for free ganz given home is ist it la le
-    lautet line me meine mi mein my n na new no nr num number numbers numer nummer numero número numéro número o of
-    office
-    on only or our please por private self sob số sur the their them this to toll un una under unter us was werk with
-    work
-    you your her his him id là é è és""")
+    re.findall(
+        r"\S+",
+        """a al am an and at auf au back below code de der die direct do e es est et for free ganz given home is ist it
+        la le lautet line me meine mi mein my n na new no nr num number numbers numer nummer numero número
+        numéro número o of office on only or our please por private self sob số sur the their them this to
+        toll un una under unter us was werk with work you your her his him id là é è és""",
+    )
 )

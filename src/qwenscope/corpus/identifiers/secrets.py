@@ -1,4 +1,4 @@
-"""Keys, tokens and passwords that open something: prefixes that services give their keys, and values named as secrets."""
+"""Keys, tokens and passwords: the prefixes that services give their keys, and random values named as secrets."""
 
 from __future__ import annotations
 
