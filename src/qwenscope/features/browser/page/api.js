@@ -27,7 +27,11 @@ function once(path) {
   return kept.get(path);
 }
 
-const sent = (body, method = "POST") => ({ method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+const sent = (body, method = "POST") => ({
+  method,
+  headers: { "Content-Type": "application/json" },
+  body: JSON.stringify(body),
+});
 
 // What the language model does for this page ends with a signal: Esc, or another view.
 let running = new AbortController();
@@ -42,9 +46,9 @@ export const suite = () => once(LIVE ? "api/suite" : "suite");
 // Columns over all latents of an SAE; the labels may change while the page is open, the rest does not.
 export async function table(sae) {
   const id = encodeURIComponent(sae);
-  const [columns, label] = await Promise.all(LIVE
-    ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`)]
-    : [once(`${id}/table`), once(`${id}/labels`)]);
+  const [columns, label] = await Promise.all(
+    LIVE ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`)] : [once(`${id}/table`), once(`${id}/labels`)],
+  );
   return { ...columns, label };
 }
 
@@ -56,7 +60,8 @@ export async function latent(sae, number) {
 }
 
 export async function search(query, sae) {
-  if (LIVE) return fetchJson(`api/search?q=${encodeURIComponent(query)}${sae ? `&sae=${encodeURIComponent(sae)}` : ""}`);
+  if (LIVE)
+    return fetchJson(`api/search?q=${encodeURIComponent(query)}${sae ? `&sae=${encodeURIComponent(sae)}` : ""}`);
   const wanted = query.trim().toLowerCase();
   const hits = [];
   for (const id of sae ? [sae] : Object.keys((await suite()).saes)) {
@@ -66,12 +71,22 @@ export async function search(query, sae) {
       const rank = peaks.findIndex((text) => text.trim().toLowerCase() === wanted);
       const inside = [label, ...peaks, ...columns.promoted[number]].some((text) => text.toLowerCase().includes(wanted));
       if (wanted && (rank >= 0 || inside)) {
-        const hit = { sae: id, latent: number, label, peaks, promoted: columns.promoted[number], density: columns.density[number] };
+        const hit = {
+          sae: id,
+          latent: number,
+          label,
+          peaks,
+          promoted: columns.promoted[number],
+          density: columns.density[number],
+        };
         hits.push([rank < 0 ? 9 : rank, hit]);
       }
     });
   }
-  return hits.sort((a, b) => a[0] - b[0]).slice(0, 50).map((hit) => hit[1]);
+  return hits
+    .sort((a, b) => a[0] - b[0])
+    .slice(0, 50)
+    .map((hit) => hit[1]);
 }
 
 export const read = (text, chat) => fetchJson("api/read", { ...sent({ text, chat }), signal: running.signal });
@@ -100,7 +115,14 @@ const STORE = "qwenscope notes";
 const local = () => JSON.parse(localStorage.getItem(STORE) ?? "[]");
 export const notes = async () => (LIVE ? fetchJson("api/notes") : local());
 export async function note(sae, number) {
-  return (await notes()).find((n) => n.sae === sae && n.latent === number) ?? { sae, latent: number, note: "", bookmarked: false };
+  return (
+    (await notes()).find((n) => n.sae === sae && n.latent === number) ?? {
+      sae,
+      latent: number,
+      note: "",
+      bookmarked: false,
+    }
+  );
 }
 export async function keepNote({ sae, latent: number, note: text, bookmarked }) {
   if (LIVE) return fetchJson(`api/notes/${encodeURIComponent(sae)}/${number}`, sent({ note: text, bookmarked }, "PUT"));
