@@ -24,7 +24,7 @@ import numpy as np
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.run import SPLITS, Target, open_target
-from qwenscope.features.characters import Piece, pieces_of
+from qwenscope.features.characters import Piece, vocabulary_pieces
 from qwenscope.features.describing import Describer, Latent, Texts, summary_of
 from qwenscope.features.publishing import ParquetFiles
 from qwenscope.features.reading import CorpusPass, OnProgress
@@ -165,7 +165,7 @@ def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) 
 
 def _write_vocabulary(database: sqlite3.Connection, lm: LanguageModel) -> list[Piece]:
     """Every token's text, or bytes where it writes a part of a character."""
-    pieces = pieces_of(lm.tokenizer, range(len(unembedding(lm))))
+    pieces = vocabulary_pieces(lm.tokenizer, len(unembedding(lm)))
     database.executemany("INSERT INTO vocabulary VALUES (?, ?)", enumerate(pieces))
     return pieces
 
