@@ -177,6 +177,8 @@ class Renderer:
 
     def encode(self, layouts: Sequence[Layout]) -> list[Rendered]:
         """Tokenise, truncate and carry roles from characters to tokens."""
+        self._backend.no_truncation()  # a tokenizer may have been saved, or called elsewhere, with either
+        self._backend.no_padding()
         encode = self._backend.encode_batch if self._bytes_V is None else self._backend.encode_batch_fast  # no offsets
         rendered: list[Rendered] = []
         for group in _groups(layouts):
