@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,31 @@ def test_workers_return_the_same_and_their_state_is_of_what_was_returned(
     again = CorpusStream(mixed, tokenizer, seed=5)
     again.restore(state)
     assert all(map(same, take(here, 30), take(again, 30)))
+
+
+SCRIPT = """
+from transformers import AutoTokenizer
+from qwenscope.corpus.stream import CorpusStream
+from qwenscope.lm.standin import STANDIN_FOLDER
+from qwenscope.recipe import CorpusRecipe, SourceRecipe
+
+class Mine:
+    pass
+
+corpus = CorpusRecipe(sources=(SourceRecipe(name="tool_use", weight=1),))
+stream = CorpusStream(corpus, AutoTokenizer.from_pretrained(STANDIN_FOLDER), seed=0, workers=2)
+print("read", len([next(stream) for _ in range(5)]))
+stream.close()
+"""
+
+
+@pytest.mark.parametrize("by", ["file", "stdin"])
+def test_a_script_without_a_main_guard_may_have_workers(by: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [sys.executable, str(tmp_path / "script.py")] if by == "file" else [sys.executable, "-"]
+    done = subprocess.run(words, input=SCRIPT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "read 5\n"
 
 
 def test_a_changed_file_is_named(mixed: CorpusRecipe, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
