@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qwenscope import calibration
 from qwenscope.lm.load import load_tokenizer
-from qwenscope.plan import plan, read_config
+from qwenscope.planning.plan import plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.run import train
 from qwenscope.training.trainer import SAETrainer

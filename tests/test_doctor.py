@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qwenscope import doctor
-from qwenscope.display import doctor_table
+from qwenscope.cli.tables import doctor_table
 from qwenscope.doctor import examine, kernels
 
 PARTS = {"Gated DeltaNet", "DeltaNet convolution", "attention", "routed experts", "SAE step"}

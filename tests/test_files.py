@@ -105,7 +105,7 @@ def test_what_is_no_json_is_one_line(data: bytes, tmp_path: Path) -> None:
 def test_every_message_is_one_line_that_can_be_shown(text: str) -> None:
     assert printable(text).isprintable()
     assert str(QwenscopeError(text)) == printable(text)
-    assert reason(ValueError(text)) == (printable(text)[:300] or "ValueError")
+    assert reason(ValueError(text)) == (printable(text)[:300].rstrip(" :") or "ValueError")
     assert printable(printable(text)) == printable(text)
 
 

@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, Qwen3_5MoeTextConfig
 
 from qwenscope import calibration
-from qwenscope.calibration import Batches, Measured, batches_of, measurable, measure
 from qwenscope.corpus.batches import cut
+from qwenscope.costs import GPUS
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import load_language_model
-from qwenscope.plan import GIB, memory_needs, plan, read_config
+from qwenscope.planning.measure import Batches, Measured, batches_of, measurable, measure
+from qwenscope.planning.plan import GIB, memory_needs, model_size, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.roofline import GPUS, model_size
 from qwenscope.training.parallel import owners
 
 PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")

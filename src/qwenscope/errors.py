@@ -16,9 +16,9 @@ def printable(text: str) -> str:
     return line if line.isprintable() else "".join(map(_escaped, line))
 
 
-def reason(error: BaseException) -> str:
-    """What an error says, on one line of at most 300 characters; its type where it says nothing."""
-    return printable(str(error))[:300] or type(error).__name__
+def reason(error: BaseException, most: int = 300) -> str:
+    """What an error says, on one line of at most so many characters; its type where it says nothing."""
+    return printable(str(error))[:most].rstrip(" :") or type(error).__name__
 
 
 def _escaped(sign: str) -> str:

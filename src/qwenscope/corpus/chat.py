@@ -190,7 +190,7 @@ class Renderer:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tools=list(tools or ()) or None, tokenize=False))
         except TemplateError as error:
-            raise Dropped(f"template: {reason(error)[:80]}") from None
+            raise Dropped(f"template: {reason(error, 80)}") from None
         except MemoryError:
             raise
         except Exception as error:  # a template is a program, and may fail like one; its words may hold the content

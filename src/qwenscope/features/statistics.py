@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenscope.features.keeping import LatentTable, Sample, order_by_group
+from qwenscope.features.reservoirs import LatentTable, Sample, order_by_group
 from qwenscope.sae import ops
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
@@ -23,7 +23,7 @@ FIRINGS = 32
 """Firings per latent that are sampled uniformly; quantile examples are drawn from them."""
 BACKGROUND = 192
 """Random windows of text; a latent's negatives are those in which it does not fire."""
-COMPANY = 65_536
+COACTIVE = 65_536
 """Tokens sampled for co-activation."""
 OCTAVES = (-12, 12)
 BINS_PER_OCTAVE = 4
@@ -62,7 +62,7 @@ class LatentStatistics:
         self.top = LatentTable(n, TOP, WINDOW)
         self.firings = LatentTable(n, FIRINGS, WINDOW)
         self.background = Sample(BACKGROUND, (WINDOW, k))
-        self.company = Sample(COMPANY, (k,))
+        self.coactive = Sample(COACTIVE, (k,))
 
     @torch.no_grad()
     def update(self, x_RD: Tensor, chunk: Chunk, context_RF: Tensor) -> None:
@@ -114,8 +114,8 @@ class LatentStatistics:
     def _sample(self, latents_RK: Tensor, chunk: Chunk, random: torch.Generator) -> None:
         """Offer every row to the two samples of text."""
         keys_R = torch.rand(len(latents_RK), generator=random)
-        fresh, places = self.company.enter(keys_R)
-        self.company.put(places, keys_R[fresh], chunk.token_R[fresh] + chunk.start, latents_RK[fresh])
+        fresh, places = self.coactive.enter(keys_R)
+        self.coactive.put(places, keys_R[fresh], chunk.token_R[fresh] + chunk.start, latents_RK[fresh])
         keys_R = torch.rand(len(latents_RK), generator=random)
         fresh, places = self.background.enter(keys_R)
         token_S = chunk.token_R[fresh]
@@ -133,7 +133,7 @@ class LatentStatistics:
             "context": self.context_NF,
             "base": self.base_F,
         }
-        for name in ("top", "firings", "background", "company"):
+        for name in ("top", "firings", "background", "coactive"):
             tensors |= {f"{name}.{key}": value for key, value in getattr(self, name).state().items()}
         return tensors
 
@@ -142,7 +142,7 @@ class LatentStatistics:
         self.rows = int(tensors["rows"])
         self.fired_N, self.total_N = tensors["fired"], tensors["total"]
         self.histogram_NH, self.context_NF, self.base_F = tensors["histogram"], tensors["context"], tensors["base"]
-        for name in ("top", "firings", "background", "company"):
+        for name in ("top", "firings", "background", "coactive"):
             prefix = f"{name}."
             part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             getattr(self, name).load(part)

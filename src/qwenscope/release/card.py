@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qwenscope.release.facts import SPECIAL, Facts, dataset_of
+from qwenscope.evaluation.compare import SPECIAL
+from qwenscope.release.facts import Facts, dataset_of
 
 KINDS = {"deltanet": "DeltaNet", "attention": "attention"}
 SPLITS = {"chat": "chat", "tool_use": "tool use"}

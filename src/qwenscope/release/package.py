@@ -11,16 +11,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qwenscope.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, write_checksums
 from qwenscope.errors import FormatError
 from qwenscope.files import read_json, whole_folder, write_json, write_text
+from qwenscope.hub import check_repo_id
 from qwenscope.recipe import Recipe, load_recipe, public_name
 from qwenscope.release.card import example_sae, model_card
 from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
-from qwenscope.release.tables import write_evaluation, write_training
-from qwenscope.sae.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, write_checksums
+from qwenscope.release.parquet import write_evaluation, write_training
 from qwenscope.sae.formats import saelens
-from qwenscope.sae.hub_files import check_repo_id
 from qwenscope.sae.loading import iterate_suite
 from qwenscope.sae.topk import TopKSAE
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qwenscope.features.characters import alone, pieces_of, readable, vocabulary_pieces
+from qwenscope.features.token_text import alone, pieces_of, readable, vocabulary_pieces
 from qwenscope.lm.standin import STANDIN_FOLDER
 
 TOKENIZER = AutoTokenizer.from_pretrained(STANDIN_FOLDER)

@@ -1,6 +1,6 @@
 """What a recipe needs and how long it takes, before anyone rents a machine.
 
-Parts are priced by `roofline`, or by what `calibration` measured on the device at hand. For a card that is not here,
+Parts are priced by `costs`, or by what `measure` found on the device at hand. For a card that is not here,
 the rates are stated shares of the data sheet's peaks, a cautious and an optimistic one at the ends of each range. The
 language model is built on the meta device, so its parameters are counted, not guessed. `docs/plan.md` compares plans
 with measurements.
@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen3_5MoeTextConfig
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
 
-from qwenscope.calibration import BATCH_POSITIONS, PADDING, Measured, batches_of
-from qwenscope.errors import ModelError
-from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
-from qwenscope.recipe import Recipe
-from qwenscope.roofline import (
+from qwenscope.costs import (
     GPUS,
     NETWORK_GB_S,
     Card,
@@ -31,14 +29,18 @@ from qwenscope.roofline import (
     bytes_moved,
     exchange_seconds,
     find_card,
-    layers_of,
+    layers_held,
     link_bytes,
-    model_size,
     position_seconds,
     shard_bytes,
+    size_of,
     step_seconds,
     trained_bytes,
 )
+from qwenscope.errors import ModelError
+from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config, pick_dtype
+from qwenscope.planning.measure import BATCH_POSITIONS, PADDING, Measured, batches_of
+from qwenscope.recipe import Recipe
 from qwenscope.training.parallel import owners
 from qwenscope.training.shards import Piece, shared
 
@@ -67,7 +69,7 @@ def plan(
         gpu: A name of `GPUS`; with `measured`, of no account.
         gpus: Cards; each runs the language model on its own conversations and owns its share of the SAEs.
         tokens: Length of the run; None takes the recipe's.
-        measured: What `calibration.measure` found for this recipe on the device at hand: plan for devices like it.
+        measured: What `measure` found for this recipe on the device at hand: plan for devices like it.
 
     Returns:
         gpu, gpus, tokens; measured {product_tflops, traffic_tb_s, lm_share of the product rate} or None;
@@ -114,7 +116,7 @@ def plan(
         "owners": [[piece.stem for piece in pieces] for pieces in held],
         "seconds_per_step": seconds,
         "seconds_once": once,
-        "bytes_per_step": bytes_moved(recipe, held, config),
+        "bytes_per_step": bytes_moved(recipe, held, config.hidden_size, _row_bytes(recipe, config)),
         "tokens_per_second": [round(rate) for rate in rates],
         "hours": [round(value, 4) for value in hours],
         "cost_usd": cost and [round(value, 2) for value in cost],
@@ -164,7 +166,7 @@ class _Parts:
             "language_model": _times(position, recipe.training.batch_size * padding),
             "saes": _sum(saes),
             "saes_of_busiest_card": (max(cautious for cautious, _ in saes), max(optimistic for _, optimistic in saes)),
-            "exchange": exchange_seconds(recipe, self.held, self.config, self.card),
+            "exchange": exchange_seconds(recipe, self.held, _row_bytes(recipe, self.config), self.card),
             "corpus": (corpus, corpus),
         }
         return seconds | {"step": (self._end_to_end(seconds, 0), self._end_to_end(seconds, 1))}
@@ -222,8 +224,8 @@ class _Parts:
             return step_seconds(self.recipe, piece, self.config.hidden_size, self.card)
         dead, alive = self.measured.step_seconds[piece.sae_id]
         share = piece.latents / piece.dict_size
-        told = shard_bytes(self.recipe, piece, self.config.hidden_size) / link_bytes(self.card, round(1 / share))
-        return dead * share * _AROUND[0] + told, alive * share * _AROUND[1] + told
+        exchange = shard_bytes(self.recipe, piece, self.config.hidden_size) / link_bytes(self.card, round(1 / share))
+        return dead * share * _AROUND[0] + exchange, alive * share * _AROUND[1] + exchange
 
     def _calibration(self) -> Range:
         """Of the card that owns the most."""
@@ -239,6 +241,17 @@ class _Parts:
 
     def _trained_bytes(self, piece: Piece) -> int:
         return trained_bytes(self.recipe, piece.latents, self.config.hidden_size)
+
+
+def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
+    """Of the first `layers` layers, built on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(cut_config(config, layers))  # type: ignore[no-untyped-call]
+    return size_of(model, config, layer_kinds(config)[:layers])
+
+
+def _row_bytes(recipe: Recipe, config: PretrainedConfig) -> int:
+    return int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
 
 
 def _around(seconds: float) -> Range:
@@ -289,19 +302,18 @@ def memory_needs(
     width = pick_dtype(recipe.lm, config).itemsize
     fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
     sizes = [piece.latents for piece in fullest]
-    layers, cards = len(layers_of(recipe, fullest)), len(held)
+    layers, cards = len(layers_held(recipe, fullest)), len(held)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
     trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
     window = recipe.activations.window_tokens + recipe.corpus.max_length
-    row = hidden * width
     # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
     travelling = 1 if cards == 1 else layers + 2 * len(recipe.layers) // cards
     overlap = recipe.activations.overlap and (cpu or not shared(held))  # GPUs that share an SAE take turns
     needs = {
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
         "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
-        "windows": window * row * (layers * (2 if overlap else 1) + travelling),
+        "windows": window * _row_bytes(recipe, config) * (layers * (2 if overlap else 1) + travelling),
         "saes": trained + shadows[training.precision],
         # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
         "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: a run's progress, results as tables; plain lines where there is no terminal."""
+"""Results as tables, for a person at a terminal."""
 
 from __future__ import annotations
 
@@ -67,12 +67,13 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
     for heading in ("layer", "split", "FVU", "", "L0", "", "CE mean", "", "shared"):
         table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
     for pair in result["pairs"]:
-        shared = pair["latents"]["overlap"]["first_in_second"]["shared"]
+        found = pair["latents"]["overlap"]["first_in_second"]
+        shared = "–" if found is None else f"{found['shared']:.1%}"  # None: a dictionary is all dead
         for split, sides in pair["splits"].items():
             cells = []
             for key, form in (("fvu", ".3f"), ("l0", ".1f"), ("ce_recovered_mean", ".3f")):
                 cells += [format(sides[side][key], form) for side in ("first", "second")]
-            table.add_row(str(pair["layer"]), split, *cells, f"{shared:.1%}")
+            table.add_row(str(pair["layer"]), split, *cells, shared)
     return table
 
 
