@@ -36,8 +36,8 @@ class LatentTable:
     """
 
     def __init__(self, latents: int, entries: int, window: int) -> None:
-        self.keys_NM = torch.full((latents, entries), -torch.inf)
-        self.values_NM = torch.zeros(latents, entries)
+        self.keys_NM = torch.full((latents, entries), -torch.inf, dtype=torch.float32)
+        self.values_NM = torch.zeros(latents, entries, dtype=torch.float32)
         self.addresses_NM = torch.full((latents, entries), -1, dtype=torch.int64)
         self.windows_NMW = torch.zeros(latents, entries, window, dtype=torch.float16)
 
@@ -97,7 +97,7 @@ class Sample:
     """A uniform sample of fixed size over all items offered, each with one tensor of int32 latents (-1: none)."""
 
     def __init__(self, size: int, shape: tuple[int, ...]) -> None:
-        self.keys_S = torch.full((size,), -torch.inf)
+        self.keys_S = torch.full((size,), -torch.inf, dtype=torch.float32)
         self.addresses_S = torch.full((size,), -1, dtype=torch.int64)
         self.latents_S = torch.full((size, *shape), -1, dtype=torch.int32)
 

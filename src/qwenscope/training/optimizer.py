@@ -102,7 +102,7 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
     shard = weights.shard
     norms = [gradient.encoder_bias.norm(), shard.once(gradient.pre_bias.norm())]
     norm_of_all: Tensor | None = None
-    divisor = torch.ones((), device=finite.device)
+    divisor = torch.ones((), device=finite.device, dtype=torch.float32)
     blocks: Iterable[tuple[str, slice, Tensor]] = _blocks(weights, gradient)
     on_gpu = finite.is_cuda
     if on_gpu:

@@ -146,8 +146,8 @@ class SAETrainer:
         self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
         self._names: Tensor | None = None  # of the dead, if any rank has some
         self._listed = False
-        self._lr = torch.zeros((), device=self.device)
-        self._step = torch.zeros((), device=self.device)
+        self._lr = torch.zeros((), device=self.device, dtype=torch.float32)
+        self._step = torch.zeros((), device=self.device, dtype=torch.float32)
         self.steps = 0
         self.tokens_trained = 0
 
