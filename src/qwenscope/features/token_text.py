@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,7 +55,8 @@ def _inner_pieces(
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str, str]:
     """A token that leaves its neighbours alone, its text where a text begins, and after other tokens."""
     names = [form.format(sign) for form in ("##{}", "{}", "\u2581{}") for sign in ("a", "e", "0", "!")]
-    for id in tokenizer.convert_tokens_to_ids(names):
+    ids: Any = tokenizer.convert_tokens_to_ids(names)
+    for id in ids:
         if id is not None:
             one, two, three = tokenizer.batch_decode([[id], [id] * 2, [id] * 3], clean_up_tokenization_spaces=False)
             after = two[len(one) :]
