@@ -34,8 +34,8 @@ from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.training import checkpoint
 from qwenscope.training.building import untrained
 from qwenscope.training.parallel import divide, owners
+from qwenscope.training.sharded import ShardedTrainer
 from qwenscope.training.shards import Piece, Shard, cut, overlaps, state_of
-from qwenscope.training.trainer import SAETrainer
 
 BOUNDS = {1: (0, LATENTS), 2: (0, 56, LATENTS), 3: (0, 3, 64, LATENTS)}  # unlike pieces, one with fewer latents than K
 
@@ -117,7 +117,7 @@ OPTIONS: list[dict[str, Any]] = [
 def train_shard(folder: Path, bounds: tuple[int, ...], options: dict[str, Any], group: Group) -> None:
     """Thirty steps in float64 of one SAE over all ranks; each leaves its state and metrics, rank 0 the SAE."""
     shard = Shard(bounds, K, group)
-    trainer = SAETrainer(
+    trainer = ShardedTrainer(
         untrained(HIDDEN, shard, 2).double(),
         3e-3,
         tokens=100 * BATCH,
@@ -156,7 +156,7 @@ def count_bytes(folder: Path, group: Group) -> None:
         reduce(tensor, *rest, **options)
 
     shard = Shard(BOUNDS[group.size], K, group)
-    trainer = SAETrainer(untrained(HIDDEN, shard, 2), 1e-3, precision="fp32", clip_norm=None, shard=shard)
+    trainer = ShardedTrainer(untrained(HIDDEN, shard, 2), 1e-3, precision="fp32", clip_norm=None, shard=shard)
     dist.all_gather, dist.all_reduce = counted_gather, counted_reduce
     for step in range(5):
         trainer.step(rows(32, step))

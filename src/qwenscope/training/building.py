@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.seeds import derive_seed
+from qwenscope.training.sharded import ShardedTrainer
 from qwenscope.training.shards import Shard
 from qwenscope.training.trainer import SAETrainer
 
@@ -32,7 +34,8 @@ def build_trainer(
         "model_revision": lm.revision,
         "tokens": training.tokens,
     }
-    return SAETrainer(
+    trainer = SAETrainer if shard.group.size == 1 else partial(ShardedTrainer, shard=shard)
+    return trainer(
         sae,
         point.lr,
         tokens=training.tokens,
@@ -49,7 +52,6 @@ def build_trainer(
         clip_norm=training.clip_norm,
         moments=getattr(torch, training.moments),
         seed=derive_seed(recipe.seed, "resampling", sae_id),
-        shard=shard,
     )
 
 

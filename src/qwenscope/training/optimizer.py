@@ -99,8 +99,8 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
     Where `finite` (0-dim bool) is false nothing changes.
     """
     biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
-    shard = weights.shard
-    norms = [gradient.encoder_bias.norm(), shard.once(gradient.pre_bias.norm())]
+    of_biases = gradient.encoder_bias.norm(), gradient.pre_bias.norm()
+    of_rows: list[Tensor] = []
     norm_of_all: Tensor | None = None
     divisor = torch.ones((), device=finite.device)
     blocks: Iterable[tuple[str, slice, Tensor]] = _blocks(weights, gradient)
@@ -109,12 +109,12 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
         blocks = list(blocks)
     if clip_norm is not None and (on_gpu or bool(gradient.bound > clip_norm)):
         known = blocks if on_gpu else _blocks(weights, gradient)
-        norm_of_all = shard.norm(torch.stack(norms + [rows_RD.norm() for _, _, rows_RD in known]).norm())
+        norm_of_all = weights.norm(*of_biases, [rows_RD.norm() for _, _, rows_RD in known])
         divisor = (norm_of_all / clip_norm).clamp_min(1.0).float()
     skip = (~finite).float()
     for name, block, rows_RD in blocks:
         if norm_of_all is None:
-            norms.append(rows_RD.norm())
+            of_rows.append(rows_RD.norm())
         parameter = weights[name][block]
         adam(parameter, rows_RD, weights.means[name][block], weights.squares[name][block], divisor, skip)
         if name == "decoder":
@@ -123,4 +123,4 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
         weights.refresh(name, block)
     for name, value in biases.items():
         adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
-    return shard.norm(torch.stack(norms).norm()) if norm_of_all is None else norm_of_all
+    return weights.norm(*of_biases, of_rows) if norm_of_all is None else norm_of_all

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from qwenscope.ranks import ALONE, Group
-from qwenscope.sae.topk import TopKSAE
 
 _ALIGNED = 8  # latents: the two-stage top-k works on groups of that many columns
 _BY_LATENT = ("encoder", "decoder", "ages", "candidates")
@@ -97,11 +96,6 @@ class Shard:
     k: int
     group: Group = ALONE
 
-    @classmethod
-    def whole(cls, sae: TopKSAE) -> Shard:
-        """All latents are here."""
-        return cls((0, sae.dict_size), sae.k)
-
     @property
     def start(self) -> int:
         """The first latent of this rank."""
@@ -124,14 +118,6 @@ class Shard:
         wide = value.float() if value.dtype == torch.bfloat16 else value
         return self.group.total(wide).to(value.dtype)
 
-    def once(self, value: Tensor) -> Tensor:
-        """What all ranks have alike, where it must count once: `value` on the first of them, 0 on the others."""
-        return value if self.group.leads else torch.zeros_like(value)
-
-    def norm(self, own: Tensor) -> Tensor:
-        """The norm over all ranks, from each one's own."""
-        return own if self.group.size == 1 else torch.stack(self.group.gather(own)).norm()
-
     def largest(self, values_BC: Tensor, k: int) -> Tensor:
         """Which of this rank's values are among the k largest of their row over all ranks -> bool [B, C].
 
@@ -152,13 +138,13 @@ class Shard:
         return self.group.exchange(values_N.repeat(len(sizes))[:, None], [len(values_N)] * len(sizes), sizes)[:, 0]
 
     def collect(self, rows_ND: Tensor) -> Tensor:
-        """The rows of all latents on the group's first rank, none on the others; by way of the host's memory."""
+        """The rows (or entries) of all latents on the group's first rank, none on the others; by way of the host."""
         if self.group.size == 1:
             return rows_ND
         nowhere = [0] * self.group.size
-        return self.group.exchange(
-            rows_ND.cpu(), [len(rows_ND), *nowhere[1:]], self._sizes if self.group.leads else nowhere
-        )
+        own = rows_ND.cpu().reshape(len(rows_ND), -1)
+        arrived = self.group.exchange(own, [len(own), *nowhere[1:]], self._sizes if self.group.leads else nowhere)
+        return arrived.view(-1, *rows_ND.shape[1:])
 
     @property
     def _sizes(self) -> list[int]:
