@@ -17,10 +17,10 @@ from qwenscope.corpus.batches import cut
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import load_language_model
+from qwenscope.parallel.owners import owners
 from qwenscope.plan import GIB, memory_needs, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.roofline import GPUS, model_size
-from qwenscope.training.parallel import owners
 
 PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
 

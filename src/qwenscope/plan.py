@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, Qwen3_5MoeTextConfig
 from qwenscope.calibration import BATCH_POSITIONS, PADDING, Measured, batches_of
 from qwenscope.errors import ModelError
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
+from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.recipe import Recipe
 from qwenscope.roofline import (
     GPUS,
@@ -39,8 +40,6 @@ from qwenscope.roofline import (
     step_seconds,
     trained_bytes,
 )
-from qwenscope.training.parallel import owners
-from qwenscope.training.shards import Piece, shared
 
 GIB = 1 << 30
 Held = Sequence[Sequence[Piece]]

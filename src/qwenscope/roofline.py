@@ -1,7 +1,7 @@
 """What the parts of a run cost on a card: seconds, bytes of memory, bytes sent.
 
 A roofline: a part's time is its products at the card's product rate plus its memory traffic at the card's bandwidth.
-`plan` adds the parts up before anyone rents a machine; `training/parallel.py` weighs them against one another.
+`plan` adds the parts up before anyone rents a machine; `training/building.py` weighs them against one another.
 docs/plan.md has the formulas, and where their constants come from.
 """
 
@@ -16,9 +16,9 @@ from transformers import AutoModel, PretrainedConfig
 
 from qwenscope.errors import RecipeError
 from qwenscope.lm.load import Kind, cut_config, layer_kinds, pick_dtype
+from qwenscope.parallel.owners import Piece
 from qwenscope.recipe import Recipe
 from qwenscope.training.gradients import DENSE_SHARE
-from qwenscope.training.shards import Piece
 
 Range = tuple[float, float]
 """(cautious, optimistic)"""

@@ -1,4 +1,4 @@
-"""From the recipe to one SAE's trainer."""
+"""From the recipe to one SAE's trainer, and to each rank's part of the harvest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Literal
 import torch
 
 from qwenscope.lm.forward import RowSource
+from qwenscope.lm.load import LanguageModel
+from qwenscope.parallel.group import ALONE, Group
+from qwenscope.parallel.harvest_plan import HarvestPlan
+from qwenscope.parallel.owners import Piece, owners, shared
+from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe
+from qwenscope.roofline import GPUS, position_seconds, size_of, step_seconds
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.seeds import derive_seed
 from qwenscope.training.sharded import ShardedTrainer
-from qwenscope.training.shards import Shard
 from qwenscope.training.trainer import SAETrainer
 
 
@@ -67,4 +72,28 @@ def untrained(hidden_dim: int, shard: Shard, seed: int) -> TopKSAE:
             "decoder.weight": decoder_ND.T,
             "pre_bias": torch.zeros(hidden_dim),
         },
+    )
+
+
+def plan_harvest(recipe: Recipe, lm: RowSource, group: Group) -> HarvestPlan:
+    """Who needs which rows, and how busy each rank is with its SAEs: one with more to do there harvests less.
+
+    Where steps exchange tensors too, GPUs take turns: two threads that use nccl side by side can lock each other out,
+    when ranks meet their kernels in unlike order. Engines other than transformers work in one process and one thread.
+    """
+    if not isinstance(lm, LanguageModel):
+        return HarvestPlan(ALONE, (recipe.layers,), (0.0,), in_turn=True)
+    card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
+    position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
+    steps = recipe.activations.window_tokens / recipe.training.batch_size
+    owned, points = owners(recipe, group.size), recipe.hook_points
+
+    def seconds(piece: Piece) -> float:
+        return sum(step_seconds(recipe, piece, lm.hidden_dim, card))
+
+    return HarvestPlan(
+        group,
+        tuple(tuple(sorted({points[piece.sae_id].layer for piece in held})) for held in owned),
+        tuple(steps * sum(map(seconds, held)) / position for held in owned),
+        in_turn=lm.device.type == "cuda" and shared(owned),
     )

@@ -1,6 +1,6 @@
 """Train an SAE whose latents are spread over several ranks: `SAETrainer` with sums over all ranks' latents.
 
-Every rank makes the same calls with the same rows. What travels is listed in `training/shards.py`.
+Every rank makes the same calls with the same rows. What travels is listed in `parallel/shard.py`.
 
 Legend: B rows (tokens), D hidden, N latents of the whole SAE, K active latents, M dead latents of this rank.
 """
@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qwenscope.parallel.shard import Shard
 from qwenscope.sae import ops
 from qwenscope.sae.selection import Precision, Selection, best_precision
 from qwenscope.sae.topk import TopKSAE
-from qwenscope.training.shards import Shard
 from qwenscope.training.trainer import SAETrainer, StepMetrics
 from qwenscope.training.weights import Weights
 
@@ -30,28 +30,29 @@ class ShardedWeights(Weights):
         super().__init__(sae, precision, moments)
 
     def _eight_bits_pay(self) -> bool:
-        return self.shard.group.share(super()._eight_bits_pay)
+        return self.shard.group.broadcast_object(super()._eight_bits_pay)
 
     def decode(self, indices_BK: Tensor, values_BK: Tensor) -> ops.Panels:
         own = super().decode(indices_BK, values_BK)
-        return ops.Panels(tuple(self.shard.total(part) for part in own.parts))
+        return ops.Panels(tuple(self.shard.all_reduce(part) for part in own.parts))
 
     def decode_exactly(self, indices_BK: Tensor, values_BK: Tensor) -> Tensor:
-        return self.shard.total(super().decode_exactly(indices_BK, values_BK))
+        return self.shard.all_reduce(super().decode_exactly(indices_BK, values_BK))
 
     def decode_dense(self, codes_BM: Tensor, decoder_MD: Tensor) -> Tensor:
-        return self.shard.total(super().decode_dense(codes_BM, decoder_MD))
+        return self.shard.all_reduce(super().decode_dense(codes_BM, decoder_MD))
 
     def through_encoder(self, bias_N: Tensor) -> Tensor:
-        return self.shard.total(super().through_encoder(bias_N))
+        return self.shard.all_reduce(super().through_encoder(bias_N))
 
     def bound(self, of_latents: Tensor) -> Tensor:
-        return self.shard.total(of_latents)
+        return self.shard.all_reduce(of_latents)
 
     def norm(self, encoder_bias: Tensor, pre_bias: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """As of one process: the ranks have pre_bias alike, so that it counts on the first alone."""
         once = pre_bias if self.shard.group.leads else torch.zeros_like(pre_bias)
-        return torch.stack(self.shard.group.gather(super().norm(encoder_bias, once, rows))).norm()
+        of_ranks = self.shard.group.all_gather(super().norm(encoder_bias, once, rows))
+        return torch.linalg.vector_norm(torch.stack(of_ranks))
 
 
 class ShardedTrainer(SAETrainer):
@@ -71,9 +72,11 @@ class ShardedTrainer(SAETrainer):
         self, sae: TopKSAE, lr: float, *, shard: Shard, precision: Precision | Literal["auto"] = "auto", **options: Any
     ) -> None:
         self.shard = shard
-        agreed = shard.group.share(lambda: best_precision(sae.encoder.weight)) if precision == "auto" else precision
-        super().__init__(sae, lr, precision=agreed, **options)
-        self._precision_is_free = precision == "auto"
+        measured = precision == "auto"
+        if precision == "auto":
+            precision = shard.group.broadcast_object(lambda: best_precision(sae.encoder.weight))
+        super().__init__(sae, lr, precision=precision, **options)
+        self._precision_is_free = measured
         self.config = sae.config | {"dict_size": shard.dict_size, "k": shard.k}
         if self.pool is not None:
             self.pool = self._new_pool(shard.dict_size)
@@ -83,7 +86,7 @@ class ShardedTrainer(SAETrainer):
 
     def step(self, x_BD: Tensor) -> StepMetrics:
         own = super().step(x_BD)
-        return replace(own, l0=self.shard.total(own.l0), dead=self.shard.total(own.dead))
+        return replace(own, l0=self.shard.all_reduce(own.l0), dead=self.shard.all_reduce(own.dead))
 
     def _active(self, values_BK: Tensor) -> Tensor:
         """0 also for those that are not among the K largest of all ranks' values."""
@@ -95,14 +98,14 @@ class ShardedTrainer(SAETrainer):
         return torch.zeros_like(pre_BM, dtype=torch.bool).scatter_(1, places, kept)
 
     def _share_redone(self, selection: Selection) -> float:
-        everywhere = self.shard.total(torch.tensor(selection.redone))
+        everywhere = self.shard.all_reduce(torch.tensor(selection.redone))
         return float(everywhere) / (len(selection.values) * self.shard.group.size)
 
     def _any_dead(self, names: Tensor) -> bool:
-        return int(self.shard.total(torch.tensor(len(names)))) > 0
+        return int(self.shard.all_reduce(torch.tensor(len(names)))) > 0
 
     def _of_all(self, values_N: Tensor) -> Tensor:
-        return self.shard.of_all(values_N)
+        return self.shard.all_gather(values_N)
 
     def _restart(self, latents: Tensor, directions_LD: Tensor, encoder_norm: Tensor) -> None:
         """Those among them that are this rank's."""
@@ -111,7 +114,7 @@ class ShardedTrainer(SAETrainer):
 
     def collect(self) -> TopKSAE | None:
         """The SAE on the first rank, on the CPU, by way of the host's memory; None on the others."""
-        whole = {name: self.shard.collect(rows) for name, rows in self._by_latent()}
+        whole = {name: self.shard.gather(rows) for name, rows in self._by_latent()}
         if not self.shard.group.leads:
             return None
         whole["decoder.weight"] = whole["decoder.weight"].T

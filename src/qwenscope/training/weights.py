@@ -96,7 +96,7 @@ class Weights:
 
     def norm(self, encoder_bias: Tensor, pre_bias: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """The whole gradient's norm, from the norms of its parts; `rows`: of blocks of both matrices."""
-        return torch.stack([encoder_bias, pre_bias, *rows]).norm()
+        return torch.linalg.vector_norm(torch.stack([encoder_bias, pre_bias, *rows]))
 
     def refresh(self, name: str, rows: slice | Tensor = slice(None)) -> None:
         """Bring the shadow of `rows` up to date, if the matrix has one."""
