@@ -25,7 +25,7 @@ from qwenscope.training.weights import Weights
 class ShardedWeights(Weights):
     """This rank's latents of an SAE; sums over latents are over those of all ranks, the same bits on each."""
 
-    def __init__(self, sae: TopKSAE, shard: Shard, precision: Precision, moments: torch.dtype) -> None:
+    def __init__(self, sae: TopKSAE, shard: Shard, precision: Precision, moments: torch.dtype | None) -> None:
         self.shard = shard
         super().__init__(sae, precision, moments)
 
@@ -52,7 +52,8 @@ class ShardedWeights(Weights):
         """As of one process: the ranks have pre_bias alike, so that it counts on the first alone."""
         once = pre_bias if self.shard.group.leads else torch.zeros_like(pre_bias)
         of_ranks = self.shard.group.all_gather(super().norm(encoder_bias, once, rows))
-        return torch.linalg.vector_norm(torch.stack(of_ranks))
+        whole: Tensor = torch.stack(of_ranks).norm()
+        return whole
 
 
 class ShardedTrainer(SAETrainer):
@@ -81,7 +82,7 @@ class ShardedTrainer(SAETrainer):
         if self.pool is not None:
             self.pool = self._new_pool(shard.dict_size)
 
-    def _take(self, sae: TopKSAE, moments: torch.dtype) -> Weights:
+    def _take(self, sae: TopKSAE, moments: torch.dtype | None) -> Weights:
         return ShardedWeights(sae, self.shard, self.precision, moments)
 
     def step(self, x_BD: Tensor) -> StepMetrics:

@@ -27,7 +27,7 @@ from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_
 from qwenscope.training.gradients import Auxiliary, SparseGradient, k_largest, variance
 from qwenscope.training.optimizer import Adam, update
 from qwenscope.training.schedule import learning_rate
-from qwenscope.training.weights import PARAMETERS, Weights
+from qwenscope.training.weights import PARAMETERS, Weights, master_dtype
 
 PRECISIONS: tuple[Precision, ...] = ("exact", "fp32", "bf16")
 REDONE_SHARE = 1 / 8
@@ -72,7 +72,8 @@ class SAETrainer:
         precision: "fp32", "bf16", "exact" (candidates by fewer bits, float32 values and gradients) or "auto".
         betas, eps: Adam's.
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
-        moments: dtype of Adam's moments.
+        moments: dtype of Adam's moments: None, that of the weights (float32, or float64 of an SAE in float64), or
+            bfloat16, the second one rounded stochastically.
         seed: of the resampling.
 
     Raises:
@@ -96,7 +97,7 @@ class SAETrainer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
         clip_norm: float | None = 1.0,
-        moments: torch.dtype = torch.float32,
+        moments: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         _check(
@@ -110,7 +111,7 @@ class SAETrainer:
             resample_every_steps=resample_every_steps >= 0,
             precision=precision in ("auto", *PRECISIONS),
             clip_norm=clip_norm is None or clip_norm > 0,
-            moments=moments in (torch.float32, torch.bfloat16, torch.float64),
+            moments=moments in (None, master_dtype(sae), torch.bfloat16),
         )
         self.config = sae.config
         self.device = sae.pre_bias.device
@@ -136,12 +137,12 @@ class SAETrainer:
         self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
         self._names: Tensor | None = None  # latents that the dead-latent loss works with
         self._listed = False
-        self._lr = torch.zeros((), device=self.device)
+        self._lr = torch.zeros_like(self.rms)
         self._step = torch.zeros((), device=self.device)
         self.steps = 0
         self.tokens_trained = 0
 
-    def _take(self, sae: TopKSAE, moments: torch.dtype) -> Weights:
+    def _take(self, sae: TopKSAE, moments: torch.dtype | None) -> Weights:
         """Copies of the SAE's tensors, ready for training."""
         return Weights(sae, self.precision, moments)
 

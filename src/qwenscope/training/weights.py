@@ -1,4 +1,4 @@
-"""The trained tensors: float32 masters, Adam's moments, and shadows of fewer bits for the products.
+"""The trained tensors: masters (float32, or float64 of an SAE in float64), Adam's moments, and shadows of fewer bits for the products.
 
 Legend: B rows (tokens), D hidden, N latents, K active latents, M some of the latents.
 """
@@ -18,6 +18,11 @@ from qwenscope.sae.topk import TopKSAE
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "pre_bias")
 
 
+def master_dtype(sae: TopKSAE) -> torch.dtype:
+    """What an SAE is trained in: float64 if it is of that, else float32."""
+    return torch.float64 if sae.pre_bias.dtype == torch.float64 else torch.float32
+
+
 class Weights:
     """Parameters of one SAE in training order, each with its moments, and the sums over latents that a step needs.
 
@@ -26,8 +31,8 @@ class Weights:
     multiplies so, or in 8-bit integers; the caller refreshes them with `refresh` after each change.
     """
 
-    def __init__(self, sae: TopKSAE, precision: Precision, moments: torch.dtype) -> None:
-        dtype = torch.float64 if sae.pre_bias.dtype == torch.float64 else torch.float32
+    def __init__(self, sae: TopKSAE, precision: Precision, moments: torch.dtype | None) -> None:
+        dtype = master_dtype(sae)
         self.parameters: dict[str, Tensor] = {
             "encoder": sae.encoder.weight.detach().to(dtype, copy=True).contiguous(),
             "encoder_bias": sae.encoder.bias.detach().to(dtype, copy=True),
@@ -96,7 +101,8 @@ class Weights:
 
     def norm(self, encoder_bias: Tensor, pre_bias: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """The whole gradient's norm, from the norms of its parts; `rows`: of blocks of both matrices."""
-        return torch.linalg.vector_norm(torch.stack([encoder_bias, pre_bias, *rows]))
+        whole: Tensor = torch.stack([encoder_bias, pre_bias, *rows]).norm()
+        return whole
 
     def refresh(self, name: str, rows: slice | Tensor = slice(None)) -> None:
         """Bring the shadow of `rows` up to date, if the matrix has one."""
