@@ -25,7 +25,12 @@ DENSE_SHARE = 0.007
 
 
 def variance(x: ops.Panels) -> Tensor:
-    """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding."""
+    """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding.
+
+    A single row is its own mean: what it deviates from is then the pre_bias that has been subtracted from it.
+    """
+    if len(x) == 1:
+        return x.squares().sum().clamp_min(torch.finfo(x.parts[0].dtype).tiny)
     deviation = torch.stack([(part - part.mean(0)).square_().sum() for part in x.parts]).sum()
     return torch.maximum(deviation, 1e-6 * x.squares().sum()).clamp_min(torch.finfo(deviation.dtype).tiny)
 
