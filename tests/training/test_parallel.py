@@ -17,13 +17,13 @@ from tiny_run import BATCH, STEPS, final_hashes, metrics, status
 
 from qwenscope.activations import cache
 from qwenscope.corpus.batches import cut
+from qwenscope.costs import GPUS, ModelSize, position_seconds, step_seconds
 from qwenscope.errors import FormatError, RecipeError, ResourceError
 from qwenscope.parallel.group import Group
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.parallel.launch import joined
 from qwenscope.parallel.owners import owners
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.roofline import GPUS, ModelSize, position_seconds, step_seconds
 from qwenscope.training import checkpoint
 
 HIDDEN, FLOAT = 32, 4

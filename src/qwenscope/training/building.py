@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from qwenscope.costs import GPUS, position_seconds, size_of, step_seconds
 from qwenscope.lm.forward import RowSource
 from qwenscope.lm.load import LanguageModel
 from qwenscope.parallel.group import ALONE, Group
@@ -14,7 +15,6 @@ from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe
-from qwenscope.roofline import GPUS, position_seconds, size_of, step_seconds
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.seeds import derive_seed

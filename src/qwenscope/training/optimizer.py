@@ -71,7 +71,9 @@ class Adam:
 
 
 def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
-    """Round up or down to bfloat16, by way of float32, with probabilities that keep the mean; noise is a function of (step, place).
+    """Round up or down to bfloat16, by way of float32, with probabilities that keep the mean.
+
+    The noise is a function of (step, place).
 
     The second moment needs it: with beta2 = 0.999 nearly all its changes are below half a unit in the last place, and
     rounding to nearest would freeze it at its maximum.
