@@ -129,7 +129,8 @@ class SparseGradient:
         products_P = pairs.products(table, g_gathered) if on_gpu else pairs.products(weights["decoder"], g)
         delta_P = products_P.to(values_P.dtype) * active_P
         encoder_bias = pairs.totals(delta_P)
-        # Triangle inequality, latent by latent: usually far below the clipping norm, and then no norm is needed first.
+        # Triangle inequality, latent by latent: ||sum_p a_p g_b|| <= sum_p a_p ||g_b||, and likewise for the encoder.
+        # Usually that is far below the clipping norm, and then no norm is needed before the update.
         g_norm_B, x_norm_B = g.squares().sqrt(), rows.squares().sqrt()
         decoder_N = pairs.totals(values_P * g_norm_B[pairs.rows])
         encoder_N = pairs.totals(delta_P.abs() * x_norm_B[pairs.rows])

@@ -86,7 +86,7 @@ def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
 
 
 def _blocks(weights: Weights, gradient: SparseGradient) -> Iterator[tuple[str, slice, Tensor]]:
-    """(matrix, rows, their gradient), the decoder's without its component along each unit row."""
+    """(matrix, rows, their gradient), the decoder's without its part along each unit row d: g - <g, d> d."""
     n = weights.latents
     size = n if weights["decoder"].is_cuda else BLOCK_ROWS
     for start in range(0, n, size):
