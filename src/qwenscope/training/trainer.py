@@ -139,8 +139,7 @@ class SAETrainer:
         self._listed = False
         self._lr = torch.zeros_like(self.rms)
         self._step = torch.zeros((), device=self.device)
-        self.steps = 0
-        self.tokens_trained = 0
+        self.steps = self.tokens_trained = 0
 
     def _take(self, sae: TopKSAE, moments: torch.dtype | None) -> Weights:
         """Copies of the SAE's tensors, ready for training."""
