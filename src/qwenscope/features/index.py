@@ -31,7 +31,7 @@ from qwenscope.features.form import pack
 from qwenscope.features.integrity import FILE, FILES, PEAKS_BY_TOKEN, SCHEMA
 from qwenscope.features.parquet import ParquetFiles
 from qwenscope.features.store import VERSION, key_of
-from qwenscope.features.token_text import TokenText, pieces_of
+from qwenscope.features.token_text import TokenText, vocabulary_pieces
 from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
 from qwenscope.lm.load import LanguageModel
@@ -151,7 +151,7 @@ def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) 
 
 def _write_vocabulary(database: sqlite3.Connection, lm: LanguageModel) -> list[TokenText]:
     """Every token's text, or bytes where it writes a part of a character."""
-    pieces = pieces_of(lm.tokenizer, range(len(unembedding(lm))))
+    pieces = vocabulary_pieces(lm.tokenizer, len(unembedding(lm)))
     database.executemany("INSERT INTO vocabulary VALUES (?, ?)", enumerate(pieces))
     return pieces
 

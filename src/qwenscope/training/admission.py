@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError, RecipeError
+from qwenscope.limits import check_memory, check_workers
 from qwenscope.lm.forward import RowSource
-from qwenscope.lm.load import load_language_model, load_tokenizer
+from qwenscope.lm.load import load_config, load_language_model, load_tokenizer
 from qwenscope.lm.parity import check_parity, sample_rows
 from qwenscope.lm.vllm_engine import VllmModel, check_vllm
 from qwenscope.recipe import LMRecipe, Recipe
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PARITY_TOKENS = 4096
 """At least so many tokens are compared, of whole conversations."""
@@ -45,8 +46,11 @@ def open_source(
         ModelError: vLLM is missing, cannot run the model, or computes other rows.
         RecipeError: vLLM in several processes.
         CorpusError: the corpus holds no conversation.
+        ResourceError: windows or SAEs that no memory here holds.
     """
     layers, corpus = recipe.layers, recipe.corpus
+    check_workers(corpus.workers)  # before minutes of loading
+    check_memory(recipe, int(load_config(lm).hidden_size), ranks)
     if lm.backend == "transformers":
         return load_language_model(lm, last_layer=layers[-1]), None
     if ranks > 1:
@@ -64,7 +68,7 @@ def open_source(
     closing.callback(engine.close)
     found = sample_rows(engine, token_ids, layers, corpus.batch_tokens)
     verdict = check_parity(expected, found, engine.dtype, recipe.layer_names, who)
-    log.info("%s computes the rows of transformers on %s tokens", who, f"{verdict['tokens']:,}")
+    logger.info("%s computes the rows of transformers on %s tokens", who, f"{verdict['tokens']:,}")
     return engine, verdict
 
 
