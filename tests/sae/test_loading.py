@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qwenscope import TopKSAE, load_suite
 from qwenscope.checksums import write_checksums
 from qwenscope.errors import FormatError
-from qwenscope.sae.loading import check_sae_id
+from qwenscope.sae.files import check_sae_id
 
 HOSTILE_IDS = [
     "", ".", "..", "../sae_a", "sae_a/..", "sae_a/../sae_a", "../../etc/passwd", "/etc/passwd", "//etc", "/", "./sae_a",

@@ -30,7 +30,7 @@ from qwenscope.activations.windows import Windows
 from qwenscope.lm.load import load_language_model
 from qwenscope.ranks import Group
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.sae.topk import TopKSAE, random_directions
+from qwenscope.sae.sae import TopKSAE, random_directions
 from qwenscope.training import checkpoint
 from qwenscope.training.building import untrained
 from qwenscope.training.parallel import divide, owners

@@ -9,7 +9,7 @@ import torch
 from dense_autograd import DenseTrainer, support_of
 from torch import Tensor
 
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 # rows, hidden, latents, k: nothing divides anything; k = 1; k = n; groups of the two-stage top-k in use; one row fewer

@@ -8,8 +8,8 @@ import torch
 
 from qwenscope.lm.forward import RowSource
 from qwenscope.recipe import Recipe
+from qwenscope.sae.sae import TopKSAE, random_directions
 from qwenscope.sae.selection import Precision
-from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.seeds import derive_seed
 from qwenscope.training.shards import Shard
 from qwenscope.training.trainer import SAETrainer

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.ranks import ALONE, Group
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 _ALIGNED = 8  # latents: the two-stage top-k works on groups of that many columns
 _BY_LATENT = ("encoder", "decoder", "ages", "candidates")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qwenscope.errors import CheckpointError, TrainingError
 from qwenscope.sae import ops
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.sae.selection import Precision, Selector, best_precision
-from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
 from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
 from qwenscope.training.gradients import Auxiliary, SparseGradient, variance

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qwenscope.sae.eight_bit import EightBit
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.sae.selection import Precision, eight_bits_pay
-from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.shards import Shard
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "pre_bias")
