@@ -16,12 +16,12 @@ from qwenscope.costs import GPUS
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import load_language_model
+from qwenscope.parallel.owners import owners
 from qwenscope.planning import measure as measuring
 from qwenscope.planning.measure import Batches, Measured, batches_of, measurable, measure
 from qwenscope.planning.memory import GIB, memory_needs
 from qwenscope.planning.plan import model_size, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.training.parallel import owners
 
 PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
 

@@ -63,6 +63,19 @@ def test_outliers_and_broken_rows_go_at_all_hook_points(lm: LanguageModel) -> No
     assert list(zip(got.conversation_R.tolist(), got.position_R.tolist(), strict=True)) == kept
 
 
+def test_outliers_are_measured_by_the_median_and_not_by_a_mean_that_they_lift(lm: LanguageModel) -> None:
+    """Two rows in five are loud: a multiple of the mean norm would let all of them pass."""
+    crowd = [conversation(i, 50, *[LOUD] * 20) for i in range(20)]
+    loud = torch.zeros(1000, dtype=torch.bool)
+    for layer in LAYERS:
+        norm_R = alone(lm, crowd, layer).norm(dim=1)
+        ordered = sorted(norm_R.tolist())
+        loud |= norm_R > 3 * (ordered[499] + ordered[500]) / 2
+        assert not bool((norm_R > 3 * norm_R.mean()).any())
+    got = harvest(lm, crowd, LAYERS, ActivationsRecipe(outlier_factor=3.0), 400)
+    assert got.left_out["outlier"] == int(loud.sum()) >= 400
+
+
 def test_first_positions_are_left_out_on_request(lm: LanguageModel) -> None:
     got = harvest(lm, PLAIN, LAYERS, ActivationsRecipe(outlier_factor=None, skip_first_position=True), 256)
     assert got.left_out["first_position"] == len(PLAIN)

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwenscope.activations.division import Division
 from qwenscope.corpus.batches import Batch, make_batches
 from qwenscope.errors import TrainingError
 from qwenscope.lm.forward import RowSource
+from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.recipe import ActivationsRecipe
 
 NON_FINITE_LIMIT = 0.01
@@ -55,7 +55,7 @@ def harvest(
     activations: ActivationsRecipe,
     batch_tokens: int,
     names: Mapping[int, str] | None = None,
-    division: Division | None = None,
+    plan: HarvestPlan | None = None,
 ) -> Harvest:
     """Residual-stream rows of every token of `conversations` after each of `layers`.
 
@@ -70,18 +70,18 @@ def harvest(
         activations: Which rows are left out.
         batch_tokens: Token budget of one language-model batch, padding included.
         names: {layer: hook point} for messages.
-        division: Among several ranks, which all call this with the same conversations; None is one process alone.
+        plan: Among several ranks, which all call this with the same conversations; None is one process alone.
 
     Raises:
         TrainingError: more than 1 % non-finite rows; names the hook point.
     """
-    division = division or Division.alone(layers)
-    rank = division.group.rank
+    plan = plan or HarvestPlan.alone(layers)
+    rank = plan.group.rank
     lengths = [len(conversation.token_ids) for conversation in conversations]
     pad_id = lm.tokenizer.pad_token_id or 0  # any id does: padding reaches no token before it
     batches = make_batches(lengths, [conversation.token_ids for conversation in conversations], batch_tokens, pad_id)
     positions = [batch.input_ids_CT.numel() for batch in batches]
-    dealt = division.deal(positions)
+    dealt = plan.deal(positions)
     rank_C = torch.empty(len(lengths), dtype=torch.int64)  # who harvests each conversation
     for batch, one in zip(batches, dealt, strict=True):
         rank_C[batch.members] = one
@@ -93,13 +93,13 @@ def harvest(
     conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths_C)
     position_R = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
     rank_R = torch.repeat_interleave(rank_C, lengths_C)
-    keep_R, left_out = _kept(division.norms_of_all(norms, rank_R), position_R, activations, names or {})
+    keep_R, left_out = _kept(plan.norms_of_all(norms, rank_R), position_R, activations, names or {})
     if not bool(keep_R.all()):
         index = keep_R[rank_R == rank].nonzero().squeeze(1).to(lm.device)
         for layer in layers:  # one hook point at a time: the peak is one window and one layer
             rows[layer] = rows[layer][index]
         conversation_R, position_R, rank_R = conversation_R[keep_R], position_R[keep_R], rank_R[keep_R]
-    rows = division.rows_to_owners(rows, rank_R)
+    rows = plan.rows_to_owners(rows, rank_R)
     return Harvest(rows, conversation_R, position_R, left_out, 1 - sum(lengths) / sum(positions))
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # the rooms are imported where they are needed: `--help` answers at once
     from qwenscope.recipe import Recipe
-    from qwenscope.training.run import OnProgress
+    from qwenscope.training.telemetry import OnProgress
     from qwenscope.training.telemetry import Progress as RunProgress
 
 _LINE_SECONDS = 15.0

@@ -9,10 +9,9 @@ from transformers import PretrainedConfig
 
 from qwenscope.costs import layers_held, trained_bytes
 from qwenscope.lm.load import pick_dtype
+from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.planning.measure import BATCH_POSITIONS, batches_of
 from qwenscope.recipe import Recipe
-from qwenscope.training.parallel import owners
-from qwenscope.training.shards import Piece, shared
 
 GIB = 1 << 30
 Held = Sequence[Sequence[Piece]]

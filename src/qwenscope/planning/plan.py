@@ -38,11 +38,10 @@ from qwenscope.costs import (
 )
 from qwenscope.errors import ModelError
 from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config, pick_dtype
+from qwenscope.parallel.owners import Piece, owners
 from qwenscope.planning.measure import PADDING, Measured, batches_of
 from qwenscope.planning.memory import GIB, Held, fitting, row_bytes
 from qwenscope.recipe import Recipe
-from qwenscope.training.parallel import owners
-from qwenscope.training.shards import Piece
 
 _AROUND: Range = (1.1, 0.95)  # of measured times: gathers, logs and checkpoints come on top of them
 _FLOAT32_SHARE = 1 / 16  # of a card's bf16 rate

@@ -19,12 +19,16 @@ from torch import Tensor
 from qwenscope.costs import DENSE_SHARE
 from qwenscope.sae import ops
 from qwenscope.sae.selection import Selection
-from qwenscope.training.shards import Shard
 from qwenscope.training.weights import Weights
 
 
 def variance(x: ops.Panels) -> Tensor:
-    """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding."""
+    """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding.
+
+    A single row is its own mean: what it deviates from is then the pre_bias that has been subtracted from it.
+    """
+    if len(x) == 1:
+        return x.squares().sum().clamp_min(torch.finfo(x.parts[0].dtype).tiny)
     deviation = torch.stack([(part - part.mean(0)).square_().sum() for part in x.parts]).sum()
     return torch.maximum(deviation, 1e-6 * x.squares().sum()).clamp_min(torch.finfo(deviation.dtype).tiny)
 
@@ -47,27 +51,33 @@ class Auxiliary:
         cls,
         weights: Weights,
         rows: ops.Panels,
-        residual: ops.Panels,
+        error: ops.Panels,
         pre_BM: Tensor,
+        kept_BM: Tensor,
         latents: Tensor,
-        k: int,
         scale: float,
     ) -> Auxiliary:
-        """Reconstruct what is left, e = -residual, from the k largest dead pre-activations of each row, without ReLU.
+        """Reconstruct what is left, e = x - x_hat = -error, from the kept dead pre-activations, without ReLU.
 
-        loss = ||e - e_hat||^2 / ||e - mean(e)||^2, e held fixed. The products run in `pre_BM`'s dtype; where that is
-        bfloat16, the gradient (weighted by `scale`) carries its rounding.
+        With codes c (the kept pre-activations, else 0), W and V the dead rows of encoder and decoder, e held fixed:
+
+            e_hat = c V                         loss = ||e - e_hat||^2 / whole,  whole = ||e - mean(e)||^2
+            g = dLoss/de_hat = 2 (e_hat - e) / whole
+            dV = c^T g                          delta = g V^T where kept;  dW = delta^T x,  dbias = sum_b delta
+
+        The products run in `pre_BM`'s dtype; where that is bfloat16, the gradient (weighted by `scale`) carries its
+        rounding.
         """
-        dtype, full = pre_BM.dtype, residual.parts[0].dtype
-        left_BM = _left_out(pre_BM, k, weights.shard)
+        dtype, full = pre_BM.dtype, error.parts[0].dtype
+        left_BM = ~kept_BM
         codes_BM = pre_BM.masked_fill(left_BM, 0.0)
         decoder_MD = weights["decoder"][latents].to(dtype)
-        g_BD, whole = weights.shard.total(codes_BM @ decoder_MD), variance(residual)
+        g_BD, whole = weights.decode_dense(codes_BM, decoder_MD), variance(error)
         losses = []
-        for part, left in zip(ops.cut(g_BD), residual.parts, strict=True):
-            error = left + part
-            losses.append(torch.linalg.vector_norm(error).square())
-            part.copy_(error.mul_(2 * scale / whole))
+        for e_hat, minus_e in zip(ops.cut(g_BD), error.parts, strict=True):  # g_BD begins as e_hat
+            off = minus_e + e_hat
+            losses.append(torch.linalg.vector_norm(off).square())
+            e_hat.copy_(off.mul_(2 * scale / whole))
         delta_BM = (g_BD @ decoder_MD.T).masked_fill_(left_BM, 0.0)
         return cls(
             torch.stack(losses).sum() / whole,
@@ -78,22 +88,18 @@ class Auxiliary:
         )
 
 
-def _left_out(pre_BM: Tensor, k: int, shard: Shard) -> Tensor:
-    """Which pre-activations are not among the k largest of their row -> bool [B, M]."""
-    count = pre_BM.shape[1]
-    if shard.group.size == 1:
-        left_out = pre_BM.topk(max(0, count - k), dim=1, largest=False, sorted=False).indices
-        return torch.zeros_like(pre_BM, dtype=torch.bool).scatter_(1, left_out, True)
-    values, places = pre_BM.topk(min(k, count), dim=1, sorted=False)
-    return torch.ones_like(pre_BM, dtype=torch.bool).scatter_(1, places, ~shard.largest(values, k))
+def k_largest(pre_BM: Tensor, k: int) -> Tensor:
+    """Which pre-activations are among the k largest of their row -> bool [B, M]."""
+    left_out = pre_BM.topk(max(0, pre_BM.shape[1] - k), dim=1, largest=False, sorted=False).indices
+    return torch.ones_like(pre_BM, dtype=torch.bool).scatter_(1, left_out, False)
 
 
 @dataclass(frozen=True, slots=True)
 class SparseGradient:
-    """Gradient of one batch's loss for all parameters of this rank, before the decoder's projection.
+    """Gradient of one batch's loss for all parameters, before the decoder's projection.
 
     x, g: centred rows and dLoss/dx_hat [B, D], in the dtype that row gradients gather. encoder_bias [N], pre_bias [D]:
-    complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm over all ranks.
+    complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm.
     """
 
     x: ops.Panels
@@ -112,7 +118,7 @@ class SparseGradient:
         cls, weights: Weights, rows: ops.Panels, g: ops.Panels, selection: Selection, auxiliary: Auxiliary | None
     ) -> SparseGradient:
         """Products of the active pairs, and everything that is small."""
-        n, k, table, shard = weights.latents, selection.values.shape[1], weights.decoder, weights.shard
+        n, k, table = weights.latents, selection.values.shape[1], weights.decoder
         on_gpu = table.is_cuda
         dense = on_gpu and table.dtype == torch.bfloat16 and k > DENSE_SHARE * n
         pairs = (ops.DensePairs if dense else ops.Pairs).of(selection.indices, n)
@@ -123,7 +129,8 @@ class SparseGradient:
         products_P = pairs.products(table, g_gathered) if on_gpu else pairs.products(weights["decoder"], g)
         delta_P = products_P.to(values_P.dtype) * active_P
         encoder_bias = pairs.totals(delta_P)
-        # Triangle inequality, latent by latent: usually far below the clipping norm, and then no norm is needed first.
+        # Triangle inequality, latent by latent: ||sum_p a_p g_b|| <= sum_p a_p ||g_b||, and likewise for the encoder.
+        # Usually that is far below the clipping norm, and then no norm is needed before the update.
         g_norm_B, x_norm_B = g.squares().sqrt(), rows.squares().sqrt()
         decoder_N = pairs.totals(values_P * g_norm_B[pairs.rows])
         encoder_N = pairs.totals(delta_P.abs() * x_norm_B[pairs.rows])
@@ -132,8 +139,7 @@ class SparseGradient:
             latents = auxiliary.latents
             encoder_bias.index_copy_(0, latents, encoder_bias[latents] + auxiliary.bias_M)
             extra = [auxiliary.encoder_MD.norm(), auxiliary.decoder_MD.norm()]
-        through_encoder = shard.total(encoder_bias @ weights["encoder"])
-        pre_bias = torch.cat([part.sum(0) for part in g.parts]) - through_encoder
+        pre_bias = torch.cat([part.sum(0) for part in g.parts]) - weights.through_encoder(encoder_bias)
         sparse = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm()
         return cls(
             x_gathered,
@@ -144,7 +150,7 @@ class SparseGradient:
             encoder_bias,
             pre_bias,
             pairs.totals(active_P.to(values_P.dtype)) > 0,
-            shard.total(sparse + sum(extra)),
+            weights.bound(sparse + sum(extra)),
             auxiliary,
         )
 

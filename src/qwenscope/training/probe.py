@@ -15,7 +15,7 @@ import torch
 from qwenscope.errors import CheckpointError, ModelError
 from qwenscope.lm.forward import RowSource
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _POSITIONS = 16
 _OTHER_MODEL = 0.05  # relative difference of norms that no rounding makes, bfloat16 included

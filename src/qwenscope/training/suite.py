@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from qwenscope.errors import TrainingError
 from qwenscope.lm.forward import RowSource
-from qwenscope.ranks import Group
+from qwenscope.parallel.group import Group
+from qwenscope.parallel.owners import overlaps, owners, state_of
+from qwenscope.parallel.shard import shards
 from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision
 from qwenscope.training.building import build_trainer
-from qwenscope.training.parallel import owners, shards
-from qwenscope.training.shards import overlaps, state_of
 from qwenscope.training.trainer import StepMetrics
 
+T = TypeVar("T")
+_LARGEST = 1e15  # root mean square of rows whose squares, summed over a batch, float32 holds with room to spare
 NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")
 """Of StepMetrics, in metrics.jsonl under these names; `dead` as a share there."""
+
+
+def rows_spread(rows_RD: Tensor) -> tuple[float, float]:
+    """Root mean square of the elements' deviations from the rows' mean, and of the elements, in float64."""
+    count, mean_D = rows_RD.numel(), rows_RD.mean(0, dtype=torch.float64)
+    deviations = sum(float((chunk.double() - mean_D).square().sum()) for chunk in torch.split(rows_RD, 1024))
+    return (deviations / count) ** 0.5, (deviations / count + float(mean_D.square().mean())) ** 0.5
 
 
 def wanted(recipe: Recipe, group: Group) -> Callable[[str], bool]:
@@ -42,7 +51,7 @@ class Suite:
             group: Whose ranks share the SAEs.
             precision: Per SAE what an earlier session settled on; the recipe's where it says nothing.
         """
-        self._points = recipe.hook_points
+        self._points, self._group = recipe.hook_points, group
         self._pieces = {piece.sae_id: piece for piece in owners(recipe, group.size)[group.rank]}
         self._trainers = {
             sae_id: build_trainer(recipe, lm, sae_id, precision.get(sae_id, recipe.training.precision), shard)
@@ -51,15 +60,37 @@ class Suite:
         self._last: dict[str, StepMetrics] = {}
         self._finite: list[tuple[int, str, Tensor]] = []  # flags of steps not looked at yet
 
-    @property
     def precision(self) -> dict[str, Precision]:
-        """What each trainer settled on."""
-        return {sae_id: trainer.precision for sae_id, trainer in self._trainers.items()}
+        """What the trainers of all ranks settled on."""
+        return self._of_all(lambda: {sae_id: trainer.precision for sae_id, trainer in self._trainers.items()})
 
     def calibrate(self, rows: Mapping[int, Tensor]) -> None:
-        """Fit every SAE to the first rows {layer: x_RD} of a run."""
+        """Fit every SAE to the first rows {layer: x_RD} of a run.
+
+        Raises:
+            TrainingError: on all ranks, if rows of one cannot be learnt from.
+        """
+        self._group.all_gather_object(lambda: self._check_rows(rows))
         for sae_id, trainer in self._trainers.items():
             trainer.calibrate(rows[self._points[sae_id].layer])
+
+    def _check_rows(self, rows: Mapping[int, Tensor]) -> None:
+        for sae_id, trainer in self._trainers.items():
+            layer = self._points[sae_id].layer
+            spread, size = rows_spread(rows[layer])
+            of = f"{sae_id}: its {len(rows[layer]):,} calibration rows after layer {layer}"
+            if spread <= 1e-6 * size:  # less is rounding
+                raise TrainingError(
+                    f"{of} do not differ: nothing to learn from; raise training.calibration_tokens if it is small, "
+                    "else look at lm.model's weights"
+                )
+            if size > _LARGEST:
+                raise TrainingError(f"{of} are about {size:.1g}, too large for float32; look at lm.model's weights")
+            if not trainer.normalise and spread < trainer.lr / 10:
+                raise TrainingError(
+                    f"{of} spread by {spread:.1g}, far below the learning rate {trainer.lr:g}, so that each step would "
+                    "overshoot; set training.normalise to true"
+                )
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on from a checkpoint's {stem: tensors}, whatever ranks wrote them.
@@ -94,11 +125,15 @@ class Suite:
         self._finite.clear()
 
     def numbers(self) -> dict[str, dict[str, float]]:
-        """The last step's numbers of each SAE: one transfer for all.
+        """The last step's numbers of each SAE, those of other ranks too.
 
         Raises:
             TrainingError: as `check_finite`.
         """
+        return self._of_all(self._own_numbers)
+
+    def _own_numbers(self) -> dict[str, dict[str, float]]:
+        """Of this rank's SAEs: one transfer from the device for all."""
         self.check_finite()
         tensors = [getattr(metrics, name).float() for metrics in self._last.values() for name in NUMBERS]
         numbers = iter(torch.stack(tensors).tolist() if tensors else ())
@@ -118,3 +153,8 @@ class Suite:
         for sae_id in self._points:
             trainer = self._trainers.get(sae_id)
             yield sae_id, None if trainer is None else trainer.collect()
+
+    def _of_all(self, act: Callable[[], dict[str, T]]) -> dict[str, T]:
+        """What `act` says of each rank's own SAEs, for all of them, in the recipe's order."""
+        merged = {sae_id: value for part in self._group.all_gather_object(act) for sae_id, value in part.items()}
+        return {sae_id: merged[sae_id] for sae_id in self._points}

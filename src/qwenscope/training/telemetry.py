@@ -11,8 +11,7 @@ import json
 import logging
 import math
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 from qwenscope.errors import RecipeError
 from qwenscope.files import disk_full_named, write_text
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WALL_CLOCK_FIELDS = ("seconds", "tokens_per_second")
 
@@ -49,6 +48,9 @@ class Progress:
     tokens_per_second: float = 0.0
     eta_seconds: float | None = None
     saes: Mapping[str, SAEProgress] | None = None
+
+
+OnProgress = Callable[[Progress], None]
 
 
 class Sink(Protocol):
@@ -81,7 +83,7 @@ class MetricsFile:
         try:
             self._write()
         except OSError as error:
-            log.error("cannot write %s (%s); %d lines wait", self._path, error.strerror, len(self._waiting))
+            logger.error("cannot write %s (%s); %d lines wait", self._path, error.strerror, len(self._waiting))
 
     def flush(self) -> None:
         """Write what waits and make it survive a power cut.
@@ -133,7 +135,7 @@ class Telemetry:
         try:
             act(self._sinks[name])
         except Exception as error:  # someone else's service: whatever it raises must not cost the run
-            log.error("telemetry sink %s failed and is dropped: %s", name, error)
+            logger.error("telemetry sink %s failed and is dropped: %s", name, error)
             del self._sinks[name]
 
 
@@ -150,14 +152,12 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Tracked(ABC):
+class _Tracked:
     """Weights & Biases and trackio share one interface; a resumed run goes on under its folder's name."""
 
-    module = ""
-
-    def __init__(self, run: Path, config: Mapping[str, Any], last_step: int) -> None:
-        self._module = _import(self.module, self.module)
-        self._begin(run.resolve(), dict(config))
+    def __init__(self, module: str, run: Path, config: Mapping[str, Any], **options: str) -> None:
+        self._module = _import(module, module)
+        self._module.init(project="qwenscope", name=run.name, config=dict(config), resume="allow", **options)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._module.log(dict(values), step=step)
@@ -165,26 +165,21 @@ class _Tracked(ABC):
     def close(self) -> None:
         self._module.finish()
 
-    @abstractmethod
-    def _begin(self, run: Path, config: dict[str, Any]) -> None:
-        """Open the service's own run."""
+
+def _wandb(run: Path, config: Mapping[str, Any], last_step: int) -> Sink:
+    run = run.resolve()
+    return _Tracked("wandb", run, config, id=run.name, dir=str(run))
 
 
-class _WandB(_Tracked):
-    module = "wandb"
-
-    def _begin(self, run: Path, config: dict[str, Any]) -> None:
-        self._module.init(project="qwenscope", name=run.name, id=run.name, dir=str(run), config=config, resume="allow")
+def _trackio(run: Path, config: Mapping[str, Any], last_step: int) -> Sink:
+    return _Tracked("trackio", run.resolve(), config)
 
 
-class _Trackio(_Tracked):
-    module = "trackio"
-
-    def _begin(self, run: Path, config: dict[str, Any]) -> None:
-        self._module.init(project="qwenscope", name=run.name, config=config, resume="allow")
-
-
-_SINKS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}
+_SINKS: dict[str, Callable[[Path, Mapping[str, Any], int], Sink]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}
 
 
 def _import(module: str, extra: str) -> Any:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenscope.ranks import ALONE, Group
+from qwenscope.parallel.group import ALONE, Group
 
 
 @dataclass(frozen=True)
-class Division:
+class HarvestPlan:
     """Who does what in a window."""
 
     group: Group
@@ -31,7 +31,7 @@ class Division:
     """Whether a window may only be harvested between SAE steps, whatever `activations.overlap` says."""
 
     @classmethod
-    def alone(cls, layers: Sequence[int]) -> Division:
+    def alone(cls, layers: Sequence[int]) -> HarvestPlan:
         """One process does everything."""
         return cls(ALONE, (tuple(layers),), (0.0,))
 
@@ -66,7 +66,7 @@ class Division:
             return dict(norms)
         counts = torch.bincount(rank_T, minlength=group.size).tolist()
         own = torch.stack(list(norms.values()), dim=1)
-        arrived_TL = group.exchange(own.repeat(group.size, 1), [len(own)] * group.size, counts)
+        arrived_TL = group.all_to_all(own.repeat(group.size, 1), [len(own)] * group.size, counts)
         placed_TL = torch.empty_like(arrived_TL)
         placed_TL[rank_T.argsort(stable=True).to(own.device)] = arrived_TL
         return {layer: placed_TL[:, column] for column, layer in enumerate(norms)}
@@ -84,7 +84,7 @@ class Division:
         outgoing = torch.cat([some[:0], *(rows[layer] for layers in self.layers for layer in layers)])
         rows.clear()
         own = self.own_layers
-        arrived = group.exchange(
+        arrived = group.all_to_all(
             outgoing, [count * len(layers) for layers in self.layers], [other * len(own) for other in counts]
         )
         del outgoing  # as much again as arrives, where every rank needs every layer
