@@ -64,7 +64,7 @@ def ours(precision: str, latents: int, k: int, dead: Tensor, x: Tensor) -> tuple
         trainer.step(rows)
 
     def select(rows: Tensor) -> Any:
-        return trainer._selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"])
+        return trainer.active.selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"])
 
     found = select(x - weights["pre_bias"])
     pairs = ops.Pairs.of(found.indices, latents)

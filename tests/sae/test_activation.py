@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwenscope import SAE, TopKSAE, load_suite
 from qwenscope.errors import FormatError
-from qwenscope.sae.activation import ACTIVATIONS, largest_alone
+from qwenscope.sae.activation import ACTIVATIONS, k_largest
 from qwenscope.sae.formats import EXPORTS, FORMATS, IMPORTS, export_suite, import_suite
 from qwenscope.sae.sae import Codes
 
@@ -84,7 +84,7 @@ def test_codes_of_unlike_widths_are_put_together() -> None:
 
 def test_batch_topk_keeps_the_largest_of_the_batch() -> None:
     values_BC = torch.rand(20, 9, generator=torch.Generator().manual_seed(5))
-    kept = ACTIVATIONS["batch_topk"](3).keep(values_BC, largest_alone)
+    kept = ACTIVATIONS["batch_topk"](3).keep(values_BC, k_largest)
     assert int((kept > 0).sum()) == 60
     smallest = values_BC.flatten().sort(descending=True).values[59]
     assert torch.equal(kept, values_BC * (values_BC >= smallest))

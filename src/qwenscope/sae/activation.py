@@ -130,9 +130,7 @@ def activation_of(name: str, k: int) -> Activation:
     return ACTIVATIONS[name](k)
 
 
-def largest_alone(values_RC: Tensor, k: int) -> Tensor:
-    """`Largest` where all latents are here; rows of at most k values keep them all."""
-    if values_RC.shape[1] <= k:
-        return torch.ones_like(values_RC, dtype=torch.bool)
-    kept = torch.zeros_like(values_RC, dtype=torch.bool)
-    return kept.scatter_(1, values_RC.topk(k, dim=1, sorted=False).indices, True)
+def k_largest(values_RC: Tensor, k: int) -> Tensor:
+    """`Largest` where all latents are here."""
+    left_out = values_RC.topk(max(0, values_RC.shape[1] - k), dim=1, largest=False, sorted=False).indices
+    return torch.ones_like(values_RC, dtype=torch.bool).scatter_(1, left_out, False)

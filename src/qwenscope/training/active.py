@@ -1,0 +1,73 @@
+"""Which latents are active in a batch in training: candidates by the selector, those that stay by the activation.
+
+Legend: B rows (tokens), C candidates of a row, N latents, M dead latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qwenscope.sae import ops
+from qwenscope.sae.activation import Activation, k_largest
+from qwenscope.sae.selection import Precision, Selection, Selector
+from qwenscope.training.weights import Weights
+
+THRESHOLD_RATE = 0.01
+"""Weight of a step in the running mean of the smallest active value; the first 100 steps weigh alike."""
+
+
+class ActiveLatents:
+    """Selects a batch's active latents, and follows the threshold of activations that have one.
+
+    Args:
+        activation: of the whole SAE.
+        weights: its latents, or this process' of them.
+        precision: of the selection.
+    """
+
+    def __init__(self, activation: Activation, weights: Weights, precision: Precision) -> None:
+        self.activation, self.weights = activation, weights
+        self.selector = Selector(min(activation.candidates, weights.latents), precision)
+        self.threshold = torch.zeros_like(weights["pre_bias"][0])
+        """0-dim: the running mean of each batch's smallest active value, of normalised rows; 0 without a threshold."""
+
+    def select(self, rows: ops.Panels, names: Tensor | None) -> Selection:
+        """The active latents of a batch, as candidates of which those that are not active have the value 0.
+
+        Where rows share them, one whose candidates are all active may have more: on a CPU the batch is then selected
+        again among twice as many. A GPU would have to be waited for; there such a row keeps its candidates.
+        """
+        weights, selector = self.weights, self.selector
+        while True:
+            selection = selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"], names)
+            selection = replace(selection, values=self.keep(selection.values))
+            if not self.activation.by_batch or rows.parts[0].is_cuda or not self._exhausted(selection.values):
+                return selection
+            selector = Selector(min(2 * selector.k, weights.latents), selector.precision)
+
+    def keep(self, values_BC: Tensor) -> Tensor:
+        """Candidates' values after ReLU -> 0 for those that are not active."""
+        return self.activation.keep(values_BC, self.largest)
+
+    def largest(self, values_RC: Tensor, k: int) -> Tensor:
+        """Which values are among the k largest of their row, over all latents of the SAE -> bool [R, C]."""
+        return k_largest(values_RC, k)
+
+    def follow(self, values_BC: Tensor, step: Tensor, finite: Tensor) -> None:
+        """Take a batch's smallest active value into the threshold, unless the step (0-dim, from 1) was not finite."""
+        if self.activation.has_threshold:
+            smallest = self._smallest(values_BC)
+            rate = (1 / step.to(smallest)).clamp_min(THRESHOLD_RATE)
+            moved = self.threshold + rate * (smallest - self.threshold)
+            self.threshold.copy_(torch.where(finite & smallest.isfinite(), moved, self.threshold))
+
+    def _exhausted(self, values_BC: Tensor) -> bool:
+        """Whether all candidates of some row are active, and there are more latents than candidates."""
+        return values_BC.shape[1] < self.weights.latents and bool((values_BC > 0).all(1).any())
+
+    def _smallest(self, values_BC: Tensor) -> Tensor:
+        """The smallest active value, over all latents of the SAE; infinity if none is."""
+        return values_BC.masked_fill(values_BC <= 0, torch.inf).min()
