@@ -66,7 +66,7 @@ def test_gradients_equal_dense_autograd(uneven: bool) -> None:
             wanted = wanted - (wanted * value.detach()).sum(1, keepdim=True) * value.detach()
         seen = trainer.weights.means[name] / 0.1
         assert float((seen - wanted).norm() / wanted.norm()) < 1e-9, name
-    assert float(trainer.active.threshold) == pytest.approx(float(codes[codes > 0].min()))
+    assert float(trainer.active.threshold) == pytest.approx(float(codes.detach()[codes > 0].min()))
 
 
 def untrained(steps: int, **options: Any) -> SAETrainer:
