@@ -5,6 +5,7 @@ Legend: B rows (tokens), C candidates of a row, N latents, M dead latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -35,22 +36,31 @@ class ActiveLatents:
         """0-dim: the running mean of each batch's smallest active value, of normalised rows; 0 without a threshold."""
 
     def select(self, rows: ops.Panels, names: Tensor | None) -> Selection:
-        """The active latents of a batch, as candidates of which those that are not active have the value 0.
+        """The active latents of a batch, by the precision's products; `names` as of the selector."""
+        weights = self.weights
+
+        def candidates(width: int) -> Selection:
+            selector = self.selector if width == self.selector.k else Selector(width, self.selector.precision)
+            return selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"], names)
+
+        return self.among(candidates)
+
+    def among(self, candidates: Callable[[int], Selection]) -> Selection:
+        """The active ones among a batch's candidates, of which those that are not active get the value 0.
 
         Where rows share them, one whose candidates are all active may have more: on a CPU the batch is then selected
         again among twice as many. A GPU would have to be waited for; there such a row keeps its candidates.
-        """
-        weights, selector = self.weights, self.selector
-        while True:
-            selection = selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"], names)
-            selection = replace(selection, values=self.keep(selection.values))
-            if not self.activation.by_batch or rows.parts[0].is_cuda or not self._exhausted(selection.values):
-                return selection
-            selector = Selector(min(2 * selector.k, weights.latents), selector.precision)
 
-    def keep(self, values_BC: Tensor) -> Tensor:
-        """Candidates' values after ReLU -> 0 for those that are not active."""
-        return self.activation.keep(values_BC, self.largest)
+        Args:
+            candidates: that many of each row's largest pre-activations, after ReLU.
+        """
+        width = self.selector.k
+        while True:
+            selection = candidates(width)
+            values = self.activation.keep(selection.values, self.largest)
+            if not self.activation.by_batch or values.is_cuda or not self._exhausted(values):
+                return replace(selection, values=values)
+            width = min(2 * width, self.weights.latents)
 
     def largest(self, values_RC: Tensor, k: int) -> Tensor:
         """Which values are among the k largest of their row, over all latents of the SAE -> bool [R, C]."""
