@@ -45,6 +45,15 @@ class ActiveLatents:
 
         return self.among(candidates)
 
+    def of(self, pre_BN: Tensor) -> Selection:
+        """The active latents of a batch whose pre-activations are all known."""
+
+        def candidates(width: int) -> Selection:
+            values_BC, indices_BC = pre_BN.topk(width, dim=1, sorted=False)
+            return Selection(values_BC.relu(), indices_BC, None, 0)
+
+        return self.among(candidates)
+
     def among(self, candidates: Callable[[int], Selection]) -> Selection:
         """The active ones among a batch's candidates, of which those that are not active get the value 0.
 

@@ -113,7 +113,8 @@ class ShardedTrainer(SAETrainer):
 
     def step(self, x_BD: Tensor) -> StepMetrics:
         own = super().step(x_BD)
-        return replace(own, l0=self.shard.all_reduce(own.l0), dead=self.shard.all_reduce(own.dead))
+        active = self.shard.all_reduce((own.l0 * len(x_BD)).round())  # whole numbers add up exactly
+        return replace(own, l0=active / len(x_BD), dead=self.shard.all_reduce(own.dead))
 
     def _share_redone(self, selection: Selection) -> float:
         everywhere = self.shard.all_reduce(torch.tensor(selection.redone))

@@ -144,8 +144,7 @@ class SAETrainer:
         self._listed = False
         self._lr = torch.zeros_like(self.rms)
         self._step = torch.zeros((), device=self.device)
-        self.steps = 0
-        self.tokens_trained = 0
+        self.steps = self.tokens_trained = 0
 
     def _take(self, sae: SAE, moments: torch.dtype | None) -> Weights:
         """Copies of the SAE's tensors, ready for training."""
@@ -189,8 +188,8 @@ class SAETrainer:
         target = fitted = torch.zeros_like(self.rms)
         for chunk in chunks:
             x = self._rows(chunk)[:]
-            values, indices = (x @ decoder.T).topk(self.active.selector.k, dim=1, sorted=False)
-            x_hat = self.weights.decode_exactly(indices, self.active.keep(values.relu()))
+            active = self.active.of(x @ decoder.T)
+            x_hat = self.weights.decode_exactly(active.indices, active.values)
             target = target + (x * x_hat).sum()
             fitted = fitted + x_hat.square().sum()
         self.weights["encoder"].copy_(decoder * torch.where(fitted > 0, target / fitted, 1.0))
