@@ -69,12 +69,12 @@ def untrained(hidden_dim: int, shard: Shard, seed: int, activation: str = TopK.n
     config = {"hidden_dim": hidden_dim, "dict_size": latents, "k": min(shard.k, latents)}
     weights = {
         "encoder.weight": decoder_ND.clone(),
-        "encoder.bias": torch.zeros(latents),
+        "encoder.bias": torch.zeros(latents, dtype=torch.float32),
         "decoder.weight": decoder_ND.T,
-        "pre_bias": torch.zeros(hidden_dim),
+        "pre_bias": torch.zeros(hidden_dim, dtype=torch.float32),
     }
     if ACTIVATIONS[activation].has_threshold:
-        weights["threshold"] = torch.zeros(latents)
+        weights["threshold"] = torch.zeros(latents, dtype=torch.float32)
     return SAE.of(config | ({} if activation == TopK.name else {"activation": activation}), weights)
 
 

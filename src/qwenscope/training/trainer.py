@@ -143,7 +143,7 @@ class SAETrainer:
         self._names: Tensor | None = None  # latents that the dead-latent loss works with
         self._listed = False
         self._lr = torch.zeros_like(self.rms)
-        self._step = torch.zeros((), device=self.device)
+        self._step = torch.zeros((), device=self.device, dtype=torch.float32)
         self.steps = self.tokens_trained = 0
 
     def _take(self, sae: SAE, moments: torch.dtype | None) -> Weights:

@@ -27,8 +27,19 @@ function once(path) {
   return kept.get(path);
 }
 
-const post = (path, body, method = "POST") =>
-  fetchJson(path, { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+const sent = (body, method = "POST") => ({
+  method,
+  headers: { "Content-Type": "application/json" },
+  body: JSON.stringify(body),
+});
+
+// What the language model does for this page ends with a signal: Esc, or another view.
+let running = new AbortController();
+export function stopRunning() {
+  running.abort();
+  running = new AbortController();
+}
+export const reason = (error) => (error.name === "AbortError" ? "stopped" : error.message);
 
 export const suite = () => once(LIVE ? "api/suite" : "suite");
 
@@ -78,15 +89,11 @@ export async function search(query, sae) {
     .map((hit) => hit[1]);
 }
 
-export const read = (text, chat) => post("api/read", { text, chat });
+export const read = (text, chat) => fetchJson("api/read", { ...sent({ text, chat }), signal: running.signal });
 
 // Calls onPiece with each piece of the steered text and its controls as it is written.
 export async function steer(body, onPiece) {
-  const response = await fetch("api/steer", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-  });
+  const response = await fetch("api/steer", { ...sent(body), signal: running.signal });
   if (!response.ok) throw new Error((await response.json()).error);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -118,7 +125,7 @@ export async function note(sae, number) {
   );
 }
 export async function keepNote({ sae, latent: number, note: text, bookmarked }) {
-  if (LIVE) return post(`api/notes/${encodeURIComponent(sae)}/${number}`, { note: text, bookmarked }, "PUT");
+  if (LIVE) return fetchJson(`api/notes/${encodeURIComponent(sae)}/${number}`, sent({ note: text, bookmarked }, "PUT"));
   const others = local().filter((n) => n.sae !== sae || n.latent !== number);
   const mine = text || bookmarked ? [{ sae, latent: number, note: text, bookmarked }] : [];
   localStorage.setItem(STORE, JSON.stringify([...mine, ...others]));

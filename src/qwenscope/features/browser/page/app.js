@@ -1,6 +1,7 @@
 // Routes, keys and theme. A route is what follows #/ in the address, so that every view can be linked to.
 
 import { h } from "./dom.js";
+import { stopRunning } from "./api.js";
 import * as suite from "./suite.js";
 import * as sae from "./sae.js";
 import * as latent from "./latent.js";
@@ -27,6 +28,7 @@ const KEYS = [
   ["t", "try it"],
   ["s", "steer"],
   ["d", "light, dark"],
+  ["Esc", "stop the language model"],
   ["?", "this help"],
 ];
 let keys = {};
@@ -49,6 +51,7 @@ function route() {
 async function show() {
   if (location.hash && !location.hash.startsWith("#/")) return;
   const mine = ++turn;
+  stopRunning();
   let view;
   try {
     view = await route();
@@ -125,6 +128,7 @@ const EVERYWHERE = {
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || help.open) return;
+  if (event.key === "Escape") stopRunning();
   if (event.target.closest("input, textarea, select")) {
     if (event.key === "Escape") event.target.blur();
     return;

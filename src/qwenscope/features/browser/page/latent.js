@@ -125,7 +125,7 @@ function testBox(id, latent, found) {
         h("a", { href: link.read(text.value) }, "all latents on this text"),
       );
     } catch (error) {
-      said.textContent = error.message;
+      said.textContent = api.reason(error);
     }
   }
   return h(
@@ -171,7 +171,7 @@ async function noteBox(id, latent) {
       });
       said.textContent = "kept";
     } catch (error) {
-      said.textContent = error.message;
+      said.textContent = api.reason(error);
     }
   }
   function toggle() {

@@ -117,7 +117,7 @@ export function steerBox(saes, pushes, { prompt = PROMPT, unit = "max", where = 
       });
       said.replaceChildren(own ? "" : h("a", { href: address(asked) }, "Link to this steering"));
     } catch (error) {
-      said.replaceChildren(error.message);
+      said.replaceChildren(api.reason(error));
     } finally {
       go.disabled = false;
     }

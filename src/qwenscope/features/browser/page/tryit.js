@@ -150,7 +150,7 @@ export async function render(query) {
       history.replaceState(null, "", `#/try?${kept}`);
       await show();
     } catch (error) {
-      said.textContent = error.message;
+      said.textContent = api.reason(error);
     } finally {
       go.disabled = false;
     }
