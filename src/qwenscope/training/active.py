@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qwenscope.errors import TrainingError
 from qwenscope.sae import ops
-from qwenscope.sae.activation import Activation, k_largest
+from qwenscope.sae.activation import ACTIVATIONS, Activation, k_largest
 from qwenscope.sae.selection import Precision, Selection, Selector
 from qwenscope.training.weights import Weights
 
@@ -27,9 +28,15 @@ class ActiveLatents:
         activation: of the whole SAE.
         weights: its latents, or this process' of them.
         precision: of the selection.
+
+    Raises:
+        TrainingError: the activation is for inference alone.
     """
 
     def __init__(self, activation: Activation, weights: Weights, precision: Precision) -> None:
+        if not activation.trainable:
+            trained = ", ".join(name for name, kind in ACTIVATIONS.items() if kind.trainable)
+            raise TrainingError(f"SAETrainer trains {trained}, not an SAE with {activation.name}")
         self.activation, self.weights = activation, weights
         self.selector = Selector(min(activation.candidates, weights.latents), precision)
         self.threshold = torch.zeros_like(weights["pre_bias"][0])

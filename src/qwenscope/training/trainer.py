@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qwenscope.errors import CheckpointError, TrainingError
 from qwenscope.sae import ops
-from qwenscope.sae.activation import ACTIVATIONS
 from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision, Selection, Selector, best_precision
 from qwenscope.seeds import generator
@@ -115,9 +114,6 @@ class SAETrainer:
             clip_norm=clip_norm is None or clip_norm > 0,
             moments=moments in (None, master_dtype(sae), torch.bfloat16),
         )
-        if not sae.activation.trainable:
-            trained = ", ".join(name for name, kind in ACTIVATIONS.items() if kind.trainable)
-            raise TrainingError(f"SAETrainer trains {trained}, not an SAE with {sae.activation.name}")
         self.config = sae.config
         self.device = sae.pre_bias.device
         self.lr, self.tokens, self.warmup_tokens, self.decay_share = lr, tokens, warmup_tokens, decay_share
