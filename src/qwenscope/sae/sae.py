@@ -104,10 +104,9 @@ class SAE(nn.Module):
         # A transposed view: [D, N] to the outside, one contiguous row per latent in memory for the sparse decode.
         self.decoder.weight = nn.Parameter(decoder_ND.T)
         self.pre_bias = nn.Parameter(torch.zeros(hidden_dim, dtype=torch.float32))
+        threshold_N = torch.zeros(dict_size, dtype=torch.float32) if self.activation.has_threshold else None
         self.threshold: Tensor | None
-        self.register_buffer(
-            "threshold", torch.zeros(dict_size, dtype=torch.float32) if self.activation.has_threshold else None
-        )
+        self.register_buffer("threshold", threshold_N)
 
     @staticmethod
     def of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SAE:
