@@ -38,7 +38,7 @@ from qwenscope.features.store import Index
 from qwenscope.lm.load import load_language_model
 from qwenscope.opening import Target
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 ROUTES = {"suite": "#/", "sae": "#/sae/sae_attn_mid", "latent": "#/sae/sae_attn_mid/40"}
 WHEN_READY = """

@@ -32,7 +32,7 @@ from qwenscope.evaluation.fidelity import Fidelity
 from qwenscope.evaluation.truth import cross_seed_stability, recovery
 from qwenscope.files import read_json, write_json
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.seeds import derive_seed
 from qwenscope.training.trainer import SAETrainer
 

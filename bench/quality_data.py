@@ -18,7 +18,7 @@ from qwenscope.evaluation.truth import GroundTruth, Kind, ground_truth
 from qwenscope.lm.load import LanguageModel, load_language_model
 from qwenscope.opening import fill_splits
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 HELD_OUT = 32_768
 CE_TOKENS = 4096

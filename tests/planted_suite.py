@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from qwenscope.files import write_text
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import LanguageModel, load_language_model
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 PLANTED = " that"
 PLANTED_LATENT = 7

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qwenscope.errors import FormatError, QwenscopeError, printable, reason
 from qwenscope.files import atomic_path, read_json, whole_folder, write_json, write_text
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002, 0o027], ids=oct)

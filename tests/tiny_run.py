@@ -30,7 +30,7 @@ from qwenscope.files import write_text
 from qwenscope.lm.standin import standin_config
 from qwenscope.lm.standin_data import train_tokenizer
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.run import train
 from qwenscope.training.signals import Stopped
 from qwenscope.training.telemetry import WALL_CLOCK_FIELDS, Progress

@@ -27,8 +27,9 @@ from qwenscope.files import read_json
 from qwenscope.hub import check_repo_id, download
 from qwenscope.lm.load import LanguageModel, check_hook_points, load_language_model
 from qwenscope.recipe import HookPoint, LMRecipe, Recipe, SourceRecipe, load_recipe
-from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, iterate_suite, load_sae
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE
+from qwenscope.sae.loading import iterate_suite
+from qwenscope.sae.sae import SAE
 
 SPLITS = ("chat", "tool_use")
 PUBLISHED = "qwen3.5-35b-a3b"
@@ -46,7 +47,7 @@ class Target:
     folder: Path
     """Where it lies; for a repository, in the Hub's cache, which is not to be written to."""
     recipe: Recipe
-    saes: dict[str, TopKSAE]
+    saes: dict[str, SAE]
     revisions: Mapping[str, Any]
     """Of language model and corpus, where a run resolved them."""
     own_recipe: bool = True
@@ -153,28 +154,28 @@ def open_target(target: Path | str, *, revision: str | None = None, like: Target
         recipe, published = _recipe_of(saes, str(target), like)
         return Target(str(target), folder, recipe, saes, like.revisions if like else {}, published, on_hub)
     recipe = load_recipe(folder / _RECIPE)
-    saes = {sae_id: load_sae(root, sae_id) for sae_id in recipe.hook_points}
+    saes = {sae_id: SAE.from_pretrained(root, sae_id) for sae_id in recipe.hook_points}
     for sae_id, point in recipe.hook_points.items():
         check_size(root / sae_id, saes[sae_id], point)
     revisions = read_json(folder / _RUN).get("revisions") if (folder / _RUN).is_file() else None
     return Target(str(target), folder, recipe, saes, revisions or {}, on_hub=on_hub)
 
 
-def check_size(where: Path, sae: TopKSAE, point: HookPoint) -> None:
+def check_size(where: Path, sae: SAE, point: HookPoint) -> None:
     """FormatError unless the SAE at `where` has the size that its recipe gives it."""
     if (sae.dict_size, sae.k) != (point.dict_size, point.k):
         sizes = f"dict_size {sae.dict_size} and k {sae.k}; recipe.yaml says {point.dict_size} and {point.k}"
         raise FormatError(f"{where} has {sizes}")
 
 
-def check_widths(saes: Mapping[str, TopKSAE], lm: LanguageModel) -> None:
+def check_widths(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
     """FormatError naming the first SAE that is not as wide as the language model."""
     for sae_id, sae in saes.items():
         if sae.hidden_dim != lm.hidden_dim:
             raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}")
 
 
-def layers_of(suite: Mapping[str, TopKSAE]) -> dict[str, int]:
+def layers_of(suite: Mapping[str, SAE]) -> dict[str, int]:
     """The hooked layer of each SAE: `layer` in its configuration, or the published suite's layer for its id.
 
     Raises:
@@ -225,7 +226,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         raise HubError(f"there is no folder {repo}, and on the Hub: {error}") from None
 
 
-def _recipe_of(saes: Mapping[str, TopKSAE], shown: str, like: Target | None) -> tuple[Recipe, bool]:
+def _recipe_of(saes: Mapping[str, SAE], shown: str, like: Target | None) -> tuple[Recipe, bool]:
     """A recipe for a suite that holds none, and whether it tells what the SAEs were trained on."""
     published = load_recipe(PUBLISHED)
     points = published.hook_points

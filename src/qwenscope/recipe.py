@@ -77,6 +77,9 @@ class HookPoint(_Node):
     """Latents active per token."""
     lr: Annotated[float, Field(gt=0, le=1)]
     """Peak learning rate."""
+    activation: Literal["topk", "batch_topk"] = "topk"
+    """Which latents are active: the k largest of each token, or the k largest per token of the whole batch together,
+    and afterwards those above a threshold that training estimates."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> HookPoint:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.recipe import Recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 DIM, VOCABULARY, LAYERS = 16, 61, 8
 LAYER_OF = {"sae_delta": 2, "sae_attn": 3, "sae_delta_late": 6}

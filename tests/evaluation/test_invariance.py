@@ -13,7 +13,7 @@ from torch import Tensor
 from qwenscope.evaluation.fidelity import Fidelity
 from qwenscope.evaluation.truth import ground_truth
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import Codes, TopKSAE
+from qwenscope.sae.sae import Codes, TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 DIM, LATENTS, K, BATCH, STEPS = 16, 64, 4, 128, 150

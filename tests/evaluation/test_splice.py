@@ -21,7 +21,7 @@ from qwenscope.evaluation.splice import LEAST_ROWS, CleanPass, clean_pass, losse
 from qwenscope.lm.forward import final_hidden
 from qwenscope.lm.intervene import intervene
 from qwenscope.lm.load import LanguageModel
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 
 def batch_of(conversations, budget=1000):

@@ -14,7 +14,7 @@ from qwenscope.features.probe import probe_direction
 from qwenscope.features.read import as_language_model, read
 from qwenscope.lm.load import load_language_model
 from qwenscope.opening import Target, layers_of, open_target
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 LAYERS = {"sae_delta": 1, "sae_attn": 3}
 

@@ -17,7 +17,7 @@ from qwenscope.features.steering import Piece, Steering, controls, generate, pro
 from qwenscope.lm.load import LanguageModel, load_language_model
 from qwenscope.lm.standin import standin_config
 from qwenscope.opening import open_target
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 D, LAYER, LATENT = 32, 2, 5
 

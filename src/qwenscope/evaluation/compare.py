@@ -19,7 +19,7 @@ from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
 from qwenscope.evaluation.pairs import BOOTSTRAP, Pair, compare_split, overlap, unit_decoder
 from qwenscope.evaluation.run import counts, fired
 from qwenscope.opening import check_widths, open_target
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 NUMBERS = (
     "tokens",
@@ -103,7 +103,7 @@ def _pairs(layers: Mapping[str, int], first: str | Path, second: str | Path) -> 
 
 def _pair_result(
     pair: Pair,
-    saes: Mapping[str, TopKSAE],
+    saes: Mapping[str, SAE],
     layers: Mapping[str, int],
     measured: Mapping[str, SplitMeasurement],
     seed: int,
@@ -133,7 +133,7 @@ def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def matched_latents(first: TopKSAE, second: TopKSAE) -> dict[str, Any]:
+def matched_latents(first: SAE, second: SAE) -> dict[str, Any]:
     """Latents that are each other's nearest by cosine of decoder directions.
 
     Returns:

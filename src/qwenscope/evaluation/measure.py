@@ -26,7 +26,7 @@ from qwenscope.evaluation.fidelity import Fidelity, Moments
 from qwenscope.evaluation.splice import CleanPass, clean_pass, losses, variant_pass
 from qwenscope.lm.load import LanguageModel
 from qwenscope.recipe import Recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 ENCODE_ROWS = 8192  # rows encoded at once: 0.5 GB of pre-activations at 16,384 latents
 STATE_BATCHES, STATE_ROWS = 4, 8  # the recurrent state is followed on this many conversations of this many batches
@@ -64,7 +64,7 @@ class SplitMeter:
     def __init__(
         self,
         lm: LanguageModel,
-        saes: Mapping[str, TopKSAE],
+        saes: Mapping[str, SAE],
         layers: Mapping[str, int],
         conversations: Sequence[Conversation],
         recipe: Recipe,

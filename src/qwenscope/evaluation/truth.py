@@ -24,7 +24,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from qwenscope.evaluation.pairs import unit_decoder
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
 
 Kind = Literal["sparse", "correlated", "hierarchical"]
@@ -120,7 +120,7 @@ def ground_truth(
     return GroundTruth(kind, directions_FD, frequency_F, noise)
 
 
-def recovery(truth: GroundTruth, sae: TopKSAE, *, rows: int, seed: int) -> dict[str, float]:
+def recovery(truth: GroundTruth, sae: SAE, *, rows: int, seed: int) -> dict[str, float]:
     """How well the SAE's latents are the known features.
 
     Args:
@@ -159,7 +159,7 @@ def match(similarity_AB: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return rows, columns
 
 
-def cross_seed_stability(first: TopKSAE, second: TopKSAE) -> dict[str, float]:
+def cross_seed_stability(first: SAE, second: SAE) -> dict[str, float]:
     """Agreement of two SAEs trained alike but for the seed: cosines of decoder directions under optimal matching.
 
     Returns:

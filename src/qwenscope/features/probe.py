@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.errors import FormatError
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
 
 
@@ -37,7 +37,7 @@ class Probe:
 def probe_direction(
     x_RD: Tensor,
     labels_R: Tensor,
-    sae: TopKSAE,
+    sae: SAE,
     *,
     groups_R: Tensor | None = None,
     folds: int = 5,

@@ -27,7 +27,7 @@ from qwenscope.features.token_text import pieces_of, readable
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import LanguageModel, layer_kinds
 from qwenscope.opening import check_widths, layers_of
-from qwenscope.sae.topk import Codes, TopKSAE
+from qwenscope.sae.sae import SAE, Codes
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -49,7 +49,7 @@ def read(
     model: PreTrainedModel | LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     text_or_messages: str | Messages,
-    suite: Mapping[str, TopKSAE],
+    suite: Mapping[str, SAE],
     *,
     layers: Mapping[str, int] | None = None,
     tools: list[dict[str, Any]] | None = None,

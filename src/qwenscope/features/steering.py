@@ -30,7 +30,7 @@ from qwenscope.errors import FormatError, ModelError
 from qwenscope.features.read import as_language_model
 from qwenscope.lm.intervene import intervene
 from qwenscope.lm.load import LanguageModel
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
 
 Mode = Literal["add", "clamp", "ablate"]
@@ -47,7 +47,7 @@ class Steering:
 
     layer: int
     strength: float
-    sae: TopKSAE | None = None
+    sae: SAE | None = None
     latent: int | None = None
     mode: Mode = "add"
     unit: float | Literal["norm"] = "norm"

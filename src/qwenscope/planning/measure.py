@@ -26,7 +26,7 @@ from qwenscope.errors import ResourceError
 from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, load_tokenizer, pick_dtype
 from qwenscope.lm.placement import pick_devices
 from qwenscope.recipe import Recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 DEAD_SHARE = 0.06

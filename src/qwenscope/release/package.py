@@ -21,9 +21,9 @@ from qwenscope.release.card import example_sae, model_card
 from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
 from qwenscope.release.parquet import write_evaluation, write_training
-from qwenscope.sae.formats import saelens
+from qwenscope.sae.formats import export_sae
 from qwenscope.sae.loading import iterate_suite
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 _UNIT_TOLERANCE = 1e-5
 
@@ -129,7 +129,7 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         check_size(run / "saes" / sae_id, sae, point)
         sae.config |= {"sae_id": sae_id, "layer": point.layer, "model": public_name(recipe.lm.model)}
         sae.save(out / sae_id)
-        saelens.write(sae, out / "saelens" / sae_id)
+        export_sae(sae, sae_id, "saelens", out / "saelens")
         index[sae_id] = {
             "sae_id": sae_id,
             "layer": point.layer,
@@ -143,7 +143,7 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
     return [index[sae_id] for sae_id in recipe.hook_points]
 
 
-def _check_unit_norm(sae_id: str, sae: TopKSAE) -> None:
+def _check_unit_norm(sae_id: str, sae: SAE) -> None:
     off = float((sae.decoder.weight.detach().norm(dim=0) - 1).abs().max())
     if off > _UNIT_TOLERANCE:
         raise FormatError(

@@ -15,8 +15,9 @@ from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe
+from qwenscope.sae.activation import ACTIVATIONS, TopK
+from qwenscope.sae.sae import SAE, random_directions
 from qwenscope.sae.selection import Precision
-from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.seeds import derive_seed
 from qwenscope.training.sharded import ShardedTrainer
 from qwenscope.training.trainer import SAETrainer
@@ -30,7 +31,8 @@ def build_trainer(
     """
     point, training = recipe.hook_points[sae_id], recipe.training
     shard = shard or Shard((0, point.dict_size), point.k)
-    sae = untrained(lm.hidden_dim, shard, derive_seed(recipe.seed, "sae", sae_id)).to(lm.device)
+    sae = untrained(lm.hidden_dim, shard, derive_seed(recipe.seed, "sae", sae_id), point.activation)
+    sae = sae.to(lm.device)
     sae.config |= {
         "sae_id": sae_id,
         "layer": point.layer,
@@ -60,19 +62,20 @@ def build_trainer(
     )
 
 
-def untrained(hidden_dim: int, shard: Shard, seed: int) -> TopKSAE:
-    """The latents of `shard` of `TopKSAE(hidden_dim, dict_size, k, seed=seed)`, as an SAE of their own."""
+def untrained(hidden_dim: int, shard: Shard, seed: int, activation: str = TopK.name) -> SAE:
+    """The latents of `shard` of `SAE(hidden_dim, dict_size, k, activation, seed=seed)`, as an SAE of their own."""
     latents = shard.stop - shard.start
     decoder_ND = random_directions(hidden_dim, shard.dict_size, seed, shard.start, shard.stop)
-    return TopKSAE.of(
-        {"hidden_dim": hidden_dim, "dict_size": latents, "k": min(shard.k, latents)},
-        {
-            "encoder.weight": decoder_ND.clone(),
-            "encoder.bias": torch.zeros(latents, dtype=torch.float32),
-            "decoder.weight": decoder_ND.T,
-            "pre_bias": torch.zeros(hidden_dim, dtype=torch.float32),
-        },
-    )
+    config = {"hidden_dim": hidden_dim, "dict_size": latents, "k": min(shard.k, latents)}
+    weights = {
+        "encoder.weight": decoder_ND.clone(),
+        "encoder.bias": torch.zeros(latents, dtype=torch.float32),
+        "decoder.weight": decoder_ND.T,
+        "pre_bias": torch.zeros(hidden_dim, dtype=torch.float32),
+    }
+    if ACTIVATIONS[activation].has_threshold:
+        weights["threshold"] = torch.zeros(latents, dtype=torch.float32)
+    return SAE.of(config | ({} if activation == TopK.name else {"activation": activation}), weights)
 
 
 def plan_harvest(recipe: Recipe, lm: RowSource, group: Group) -> HarvestPlan:

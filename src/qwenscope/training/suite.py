@@ -14,8 +14,8 @@ from qwenscope.parallel.group import Group
 from qwenscope.parallel.owners import overlaps, owners, state_of
 from qwenscope.parallel.shard import shards
 from qwenscope.recipe import Recipe
+from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision
-from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.building import build_trainer
 from qwenscope.training.trainer import StepMetrics
 
@@ -148,7 +148,7 @@ class Suite:
         """{stem: tensors} for a checkpoint: the trainers' own tensors, not copies."""
         return {self._pieces[sae_id].stem: trainer.state_dict() for sae_id, trainer in self._trainers.items()}
 
-    def finished(self) -> Iterator[tuple[str, TopKSAE | None]]:
+    def finished(self) -> Iterator[tuple[str, SAE | None]]:
         """Each SAE of the run as it stands, in the recipe's order, whole on one rank and None on the others."""
         for sae_id in self._points:
             trainer = self._trainers.get(sae_id)

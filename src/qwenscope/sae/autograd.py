@@ -1,6 +1,6 @@
 """Differentiable encode and decode whose backward passes touch only the active latents.
 
-For fine-tuning an SAE end to end through `TopKSAE.forward`; `SAETrainer` needs no autograd. The weights' gradients are
+For fine-tuning an SAE end to end through `SAE.forward`; `SAETrainer` needs no autograd. The weights' gradients are
 dense tensors, as optimisers expect, but they are summed pair by pair.
 
 Legend: B rows (tokens), D hidden, N latents, K active latents per row.
@@ -8,22 +8,24 @@ Legend: B rows (tokens), D hidden, N latents, K active latents per row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwenscope.sae import ops
-from qwenscope.sae.selection import top_k
+
+Select = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Pre-activations [B, N] -> the active ones' (values [B, K] of at least 0, indices [B, K])."""
 
 
 class _SparseEncode(torch.autograd.Function):
-    """(rows [B, D], weight [N, D], bias [N], k) -> (values [B, K] of at least 0, indices [B, K])."""
+    """(rows [B, D], weight [N, D], bias [N], select) -> (values [B, K] of at least 0, indices [B, K])."""
 
     @staticmethod
-    def forward(ctx: Any, rows_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values_BK, indices_BK = top_k(torch.addmm(bias_N, rows_BD, weight_ND.T), k)
-        values_BK = values_BK.relu()
+    def forward(ctx: Any, rows_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, select: Select) -> tuple[Tensor, Tensor]:
+        values_BK, indices_BK = select(torch.addmm(bias_N, rows_BD, weight_ND.T))
         ctx.save_for_backward(rows_BD, weight_ND, values_BK, indices_BK)
         ctx.mark_non_differentiable(indices_BK)
         return values_BK, indices_BK
@@ -59,9 +61,9 @@ class _SparseDecode(torch.autograd.Function):
         return values, None, table
 
 
-def sparse_encode(rows_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of `rows @ weight.T + bias`, negatives set to 0 -> (values [B, K], indices [B, K])."""
-    values_BK, indices_BK = _SparseEncode.apply(rows_BD, weight_ND, bias_N, k)  # type: ignore[no-untyped-call]
+def sparse_encode(rows_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, select: Select) -> tuple[Tensor, Tensor]:
+    """Those entries of `rows @ weight.T + bias` that `select` takes -> (values [B, K], indices [B, K])."""
+    values_BK, indices_BK = _SparseEncode.apply(rows_BD, weight_ND, bias_N, select)  # type: ignore[no-untyped-call]
     return values_BK, indices_BK
 
 
