@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwenscope.lm.sites import Site
 from qwenscope.ranks import ALONE, Group
 
 
@@ -23,25 +24,25 @@ class Division:
     """Who does what in a window."""
 
     group: Group
-    layers: tuple[tuple[int, ...], ...]
-    """Per rank, the hooked layers whose rows it needs, ascending."""
+    layers: tuple[tuple[Site, ...], ...]
+    """Per rank, the hooked sites whose rows it needs, ascending."""
     busy: tuple[float, ...]
     """Per rank, what it does in a window besides harvesting, in positions of a language-model batch."""
     in_turn: bool = False
     """Whether a window may only be harvested between SAE steps, whatever `activations.overlap` says."""
 
     @classmethod
-    def alone(cls, layers: Sequence[int]) -> Division:
+    def alone(cls, layers: Sequence[Site]) -> Division:
         """One process does everything."""
         return cls(ALONE, (tuple(layers),), (0.0,))
 
     @property
-    def own_layers(self) -> tuple[int, ...]:
-        """The hooked layers whose rows this rank needs."""
+    def own_layers(self) -> tuple[Site, ...]:
+        """The hooked sites whose rows this rank needs."""
         return self.layers[self.group.rank]
 
     @property
-    def first_layers(self) -> tuple[int, ...]:
+    def first_layers(self) -> tuple[Site, ...]:
         """Of the own layers, those that no rank before this one needs: what is done once per layer is done here."""
         before = {layer for layers in self.layers[: self.group.rank] for layer in layers}
         return tuple(layer for layer in self.own_layers if layer not in before)
@@ -59,8 +60,8 @@ class Division:
             loads[ranks[batch]] += positions[batch]
         return ranks
 
-    def norms_of_all(self, norms: Mapping[int, Tensor], rank_T: Tensor) -> dict[int, Tensor]:
-        """{layer: norms of this rank's tokens} and the rank of each token -> {layer: norm_T of all tokens}."""
+    def norms_of_all(self, norms: Mapping[Site, Tensor], rank_T: Tensor) -> dict[Site, Tensor]:
+        """{site: norms of this rank's tokens} and the rank of each token -> {site: norm_T of all tokens}."""
         group = self.group
         if group.size == 1:
             return dict(norms)
@@ -71,8 +72,8 @@ class Division:
         placed_TL[rank_T.argsort(stable=True).to(own.device)] = arrived_TL
         return {layer: placed_TL[:, column] for column, layer in enumerate(norms)}
 
-    def rows_to_owners(self, rows: dict[int, Tensor], rank_R: Tensor) -> dict[int, Tensor]:
-        """{layer: this rank's kept rows} and the rank of each kept token -> {own layer: x_RD of all kept tokens}.
+    def rows_to_owners(self, rows: dict[Site, Tensor], rank_R: Tensor) -> dict[Site, Tensor]:
+        """{site: this rank's kept rows} and the rank of each kept token -> {own site: x_RD of all kept tokens}.
 
         `rows` is emptied on the way: its memory is wanted for what arrives.
         """

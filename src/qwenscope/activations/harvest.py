@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwenscope.activations.division import Division
-from qwenscope.corpus.batches import Batch, make_batches
 from qwenscope.errors import TrainingError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.batches import Batch, make_batches
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import ActivationsRecipe
 
 NON_FINITE_LIMIT = 0.01
@@ -36,8 +37,8 @@ class Harvest:
     R: kept tokens in canonical order (by conversation, then by position); D: hidden dimension.
     """
 
-    rows: dict[int, Tensor]
-    """{layer: x_RD} in the language model's dtype, on its device; of several ranks, at the layers this one owns."""
+    rows: dict[Site, Tensor]
+    """{site: x_RD} in the language model's dtype, on its device; of several ranks, at the sites this one owns."""
     conversation_R: Tensor
     """int32 on the CPU: position in the list of conversations."""
     position_R: Tensor
@@ -51,25 +52,25 @@ class Harvest:
 def harvest(
     lm: RowSource,
     conversations: Sequence[HasTokens],
-    layers: Sequence[int],
+    layers: Sequence[Site],
     activations: ActivationsRecipe,
     batch_tokens: int,
-    names: Mapping[int, str] | None = None,
+    names: Mapping[Site, str] | None = None,
     division: Division | None = None,
 ) -> Harvest:
-    """Residual-stream rows of every token of `conversations` after each of `layers`.
+    """Rows of every token of `conversations` at each of `layers`.
 
     Left out, at all hook points together and counted: rows with a non-finite value at any hook point; rows whose
     norm exceeds `outlier_factor` times the median norm at that hook point over these very conversations (attention
     sinks reach 100 times it); each first position, if the recipe says so.
 
     Args:
-        lm: Built up to `max(layers)`.
+        lm: Built up to the last of `layers`.
         conversations: One row each; nothing leaks between them.
-        layers: Hooked layers.
+        layers: Hooked sites.
         activations: Which rows are left out.
         batch_tokens: Token budget of one language-model batch, padding included.
-        names: {layer: hook point} for messages.
+        names: {site: hook point} for messages.
         division: Among several ranks, which all call this with the same conversations; None is one process alone.
 
     Raises:
@@ -104,9 +105,9 @@ def harvest(
 
 
 def _forward(
-    lm: RowSource, batches: Sequence[Batch], lengths: Mapping[int, int], layers: Sequence[int]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """{layer: rows} and {layer: norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
+    lm: RowSource, batches: Sequence[Batch], lengths: Mapping[int, int], layers: Sequence[Site]
+) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+    """{site: rows} and {site: norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
     total, starts = 0, {}
     for member, length in lengths.items():
         starts[member] = total
@@ -126,7 +127,7 @@ def _forward(
 
 
 def _kept(
-    norms: Mapping[int, Tensor], position_R: Tensor, activations: ActivationsRecipe, names: Mapping[int, str]
+    norms: Mapping[Site, Tensor], position_R: Tensor, activations: ActivationsRecipe, names: Mapping[Site, str]
 ) -> tuple[Tensor, dict[str, int]]:
     """Mask of rows kept at all hook points (bool on the CPU), and how many were left out for which reason.
 
@@ -141,7 +142,7 @@ def _kept(
     for layer, norm_R in cpu_norms.items():
         bad_R = candidate_R & ~norm_R.isfinite()
         if (bad := int(bad_R.sum())) > NON_FINITE_LIMIT * total:
-            name = names.get(layer, f"layer {layer}")
+            name = names.get(layer, str(layer))
             raise TrainingError(
                 f"{bad:,} of {total:,} rows at hook point {name} are not finite; "
                 "check the model's weights, or set lm.dtype to float32"

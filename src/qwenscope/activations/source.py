@@ -14,7 +14,8 @@ from qwenscope.activations.division import Division
 from qwenscope.activations.harvest import harvest
 from qwenscope.activations.store import Window, WindowStore
 from qwenscope.errors import CorpusError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import site_names, sites_of
 from qwenscope.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -96,10 +97,10 @@ class WindowSource:
         rows = harvest(
             self._lm,
             conversations,
-            recipe.layers,
+            sites_of(recipe),
             recipe.activations,
             recipe.corpus.batch_tokens,
-            recipe.layer_names,
+            site_names(recipe),
             self._division,
         )
         window = Window(

@@ -30,7 +30,7 @@ from qwenscope.features.store import FILE, SCHEMA, VERSION, key_of, pack
 from qwenscope.features.token_text import Piece, pieces_of
 from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import SPLITS, Target, open_target
 
 logger = logging.getLogger(__name__)

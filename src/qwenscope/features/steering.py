@@ -1,16 +1,17 @@
 """Steer a language model along SAE latents or any direction: a context manager around any forward pass or `generate`.
 
-    with steer(model, Steering(layer=23, sae=sae, latent=7, strength=2.0, unit=12.5)):
+    with steer(model, Steering(site="layers.23", sae=sae, latent=7, strength=2.0, unit=12.5)):
         model.generate(...)
 
-At each chosen position the residual stream x becomes x + c(x) d, where d is the latent's unit decoder direction:
+At each chosen position the rows x at a site (the residual stream after layer 23, say) become x + c(x) d, where d is the
+latent's unit decoder direction:
 
     add     c = strength * unit
     clamp   c = strength * unit - a(x)      the latent's activation a becomes strength * unit
     ablate  c = -a(x)
 
-`unit` is the latent's largest activation (an index knows it), or "norm": each token's own residual norm. Several
-steerings at one layer all look at the unsteered x and add up.
+`unit` is the latent's largest activation (an index knows it), or "norm": the norm of each row itself. Several
+steerings at one site all look at the unsteered x and add up.
 
 Legend: C rows of a batch, T positions, D hidden.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwenscope.errors import FormatError, ModelError
-from qwenscope.features.read import as_language_model
-from qwenscope.lm.intervene import intervene
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.hooks import intervene
+from qwenscope.lm.model import LanguageModel, as_language_model
+from qwenscope.lm.sites import Site
+from qwenscope.lm.sites import Where as At
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
 
@@ -42,11 +44,14 @@ class Steering:
     """One push. Either `sae` and `latent`, or `along` alone with mode add.
 
     Raises:
-        FormatError: no direction, a latent that does not exist, a mode without latent, or an unknown word.
+        FormatError: no site or two, no direction, a latent that does not exist, a mode without latent, or an unknown
+            word.
+        ModelError: the site's name is none.
     """
 
-    layer: int
-    strength: float
+    site: At | None = None
+    """Where; a name or a layer's number becomes a `Site`."""
+    strength: float = 1.0
     sae: TopKSAE | None = None
     latent: int | None = None
     mode: Mode = "add"
@@ -56,8 +61,14 @@ class Steering:
     (padded) rows by number. Without a cache every pass is a prefill."""
     along: Tensor | None = None
     """[D], any length: push along this direction; with a latent, by the amount that the latent would be pushed."""
+    layer: InitVar[int | None] = None
+    """Instead of a site: the residual stream after this layer."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, layer: int | None) -> None:
+        where = self.site if layer is None else layer
+        if where is None or None not in (self.site, layer):
+            raise FormatError("steering needs a site, such as layers.23 or layers.23.mlp, or a layer, and not both")
+        object.__setattr__(self, "site", Site.of(where))
         if self.mode not in ("add", "clamp", "ablate"):
             raise FormatError(f"steering mode is add, clamp or ablate, not {self.mode!r}")
         if isinstance(self.where, str) and self.where not in ("all", "prefill", "decode"):
@@ -77,7 +88,7 @@ class Steering:
         return nn.functional.normalize(self.sae.decoder.weight.detach()[:, self.latent].float(), dim=0)
 
     def push(self, x_CTD: Tensor) -> Tensor:
-        """What is added to the residual stream at steered positions: float32 [C, T, D]."""
+        """What is added to the rows at steered positions: float32 [C, T, D]."""
         x_CTD = x_CTD.float()
         unit_CT = x_CTD.norm(dim=-1) if self.unit == "norm" else torch.full(x_CTD.shape[:-1], self.unit)
         amount_CT = self.strength * unit_CT.to(x_CTD.device)
@@ -102,7 +113,7 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
     """Steer every pass of `model` while the block lasts, cached and batched ones alike.
 
     Raises:
-        ModelError: a layer that the model does not have; FormatError: a direction that does not fit its width.
+        ModelError: a site that the model does not have; FormatError: a direction that does not fit its width.
     """
     lm = as_language_model(model)
     for steering in steerings:
@@ -111,12 +122,12 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
                 f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {lm.hidden_dim} wide"
             )
     seen = _Seen()
-    by_layer: dict[int, list[Steering]] = {}
+    by_site: dict[Site, list[Steering]] = {}
     for steering in steerings:
-        by_layer.setdefault(steering.layer, []).append(steering)
+        by_site.setdefault(Site.of(steering.site), []).append(steering)  # type: ignore[arg-type] # it is one by now
     handle = lm.decoder.register_forward_pre_hook(seen, with_kwargs=True)
     try:
-        with intervene(lm, {layer: _edit(group, seen) for layer, group in by_layer.items()}):
+        with intervene(lm, {site: _edit(group, seen) for site, group in by_site.items()}):
             yield
     finally:
         handle.remove()

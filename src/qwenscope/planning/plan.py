@@ -29,10 +29,10 @@ from qwenscope.costs import (
     bytes_moved,
     exchange_seconds,
     find_card,
-    layers_held,
     link_bytes,
     position_seconds,
     shard_bytes,
+    sites_held,
     size_of,
     step_seconds,
     trained_bytes,
@@ -88,7 +88,7 @@ def plan(
     """
     name, card = (gpu.lower(), find_card(gpu)) if measured is None else (measured.device, _card_like(measured))
     config = read_config(recipe)
-    size = model_size(config, recipe.layers[-1] + 1)
+    size = model_size(config, recipe.last_layer + 1)
     held = owners(recipe, gpus)
     parts = _Parts(recipe, config, size, card, held, measured)
     seconds = parts.per_step()
@@ -302,13 +302,13 @@ def memory_needs(
     width = pick_dtype(recipe.lm, config).itemsize
     fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
     sizes = [piece.latents for piece in fullest]
-    layers, cards = len(layers_held(recipe, fullest)), len(held)
+    layers, cards = len(sites_held(recipe, fullest)), len(held)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
     trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
-    travelling = 1 if cards == 1 else layers + 2 * len(recipe.layers) // cards
+    travelling = 1 if cards == 1 else layers + 2 * len(recipe.sites) // cards
     overlap = recipe.activations.overlap and (cpu or not shared(held))  # GPUs that share an SAE take turns
     needs = {
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
@@ -337,7 +337,7 @@ def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: b
         heads_dim * 7 * width,
         (4 * routed + 1) * hidden * width if routed else 3 * config.intermediate_size * width,
     )
-    return (len(recipe.layers) + 3) * hidden * width + int(max(parts))
+    return (len(recipe.sites) + 3) * hidden * width + int(max(parts))
 
 
 def _advice(recipe: Recipe, needs: Callable[[Recipe], dict[str, int]], room: float, gpus: int) -> list[str]:

@@ -20,8 +20,9 @@ def notebook(repo: str, sae_id: str, model: str) -> dict[str, Any]:
             "import torch\n"
             "\n"
             "from qwenscope import TopKSAE, load_suite\n"
-            "from qwenscope.lm.forward import residual_streams\n"
+            "from qwenscope.lm.forward import site_rows\n"
             "from qwenscope.lm.load import load_language_model\n"
+            "from qwenscope.lm.sites import Site\n"
             "from qwenscope.recipe import LMRecipe\n"
             "\n"
             f'sae = TopKSAE.from_pretrained("{repo}", sae_id="{sae_id}")\n'
@@ -29,12 +30,12 @@ def notebook(repo: str, sae_id: str, model: str) -> dict[str, Any]:
         ),
         _text("Only the layers up to the SAE's own are built; their weights are all that is read."),
         _code(
-            'layer = sae.config["layer"]\n'
-            f'lm = load_language_model(LMRecipe(model="{model}"), last_layer=layer)\n'
+            'site = Site.of(sae.config.get("site", sae.config["layer"]))\n'
+            f'lm = load_language_model(LMRecipe(model="{model}"), last_layer=site.layer)\n'
             "sae = sae.to(lm.device)\n"
             'text = "What is the weather in Paris tomorrow, and should I take an umbrella?"\n'
             'ids = lm.tokenizer(text, return_tensors="pt").input_ids.to(lm.device)\n'
-            "x = residual_streams(lm, ids, [layer])[layer][0].float()\n"
+            "x = site_rows(lm, ids, [site])[site][0].float()\n"
             "with torch.no_grad():\n"
             "    codes = sae.encode(x)\n"
             "    x_hat = sae.decode(codes)\n"

@@ -15,6 +15,7 @@ from qwenscope.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, w
 from qwenscope.errors import FormatError
 from qwenscope.files import read_json, whole_folder, write_json, write_text
 from qwenscope.hub import check_repo_id
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.release.card import example_sae, model_card
 from qwenscope.release.facts import copy_facts, public_name, read_facts
@@ -128,12 +129,12 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         if (sae.dict_size, sae.k) != (point.dict_size, point.k):
             sizes = f"dict_size {sae.dict_size} and k {sae.k}; recipe.yaml says {point.dict_size} and {point.k}"
             raise FormatError(f"{run / 'saes' / sae_id} has {sizes}")
-        sae.config |= {"sae_id": sae_id, "layer": point.layer, "model": public_name(recipe.lm.model)}
+        sae.config |= {"sae_id": sae_id, **Site(point.site).described(), "model": public_name(recipe.lm.model)}
         sae.save(out / sae_id)
         saelens.write(sae, out / "saelens" / sae_id)
         index[sae_id] = {
             "sae_id": sae_id,
-            "layer": point.layer,
+            **Site(point.site).described(),
             "kind": point.kind,
             "hidden_dim": sae.hidden_dim,
             "dict_size": sae.dict_size,

@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE, random_directions
@@ -26,7 +27,7 @@ def build_trainer(
     sae = untrained(lm.hidden_dim, shard, derive_seed(recipe.seed, "sae", sae_id)).to(lm.device)
     sae.config |= {
         "sae_id": sae_id,
-        "layer": point.layer,
+        **Site(point.site).described(),
         "kind": lm.layer_kinds[point.layer],
         "model": lm.name,
         "model_revision": lm.revision,

@@ -23,8 +23,8 @@ from torch.distributed.rendezvous import rendezvous
 from qwenscope.activations.division import Division
 from qwenscope.costs import GPUS, position_seconds, size_of, step_seconds
 from qwenscope.errors import RecipeError, ResourceError
-from qwenscope.lm.forward import RowSource
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel, RowSource
+from qwenscope.lm.sites import hooked_sites, sites_of
 from qwenscope.ranks import ALONE, Group, told
 from qwenscope.recipe import Recipe
 from qwenscope.training.shards import Piece, Shard, cut, shared
@@ -118,18 +118,18 @@ def divide(recipe: Recipe, lm: RowSource, group: Group) -> Division:
     when ranks meet their kernels in unlike order. Engines other than transformers work in one process and one thread.
     """
     if not isinstance(lm, LanguageModel):
-        return Division(ALONE, (recipe.layers,), (0.0,), in_turn=True)
+        return Division(ALONE, (sites_of(recipe),), (0.0,), in_turn=True)
     card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
     position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
     steps = recipe.activations.window_tokens / recipe.training.batch_size
-    owned, points = owners(recipe, group.size), recipe.hook_points
+    owned, sites = owners(recipe, group.size), hooked_sites(recipe.hook_points)
 
     def seconds(piece: Piece) -> float:
         return sum(step_seconds(recipe, piece, lm.hidden_dim, card))
 
     return Division(
         group,
-        tuple(tuple(sorted({points[piece.sae_id].layer for piece in held})) for held in owned),
+        tuple(tuple(sorted({sites[piece.sae_id] for piece in held})) for held in owned),
         tuple(steps * sum(map(seconds, held)) / position for held in owned),
         in_turn=lm.device.type == "cuda" and shared(owned),
     )

@@ -21,6 +21,7 @@ from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CheckpointError, CorpusError, ModelError, ResourceError
 from qwenscope.files import write_json
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config
+from qwenscope.lm.sites import sites_of
 from qwenscope.ranks import Group, RankLostError
 from qwenscope.recipe import LMRecipe, Recipe
 from qwenscope.seeds import derive_seed
@@ -163,7 +164,7 @@ class Run:
         self.suite = Suite(recipe, self.lm, self.group, precision)
         self.precision = self._of_all(lambda: self.suite.precision)
         self.revisions = {"model": self.lm.revision, "corpus": corpus}
-        self.probe = probe(self.lm, recipe.layers)
+        self.probe = probe(self.lm, sites_of(recipe))
         self._note(check_ranks(self.group.together(lambda: self.probe)))
         self.group.share(
             lambda: self.folder.record(revisions=self.revisions, precision=self.precision, parity=self.parity)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qwenscope.errors import TrainingError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site, hooked_sites
 from qwenscope.ranks import Group
 from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
@@ -42,7 +43,7 @@ class Suite:
             group: Whose ranks share the SAEs.
             precision: Per SAE what an earlier session settled on; the recipe's where it says nothing.
         """
-        self._points = recipe.hook_points
+        self._points, self._sites = recipe.hook_points, hooked_sites(recipe.hook_points)
         self._pieces = {piece.sae_id: piece for piece in owners(recipe, group.size)[group.rank]}
         self._trainers = {
             sae_id: build_trainer(recipe, lm, sae_id, precision.get(sae_id, recipe.training.precision), shard)
@@ -56,10 +57,10 @@ class Suite:
         """What each trainer settled on."""
         return {sae_id: trainer.precision for sae_id, trainer in self._trainers.items()}
 
-    def calibrate(self, rows: Mapping[int, Tensor]) -> None:
-        """Fit every SAE to the first rows {layer: x_RD} of a run."""
+    def calibrate(self, rows: Mapping[Site, Tensor]) -> None:
+        """Fit every SAE to the first rows {site: x_RD} of a run."""
         for sae_id, trainer in self._trainers.items():
-            trainer.calibrate(rows[self._points[sae_id].layer])
+            trainer.calibrate(rows[self._sites[sae_id]])
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on from a checkpoint's {stem: tensors}, whatever ranks wrote them.
@@ -70,10 +71,10 @@ class Suite:
         for sae_id, trainer in self._trainers.items():
             trainer.load_state_dict(state_of(self._pieces[sae_id], tensors))
 
-    def step(self, batch: Mapping[int, Tensor], step: int) -> None:
-        """One optimiser step of every SAE on {layer: x_BD}; `step` is its number, from 1."""
+    def step(self, batch: Mapping[Site, Tensor], step: int) -> None:
+        """One optimiser step of every SAE on {site: x_BD}; `step` is its number, from 1."""
         for sae_id, trainer in self._trainers.items():
-            self._last[sae_id] = metrics = trainer.step(batch[self._points[sae_id].layer])
+            self._last[sae_id] = metrics = trainer.step(batch[self._sites[sae_id]])
             self._finite.append((step, sae_id, metrics.finite))
 
     def check_finite(self) -> None:

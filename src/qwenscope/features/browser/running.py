@@ -15,7 +15,7 @@ from qwenscope.features.index import open_origin
 from qwenscope.features.read import read
 from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
 from qwenscope.features.store import Index
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target
 
 MAX_CHARACTERS = 8000
@@ -56,7 +56,7 @@ class Runner:
         with self._lock:
             target, lm = self._open()
             given: Any = [{"role": "user", "content": text}] if chat else text
-            reading = read(lm, lm.tokenizer, given, target.saes, layers=target.layers, max_length=MAX_TOKENS)
+            reading = read(lm, lm.tokenizer, given, target.saes, sites=target.sites, max_length=MAX_TOKENS)
         saes = {}
         for sae_id, codes in reading.codes.items():
             rows: list[list[list[float]]] = [[]]
@@ -109,7 +109,7 @@ class Runner:
     def _steering(self, target: Target, push: dict[str, Any]) -> Steering:
         sae_id, latent = push["sae"], push["latent"]
         return Steering(
-            layer=target.layers[sae_id],
+            site=target.sites[sae_id],
             strength=float(push["strength"]),
             sae=target.saes[sae_id],
             latent=latent,
