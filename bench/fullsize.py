@@ -158,7 +158,7 @@ def published(overrides: list[str]) -> Recipe:
 
 def random_model(recipe: Recipe, config: PretrainedConfig) -> LanguageModel:
     """The model up to the last hooked layer, with random weights made where it runs."""
-    device, dtype, depth = pick_devices(recipe.lm.device)[0], pick_dtype(recipe.lm, config), recipe.layers[-1] + 1
+    device, dtype, depth = pick_devices(recipe.lm.device)[0], pick_dtype(recipe.lm, config), recipe.last_layer + 1
     torch.manual_seed(recipe.seed)
     with device:
         model: Any = AutoModel.from_config(cut_config(config, depth), dtype=dtype)

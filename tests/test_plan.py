@@ -17,10 +17,10 @@ from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.batches import cut
 from qwenscope.lm.forward import site_rows
 from qwenscope.lm.load import load_language_model
+from qwenscope.parallel.owners import owners
 from qwenscope.planning.measure import Batches, Measured, batches_of, measurable, measure
 from qwenscope.planning.plan import GIB, memory_needs, model_size, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.training.parallel import owners
 
 PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
 

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from tiny_run import context, start_server, tiny_recipe
 
 from qwenscope.activations import harvest, windows
-from qwenscope.activations.division import Division
 from qwenscope.errors import QwenscopeError
 from qwenscope.files import write_text
-from qwenscope.ranks import Group
+from qwenscope.parallel.group import Group
+from qwenscope.parallel.harvest_plan import HarvestPlan
+from qwenscope.parallel.launch import joined
 from qwenscope.recipe import HookPoint, Recipe, load_recipe
-from qwenscope.training.parallel import joined
 from qwenscope.training.run import train
 from qwenscope.training.signals import Stopped
 
@@ -155,7 +155,7 @@ def _observe() -> dict[str, Any]:
     size = int(os.environ["WORLD_SIZE"])
     did: dict[str, Any] = {"batches": [], "tokens": [], "sent": 0, "harvested": [0] * size, "read": 0}
     forward, next_batch, all_to_all = harvest._forward, windows.Windows.next_batch, dist.all_to_all_single
-    rows_to_owners = Division.rows_to_owners
+    rows_to_owners = HarvestPlan.rows_to_owners
 
     def noted_forward(lm: Any, batches: Any, *rest: Any) -> Any:
         did["batches"] += [hashlib.sha256(batch.input_ids_CT.numpy().tobytes()).hexdigest() for batch in batches]
@@ -167,7 +167,7 @@ def _observe() -> dict[str, Any]:
         did["read"] = self.tokens_read
         return batch
 
-    def noted_rows(self: Division, rows: Any, rank_R: torch.Tensor) -> Any:
+    def noted_rows(self: HarvestPlan, rows: Any, rank_R: torch.Tensor) -> Any:
         counts = torch.bincount(rank_R, minlength=size).tolist()
         did["harvested"] = [before + now for before, now in zip(did["harvested"], counts, strict=True)]
         return rows_to_owners(self, rows, rank_R)
@@ -177,7 +177,7 @@ def _observe() -> dict[str, Any]:
         return all_to_all(output, rows, receive, send, *rest)
 
     harvest._forward, windows.Windows.next_batch = noted_forward, noted_batch
-    Division.rows_to_owners, dist.all_to_all_single = noted_rows, noted_all_to_all
+    HarvestPlan.rows_to_owners, dist.all_to_all_single = noted_rows, noted_all_to_all
     return did
 
 

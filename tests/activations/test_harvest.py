@@ -64,6 +64,19 @@ def test_outliers_and_broken_rows_go_at_all_hook_points(lm: LanguageModel) -> No
     assert list(zip(got.conversation_R.tolist(), got.position_R.tolist(), strict=True)) == kept
 
 
+def test_outliers_are_measured_by_the_median_and_not_by_a_mean_that_they_lift(lm: LanguageModel) -> None:
+    """Two rows in five are loud: a multiple of the mean norm would let all of them pass."""
+    crowd = [conversation(i, 50, *[LOUD] * 20) for i in range(20)]
+    loud = torch.zeros(1000, dtype=torch.bool)
+    for layer in LAYERS:
+        norm_R = alone(lm, crowd, layer).norm(dim=1)
+        ordered = sorted(norm_R.tolist())
+        loud |= norm_R > 2 * (ordered[499] + ordered[500]) / 2
+        assert not bool((norm_R > 2 * norm_R.mean()).all())
+    got = harvest(lm, crowd, LAYERS, ActivationsRecipe(outlier_factor=2.0), 400)
+    assert got.left_out["outlier"] == int(loud.sum())
+
+
 def test_first_positions_are_left_out_on_request(lm: LanguageModel) -> None:
     got = harvest(lm, PLAIN, LAYERS, ActivationsRecipe(outlier_factor=None, skip_first_position=True), 256)
     assert got.left_out["first_position"] == len(PLAIN)
@@ -78,7 +91,7 @@ def test_outlier_factor_null_keeps_loud_rows(lm: LanguageModel) -> None:
 
 def test_too_many_broken_rows_name_the_hook_point(lm: LanguageModel) -> None:
     many = [conversation(0, 60), conversation(1, 40, BROKEN, BROKEN)]
-    with pytest.raises(TrainingError, match="2 of 100 rows at hook point layers.5 are not finite"):
+    with pytest.raises(TrainingError, match=r"2 of 100 rows at hook point layers\.5 are not finite"):
         harvest(lm, many, LAYERS, KEEP_ALL, 256)
     with pytest.raises(TrainingError, match="at hook point sae_late are not finite"):
         harvest(lm, many, LAYERS, KEEP_ALL, 256, {LAYERS[0]: "sae_early", LAYERS[-1]: "sae_late"})

@@ -15,15 +15,16 @@ import torch
 from tiny_ranks import complete, ranks, three_saes
 from tiny_run import BATCH, STEPS, final_hashes, metrics, status
 
-from qwenscope.activations import store
-from qwenscope.activations.division import Division
+from qwenscope.activations import cache
 from qwenscope.costs import GPUS, ModelSize, position_seconds, step_seconds
 from qwenscope.errors import FormatError, RecipeError, ResourceError
 from qwenscope.lm.batches import cut
-from qwenscope.ranks import Group
+from qwenscope.parallel.group import Group
+from qwenscope.parallel.harvest_plan import HarvestPlan
+from qwenscope.parallel.launch import joined
+from qwenscope.parallel.owners import owners
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training import checkpoint
-from qwenscope.training.parallel import joined, owners
 
 HIDDEN, FLOAT = 32, 4
 TOKENS = STEPS * BATCH - 10
@@ -139,25 +140,25 @@ def test_any_number_of_ranks_writes_the_same_cache(model: Path, tmp_path: Path) 
 
 def no_room() -> None:
     """This rank's disk is full when it writes the second window's rows."""
-    write_rows = store.WindowStore.write_rows
+    write_rows = cache.WindowCache.write_rows
 
-    def refuse(self: store.WindowStore, index: int, rows: Any) -> Any:
+    def refuse(self: cache.WindowCache, index: int, rows: Any) -> Any:
         if index == 1:
             raise ResourceError("no space left for window 1")
         return write_rows(self, index, rows)
 
-    store.WindowStore.write_rows = refuse  # type: ignore[method-assign]
+    cache.WindowCache.write_rows = refuse  # type: ignore[method-assign]
 
 
 def elsewhere() -> None:
     """This rank's cache is a folder of its own, as on a machine that shares nothing."""
-    write = store._Files.write
+    write = cache._Files.write
 
-    def aside(self: store._Files, file: str, data: bytes) -> None:
+    def aside(self: cache._Files, file: str, data: bytes) -> None:
         self._local = self._local.with_name("elsewhere")
         write(self, file, data)
 
-    store._Files.write = aside  # type: ignore[method-assign]
+    cache._Files.write = aside  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_harvest_evens_out_what_saes_do_not() -> None:
         while sum(lengths) < recipe.activations.window_tokens:
             lengths.append(int(np.clip(draw.lognormal(6.3, 0.9), 8, 2048)))
         positions = [len(members) * lengths[members[0]] for members in cut(lengths, recipe.corpus.batch_tokens)]
-        dealt = Division(Group(0, 4), ((),) * 4, busy).deal(positions)
+        dealt = HarvestPlan(Group(0, 4), ((),) * 4, busy).deal(positions)
         loads = list(busy)
         for rank, count in zip(dealt, positions, strict=True):
             loads[rank] += count
@@ -233,7 +234,7 @@ def test_dealing_takes_any_number_of_ranks() -> None:
 
 def test_each_layer_has_one_rank_that_speaks_for_it() -> None:
     layers = ((1, 3), (1,), (), (3, 5), (5,))
-    assert [Division(Group(rank, 5), layers, (0.0,) * 5).first_layers for rank in range(5)] == [
+    assert [HarvestPlan(Group(rank, 5), layers, (0.0,) * 5).first_sites for rank in range(5)] == [
         (1, 3),
         (),
         (),

@@ -205,10 +205,10 @@ def test_a_folder_that_a_rank_does_not_see_is_named(model: Path, tmp_path: Path)
     class Elsewhere:
         leads = False
 
-        def share(self, _: Any) -> dict[str, Any]:
+        def broadcast_object(self, _: Any) -> dict[str, Any]:
             return {"pid": 1, "host": "far-away"}
 
-        def together(self, act: Any) -> list[Any]:
+        def all_gather_object(self, act: Any) -> list[Any]:
             return [act()]
 
     for folder in (tmp_path / "none", tmp_path):

@@ -25,17 +25,18 @@ from tiny_run import BATCH as BATCH_TOKENS
 from tiny_run import final_hashes, metrics, status
 from torch import Tensor
 
-from qwenscope.activations.division import Division
 from qwenscope.activations.windows import Windows
 from qwenscope.lm.load import load_language_model
-from qwenscope.ranks import Group
+from qwenscope.lm.sites import sites_of
+from qwenscope.parallel.group import Group
+from qwenscope.parallel.harvest_plan import HarvestPlan
+from qwenscope.parallel.owners import Piece, cut, overlaps, owners, state_of
+from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.training import checkpoint
-from qwenscope.training.building import untrained
-from qwenscope.training.parallel import divide, owners
-from qwenscope.training.shards import Piece, Shard, cut, overlaps, state_of
-from qwenscope.training.trainer import SAETrainer
+from qwenscope.training.building import plan_harvest, untrained
+from qwenscope.training.sharded import ShardedTrainer
 
 BOUNDS = {1: (0, LATENTS), 2: (0, 56, LATENTS), 3: (0, 3, 64, LATENTS)}  # unlike pieces, one with fewer latents than K
 
@@ -117,7 +118,7 @@ OPTIONS: list[dict[str, Any]] = [
 def train_shard(folder: Path, bounds: tuple[int, ...], options: dict[str, Any], group: Group) -> None:
     """Thirty steps in float64 of one SAE over all ranks; each leaves its state and metrics, rank 0 the SAE."""
     shard = Shard(bounds, K, group)
-    trainer = SAETrainer(
+    trainer = ShardedTrainer(
         untrained(HIDDEN, shard, 2).double(),
         3e-3,
         tokens=100 * BATCH,
@@ -156,7 +157,7 @@ def count_bytes(folder: Path, group: Group) -> None:
         reduce(tensor, *rest, **options)
 
     shard = Shard(BOUNDS[group.size], K, group)
-    trainer = SAETrainer(untrained(HIDDEN, shard, 2), 1e-3, precision="fp32", clip_norm=None, shard=shard)
+    trainer = ShardedTrainer(untrained(HIDDEN, shard, 2), 1e-3, precision="fp32", clip_norm=None, shard=shard)
     dist.all_gather, dist.all_reduce = counted_gather, counted_reduce
     for step in range(5):
         trainer.step(rows(32, step))
@@ -169,7 +170,7 @@ def test_bytes_of_a_step_are_what_the_documentation_says(size: int, tmp_path: Pa
     on_ranks(size, partial(count_bytes, tmp_path))
     for rank in range(size):
         handed = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert handed == {"all_gather": 5 * (4 * 32 * K + 4), "all_reduce": 5 * (4 * (32 + 1) * HIDDEN + 28)}
+        assert handed == {"all_gather": 5 * (4 * 32 * K + 4), "all_reduce": 5 * (4 * (32 + 1) * HIDDEN + 24)}
 
 
 def spread(model: Path, **changes: Any) -> Recipe:
@@ -250,10 +251,10 @@ def test_gpus_that_share_an_sae_take_turns(model: Path) -> None:
     recipe = spread(model)
     lm = load_language_model(recipe.lm)
     on_gpu = dataclasses.replace(lm, device=torch.device("cuda"))
-    assert not divide(recipe, lm, Group(0, 4)).in_turn
-    assert not divide(three_saes(model), on_gpu, Group(0, 4)).in_turn
-    division = divide(recipe, on_gpu, Group(0, 4))
-    assert division.in_turn
+    assert not plan_harvest(recipe, lm, Group(0, 4)).in_turn
+    assert not plan_harvest(three_saes(model), on_gpu, Group(0, 4)).in_turn
+    plan = plan_harvest(recipe, on_gpu, Group(0, 4))
+    assert plan.in_turn
     conversation = SimpleNamespace(id="a", token_ids=np.arange(50, dtype=np.int32))
     threads: set[int] = set()
 
@@ -269,7 +270,7 @@ def test_gpus_that_share_an_sae_take_turns(model: Path) -> None:
 
     for in_turn in (True, False):
         threads.clear()
-        alone = dataclasses.replace(Division.alone(recipe.layers), in_turn=in_turn)
+        alone = dataclasses.replace(HarvestPlan.alone(sites_of(recipe)), in_turn=in_turn)
         with closing(Windows(lm, Stream(), recipe, alone)) as windows:  # type: ignore[arg-type]
             windows.next_batch(10)
         assert (threads == {threading.get_ident()}) == in_turn

@@ -1,4 +1,4 @@
-"""Where windows come from: the cache that keeps them, or a harvest of the next conversations of the corpus."""
+"""Where windows come from: the cache on disk, or a harvest of the next conversations of the corpus."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qwenscope.activations.division import Division
+from qwenscope.activations.cache import Window, WindowCache
 from qwenscope.activations.harvest import harvest
-from qwenscope.activations.store import Window, WindowStore
 from qwenscope.errors import CorpusError
 from qwenscope.lm.model import RowSource
-from qwenscope.lm.sites import site_names, sites_of
+from qwenscope.lm.sites import Site, site_names, sites_of
+from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,21 +37,21 @@ class WindowSource:
         lm: Built up to the recipe's last hooked layer.
         stream: Conversations; only this object draws from it. None on all ranks but the first.
         recipe: Its corpus, activations, training and seed.
-        division: Among several ranks, which then make the same calls.
+        plan: Among several ranks, which then make the same calls.
 
     Raises:
         ResourceError: `activations.cache` is set and its disk cannot hold the run's rows.
     """
 
-    def __init__(self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, division: Division) -> None:
+    def __init__(self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, plan: HarvestPlan[Site]) -> None:
         self._lm, self._corpus, self._recipe = lm, stream, recipe
-        self._division, self._group = division, division.group
-        self._store: WindowStore | None = None
-        self._group.together(self._open_store)
+        self._plan, self._group = plan, plan.group
+        self._cache: WindowCache | None = None
+        self._group.all_gather_object(self._open_cache)
 
     def start(self) -> dict[str, Any]:
         """Where the stream stands."""
-        cursor: dict[str, Any] = self._group.share(lambda: self._stream.state())
+        cursor: dict[str, Any] = self._group.broadcast_object(lambda: self._stream.state())
         return cursor
 
     def window(self, index: int, cursor: dict[str, Any]) -> Window | None:
@@ -70,22 +70,22 @@ class WindowSource:
         report: dict[str, Any] = self._stream.report()
         return report
 
-    def _open_store(self) -> None:
+    def _open_cache(self) -> None:
         if (cache := self._recipe.activations.cache) is not None:
-            self._store = WindowStore(cache, self._lm, self._recipe)
+            self._cache = WindowCache(cache, self._lm, self._recipe)
 
     def _from_cache(self, index: int, cursor: dict[str, Any]) -> Window | None:
-        """The window as it was kept; what one rank finds damaged, or not at all, is so for all of them."""
-        if (store := self._store) is None:
+        """The window as it was written; what one rank finds damaged, or not at all, is so for all of them."""
+        if (cache := self._cache) is None:
             return None
         found: list[Window] = []
 
         def read() -> bool:
-            window = store.read(index, cursor, self._division.own_layers)
+            window = cache.read(index, cursor, self._plan.own_sites)
             found.extend([window] if window else [])
             return window is not None
 
-        return found[0] if all(self._group.together(read)) else None
+        return found[0] if all(self._group.all_gather_object(read)) else None
 
     def _harvest(self, index: int, cursor: dict[str, Any]) -> Window | None:
         conversations, next_cursor = self._draw(cursor)
@@ -101,7 +101,7 @@ class WindowSource:
             recipe.activations,
             recipe.corpus.batch_tokens,
             site_names(recipe),
-            self._division,
+            self._plan,
         )
         window = Window(
             harvest=rows,
@@ -109,16 +109,16 @@ class WindowSource:
             tokens=sum(len(conversation.token_ids) for conversation in conversations),
             next_cursor=next_cursor,
         )
-        if self._store is not None:
-            self._keep(self._store, index, window, cursor)
+        if self._cache is not None:
+            self._write(self._cache, index, window, cursor)
         return window
 
-    def _keep(self, store: WindowStore, index: int, window: Window, cursor: dict[str, Any]) -> None:
+    def _write(self, cache: WindowCache, index: int, window: Window, cursor: dict[str, Any]) -> None:
         """Write each hook point from the first rank that holds it; the manifest only when all have written theirs."""
-        rows = {layer: window.harvest.rows[layer] for layer in self._division.first_layers}
-        parts = self._group.together(lambda: store.write_rows(index, rows))
+        rows = {layer: window.harvest.rows[layer] for layer in self._plan.first_sites}
+        parts = self._group.all_gather_object(lambda: cache.write_rows(index, rows))
         files = {file: entry for part in parts for file, entry in part.items()}
-        self._group.share(lambda: store.finish(index, window, cursor, files))
+        self._group.broadcast_object(lambda: cache.finish(index, window, cursor, files))
 
     def _draw(self, cursor: dict[str, Any]) -> tuple[Sequence[_Drawn], dict[str, Any]]:
         """The window's conversations, and where the next one begins: read on rank 0, told to the others."""
@@ -134,11 +134,11 @@ class WindowSource:
                 tokens += len(conversation.token_ids)
             return [one.id for one in drawn], [len(one.token_ids) for one in drawn], self._stream.state()
 
-        ids, lengths, next_cursor = self._group.share(read)
+        ids, lengths, next_cursor = self._group.broadcast_object(read)
         token_ids = np.concatenate(
             [np.empty(sum(lengths) if not drawn else 0, np.int32), *(d.token_ids for d in drawn)]
         )
-        self._group.fill(torch.from_numpy(token_ids))
+        self._group.broadcast_(torch.from_numpy(token_ids))
         ends = np.cumsum(lengths, dtype=np.int64)[:-1]
         return [_Drawn(*one) for one in zip(ids, np.split(token_ids, ends), strict=True)] if ids else [], next_cursor
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwenscope.activations.ahead import Ahead
-from qwenscope.activations.division import Division
+from qwenscope.activations.cache import Window
+from qwenscope.activations.prefetch import Prefetcher
 from qwenscope.activations.source import WindowSource
-from qwenscope.activations.store import Window
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import Site, sites_of
+from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.recipe import Recipe
 from qwenscope.seeds import generator
 
@@ -46,14 +46,14 @@ class Windows:
     """
 
     def __init__(
-        self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, division: Division | None = None
+        self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, plan: HarvestPlan[Site] | None = None
     ) -> None:
         """
         Args:
             lm: Built up to the recipe's last hooked layer. With `activations.overlap` another thread runs it.
             stream: Conversations; until `close` only this object draws from it. None on all ranks but the first.
             recipe: Its corpus, activations, training and seed.
-            division: Among several ranks, which then make the same calls; None is one process alone.
+            plan: Among several ranks, which then make the same calls; None is one process alone.
 
         Raises:
             RecipeError: `training.batch_size` exceeds `activations.window_tokens`.
@@ -61,14 +61,14 @@ class Windows:
         """
         self._lm = lm
         self._recipe = recipe
-        division = division or Division.alone(sites_of(recipe))
-        self._layers = division.own_layers
+        plan = plan or HarvestPlan.alone(sites_of(recipe))
+        self._layers = plan.own_sites
         self._check_size(recipe.training.batch_size)
-        self._ahead: Ahead | None = None
-        if recipe.activations.overlap and not division.in_turn:
-            self._ahead = Ahead(lm.device)
-            division = dataclasses.replace(division, group=division.group.twin(rows=True))
-        self._source = WindowSource(lm, stream, recipe, division)
+        self._prefetcher: Prefetcher | None = None
+        if recipe.activations.overlap and not plan.in_turn:
+            self._prefetcher = Prefetcher(lm.device)
+            plan = dataclasses.replace(plan, group=plan.group.clone(rows=True))
+        self._source = WindowSource(lm, stream, recipe, plan)
         self._index = 0  # the window that the next row comes from
         self._offset = 0  # its rows already handed out
         self._cursor = self._source.start()  # where it begins
@@ -142,8 +142,8 @@ class Windows:
         self._cursor, self._before = state["cursor"], dict(state["counts"])
         self._expected = state["conversations"]
         self._window = None
-        if self._ahead is not None:
-            self._ahead.drop()
+        if self._prefetcher is not None:
+            self._prefetcher.drop()
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -158,14 +158,14 @@ class Windows:
 
     def report(self) -> dict[str, Any]:
         """The corpus report of all windows so far, also where they came from the cache. Rank 0's alone to make."""
-        if self._ahead is not None:
-            self._ahead.settle()  # the corpus is read by one thread at a time
+        if self._prefetcher is not None:
+            self._prefetcher.settle()  # the corpus is read by one thread at a time
         return self._source.report(self._cursor if self._window is None else self._window.next_cursor)
 
     def close(self) -> None:
         """Wait for a harvest under way, drop it, and end its thread; `state` and `report` stay valid."""
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
     def _current(self) -> Window | None:
         """The window that the next row comes from; None when the corpus is used up."""
@@ -191,17 +191,17 @@ class Windows:
     def _next(self) -> Window | None:
         """Window `self._index`, made now or in advance; None when the corpus is used up."""
         make = partial(self._source.window, self._index, self._cursor)
-        if self._ahead is None:
+        if self._prefetcher is None:
             return make()
-        if not self._ahead.begun:
-            self._ahead.begin(make)
-        return self._ahead.take()
+        if not self._prefetcher.begun:
+            self._prefetcher.begin(make)
+        return self._prefetcher.take()
 
     def _look_ahead(self, window: Window) -> None:
         """Begin the window behind the current one if the run will want rows of it; every rank decides alike."""
         handed_out = self._before["tokens_read"] - sum(self._before[reason] for reason in LEFT_OUT)  # before this one
-        if self._ahead is not None and handed_out + len(self._order_R) < self._recipe.training.tokens:
-            self._ahead.begin(partial(self._source.window, self._index + 1, window.next_cursor))
+        if self._prefetcher is not None and handed_out + len(self._order_R) < self._recipe.training.tokens:
+            self._prefetcher.begin(partial(self._source.window, self._index + 1, window.next_cursor))
 
     def _take(self, most: int) -> dict[Site, Tensor] | None:
         """Up to `most` further rows, all of one window, which is let go with its last row; None at the corpus's end."""

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.training.run import OnProgress, train
+from qwenscope.training.run import train
 from qwenscope.training.signals import Stopped
+from qwenscope.training.telemetry import OnProgress
 from qwenscope.training.telemetry import Progress as RunProgress
 
 _LINE_SECONDS = 15.0

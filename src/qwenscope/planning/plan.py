@@ -39,10 +39,9 @@ from qwenscope.costs import (
 )
 from qwenscope.errors import ModelError
 from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config, pick_dtype
+from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.planning.measure import BATCH_POSITIONS, PADDING, Measured, batches_of
 from qwenscope.recipe import Recipe
-from qwenscope.training.parallel import owners
-from qwenscope.training.shards import Piece, shared
 
 GIB = 1 << 30
 Held = Sequence[Sequence[Piece]]

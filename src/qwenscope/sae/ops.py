@@ -64,6 +64,18 @@ class Panels:
         """Sum of squares of each row -> [B]."""
         return torch.stack([torch.linalg.vecdot(part, part) for part in self.parts]).sum(0)
 
+    def sub_(self, other: Panels) -> Self:
+        """Subtract another matrix [B, D], in place."""
+        for part, subtrahend in zip(self.parts, other.parts, strict=True):
+            part.sub_(subtrahend)
+        return self
+
+    def mul_(self, factor: Tensor) -> Self:
+        """Multiply by a number (0-dim), in place."""
+        for part in self.parts:
+            part.mul_(factor)
+        return self
+
 
 def cut(x_BD: Tensor) -> tuple[Tensor, ...]:
     """The columns of a matrix (or the entries of a vector [D]) in panels, as views."""

@@ -24,7 +24,7 @@ from qwenscope.lm.vllm.engine import VllmModel, check_vllm
 from qwenscope.lm.vllm.parity import check_parity, sample_rows
 from qwenscope.recipe import LMRecipe, Recipe
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PARITY_TOKENS = 4096
 """At least so many tokens are compared, of whole conversations."""
@@ -65,7 +65,7 @@ def open_source(
     closing.callback(engine.close)
     found = sample_rows(engine, token_ids, sites, corpus.batch_tokens)
     verdict = check_parity(expected, found, engine.dtype, site_names(recipe), who)
-    log.info("%s computes the rows of transformers on %s tokens", who, f"{verdict['tokens']:,}")
+    logger.info("%s computes the rows of transformers on %s tokens", who, f"{verdict['tokens']:,}")
     return engine, verdict
 
 

@@ -1,18 +1,24 @@
-"""From the recipe to one SAE's trainer."""
+"""From the recipe to one SAE's trainer, and to each rank's part of the harvest."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 
-from qwenscope.lm.model import RowSource
-from qwenscope.lm.sites import Site
+from qwenscope.costs import GPUS, position_seconds, size_of, step_seconds
+from qwenscope.lm.model import LanguageModel, RowSource
+from qwenscope.lm.sites import Site, hooked_sites, sites_of
+from qwenscope.parallel.group import ALONE, Group
+from qwenscope.parallel.harvest_plan import HarvestPlan
+from qwenscope.parallel.owners import Piece, owners, shared
+from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.seeds import derive_seed
-from qwenscope.training.shards import Shard
+from qwenscope.training.sharded import ShardedTrainer
 from qwenscope.training.trainer import SAETrainer
 
 
@@ -33,7 +39,8 @@ def build_trainer(
         "model_revision": lm.revision,
         "tokens": training.tokens,
     }
-    return SAETrainer(
+    trainer = SAETrainer if shard.group.size == 1 else partial(ShardedTrainer, shard=shard)
+    return trainer(
         sae,
         point.lr,
         tokens=training.tokens,
@@ -50,7 +57,6 @@ def build_trainer(
         clip_norm=training.clip_norm,
         moments=getattr(torch, training.moments),
         seed=derive_seed(recipe.seed, "resampling", sae_id),
-        shard=shard,
     )
 
 
@@ -66,4 +72,28 @@ def untrained(hidden_dim: int, shard: Shard, seed: int) -> TopKSAE:
             "decoder.weight": decoder_ND.T,
             "pre_bias": torch.zeros(hidden_dim),
         },
+    )
+
+
+def plan_harvest(recipe: Recipe, lm: RowSource, group: Group) -> HarvestPlan[Site]:
+    """Who needs which rows, and how busy each rank is with its SAEs: one with more to do there harvests less.
+
+    Where steps exchange tensors too, GPUs take turns: two threads that use nccl side by side can lock each other out,
+    when ranks meet their kernels in unlike order. Engines other than transformers work in one process and one thread.
+    """
+    if not isinstance(lm, LanguageModel):
+        return HarvestPlan(ALONE, (sites_of(recipe),), (0.0,), in_turn=True)
+    card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
+    position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
+    steps = recipe.activations.window_tokens / recipe.training.batch_size
+    owned, sites = owners(recipe, group.size), hooked_sites(recipe.hook_points)
+
+    def seconds(piece: Piece) -> float:
+        return sum(step_seconds(recipe, piece, lm.hidden_dim, card))
+
+    return HarvestPlan(
+        group,
+        tuple(tuple(sorted({sites[piece.sae_id] for piece in held})) for held in owned),
+        tuple(steps * sum(map(seconds, held)) / position for held in owned),
+        in_turn=lm.device.type == "cuda" and shared(owned),
     )

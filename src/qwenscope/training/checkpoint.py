@@ -31,9 +31,9 @@ from torch import Tensor
 
 from qwenscope.errors import CheckpointError, ResourceError
 from qwenscope.files import disk_full_named, fsync_folder
-from qwenscope.ranks import ALONE, Group
+from qwenscope.parallel.group import ALONE, Group
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FORMAT_VERSION = 1
@@ -97,7 +97,7 @@ def save(
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    needed = sum(group.together(lambda: checkpoint_bytes(tensors)))
+    needed = sum(group.all_gather_object(lambda: checkpoint_bytes(tensors)))
 
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,9 +123,9 @@ def save(
             raise CheckpointError(f"cannot write {final}: {error.strerror or error}") from error
 
     try:
-        group.share(lambda: named(prepare))
-        parts = group.together(lambda: named(lambda: _write_parts(temporary, tensors)))
-        group.share(lambda: named(lambda: close(parts)))
+        group.broadcast_object(lambda: named(prepare))
+        parts = group.all_gather_object(lambda: named(lambda: _write_parts(temporary, tensors)))
+        group.broadcast_object(lambda: named(lambda: close(parts)))
     finally:
         if group.leads:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -170,10 +170,10 @@ def load_newest(
         CheckpointError: there are checkpoints, and none of them verifies: starting over is the user's decision.
     """
     passed_over: list[str] = []
-    for name in reversed(group.share(lambda: [path.name for path in list_checkpoints(folder)])):
+    for name in reversed(group.broadcast_object(lambda: [path.name for path in list_checkpoints(folder)])):
         loaded: list[Checkpoint] = []
         try:
-            group.together(partial(_load_into, loaded, folder / name, wanted))
+            group.all_gather_object(partial(_load_into, loaded, folder / name, wanted))
             return loaded[0], passed_over
         except NewerFormatError:
             raise
@@ -202,7 +202,7 @@ def set_aside_newer(folder: Path, good: Path) -> None:
         target = path.with_name(f"damaged-{path.name}")
         _remove(target)
         os.replace(path, target)
-        log.warning("kept the damaged checkpoint as %s; delete it once you have looked at it", target)
+        logger.warning("kept the damaged checkpoint as %s; delete it once you have looked at it", target)
 
 
 def rotate(folder: Path, keep: int) -> None:
@@ -214,7 +214,7 @@ def rotate(folder: Path, keep: int) -> None:
             if _read_manifest(path / _MANIFEST)["snapshot"]:
                 continue
         except CheckpointError as error:  # whoever made it unreadable may want to look at it
-            log.warning("rotation leaves %s alone: %s", path, error)
+            logger.warning("rotation leaves %s alone: %s", path, error)
             continue
         doomed = path.with_name(f".{path.name}.old")  # a half-removed folder must not look like a checkpoint
         os.replace(path, doomed)

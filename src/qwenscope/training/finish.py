@@ -13,7 +13,7 @@ import torch
 from qwenscope.checksums import write_checksums
 from qwenscope.errors import TrainingError
 from qwenscope.files import disk_full_named, fsync_folder
-from qwenscope.ranks import ALONE, Group
+from qwenscope.parallel.group import ALONE, Group
 from qwenscope.sae.topk import TopKSAE
 
 _UNIT_TOLERANCE = 1e-5
@@ -55,10 +55,10 @@ def publish(saes: Iterable[tuple[str, TopKSAE | None]], target: Path, needed: in
         fsync_folder(target.parent)
 
     try:
-        group.share(prepare)
+        group.broadcast_object(prepare)
         for sae_id, sae in saes:
-            group.together(partial(write, sae_id, sae))
-        group.share(put_in_place)
+            group.all_gather_object(partial(write, sae_id, sae))
+        group.broadcast_object(put_in_place)
     finally:
         if group.leads:
             shutil.rmtree(temporary, ignore_errors=True)

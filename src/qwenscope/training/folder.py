@@ -25,11 +25,11 @@ from pydantic import ValidationError
 from qwenscope.doctor import examine
 from qwenscope.errors import CheckpointError, LockError, QwenscopeError, RecipeError, ResourceError
 from qwenscope.files import read_json, write_json, write_text
-from qwenscope.ranks import ALONE, Group, RankLostError
+from qwenscope.parallel.group import ALONE, Group, RankLostError
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.lock import LOCK_NAME, run_lock
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Keys that may differ between a checkpoint and the recipe it is resumed with: they touch no weight. (How an SAE is
 # spread over ranks touches its last bits, and may change because their number may.)
@@ -55,6 +55,8 @@ class RunFolder:
         self.path, self.target, self._writes = path, target, writes
         self.note: str | None = None
         self.checkpoint: str | None = self.status.get("checkpoint")
+        self.tokens = 0
+        """Trained so far."""
         self.versions: dict[str, str] = {}
         self._written = -math.inf
 
@@ -69,17 +71,17 @@ class RunFolder:
         path = self.path / "status.json"
         return dict(read_json(path)) if path.exists() else {}
 
-    def still_running(self, tokens: int) -> None:
+    def still_running(self) -> None:
         """Refresh a running status every few seconds (fsync is not free); a full disk makes it wait, not the run."""
         if time.monotonic() - self._written < _STATUS_SECONDS:
             return
         try:
-            self.write_status("running", tokens)
+            self.write_status("running")
         except ResourceError as error:
             self._written = time.monotonic()
-            log.error("%s", error)
+            logger.error("%s", error)
 
-    def write_status(self, state: str, tokens: int, error: str | None = None) -> None:
+    def write_status(self, state: str, error: str | None = None) -> None:
         """Replace status.json."""
         if not self._writes:
             return
@@ -87,7 +89,7 @@ class RunFolder:
             self.path / "status.json",
             {
                 "state": state,
-                "tokens_trained": tokens,
+                "tokens_trained": self.tokens,
                 "tokens_target": self.target,
                 "error": error,
                 "note": self.note,
@@ -99,25 +101,28 @@ class RunFolder:
         )
         self._written = time.monotonic()
 
-    def write_failure(self, tokens: int, error: BaseException, group: Group) -> None:
+    def write_failure(self, error: BaseException, group: Group) -> None:
         """status.json of a failed run, with the word that a lost rank left; whichever rank is left writes it."""
         lost = isinstance(error, RankLostError)
-        if group.leads:
-            words = [path.read_text(encoding="utf-8") for path in sorted(self.path.glob(_LAST_WORDS.format("*")))]
-            self.write_status("failed", tokens, "; ".join([describe(error), *(words if lost else [])]))
-        elif not lost:
-            (self.path / _LAST_WORDS.format(group.rank)).write_text(f"rank {group.rank}: {describe(error)}")
-        else:
-            self._write_for_rank_0(tokens, describe(error))
+        try:
+            if group.leads:
+                words = [path.read_text(encoding="utf-8") for path in sorted(self.path.glob(_LAST_WORDS.format("*")))]
+                self.write_status("failed", "; ".join([describe(error), *(words if lost else [])]))
+            elif not lost:
+                (self.path / _LAST_WORDS.format(group.rank)).write_text(f"rank {group.rank}: {describe(error)}")
+            else:
+                self._write_for_rank_0(describe(error))
+        except (OSError, ResourceError) as second:
+            logger.error("cannot write status.json: %s", second)
 
-    def _write_for_rank_0(self, tokens: int, error: str) -> None:
+    def _write_for_rank_0(self, error: str) -> None:
         """Where rank 0 is gone its lock is free, a moment after its connections; where it lives, it writes itself."""
         for _ in range(40):
             if self.status.get("state") != "running":
                 return
             with suppress(LockError), run_lock(self.path):
                 self._writes = True
-                self.write_status("failed", tokens, error)
+                self.write_status("failed", error)
                 return
             time.sleep(0.05)
 
@@ -128,7 +133,7 @@ class RunFolder:
             self._written = -math.inf
 
     def begin(self, recipe: Recipe, passed_over: Sequence[str], ranks: int) -> None:
-        """Record the resolved recipe, and add this session's machine, versions and start to run.json."""
+        """Record the resolved recipe, this session's machine, versions and start in run.json, and that it runs."""
         if not self._writes:
             return
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
@@ -148,6 +153,7 @@ class RunFolder:
             }
         )
         write_json(self.path / "run.json", run)
+        self.write_status("running")
 
     def record(self, **facts: Any) -> None:
         """Add top-level facts (revisions, precision ...) to run.json."""
@@ -170,11 +176,11 @@ def open_run(recipe: Recipe, out: Path, resume: bool, group: Group = ALONE) -> I
         LockError: another process works in it.
         ResourceError: a rank sees another folder under this name.
     """
-    if len(set(group.together(recipe.fingerprint))) > 1:
+    if len(set(group.all_gather_object(recipe.fingerprint))) > 1:
         raise RecipeError("the ranks were started with unlike recipes; give all machines the same file and --set")
     with ExitStack() as held:
-        holder = group.share(lambda: _enter(recipe, out, resume, held))
-        group.together(lambda: _check_shared(out, holder))
+        holder = group.broadcast_object(lambda: _enter(recipe, out, resume, held))
+        group.all_gather_object(lambda: _check_shared(out, holder))
         yield RunFolder(out, recipe.training.tokens, group.leads)
 
 

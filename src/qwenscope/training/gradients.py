@@ -19,7 +19,6 @@ from torch import Tensor
 from qwenscope.costs import DENSE_SHARE
 from qwenscope.sae import ops
 from qwenscope.sae.selection import Selection
-from qwenscope.training.shards import Shard
 from qwenscope.training.weights import Weights
 
 
@@ -47,27 +46,33 @@ class Auxiliary:
         cls,
         weights: Weights,
         rows: ops.Panels,
-        residual: ops.Panels,
+        error: ops.Panels,
         pre_BM: Tensor,
+        kept_BM: Tensor,
         latents: Tensor,
-        k: int,
         scale: float,
     ) -> Auxiliary:
-        """Reconstruct what is left, e = -residual, from the k largest dead pre-activations of each row, without ReLU.
+        """Reconstruct what is left, e = x - x_hat = -error, from the kept dead pre-activations, without ReLU.
 
-        loss = ||e - e_hat||^2 / ||e - mean(e)||^2, e held fixed. The products run in `pre_BM`'s dtype; where that is
-        bfloat16, the gradient (weighted by `scale`) carries its rounding.
+        With codes c (the kept pre-activations, else 0), W and V the dead rows of encoder and decoder, e held fixed:
+
+            e_hat = c V                         loss = ||e - e_hat||^2 / whole,  whole = ||e - mean(e)||^2
+            g = dLoss/de_hat = 2 (e_hat - e) / whole
+            dV = c^T g                          delta = g V^T where kept;  dW = delta^T x,  dbias = sum_b delta
+
+        The products run in `pre_BM`'s dtype; where that is bfloat16, the gradient (weighted by `scale`) carries its
+        rounding.
         """
-        dtype, full = pre_BM.dtype, residual.parts[0].dtype
-        left_BM = _left_out(pre_BM, k, weights.shard)
+        dtype, full = pre_BM.dtype, error.parts[0].dtype
+        left_BM = ~kept_BM
         codes_BM = pre_BM.masked_fill(left_BM, 0.0)
         decoder_MD = weights["decoder"][latents].to(dtype)
-        g_BD, whole = weights.shard.total(codes_BM @ decoder_MD), variance(residual)
+        g_BD, whole = weights.decode_dense(codes_BM, decoder_MD), variance(error)
         losses = []
-        for part, left in zip(ops.cut(g_BD), residual.parts, strict=True):
-            error = left + part
-            losses.append(torch.linalg.vector_norm(error).square())
-            part.copy_(error.mul_(2 * scale / whole))
+        for e_hat, minus_e in zip(ops.cut(g_BD), error.parts, strict=True):  # g_BD begins as e_hat
+            off = minus_e + e_hat
+            losses.append(torch.linalg.vector_norm(off).square())
+            e_hat.copy_(off.mul_(2 * scale / whole))
         delta_BM = (g_BD @ decoder_MD.T).masked_fill_(left_BM, 0.0)
         return cls(
             torch.stack(losses).sum() / whole,
@@ -78,22 +83,18 @@ class Auxiliary:
         )
 
 
-def _left_out(pre_BM: Tensor, k: int, shard: Shard) -> Tensor:
-    """Which pre-activations are not among the k largest of their row -> bool [B, M]."""
-    count = pre_BM.shape[1]
-    if shard.group.size == 1:
-        left_out = pre_BM.topk(max(0, count - k), dim=1, largest=False, sorted=False).indices
-        return torch.zeros_like(pre_BM, dtype=torch.bool).scatter_(1, left_out, True)
-    values, places = pre_BM.topk(min(k, count), dim=1, sorted=False)
-    return torch.ones_like(pre_BM, dtype=torch.bool).scatter_(1, places, ~shard.largest(values, k))
+def k_largest(pre_BM: Tensor, k: int) -> Tensor:
+    """Which pre-activations are among the k largest of their row -> bool [B, M]."""
+    left_out = pre_BM.topk(max(0, pre_BM.shape[1] - k), dim=1, largest=False, sorted=False).indices
+    return torch.ones_like(pre_BM, dtype=torch.bool).scatter_(1, left_out, False)
 
 
 @dataclass(frozen=True, slots=True)
 class SparseGradient:
-    """Gradient of one batch's loss for all parameters of this rank, before the decoder's projection.
+    """Gradient of one batch's loss for all parameters, before the decoder's projection.
 
     x, g: centred rows and dLoss/dx_hat [B, D], in the dtype that row gradients gather. encoder_bias [N], pre_bias [D]:
-    complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm over all ranks.
+    complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm.
     """
 
     x: ops.Panels
@@ -112,7 +113,7 @@ class SparseGradient:
         cls, weights: Weights, rows: ops.Panels, g: ops.Panels, selection: Selection, auxiliary: Auxiliary | None
     ) -> SparseGradient:
         """Products of the active pairs, and everything that is small."""
-        n, k, table, shard = weights.latents, selection.values.shape[1], weights.decoder, weights.shard
+        n, k, table = weights.latents, selection.values.shape[1], weights.decoder
         on_gpu = table.is_cuda
         dense = on_gpu and table.dtype == torch.bfloat16 and k > DENSE_SHARE * n
         pairs = (ops.DensePairs if dense else ops.Pairs).of(selection.indices, n)
@@ -132,8 +133,7 @@ class SparseGradient:
             latents = auxiliary.latents
             encoder_bias.index_copy_(0, latents, encoder_bias[latents] + auxiliary.bias_M)
             extra = [auxiliary.encoder_MD.norm(), auxiliary.decoder_MD.norm()]
-        through_encoder = shard.total(encoder_bias @ weights["encoder"])
-        pre_bias = torch.cat([part.sum(0) for part in g.parts]) - through_encoder
+        pre_bias = torch.cat([part.sum(0) for part in g.parts]) - weights.through_encoder(encoder_bias)
         sparse = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm()
         return cls(
             x_gathered,
@@ -144,7 +144,7 @@ class SparseGradient:
             encoder_bias,
             pre_bias,
             pairs.totals(active_P.to(values_P.dtype)) > 0,
-            shard.total(sparse + sum(extra)),
+            weights.bound(sparse + sum(extra)),
             auxiliary,
         )
 

@@ -24,7 +24,7 @@ BLOCK_ROWS = 1024
 class Adam:
     """Settings of one Adam step.
 
-    lr: 0-dim float32. step: 0-dim float32, number of this step from 1, for the bias corrections.
+    lr: 0-dim, in the parameters' dtype. step: 0-dim float32, number of this step from 1, for the bias corrections.
     """
 
     lr: Tensor
@@ -35,10 +35,17 @@ class Adam:
     def __call__(
         self, parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, divisor: Tensor, skip: Tensor
     ) -> None:
-        """Update `parameter`, `mean` and `square` in place with `gradient / divisor`; `gradient` is spent.
+        """Update `parameter`, `mean` and `square` in place with g = `gradient / divisor`; `gradient` is spent.
 
+            mean   <- beta1 mean + (1 - beta1) g        square <- beta2 square + (1 - beta2) g^2
+            parameter <- parameter - lr (mean / (1 - beta1^step)) / (sqrt(square / (1 - beta2^step)) + eps)
+
+        Moments in bfloat16 are widened for the step and rounded after it. `divisor`: 0-dim, in the parameters' dtype.
         `skip`: 0-dim float32 read on the device; 1 leaves everything as it is.
         """
+        if gradient.dtype == torch.float64:  # the kernel would read the divisor as float32
+            gradient.div_(divisor)
+            divisor = torch.ones_like(divisor)
         rounded = mean.dtype != parameter.dtype
         first, second = (mean.to(parameter.dtype), square.to(parameter.dtype)) if rounded else (mean, square)
         torch._fused_adam_(
@@ -55,7 +62,7 @@ class Adam:
             eps=self.eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=divisor,
+            grad_scale=divisor.float(),
             found_inf=skip,
         )
         if rounded:
@@ -64,7 +71,7 @@ class Adam:
 
 
 def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
-    """Round float32 up or down to bfloat16 with probabilities that keep the mean; noise is a function of (step, place).
+    """Round up or down to bfloat16, by way of float32, with probabilities that keep the mean; noise is a function of (step, place).
 
     The second moment needs it: with beta2 = 0.999 nearly all its changes are below half a unit in the last place, and
     rounding to nearest would freeze it at its maximum.
@@ -72,7 +79,7 @@ def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
     place = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
     noise = (place + step.to(torch.int32) * -1640531527) * 747796405  # a multiplicative hash; wraps around
     noise = ((noise >> 15) ^ noise) * 277803737
-    bits = x.view(torch.int32) + ((noise >> 16) & 0xFFFF)
+    bits = x.float().view(torch.int32) + ((noise >> 16) & 0xFFFF)
     return (bits & -0x10000).view(torch.float32).bfloat16()
 
 
@@ -99,22 +106,22 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
     Where `finite` (0-dim bool) is false nothing changes.
     """
     biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
-    shard = weights.shard
-    norms = [gradient.encoder_bias.norm(), shard.once(gradient.pre_bias.norm())]
+    of_biases = gradient.encoder_bias.norm(), gradient.pre_bias.norm()
+    of_rows: list[Tensor] = []
     norm_of_all: Tensor | None = None
-    divisor = torch.ones((), device=finite.device)
+    divisor = torch.ones_like(gradient.bound)
     blocks: Iterable[tuple[str, slice, Tensor]] = _blocks(weights, gradient)
     on_gpu = finite.is_cuda
     if on_gpu:
         blocks = list(blocks)
     if clip_norm is not None and (on_gpu or bool(gradient.bound > clip_norm)):
         known = blocks if on_gpu else _blocks(weights, gradient)
-        norm_of_all = shard.norm(torch.stack(norms + [rows_RD.norm() for _, _, rows_RD in known]).norm())
-        divisor = (norm_of_all / clip_norm).clamp_min(1.0).float()
+        norm_of_all = weights.norm(*of_biases, [rows_RD.norm() for _, _, rows_RD in known])
+        divisor = (norm_of_all / clip_norm).clamp_min(1.0)
     skip = (~finite).float()
     for name, block, rows_RD in blocks:
         if norm_of_all is None:
-            norms.append(rows_RD.norm())
+            of_rows.append(rows_RD.norm())
         parameter = weights[name][block]
         adam(parameter, rows_RD, weights.means[name][block], weights.squares[name][block], divisor, skip)
         if name == "decoder":
@@ -123,4 +130,4 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
         weights.refresh(name, block)
     for name, value in biases.items():
         adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
-    return shard.norm(torch.stack(norms).norm()) if norm_of_all is None else norm_of_all
+    return weights.norm(*of_biases, of_rows) if norm_of_all is None else norm_of_all

@@ -16,7 +16,7 @@ from qwenscope.errors import CheckpointError, ModelError
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import Site
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _POSITIONS = 16
 _OTHER_MODEL = 0.05  # relative difference of norms that no rounding makes, bfloat16 included

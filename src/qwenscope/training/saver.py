@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenscope.ranks import ALONE, Group
+from qwenscope.parallel.group import ALONE, Group
 from qwenscope.training import checkpoint
 
 Tensors = dict[str, dict[str, Tensor]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,15 +11,16 @@ from torch import Tensor
 from qwenscope.errors import TrainingError
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import Site, hooked_sites
-from qwenscope.ranks import Group
+from qwenscope.parallel.group import Group
+from qwenscope.parallel.owners import overlaps, owners, state_of
+from qwenscope.parallel.shard import shards
 from qwenscope.recipe import Recipe
 from qwenscope.sae.selection import Precision
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.building import build_trainer
-from qwenscope.training.parallel import owners, shards
-from qwenscope.training.shards import overlaps, state_of
 from qwenscope.training.trainer import StepMetrics
 
+T = TypeVar("T")
 NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")
 """Of StepMetrics, in metrics.jsonl under these names; `dead` as a share there."""
 
@@ -43,7 +44,8 @@ class Suite:
             group: Whose ranks share the SAEs.
             precision: Per SAE what an earlier session settled on; the recipe's where it says nothing.
         """
-        self._points, self._sites = recipe.hook_points, hooked_sites(recipe.hook_points)
+        self._points, self._group = recipe.hook_points, group
+        self._sites = hooked_sites(recipe.hook_points)
         self._pieces = {piece.sae_id: piece for piece in owners(recipe, group.size)[group.rank]}
         self._trainers = {
             sae_id: build_trainer(recipe, lm, sae_id, precision.get(sae_id, recipe.training.precision), shard)
@@ -52,10 +54,9 @@ class Suite:
         self._last: dict[str, StepMetrics] = {}
         self._finite: list[tuple[int, str, Tensor]] = []  # flags of steps not looked at yet
 
-    @property
     def precision(self) -> dict[str, Precision]:
-        """What each trainer settled on."""
-        return {sae_id: trainer.precision for sae_id, trainer in self._trainers.items()}
+        """What the trainers of all ranks settled on."""
+        return self._of_all(lambda: {sae_id: trainer.precision for sae_id, trainer in self._trainers.items()})
 
     def calibrate(self, rows: Mapping[Site, Tensor]) -> None:
         """Fit every SAE to the first rows {site: x_RD} of a run."""
@@ -95,11 +96,15 @@ class Suite:
         self._finite.clear()
 
     def numbers(self) -> dict[str, dict[str, float]]:
-        """The last step's numbers of each SAE: one transfer for all.
+        """The last step's numbers of each SAE, those of other ranks too.
 
         Raises:
             TrainingError: as `check_finite`.
         """
+        return self._of_all(self._own_numbers)
+
+    def _own_numbers(self) -> dict[str, dict[str, float]]:
+        """Of this rank's SAEs: one transfer from the device for all."""
         self.check_finite()
         tensors = [getattr(metrics, name).float() for metrics in self._last.values() for name in NUMBERS]
         numbers = iter(torch.stack(tensors).tolist() if tensors else ())
@@ -119,3 +124,8 @@ class Suite:
         for sae_id in self._points:
             trainer = self._trainers.get(sae_id)
             yield sae_id, None if trainer is None else trainer.collect()
+
+    def _of_all(self, act: Callable[[], dict[str, T]]) -> dict[str, T]:
+        """What `act` says of each rank's own SAEs, for all of them, in the recipe's order."""
+        merged = {sae_id: value for part in self._group.all_gather_object(act) for sae_id, value in part.items()}
+        return {sae_id: merged[sae_id] for sae_id in self._points}

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from qwenscope.errors import RecipeError
 from qwenscope.files import disk_full_named, write_text
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WALL_CLOCK_FIELDS = ("seconds", "tokens_per_second")
 
@@ -49,6 +49,9 @@ class Progress:
     tokens_per_second: float = 0.0
     eta_seconds: float | None = None
     saes: Mapping[str, SAEProgress] | None = None
+
+
+OnProgress = Callable[[Progress], None]
 
 
 class Sink(Protocol):
@@ -81,7 +84,7 @@ class MetricsFile:
         try:
             self._write()
         except OSError as error:
-            log.error("cannot write %s (%s); %d lines wait", self._path, error.strerror, len(self._waiting))
+            logger.error("cannot write %s (%s); %d lines wait", self._path, error.strerror, len(self._waiting))
 
     def flush(self) -> None:
         """Write what waits and make it survive a power cut.
@@ -133,7 +136,7 @@ class Telemetry:
         try:
             act(self._sinks[name])
         except Exception as error:  # someone else's service: whatever it raises must not cost the run
-            log.error("telemetry sink %s failed and is dropped: %s", name, error)
+            logger.error("telemetry sink %s failed and is dropped: %s", name, error)
             del self._sinks[name]
 
 

@@ -1,4 +1,4 @@
-"""Train one TopK SAE: `SAETrainer.step` is one optimiser step on plain tensors, without autograd.
+"""Train one TopK SAE: `SAETrainer.step` is one optimizer step on plain tensors, without autograd.
 
 Loss (Gao et al. 2024, eq. 3 and section A.2, with a batch-relative reconstruction term):
 
@@ -11,6 +11,7 @@ Legend: B rows (tokens), D hidden, N latents, K active latents per row, M dead l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,15 +20,14 @@ from torch import Tensor
 
 from qwenscope.errors import CheckpointError, TrainingError
 from qwenscope.sae import ops
-from qwenscope.sae.selection import Precision, Selector, best_precision
+from qwenscope.sae.selection import Precision, Selection, Selector, best_precision
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
 from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
-from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
+from qwenscope.training.gradients import Auxiliary, SparseGradient, k_largest, variance
 from qwenscope.training.optimizer import Adam, update
 from qwenscope.training.schedule import learning_rate
-from qwenscope.training.shards import Shard
-from qwenscope.training.weights import PARAMETERS, Weights
+from qwenscope.training.weights import PARAMETERS, Weights, master_dtype
 
 PRECISIONS: tuple[Precision, ...] = ("exact", "fp32", "bf16")
 REDONE_SHARE = 1 / 8
@@ -72,9 +72,9 @@ class SAETrainer:
         precision: "fp32", "bf16", "exact" (candidates by fewer bits, float32 values and gradients) or "auto".
         betas, eps: Adam's.
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
-        moments: dtype of Adam's moments.
+        moments: dtype of Adam's moments: None, that of the weights (float32, or float64 of an SAE in float64), or
+            bfloat16, the second one rounded stochastically.
         seed: of the resampling.
-        shard: where the SAE is spread over several ranks, which make the same calls: `sae` has this rank's latents.
 
     Raises:
         TrainingError: an impossible value.
@@ -97,9 +97,8 @@ class SAETrainer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
         clip_norm: float | None = 1.0,
-        moments: torch.dtype = torch.float32,
+        moments: torch.dtype | None = None,
         seed: int = 0,
-        shard: Shard | None = None,
     ) -> None:
         _check(
             lr=lr >= 0,
@@ -112,11 +111,9 @@ class SAETrainer:
             resample_every_steps=resample_every_steps >= 0,
             precision=precision in ("auto", *PRECISIONS),
             clip_norm=clip_norm is None or clip_norm > 0,
-            moments=moments in (torch.float32, torch.bfloat16, torch.float64),
+            moments=moments in (None, master_dtype(sae), torch.bfloat16),
         )
-        self.shard = shard or Shard.whole(sae)
-        self.k = self.shard.k
-        self.config = sae.config | {"dict_size": self.shard.dict_size, "k": self.k}
+        self.config = sae.config
         self.device = sae.pre_bias.device
         self.lr, self.tokens, self.warmup_tokens, self.decay_share = lr, tokens, warmup_tokens, decay_share
         self.aux_coefficient = aux_coefficient
@@ -124,32 +121,36 @@ class SAETrainer:
         self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
         self.resample_every_steps = resample_every_steps
         self._precision_is_free = precision == "auto"
-        self.precision: Precision = (
-            self.shard.group.share(lambda: best_precision(sae.encoder.weight)) if precision == "auto" else precision
-        )
+        self.precision: Precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
         self.normalise = normalise
-        self.weights = Weights(sae, self.shard, self.precision, moments)
+        self.weights = self._take(sae, moments)
         self._selector = Selector(sae.k, self.precision)
         self.centre_D = torch.zeros_like(self.weights["pre_bias"])
         self.rms = torch.ones_like(self.centre_D[0])
         if dead_after_tokens is None:
             dead_after_tokens = 1_000_000 if tokens is None else max(1, tokens // 50)
         self.ages = FiringAges(sae.dict_size, dead_after_tokens, self.device)
-        self.pool: ResamplingPool | None = None
-        if resample_every_steps:
-            per_step = max(1, self.shard.dict_size // (4 * min(POOL_STEPS, resample_every_steps)))
-            size = per_step * min(POOL_STEPS, resample_every_steps)
-            self.pool = ResamplingPool(size, sae.hidden_dim, per_step, self.device)
+        self.pool = self._new_pool(sae.dict_size) if resample_every_steps else None
         self.generator = generator(seed, "resampling")
         # Listing the dead synchronises with a GPU, so there they are listed every so many steps.
         self._refresh_every = 64 if self.device.type == "cuda" else 1
         self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
-        self._names: Tensor | None = None  # of the dead, if any rank has some
+        self._names: Tensor | None = None  # latents that the dead-latent loss works with
         self._listed = False
-        self._lr = torch.zeros((), device=self.device)
+        self._lr = torch.zeros_like(self.rms)
         self._step = torch.zeros((), device=self.device)
         self.steps = 0
         self.tokens_trained = 0
+
+    def _take(self, sae: TopKSAE, moments: torch.dtype | None) -> Weights:
+        """Copies of the SAE's tensors, ready for training."""
+        return Weights(sae, self.precision, moments)
+
+    def _new_pool(self, dict_size: int) -> ResamplingPool:
+        """An empty pool that offers a direction for every fourth latent."""
+        steps = min(POOL_STEPS, self.resample_every_steps)
+        per_step = max(1, dict_size // (4 * steps))
+        return ResamplingPool(per_step * steps, len(self.centre_D), per_step, self.device)
 
     def calibrate(self, rows_RD: Tensor) -> None:
         """Fit what does not need training, on the first rows of a run: centre, scale, and the encoder's length.
@@ -171,7 +172,7 @@ class SAETrainer:
         for chunk in chunks:
             x = self._rows(chunk)[:]
             values, indices = (x @ decoder.T).topk(self._selector.k, dim=1, sorted=False)
-            x_hat = self.shard.total(ops.weighted_rows(decoder, indices, self._active(values.relu())))
+            x_hat = self.weights.decode_exactly(indices, self._active(values.relu()))
             target = target + (x * x_hat).sum()
             fitted = fitted + x_hat.square().sum()
         self.weights["encoder"].copy_(decoder * torch.where(fitted > 0, target / fitted, 1.0))
@@ -189,7 +190,7 @@ class SAETrainer:
 
     @torch.no_grad()
     def step(self, x_BD: Tensor) -> StepMetrics:
-        """One optimiser step on the rows [B, D] (any B of at least 1, any floating dtype).
+        """One optimizer step on the rows [B, D] (any B of at least 1, any floating dtype).
 
         Raises:
             TrainingError: rows of another width, or none.
@@ -227,38 +228,34 @@ class SAETrainer:
         On CUDA in bf16 it can be captured as a graph (see bench/gpu.py); the host's part is in `step`.
         Returns the metrics (without lr), the gradient and the loss of each row.
         """
-        weights, names, shard = self.weights, self._names, self.shard
-        dead = shard.total(self.ages.dead().sum())
+        weights, names, dead = self.weights, self._names, self.ages.dead().sum()
         rows = self._rows(x_BD)
         selection = self._selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"], names)
         selection = replace(selection, values=self._active(selection.values))
-        residual = ops.decode(weights.decoder, selection.indices, selection.values).to(self.centre_D.dtype)
-        for part, x_part in zip(residual.parts, rows.parts, strict=True):
-            shard.total(part).sub_(x_part)
-        loss_B, whole = residual.squares(), variance(rows)
+        x_hat = weights.decode(selection.indices, selection.values)
+        error = x_hat.sub_(rows)
+        loss_B, whole = error.squares(), variance(rows)
         fvu = loss_B.sum() / whole
         auxiliary = None
         if names is not None and selection.named is not None:
-            auxiliary = Auxiliary.of(weights, rows, residual, selection.named, names, self.aux_k, self.aux_coefficient)
+            kept_BM = self._aux_kept(selection.named)
+            auxiliary = Auxiliary.of(weights, rows, error, selection.named, kept_BM, names, self.aux_coefficient)
         aux_loss = auxiliary.loss if auxiliary else torch.zeros_like(fvu)
         loss = fvu + self.aux_coefficient * aux_loss
-        for part in residual.parts:
-            part.mul_(2 / whole)
-        gradient = SparseGradient.of(weights, rows, residual, selection, auxiliary)
-        del rows, residual  # in bf16 the gradient has copies of its own
+        g = error.mul_(2 / whole)  # dLoss/dx_hat, in the error's place
+        gradient = SparseGradient.of(weights, rows, g, selection, auxiliary)
+        del rows, x_hat, error, g  # in bf16 the gradient has copies of its own
         finite = torch.isfinite(gradient.bound) & torch.isfinite(loss)
         adam = Adam(self._lr, self.betas, self.eps, self._step)
         norm = update(weights, gradient, adam, self.clip_norm, finite)
         self.ages.update(gradient.fired, len(x_BD), finite)
-        if weights.eight_bits:
-            redone = shard.total(torch.tensor(selection.redone))
-            if redone > REDONE_SHARE * len(x_BD) * shard.group.size and finite:
-                weights.shadow(self.precision, eight_bits=False)
+        if weights.eight_bits and self._share_redone(selection) > REDONE_SHARE and finite:
+            weights.shadow(self.precision, eight_bits=False)
         metrics = {
             "fvu": fvu,
             "loss": loss,
             "aux_loss": aux_loss,
-            "l0": shard.total((selection.values > 0).sum()) / len(x_BD),
+            "l0": (selection.values > 0).sum() / len(x_BD),
             "dead": dead,
             "grad_norm": norm,
             "finite": finite,
@@ -266,52 +263,69 @@ class SAETrainer:
         return metrics, gradient, loss_B
 
     def _active(self, values_BK: Tensor) -> Tensor:
-        """This rank's K largest values of each row, with 0 for those that are not among the SAE's K largest."""
-        if self.shard.group.size == 1:
-            return values_BK
-        return values_BK * self.shard.largest(values_BK, self.k)
+        """Each row's K largest pre-activations after ReLU -> the latents' values, 0 for those that stay silent.
+
+        TopK keeps all of them.
+        """
+        return values_BK
+
+    def _aux_kept(self, pre_BM: Tensor) -> Tensor:
+        """Which pre-activations of dead latents the dead-latent loss decodes -> bool [B, M]."""
+        return k_largest(pre_BM, self.aux_k)
+
+    def _share_redone(self, selection: Selection) -> float:
+        """The share of a batch's rows whose candidates had no certificate, so that they were selected again."""
+        return selection.redone / len(selection.values)
 
     def _list_dead(self) -> None:
         """Take up `candidates_N`: what the dead-latent loss works with."""
         names = self.candidates_N.nonzero().squeeze(1)
-        anywhere = int(self.shard.total(torch.tensor(len(names)))) > 0
-        self._names = names if self.aux_coefficient and anywhere else None
+        self._names = names if self.aux_coefficient and self._any_dead(names) else None
         self._listed = True
+
+    def _any_dead(self, names: Tensor) -> bool:
+        """Whether there is work for the dead-latent loss."""
+        return len(names) > 0
 
     def _resample(self, pool: ResamplingPool) -> None:
         """Turn the longest dead latents into directions from the pool."""
-        shard, ages_N = self.shard, self.shard.of_all(self.ages.tokens_N)
+        ages_N = self._of_all(self.ages.tokens_N)
         dead = longest_dead(ages_N, self.ages.dead_after_tokens)
         directions = -pool.draw(len(dead), self.generator)  # the pool has dLoss/dx_hat, a step goes against it
-        norms_N = shard.of_all(self.weights["encoder"].norm(dim=1))
+        norms_N = self._of_all(self.weights["encoder"].norm(dim=1))
         alive_norm = norms_N[ages_N < self.ages.dead_after_tokens].mean().nan_to_num(1.0)
-        dead = dead[: len(directions)]
-        own = (dead >= shard.start) & (dead < shard.stop)
-        dead = dead[own] - shard.start
-        self.weights.restart(dead, directions[own], 0.2 * alive_norm)
-        self.ages.tokens_N[dead] = 0
+        self._restart(dead[: len(directions)], directions, 0.2 * alive_norm)
+
+    def _of_all(self, values_N: Tensor) -> Tensor:
+        """A number of each latent of the SAE, by latent."""
+        return values_N
+
+    def _restart(self, latents: Tensor, directions_LD: Tensor, encoder_norm: Tensor) -> None:
+        """Point these latents of the SAE at the directions, as if just born."""
+        self.weights.restart(latents, directions_LD, encoder_norm)
+        self.ages.tokens_N[latents] = 0
 
     def sae(self) -> TopKSAE:
         """A copy of the SAE as it stands, on the trainer's device: unit-norm decoder columns, normalisation folded in.
 
         With x' = (x - centre) / rms, latents scale by rms: W_enc stays, encoder.bias and pre_bias are in x's own units.
         """
-        sae = self.collect()
-        assert sae is not None, "an SAE spread over ranks is for collect()"
-        return sae
+        parts = dict(self._by_latent())
+        parts["decoder.weight"] = parts["decoder.weight"].T
+        return TopKSAE.of(self.config, {**parts, "pre_bias": self._pre_bias()})
 
     def collect(self) -> TopKSAE | None:
-        """As `sae`; of an SAE spread over ranks, all call this, the first gets it (on the CPU) and the others None."""
-        weights, collect = self.weights, self.shard.collect
-        whole = {
-            "encoder.weight": collect(weights["encoder"].to(torch.float32, copy=True)),
-            "encoder.bias": collect((weights["encoder_bias"] * self.rms).float()[:, None])[:, 0],
-            "decoder.weight": collect(torch.nn.functional.normalize(weights["decoder"], dim=1).float()).T,
-        }
-        if not self.shard.group.leads:
-            return None
-        pre_bias = (self.centre_D + self.rms * weights["pre_bias"]).float().to(whole["encoder.bias"].device)
-        return TopKSAE.of(self.config, {**whole, "pre_bias": pre_bias})
+        """As `sae`; None where another process collects the SAE."""
+        return self.sae()
+
+    def _by_latent(self) -> Iterator[tuple[str, Tensor]]:
+        """The SAE's tensors with a row for each latent, one after the other, float32."""
+        yield "encoder.weight", self.weights["encoder"].to(torch.float32, copy=True)
+        yield "encoder.bias", (self.weights["encoder_bias"] * self.rms).float()
+        yield "decoder.weight", torch.nn.functional.normalize(self.weights["decoder"], dim=1).float()
+
+    def _pre_bias(self) -> Tensor:
+        return (self.centre_D + self.rms * self.weights["pre_bias"]).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the next step depends on, flat, ready for safetensors (the trainer's own tensors, not copies)."""

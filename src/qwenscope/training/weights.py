@@ -1,33 +1,38 @@
-"""The trained tensors: float32 masters, Adam's moments, and shadows of fewer bits for the products.
+"""The trained tensors: masters (float32, or float64 of an SAE in float64), Adam's moments, and shadows of fewer bits for the products.
 
-Legend: D hidden, N latents.
+Legend: B rows (tokens), D hidden, N latents, K active latents, M some of the latents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from qwenscope.sae import ops
 from qwenscope.sae.eight_bit import EightBit
 from qwenscope.sae.selection import Precision, eight_bits_pay
 from qwenscope.sae.topk import TopKSAE
-from qwenscope.training.shards import Shard
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "pre_bias")
 
 
+def master_dtype(sae: TopKSAE) -> torch.dtype:
+    """What an SAE is trained in: float64 if it is of that, else float32."""
+    return torch.float64 if sae.pre_bias.dtype == torch.float64 else torch.float32
+
+
 class Weights:
-    """Parameters of one SAE, or of this rank's latents of it, in training order, each with its moments.
+    """Parameters of one SAE in training order, each with its moments, and the sums over latents that a step needs.
 
     parameters: "encoder" [N, D], "encoder_bias" [N], "decoder" [N, D] (unit rows), "pre_bias" [D]. means, squares:
     Adam's first and second moments under the same names. shadows: copies in bfloat16 of the matrices that the precision
-    multiplies so, or in 8-bit integers; the caller refreshes them with `refresh` after each change. shard: which
-    latents these are.
+    multiplies so, or in 8-bit integers; the caller refreshes them with `refresh` after each change.
     """
 
-    def __init__(self, sae: TopKSAE, shard: Shard, precision: Precision, moments: torch.dtype) -> None:
-        self.shard = shard
-        dtype = torch.float64 if sae.pre_bias.dtype == torch.float64 else torch.float32
+    def __init__(self, sae: TopKSAE, precision: Precision, moments: torch.dtype | None) -> None:
+        dtype = master_dtype(sae)
         self.parameters: dict[str, Tensor] = {
             "encoder": sae.encoder.weight.detach().to(dtype, copy=True).contiguous(),
             "encoder_bias": sae.encoder.bias.detach().to(dtype, copy=True),
@@ -36,8 +41,11 @@ class Weights:
         }
         self.means = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
         self.squares = {name: torch.zeros_like(value, dtype=moments) for name, value in self.parameters.items()}
-        eight_bits = precision == "exact" and shard.group.share(lambda: eight_bits_pay(self.parameters["encoder"]))
-        self.shadow(precision, eight_bits)
+        self.shadow(precision, eight_bits=precision == "exact" and self._eight_bits_pay())
+
+    def _eight_bits_pay(self) -> bool:
+        """Whether products of 8-bit integers are the faster candidates here."""
+        return eight_bits_pay(self.parameters["encoder"])
 
     def shadow(self, precision: Precision, eight_bits: bool) -> None:
         """Make the shadows that `precision` needs, from the parameters; `eight_bits`: exact's in place of bfloat16."""
@@ -70,6 +78,31 @@ class Weights:
         decoder = self.shadows.get("decoder", self.parameters["decoder"])
         assert isinstance(decoder, Tensor)
         return decoder
+
+    def decode(self, indices_BK: Tensor, values_BK: Tensor) -> ops.Panels:
+        """The sum of the named decoder rows, weighted -> x_hat [B, D], in the parameters' dtype."""
+        return ops.decode(self.decoder, indices_BK, values_BK).to(self.parameters["pre_bias"].dtype)
+
+    def decode_exactly(self, indices_BK: Tensor, values_BK: Tensor) -> Tensor:
+        """As `decode`, from the parameters themselves whatever the precision."""
+        return ops.weighted_rows(self.parameters["decoder"], indices_BK, values_BK)
+
+    def decode_dense(self, codes_BM: Tensor, decoder_MD: Tensor) -> Tensor:
+        """The same sum over some latents, of which every row has a code -> [B, D]."""
+        return codes_BM @ decoder_MD
+
+    def through_encoder(self, bias_N: Tensor) -> Tensor:
+        """The sum of encoder rows, weighted by a number of each latent -> [D]."""
+        return bias_N @ self.parameters["encoder"]
+
+    def bound(self, of_latents: Tensor) -> Tensor:
+        """A bound on the whole gradient's norm, from one on the norm of these latents' (and of pre_bias's)."""
+        return of_latents
+
+    def norm(self, encoder_bias: Tensor, pre_bias: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """The whole gradient's norm, from the norms of its parts; `rows`: of blocks of both matrices."""
+        whole: Tensor = torch.stack([encoder_bias, pre_bias, *rows]).norm()
+        return whole
 
     def refresh(self, name: str, rows: slice | Tensor = slice(None)) -> None:
         """Bring the shadow of `rows` up to date, if the matrix has one."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwenscope.activations.store import Window
+from qwenscope.activations.cache import Window
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class _Made:
     """Reached when the rows are there; None on a CPU, where they are already."""
 
 
-class Ahead:
+class Prefetcher:
     """Makes at most one window at a time, and hands it over to the thread and stream that train."""
 
     def __init__(self, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from activations.conftest import LAYERS, ListStream, conversation
 from damage import damaged
 from torch import Tensor
 
-from qwenscope.activations.store import WindowStore, cache_bytes
+from qwenscope.activations.cache import WindowCache, cache_bytes
 from qwenscope.activations.windows import Windows
 from qwenscope.errors import FormatError, ResourceError
 from qwenscope.lm.model import LanguageModel
@@ -129,7 +129,7 @@ def test_every_flipped_bit_and_truncation_is_named(lm: LanguageModel, recipe: Ma
 
 def test_a_newer_format_is_refused(lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path, monkeypatch: Any) -> None:
     cached = recipe(cache=str(tmp_path))
-    monkeypatch.setattr("qwenscope.activations.store.VERSION", 2)
+    monkeypatch.setattr("qwenscope.activations.cache.VERSION", 2)
     batches(lm, cached, count=1)
     monkeypatch.undo()
     with pytest.raises(FormatError, match=r"manifest\.json has format version 2, this program reads 1"):
@@ -143,7 +143,7 @@ def test_what_the_rows_depend_on_tells_caches_apart(
         return len(list(tmp_path.iterdir()))
 
     def open_store(wanted: Recipe) -> int:
-        WindowStore(str(tmp_path), lm, wanted)
+        WindowCache(str(tmp_path), lm, wanted)
         return folders()
 
     assert open_store(recipe()) == 1

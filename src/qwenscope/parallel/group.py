@@ -1,7 +1,8 @@
 """The processes of one run, and what they tell each other. One process alone is a group too, at no cost.
 
-Every method is called by all ranks in the same order, as with torch.distributed itself. What they say is JSON, so that
-nothing is ever unpickled; what they carry is bytes of tensors. `training/parallel.py` starts a group.
+The methods are torch.distributed's, by its names, and called by all ranks in the same order as there. Two things
+differ: objects travel as JSON, so that nothing is ever unpickled, and are made by a function, so that its error travels
+in their place. `launch.py` starts a group.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ class Group:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def twin(self, rows: bool = False) -> Group:
+    def clone(self, rows: bool = False) -> Group:
         """The same ranks over connections of their own, for another thread; with `rows` also for tensors on GPUs."""
         if self.size == 1:
             return self
-        with told():
+        with loss_in_one_line():
             return Group(self.rank, self.size, dist.new_group(backend=None if rows else "gloo"))
 
-    def among(self, ranks: Sequence[int]) -> Group | None:
+    def new_group(self, ranks: Sequence[int]) -> Group | None:
         """Those `ranks` as a group of their own, in that order; None where this is none of them."""
-        with told():
+        with loss_in_one_line():
             process_group = dist.new_group(list(ranks))
         return Group(ranks.index(self.rank), len(ranks), process_group) if self.rank in ranks else None
 
-    def together(self, act: Callable[[], T]) -> list[T]:
+    def all_gather_object(self, act: Callable[[], T]) -> list[T]:
         """Let every rank `act` -> the results (JSON-able) of all, by rank.
 
         Raises:
@@ -66,61 +67,61 @@ class Group:
         """
         if self.size == 1:
             return [act()]
-        said, error = _outcome(act)
-        data = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-        lengths = self.gather(torch.tensor([len(data)]))
-        rows = self.gather(torch.cat([data, data.new_zeros(int(max(lengths)) - len(data))]))
+        encoded, error = _encoded(act)
+        data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        lengths = self.all_gather(torch.tensor([len(data)]))
+        rows = self.all_gather(torch.cat([data, data.new_zeros(int(max(lengths)) - len(data))]))
         if error is not None:
             raise error
         whole = [row[: int(length)].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
-        return [_heard(rank, said) for rank, said in enumerate(whole)]
+        return [_result(rank, outcome) for rank, outcome in enumerate(whole)]
 
-    def share(self, act: Callable[[], T]) -> T:
+    def broadcast_object(self, act: Callable[[], T]) -> T:
         """Let rank 0 `act` -> its result (JSON-able) on every rank.
 
         Raises:
-            QwenscopeError, RankLostError: as `together`.
+            QwenscopeError, RankLostError: as `all_gather_object`.
         """
         if self.size == 1:
             return act()
-        said, error = _outcome(act) if self.leads else (b"", None)
-        length = torch.tensor([len(said)])
-        self.fill(length)
+        encoded, error = _encoded(act) if self.leads else (b"", None)
+        length = torch.tensor([len(encoded)])
+        self.broadcast_(length)
         data = (
-            torch.frombuffer(bytearray(said), dtype=torch.uint8)
+            torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
             if self.leads
             else torch.empty(int(length), dtype=torch.uint8)
         )
-        self.fill(data)
+        self.broadcast_(data)
         if error is not None:
             raise error
-        result: T = _heard(0, data.numpy().tobytes())
+        result: T = _result(0, data.numpy().tobytes())
         return result
 
-    def fill(self, tensor: Tensor) -> None:
+    def broadcast_(self, tensor: Tensor) -> None:
         """Overwrite `tensor` by rank 0's, which has the same shape and dtype."""
         if self.size > 1:
-            with told():
+            with loss_in_one_line():
                 dist.broadcast(tensor, group_src=0, group=self._group)
 
-    def total(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' `tensor` (same shape and dtype), the same bits on each; in place."""
         if self.size > 1:
-            with told():
+            with loss_in_one_line():
                 dist.all_reduce(tensor, group=self._group)
         return tensor
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """All ranks' `tensor` (same shape and dtype), by rank."""
         if self.size == 1:
             return [tensor]
         raw = tensor.contiguous().view(-1).view(torch.uint8)  # any dtype, to the bit
         arrived = [torch.empty_like(raw) for _ in range(self.size)]
-        with told():
+        with loss_in_one_line():
             dist.all_gather(arrived, raw, group=self._group)
         return [other.view(tensor.dtype).view(tensor.shape) for other in arrived]
 
-    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Rows [S, X] to their ranks -> what arrives here, [R, X].
 
         Args:
@@ -131,10 +132,10 @@ class Group:
         if self.size == 1:
             return rows
         if rows.is_cuda:  # nccl would wait half an hour for a rank that died on its way here; this notices at once
-            self.together(lambda: None)
+            self.all_gather_object(lambda: None)
         raw = rows.contiguous().view(torch.uint8)  # any dtype, to the bit
         arrived = raw.new_empty(sum(receive), raw.shape[1])
-        with told():
+        with loss_in_one_line():
             dist.all_to_all_single(arrived, raw, list(receive), list(send), self._group)
         return arrived.view(rows.dtype)
 
@@ -144,7 +145,7 @@ ALONE = Group()
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def loss_in_one_line() -> Iterator[None]:
     """gloo's and nccl's errors in one line, as RankLostError."""
     try:
         yield
@@ -156,16 +157,17 @@ def told() -> Iterator[None]:
         ) from error
 
 
-def _outcome(act: Callable[[], Any]) -> tuple[bytes, Exception | None]:
-    """What to tell the others, and what to raise after that."""
+def _encoded(act: Callable[[], Any]) -> tuple[bytes, Exception | None]:
+    """The value or the error as JSON for the others, and what to raise once they have it."""
     try:
         return json.dumps({"value": act()}).encode(), None
     except Exception as error:  # of any kind: the others must not wait for this rank in vain
         return json.dumps({"error": [type(error).__name__, str(error)]}).encode(), error
 
 
-def _heard(rank: int, said: bytes) -> Any:
-    outcome = json.loads(said)
+def _result(rank: int, encoded: bytes) -> Any:
+    """The value that this rank's act gave; its error is raised here too."""
+    outcome = json.loads(encoded)
     if "error" not in outcome:
         return outcome["value"]
     name, message = outcome["error"]

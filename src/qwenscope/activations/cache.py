@@ -56,7 +56,7 @@ def cache_bytes(tokens: int, layers: int, hidden_dim: int, dtype: torch.dtype) -
     return tokens * (layers * hidden_dim * dtype.itemsize + 8)
 
 
-class WindowStore:
+class WindowCache:
     """Reads and writes windows of one recipe's fingerprint."""
 
     def __init__(self, root: str, lm: RowSource, recipe: Recipe) -> None:

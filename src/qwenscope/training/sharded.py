@@ -1,0 +1,122 @@
+"""Train an SAE whose latents are spread over several ranks: `SAETrainer` with sums over all ranks' latents.
+
+Every rank makes the same calls with the same rows. What travels is listed in `parallel/shard.py`.
+
+Legend: B rows (tokens), D hidden, N latents of the whole SAE, K active latents, M dead latents of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qwenscope.parallel.shard import Shard
+from qwenscope.sae import ops
+from qwenscope.sae.selection import Precision, Selection, best_precision
+from qwenscope.sae.topk import TopKSAE
+from qwenscope.training.trainer import SAETrainer, StepMetrics
+from qwenscope.training.weights import Weights
+
+
+class ShardedWeights(Weights):
+    """This rank's latents of an SAE; sums over latents are over those of all ranks, the same bits on each."""
+
+    def __init__(self, sae: TopKSAE, shard: Shard, precision: Precision, moments: torch.dtype | None) -> None:
+        self.shard = shard
+        super().__init__(sae, precision, moments)
+
+    def _eight_bits_pay(self) -> bool:
+        return self.shard.group.broadcast_object(super()._eight_bits_pay)
+
+    def decode(self, indices_BK: Tensor, values_BK: Tensor) -> ops.Panels:
+        own = super().decode(indices_BK, values_BK)
+        return ops.Panels(tuple(self.shard.all_reduce(part) for part in own.parts))
+
+    def decode_exactly(self, indices_BK: Tensor, values_BK: Tensor) -> Tensor:
+        return self.shard.all_reduce(super().decode_exactly(indices_BK, values_BK))
+
+    def decode_dense(self, codes_BM: Tensor, decoder_MD: Tensor) -> Tensor:
+        return self.shard.all_reduce(super().decode_dense(codes_BM, decoder_MD))
+
+    def through_encoder(self, bias_N: Tensor) -> Tensor:
+        return self.shard.all_reduce(super().through_encoder(bias_N))
+
+    def bound(self, of_latents: Tensor) -> Tensor:
+        return self.shard.all_reduce(of_latents)
+
+    def norm(self, encoder_bias: Tensor, pre_bias: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """As of one process: the ranks have pre_bias alike, so that it counts on the first alone."""
+        once = pre_bias if self.shard.group.leads else torch.zeros_like(pre_bias)
+        of_ranks = self.shard.group.all_gather(super().norm(encoder_bias, once, rows))
+        whole: Tensor = torch.stack(of_ranks).norm()
+        return whole
+
+
+class ShardedTrainer(SAETrainer):
+    """As `SAETrainer`, for this rank's latents of an SAE; its arguments are the same on all ranks.
+
+    Args:
+        sae: this rank's latents, as an SAE of their own.
+        lr: peak learning rate.
+        shard: which latents they are.
+        precision, options: as of `SAETrainer`.
+
+    Raises:
+        TrainingError: an impossible value.
+    """
+
+    def __init__(
+        self, sae: TopKSAE, lr: float, *, shard: Shard, precision: Precision | Literal["auto"] = "auto", **options: Any
+    ) -> None:
+        self.shard = shard
+        measured = precision == "auto"
+        if precision == "auto":
+            precision = shard.group.broadcast_object(lambda: best_precision(sae.encoder.weight))
+        super().__init__(sae, lr, precision=precision, **options)
+        self._precision_is_free = measured
+        self.config = sae.config | {"dict_size": shard.dict_size, "k": shard.k}
+        if self.pool is not None:
+            self.pool = self._new_pool(shard.dict_size)
+
+    def _take(self, sae: TopKSAE, moments: torch.dtype | None) -> Weights:
+        return ShardedWeights(sae, self.shard, self.precision, moments)
+
+    def step(self, x_BD: Tensor) -> StepMetrics:
+        own = super().step(x_BD)
+        return replace(own, l0=self.shard.all_reduce(own.l0), dead=self.shard.all_reduce(own.dead))
+
+    def _active(self, values_BK: Tensor) -> Tensor:
+        """0 also for those that are not among the K largest of all ranks' values."""
+        return values_BK * self.shard.largest(values_BK, self.shard.k)
+
+    def _aux_kept(self, pre_BM: Tensor) -> Tensor:
+        values, places = pre_BM.topk(min(self.aux_k, pre_BM.shape[1]), dim=1, sorted=False)
+        kept = self.shard.largest(values, self.aux_k)
+        return torch.zeros_like(pre_BM, dtype=torch.bool).scatter_(1, places, kept)
+
+    def _share_redone(self, selection: Selection) -> float:
+        everywhere = self.shard.all_reduce(torch.tensor(selection.redone))
+        return float(everywhere) / (len(selection.values) * self.shard.group.size)
+
+    def _any_dead(self, names: Tensor) -> bool:
+        return int(self.shard.all_reduce(torch.tensor(len(names)))) > 0
+
+    def _of_all(self, values_N: Tensor) -> Tensor:
+        return self.shard.all_gather(values_N)
+
+    def _restart(self, latents: Tensor, directions_LD: Tensor, encoder_norm: Tensor) -> None:
+        """Those among them that are this rank's."""
+        own = (latents >= self.shard.start) & (latents < self.shard.stop)
+        super()._restart(latents[own] - self.shard.start, directions_LD[own], encoder_norm)
+
+    def collect(self) -> TopKSAE | None:
+        """The SAE on the first rank, on the CPU, by way of the host's memory; None on the others."""
+        whole = {name: self.shard.gather(rows) for name, rows in self._by_latent()}
+        if not self.shard.group.leads:
+            return None
+        whole["decoder.weight"] = whole["decoder.weight"].T
+        return TopKSAE.of(self.config, {**whole, "pre_bias": self._pre_bias().cpu()})
