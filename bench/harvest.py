@@ -45,9 +45,10 @@ from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.forward import final_hidden, logits, site_rows
-from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import sites_of
-from qwenscope.lm.vllm_engine import VllmModel, vllm_version
+from qwenscope.lm.vllm.engine import VllmModel, vllm_version
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.building import build_trainer
 

@@ -49,7 +49,9 @@ def test_each_token_once(lm: LanguageModel, recipe: MakeRecipe, size: int) -> No
     source = Windows(lm, ListStream(CORPUS), recipe())
     batches, tokens = drain(source, size)
     assert sorted(tokens) == sorted((c.id, t) for c in CORPUS for t in range(len(c.token_ids)))
-    assert [len(batch[2]) for batch in batches] == [size] * (TOKENS // size) + [TOKENS % size] * (TOKENS % size > 0)
+    assert [len(batch[LAYERS[0]]) for batch in batches] == [size] * (TOKENS // size) + [TOKENS % size] * (
+        TOKENS % size > 0
+    )
     assert source.tokens_read == TOKENS
     assert source.state()["window"] > 3
     assert source.report() == {"conversations": 60}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def recurrent_states(lm: LanguageModel, input_ids_CT: Tensor) -> dict[int, Tenso
     Layers that a `restart` skips are absent.
     """
     cache = DynamicCache(config=lm.model.config.get_text_config(decoder=True))
-    lm.decoder(input_ids=input_ids_CT.to(lm.device), past_key_values=cache, use_cache=True)
+    taken = signature(lm.decoder.forward).parameters
+    name = "cache" if "cache" in taken else "past_key_values"  # until transformers 5.23
+    lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=True, **{name: cache})
     states = {}
     for layer, held in enumerate(cache.layers):
         state = getattr(held, "recurrent_states", None)

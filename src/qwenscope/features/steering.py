@@ -121,7 +121,7 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
             raise FormatError(
                 f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {lm.hidden_dim} wide"
             )
-    seen = _Seen()
+    seen = _Seen(any(steering.where != "all" for steering in steerings))
     by_site: dict[Site, list[Steering]] = {}
     for steering in steerings:
         by_site.setdefault(Site.of(steering.site), []).append(steering)  # type: ignore[arg-type] # it is one by now
@@ -134,26 +134,43 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
 
 
 class _Seen:
-    """How many positions the cache held before the current pass: a pre-hook of the decoder."""
+    """How many positions the cache held before the current pass: a pre-hook of the decoder.
 
-    def __init__(self) -> None:
-        self.positions = 0
+    The cache is known by what it can do, not by the name it is passed under, which differs between versions.
+    """
 
-    def __call__(self, _module: nn.Module, _inputs: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        self.positions = 0 if cache is None else int(cache.get_seq_length())
+    def __init__(self, needed: bool) -> None:
+        """`needed`: whether any steering depends on it."""
+        self.positions, self._needed = 0, needed
+
+    def __call__(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
+        given = [*inputs, *kwargs.values()]
+        caches = [value for value in given if hasattr(value, "get_seq_length")]
+        unknown = [
+            name
+            for name in ("state", "rnn_state", "cache_params", "cache", "past_key_values", "mems")
+            if kwargs.get(name) is not None
+        ]
+        if not caches and unknown and self._needed:
+            raise ModelError(
+                f"{type(module).__name__} keeps what it has read in {unknown[0]}, which does not say how much that is; "
+                "steer all positions (where all)"
+            )
+        self.positions = int(caches[0].get_seq_length()) if caches else 0
 
 
 def _edit(group: Sequence[Steering], seen: _Seen) -> Callable[[Tensor], Tensor]:
-    @torch.no_grad()
     def edit(x_CTD: Tensor) -> Tensor:
         edited_CTD = x_CTD.float()
         for steering in group:
             mask_T = steering.mask(seen.positions, x_CTD.shape[1])
-            if mask_T is None:
-                edited_CTD = edited_CTD + steering.push(x_CTD)
-            elif bool(mask_T.any()):
-                edited_CTD = edited_CTD + steering.push(x_CTD) * mask_T.to(x_CTD.device).view(1, -1, 1)
+            if mask_T is not None and not bool(mask_T.any()):
+                continue
+            with torch.no_grad():  # gradients pass the site as if the push were a constant
+                push_CTD = steering.push(x_CTD)
+            edited_CTD = edited_CTD + (
+                push_CTD if mask_T is None else push_CTD * mask_T.to(x_CTD.device).view(1, -1, 1)
+            )
         return edited_CTD
 
     return edit
@@ -261,14 +278,15 @@ def generate(
     The model is steered only inside each pass, so that a caller may do other things with it between pieces.
     """
     random = generator(seed, "steering sampling")
-    ids, cache = torch.tensor([list(prompt_ids)], device=lm.device), None
+    read = torch.tensor([list(prompt_ids)], device=lm.device)
+    ids, cached = read, dict[str, Any]()
     stops = _stop_ids(lm)
     written: list[int] = []
     shown = ""
     for _ in range(max_new_tokens):
         with steer(lm, *steerings):
-            output: Any = lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, logits_V = output.past_key_values, output.logits[0, -1].float().cpu()
+            output: Any = lm.model(input_ids=ids, use_cache=True, **cached)
+        cached, logits_V = _cache_of(output), output.logits[0, -1].float().cpu()
         if temperature > 0:
             token = int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=random))
         else:
@@ -276,11 +294,21 @@ def generate(
         if token in stops:
             return
         written.append(token)
-        ids = torch.tensor([[token]], device=lm.device)
+        new = torch.tensor([[token]], device=lm.device)
+        read = torch.cat([read, new], dim=1)
+        ids = new if cached else read  # without a cache every pass reads all anew
         text = str(lm.tokenizer.decode(written))
         if not text.endswith("\ufffd"):  # a character's last bytes are still to come
             yield text[len(shown) :]
             shown = text
+
+
+def _cache_of(output: Any) -> dict[str, Any]:
+    """A pass's cache, under the name that its model takes it by; empty where there is none that says its length."""
+    for name in ("cache", "past_key_values"):
+        if hasattr(cache := getattr(output, name, None), "get_seq_length"):
+            return {name: cache}
+    return {}
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ def final_norm(lm: LanguageModel) -> nn.Module:
     stream: list[Tensor] = []
 
     def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output
+        first = output[0] if isinstance(output, tuple | list) else output
         if module is lm.layers[-1]:
             stream[:], ran[:] = [first], []
         elif stream and isinstance(first, Tensor):

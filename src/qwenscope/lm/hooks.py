@@ -45,7 +45,7 @@ def capture(lm: HasLayers, sites: Iterable[Site], *, stop: bool = False) -> Iter
 
     def catch(site: Site) -> Hook:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            rows[site] = _rows(site, output).to(lm.device)
+            rows[site] = _rows(site, output).to(lm.device, copy=True)  # some models go on to write into it
             if stop and len(rows) == len(wanted):
                 raise reached
 
@@ -96,7 +96,7 @@ def intervene(lm: HasLayers, edits: Mapping[W, Edit]) -> Iterator[None]:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recording:
     """What a pass leaves behind so that others can go on from the middle of it."""
 
@@ -104,6 +104,8 @@ class Recording:
     """{site: x_CTD}."""
     outputs: dict[int, Any]
     """{layer: what it returned} of the layers that a restart skips; the rows in it only where one begins behind it."""
+    linked: bool = False
+    """Layers hand one another more than they return (keys and values in a dict, in Gemma 4): none can be skipped."""
 
 
 @contextmanager
@@ -115,13 +117,21 @@ def record(lm: HasLayers, sites: Iterable[Site]) -> Iterator[Recording]:
 
     def keep(layer: int) -> Hook:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[layer] = output if layer in starts else _with_rows(output, None)
+            outputs[layer] = _with_rows(output, _first(output).clone() if layer in starts else None)
 
         return hook
 
+    def look(_module: nn.Module, _inputs: Any, kwargs: dict[str, Any]) -> None:
+        recording.linked = any(isinstance(value, dict) for value in kwargs.values())
+
     depth = last_layer(list(wanted)) + 1
     with capture(lm, wanted) as rows, _hooked((lm.layers[layer], keep(layer)) for layer in range(depth)):
-        yield Recording(rows, outputs)
+        recording = Recording(rows, outputs)
+        handle = lm.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield recording
+        finally:
+            handle.remove()
 
 
 @contextmanager
@@ -131,17 +141,16 @@ def restart(lm: HasLayers, recording: Recording, site: Site, x_CTD: Tensor) -> I
     No layer up to the residual stream of `site`, or before the layer that a site lies in, is computed. The passes
     inside must be of the batch that was recorded. What follows is bit-identical to a whole pass with that edit.
     """
-    ends = ends_layer(lm, site)
-    depth = site.layer + ends
-    if ends:
-        stream: Any = x_CTD
-    else:
-        stream = _first(recording.outputs[depth - 1]) if depth else None
+    ends = ends_layer(lm, site) and not recording.linked
+    depth = 0 if recording.linked else site.layer + ends
+    stream: Any = None
+    if depth:
+        stream = (x_CTD if ends else _first(recording.outputs[depth - 1])).clone()
     with ExitStack() as stack:
         for layer in range(depth):
             stack.enter_context(_returning(lm.layers[layer], _with_rows(recording.outputs[layer], stream)))
         if not ends:
-            stack.enter_context(intervene(lm, {site: lambda _: x_CTD}))
+            stack.enter_context(intervene(lm, {site: lambda _: x_CTD.clone()}))
         yield
 
 
@@ -194,19 +203,19 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
 
 def _first(output: Any) -> Any:
     """The rows in a module's output: the output itself, or the first of several in some families."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _with_rows(output: Any, rows: Any) -> Any:
     """A module's output with other rows; whatever else it returned is kept."""
-    return (rows, *output[1:]) if isinstance(output, tuple) else rows
+    return type(output)((rows, *output[1:])) if isinstance(output, tuple | list) else rows
 
 
 def _rows(site: Site, output: Any) -> Tensor:
     rows: Tensor = _first(output)
     if rows.ndim != 3:
         raise ModelError(
-            f"{site} gives a tensor of shape {tuple(rows.shape)}, not one row per token; hook another part of the "
-            "layer, such as its mlp"
+            f"{site} gives a tensor of shape {tuple(rows.shape)}, not [conversations, positions, width]; hook "
+            "another part of the layer"
         )
     return rows

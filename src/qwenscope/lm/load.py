@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qwenscope.errors import ModelError, ResourceError
 from qwenscope.lm.model import Kind, LanguageModel, as_language_model, decoder_layers, kind_of
 from qwenscope.lm.placement import device_map, pick_devices
-from qwenscope.lm.sites import hooked_sites, module_at
+from qwenscope.lm.sites import Site, hooked_sites, module_at
 from qwenscope.recipe import HookPoint, LMRecipe
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,44 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
     model.requires_grad_(False)
     model.train(False)
     loaded = as_language_model(model, tokenizer)
-    return replace(loaded, layer_kinds=kinds, device=devices[0], name=lm.model, revision=revision)
+    loaded = replace(loaded, layer_kinds=kinds, device=devices[0], name=lm.model, revision=revision)
+    _check_tokenizer(loaded)
+    with _model_errors(lm.model):
+        _check_looks_back(loaded)
+    return loaded
+
+
+def _check_tokenizer(lm: LanguageModel) -> None:
+    """Refuse a tokenizer whose text gets ids that the embedding has no row for.
+
+    Special tokens that no template writes may lie beyond: placeholders of images, or defaults of the tokenizer's class.
+    """
+    rows, tokenizer = len(lm.model.get_input_embeddings().weight), lm.tokenizer  # type: ignore[arg-type]
+    unused = {token for token in tokenizer.all_special_tokens if token not in str(tokenizer.chat_template)}
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if wanted := beyond.keys() - unused:
+        token = min(wanted, key=beyond.__getitem__)
+        raise ModelError(
+            f"the tokenizer of {lm.name} has {len(wanted)} tokens beyond the model's {rows}, such as {token!r} "
+            f"({beyond[token]}); it belongs to another model, or the embedding was not resized"
+        )
+
+
+@torch.no_grad()
+def _check_looks_back(lm: LanguageModel) -> None:
+    """Refuse a model in which a token reaches the ones before it: padding would reach them too."""
+    ids = torch.ones((2, 4), dtype=torch.int64, device=lm.device)
+    ids[1, -1] = 2
+    end = Site.of(len(lm.layers) - 1)
+    try:
+        first, second = lm.streams(ids, [4, 4], [end])[end].double()
+    except ModelError:
+        return  # its layers do not return rows; a hook point there is refused by name
+    apart = ((first - second).norm(dim=-1) / first.norm(dim=-1).clamp(min=1e-30))[:-1].median()
+    if apart > (1e-4 if lm.dtype == torch.float32 else 3e-2):
+        raise ModelError(
+            f"{lm.name} ({type(lm.model).__name__}) looks ahead: it is no causal decoder, and not supported"
+        )
 
 
 def load_config(lm: LMRecipe) -> PretrainedConfig:
@@ -161,6 +198,12 @@ def _text_config(name: str, folder: Path) -> PretrainedConfig:
     with _model_errors(name):
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config: PretrainedConfig = whole.get_text_config(decoder=True)
+    if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder ({whole.model_type}), which is not supported; take a causal decoder"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{name} is no causal language model ({whole.model_type}), which is not supported")
     if config is not whole and hasattr(whole, "quantization_config"):
         config.quantization_config = whole.quantization_config
     return config
@@ -241,6 +284,8 @@ def _build(
         model, report = type(shapes).from_pretrained(
             None, config=config, state_dict=slices, dtype=dtype, device_map=places, output_loading_info=True
         )
+    if report["missing_keys"] and config.tie_word_embeddings and not lm_head:
+        return _build(config, slices, dtype, devices, True)  # the embedding may stand under the head's name
     if report["missing_keys"]:
         raise ModelError(
             f"{sorted(report['missing_keys'])[0]} is missing from the weights; the checkpoint is incomplete"

@@ -66,8 +66,7 @@ class LanguageModel:
     @property
     def decoder(self) -> nn.Module:
         """Embedding, layers and final norm, in all families the same call: input_ids -> last_hidden_state."""
-        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
-        return decoder
+        return find_decoder(self.model, len(self.layers))[0]
 
     @property
     def truncated(self) -> bool:
@@ -90,6 +89,8 @@ class LanguageModel:
         Returns:
             {site: x_CTD} in the model's dtype, on `device`.
         """
+        if int(input_ids_CT.max()) >= (known := len(self.model.get_input_embeddings().weight)):
+            raise ModelError(f"token {int(input_ids_CT.max())} is beyond the {known} that {self.name} knows")
         with capture(self, sites, stop=True) as rows:
             self.decoder(input_ids=input_ids_CT.to(self.device), use_cache=False)
         return {site: rows[site] for site in sites}
@@ -129,17 +130,24 @@ def as_language_model(model: PreTrainedModel | LanguageModel, tokenizer: Any = N
     )
 
 
-def decoder_layers(model: Any, count: int) -> list[nn.Module]:
-    """The `count` layers of a transformers model of any supported family.
+def find_decoder(model: nn.Module, count: int) -> tuple[nn.Module, list[nn.Module]]:
+    """The decoder of a transformers model of any supported family, and its `count` layers.
 
     Raises:
-        ModelError: it keeps them under no list of that length.
+        ModelError: no part of it keeps a list of that length.
     """
-    decoder = model.get_decoder()
-    for module in decoder.children():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
+    get_decoder: Any = getattr(model, "get_decoder", lambda: model)
+    decoder: nn.Module = get_decoder()
+    for part in (decoder, *model.modules()):  # some families' own answer is the head, or the whole
+        for child in part.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return part, list(child)
     raise ModelError(f"{type(decoder).__name__} has no list of {count} decoder layers; this family is not supported")
+
+
+def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:
+    """The `count` layers of a transformers model; ModelError where there are none."""
+    return find_decoder(model, count)[1]
 
 
 def kind_of(layer: nn.Module) -> Kind:
