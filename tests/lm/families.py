@@ -27,11 +27,13 @@ _DELTA: dict[str, Any] = {
     "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_PLAIN = """
+    llama mistral qwen2 qwen3 phi phi3 gemma gemma2 gemma3_text olmo olmo2 olmo3 stablelm starcoder2 smollm3 ernie4_5
+    exaone4 seed_oss apertus bitnet granite cohere cohere2 helium glm glm4 nanochat arcee persimmon gpt_neox bloom opt
+    biogpt xglm recurrent_gemma modernbert-decoder openai-gpt ctrl hunyuan_v1_dense nemotron mamba
+"""
 FAMILIES: dict[str, dict[str, Any]] = {
-    **{
-        name: {}
-        for name in ["llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "stablelm", "starcoder2", "smollm3", "ernie4_5", "exaone4", "seed_oss", "apertus", "bitnet", "granite", "cohere", "cohere2", "helium", "glm", "glm4", "nanochat", "arcee", "persimmon", "gpt_neox", "bloom", "opt", "biogpt", "xglm", "recurrent_gemma", "modernbert-decoder", "openai-gpt", "ctrl", "hunyuan_v1_dense", "nemotron", "mamba"]
-    },
+    **{name: {} for name in _PLAIN.split()},
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "jetmoe"), _EXPERTS),
     "qwen3_next": {**_EXPERTS, **_DELTA, **_HYBRID},
     "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, **_HYBRID},
@@ -45,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 32,
     },
     "falcon_h1": {**_MAMBA, "lm_head_multiplier": 0.3, "embedding_multiplier": 2.0},
-    "jamba": {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 4},
+    "jamba": {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "falcon": {"head_dim": ...},
     "diffllama": {"num_key_value_heads": 2},
@@ -57,7 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 3, "max_seq_len": 64},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
-    "xlstm": {"num_heads": 2, "num_blocks": 3, "num_hidden_layers": ..., "head_dim": ..., "qk_dim_factor": 1.0},
+    "xlstm": {"num_heads": 2, "num_blocks": 3, "head_dim": ..., "qk_dim_factor": 1.0},
     "nemotron_h": {
         **_EXPERTS, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 16,
         "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8,
@@ -65,7 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
         "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1, "num_key_value_heads": 2,
+        "first_k_dense_replace": 1, "num_key_value_heads": 2, "head_dim": 8,
     },
     "minicpm3": {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,

@@ -122,7 +122,7 @@ def record(lm: HasLayers, sites: Iterable[Site]) -> Iterator[Recording]:
         return hook
 
     def look(_module: nn.Module, _inputs: Any, kwargs: dict[str, Any]) -> None:
-        recording.linked = any(isinstance(value, dict) for value in kwargs.values())
+        recording.linked = any(isinstance(value, Mapping) for value in kwargs.values())
 
     depth = last_layer(list(wanted)) + 1
     with capture(lm, wanted) as rows, _hooked((lm.layers[layer], keep(layer)) for layer in range(depth)):
