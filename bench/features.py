@@ -33,7 +33,8 @@ from starlette.testclient import TestClient
 from qwenscope.activations.harvest import harvest
 from qwenscope.features.browser.server import make_app
 from qwenscope.features.corpus_pass import CorpusPass
-from qwenscope.features.store import FILE, Index
+from qwenscope.features.integrity import FILE
+from qwenscope.features.store import Index
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.sites import sites_of
 from qwenscope.opening import Target

@@ -189,7 +189,7 @@ def sites_of_suite(suite: Mapping[str, TopKSAE]) -> dict[str, Site]:
         if where is None and sae_id in published:
             where = published[sae_id].site
         if not isinstance(where, int | str) or isinstance(where, bool):
-            raise FormatError(f"{sae_id}: its config.json does not say its layer; add the key layer")
+            raise FormatError(f"{sae_id}/config.json does not say its layer; add the key layer")
         try:
             sites[sae_id] = Site.of(where)
         except ModelError as error:

@@ -71,10 +71,10 @@ def test_outliers_are_measured_by_the_median_and_not_by_a_mean_that_they_lift(lm
     for layer in LAYERS:
         norm_R = alone(lm, crowd, layer).norm(dim=1)
         ordered = sorted(norm_R.tolist())
-        loud |= norm_R > 2 * (ordered[499] + ordered[500]) / 2
-        assert not bool((norm_R > 2 * norm_R.mean()).all())
-    got = harvest(lm, crowd, LAYERS, ActivationsRecipe(outlier_factor=2.0), 400)
-    assert got.left_out["outlier"] == int(loud.sum())
+        loud |= norm_R > 3 * (ordered[499] + ordered[500]) / 2
+        assert not bool((norm_R > 3 * norm_R.mean()).any())
+    got = harvest(lm, crowd, LAYERS, ActivationsRecipe(outlier_factor=3.0), 400)
+    assert got.left_out["outlier"] == int(loud.sum()) >= 400
 
 
 def test_first_positions_are_left_out_on_request(lm: LanguageModel) -> None:

@@ -130,6 +130,14 @@ def test_an_exploding_loss_stops_the_run_and_an_odd_batch_does_not() -> None:
             watching.check({"good": 0.5, "bad": 4.0}, 64)
 
 
+def test_a_loss_that_stays_hopeless_from_the_start_stops_the_run() -> None:
+    guard = LossGuard()
+    for step in range(1, 5):
+        guard.check({"a": 17_000.0 + step}, step)
+    with pytest.raises(TrainingError, match=r"^a: FVU 1\.7e\+04 at step 5 is more than 100; lower hook_points\.a\.lr"):
+        guard.check({"a": 17_000.0}, 5)
+
+
 def test_a_loss_that_is_high_from_the_start_is_no_explosion() -> None:
     guard = LossGuard()
     for step in range(1, 200):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,40 @@ def test_calibration_is_the_least_squares_scale() -> None:
     assert losses[1.0] < min(losses[0.9], losses[1.1])
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e20])
+def test_calibration_refuses_rows_that_it_cannot_square(value: float, normalise: bool) -> None:
+    trainer = make_trainer(normalise=normalise)
+    before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
+    sample = rows(200, 3)
+    sample[17, 3] = value
+    with pytest.raises(TrainingError, match="calibration rows are not finite, or too large"):
+        trainer.calibrate(sample)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state_dict().items())
+
+
+@pytest.mark.parametrize("sample", [rows(1, 3), torch.ones(64, HIDDEN), torch.zeros(64, HIDDEN)])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_calibration_on_rows_without_spread_leaves_their_scale(sample: Tensor, normalise: bool) -> None:
+    trainer = make_trainer(normalise=normalise, precision="fp32")
+    trainer.calibrate(sample)
+    assert float(trainer.rms) == 1
+    torch.testing.assert_close(trainer.sae().pre_bias, sample.mean(0))
+    assert all(bool(trainer.step(rows(BATCH, 10 + step)).finite) for step in range(3))
+
+
+def test_one_row_alone_has_the_fvu_of_its_distance_from_the_pre_bias() -> None:
+    trainer = make_trainer(precision="fp32", aux_coefficient=0.0)
+    trainer.calibrate(rows(500, 3))
+    for step in range(20):
+        trainer.step(rows(BATCH, 10 + step))
+    sae, x = trainer.sae().double(), rows(1, 99)
+    with torch.no_grad():
+        wanted = (sae(x.double()) - x).square().sum() / (x - sae.pre_bias).square().sum()
+    assert float(trainer.step(x).fvu) == pytest.approx(float(wanted), rel=1e-4)
+    assert float(wanted) < 2
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("eight_bits", [False, True])
 def test_a_non_finite_batch_changes_no_weight(bad: float, eight_bits: bool) -> None:
@@ -292,3 +327,26 @@ def test_learning_recovers_known_features() -> None:
     cosine = (truth @ trainer.sae().decoder.weight.detach()).max(1).values
     assert float((cosine > 0.9).double().mean()) >= 0.9
     assert metrics.lr == pytest.approx(1e-2 / 120)
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.usefixtures("default_dtype")
+def test_the_default_dtype_changes_nothing(options: dict[str, Any], dtype: torch.dtype) -> None:
+    batches = [rows(BATCH, seed) for seed in range(14)]
+    states = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        trainer = make_trainer(**options)
+        if options.get("normalise"):
+            trainer.calibrate(batches[0])
+        for x_BD in batches:
+            trainer.step(x_BD)
+        states.append(trainer)
+    assert same_state(*states)

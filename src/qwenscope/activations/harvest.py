@@ -113,7 +113,7 @@ def _forward(
         starts[member] = total
         total += length
     rows = {site: torch.empty(total, lm.hidden_dim, dtype=lm.dtype, device=lm.device) for site in sites}
-    norms = {site: torch.empty(total, device=lm.device) for site in sites}
+    norms = {site: torch.empty(total, device=lm.device, dtype=torch.float32) for site in sites}
     for batch in batches:
         streams = lm.streams(batch.input_ids_CT, batch.lengths_C, sites)
         for site, x_CTD in streams.items():

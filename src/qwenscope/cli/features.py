@@ -1,4 +1,4 @@
-"""The commands that look at features and steer with them; `cli.py` registers them."""
+"""The commands that look at features and steer with them; `main.py` registers them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import typer
+from rich.markup import escape
 
-from qwenscope.cli.options import Data, Out, err, out
+from qwenscope.cli.options import Data, Out, TargetName, err, out
+from qwenscope.cli.progress import phases
 from qwenscope.errors import FormatError
 
 T = TypeVar("T")
 
 
 def index(
-    target: Annotated[Path, typer.Argument(metavar="RUN_OR_RELEASE")],
+    target: TargetName,
     path: Out,
     data: Data = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 1_000_000,
 ) -> None:
     """Index every latent: examples, histograms, promoted tokens, neighbours, experts. Run again, it goes on."""
-    from qwenscope.cli.progress import phases
     from qwenscope.features.index import build_index
 
     with phases(err) as on_progress:
@@ -36,7 +37,6 @@ def browse(
 ) -> None:
     """Look at features in the web browser, offline; or write the same as a static site."""
     if export_ is not None:
-        from qwenscope.cli.progress import phases
         from qwenscope.features.browser.export import export_site
 
         with phases(err) as on_progress:
@@ -64,7 +64,7 @@ class Where(StrEnum):
 
 
 def steer(
-    target: Annotated[Path, typer.Argument(metavar="RELEASE", help="A release or a complete run.")],
+    target: TargetName,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
     sae: Annotated[list[str], typer.Option(help="SAE id; once, or once per --latent.")],
     latent: Annotated[list[int], typer.Option(min=0, help="Its latent; repeat it to steer several together.")],
@@ -105,7 +105,9 @@ def steer(
     lm = opened.language_model()
     for piece in side_by_side(lm, prompt_tokens(lm, prompt), pushes, max_new_tokens=max_new_tokens):
         if piece.effect is not None:
-            out.print(f"\n[bold]{piece.run}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False)
+            out.print(
+                f"\n[bold]{escape(piece.run)}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False
+            )
         out.print(piece.text, end="", markup=False, highlight=False)
     out.print()
 

@@ -1,22 +1,122 @@
-"""What several commands share: consoles, and the options that mean the same everywhere."""
+"""What several commands share: consoles, options that mean the same everywhere, and how a result is shown."""
 
 from __future__ import annotations
 
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Table
+from typer.core import TyperCommand
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal would obey instead of showing it: control characters but line ends and tabs, turns of the writing
+direction; and lone surrogates, which no encoding has."""
+
+
+def visible(text: str) -> str:
+    """`text` with an escape in place of each character that a terminal would obey."""
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _Console(Console):
+    """Shows what it is given: texts of corpora, models, labels and names move no cursor and change no color."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+out = _Console(soft_wrap=True)
+err = _Console(stderr=True, soft_wrap=True)
+
+
+def set_up_output(debug: bool) -> None:
+    """Log to stderr, and write escapes for what an output's encoding lacks (a pipe's may be ASCII)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+
+
+def write_json(value: Any) -> None:
+    """One JSON object on stdout, in any encoding."""
+    plain = not sys.stdout.encoding.lower().startswith("utf")
+    text = json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False)
+    sys.stdout.write(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Packaged recipe (e.g. standin) or a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key: training.tokens=1000000.")
 ]
+TargetName = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="A complete run, a release, imported SAEs, or a Hub repository (org/name)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[
     Path | None, typer.Option(metavar="PATH", help="Conversations to read instead of the recipe's held-out ones.")
 ]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens per split at most.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+
+
+def show(report: Any, as_json: bool, tables: Callable[[Any], Table | Iterable[Table]]) -> None:
+    """A result on stdout, as one JSON object or as tables."""
+    if as_json:
+        write_json(report)
+    else:
+        shown = tables(report)
+        for table in [shown] if isinstance(shown, Table) else shown:
+            out.print(table)
+
+
+class FormatCommand(TyperCommand):
+    """A command with an option `--to` or `--from`: its help names the formats of the registry, which needs torch and is
+    therefore asked only then.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            if parameter.name in ("to", "origin"):
+                parameter.metavar = "|".join(format_names(parameter.name))
+        super().format_help(ctx, formatter)
+
+
+def format_names(option: str) -> list[str]:
+    """The formats SAEs can be written `to`, or of which `origin` they can be read."""
+    from qwenscope.sae.formats import EXPORTERS, IMPORTERS
+
+    return list(EXPORTERS if option == "to" else IMPORTERS)
+
+
+def export_format(text: str) -> str:
+    """`text` itself, if SAEs can be written in that format; else typer's usage error."""
+    return _known(text, "to")
+
+
+def import_format(text: str) -> str:
+    """`text` itself, if SAEs can be read from that format; else typer's usage error."""
+    return _known(text, "origin")
+
+
+def _known(text: str, option: str) -> str:
+    if text not in (names := format_names(option)):
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(names)}")
+    return text

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -13,11 +14,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.training.run import train
-from qwenscope.training.signals import Stopped
-from qwenscope.training.telemetry import OnProgress
-from qwenscope.training.telemetry import Progress as RunProgress
+if TYPE_CHECKING:  # the rooms are imported where they are needed: `--help` answers at once
+    from qwenscope.recipe import Recipe
+    from qwenscope.training.telemetry import OnProgress
+    from qwenscope.training.telemetry import Progress as RunProgress
 
 _LINE_SECONDS = 15.0
 
@@ -29,6 +29,9 @@ def train_with_progress(recipe: Recipe, run: Path, resume: bool, console: Consol
         typer.Exit: stopped by a signal, with 128 + its number.
         QwenscopeError: as `train`.
     """
+    from qwenscope.training.run import train
+    from qwenscope.training.signals import Stopped
+
     began = time.monotonic()
     try:
         with _shown(console) as on_progress:
@@ -40,6 +43,7 @@ def train_with_progress(recipe: Recipe, run: Path, resume: bool, console: Consol
     console.print(
         f"{len(recipe.hook_points)} SAEs in {run / 'saes'}, {recipe.training.tokens:,} tokens each, {_clock(seconds)}",
         highlight=False,
+        markup=False,
     )
 
 
@@ -52,6 +56,7 @@ def run_demo(run: Path, console: Console, out: Console) -> None:
     from qwenscope.cli.tables import evaluation_table
     from qwenscope.evaluation.run import evaluate
     from qwenscope.files import read_json
+    from qwenscope.recipe import load_recipe
     from qwenscope.release.package import release
 
     recipe = load_recipe("standin")
@@ -66,7 +71,9 @@ def run_demo(run: Path, console: Console, out: Console) -> None:
     package = run / "release"
     if not package.exists():
         release(run, package)
-    out.print(f"SAEs      {run / 'saes'}\nreport    {run / 'report.html'}\nrelease   {package}", highlight=False)
+    out.print(
+        f"SAEs      {run / 'saes'}\nreport    {run / 'report.html'}\nrelease   {package}", highlight=False, markup=False
+    )
 
 
 @contextmanager

@@ -70,11 +70,13 @@ class _Padding:
     def __init__(self, window_tokens: int, budget: int, cut: Cut) -> None:
         self._window_tokens, self._budget, self._cut = window_tokens, budget, cut
         self._window: list[int] = []
+        self._tokens = 0  # of the window
         self._kept = self._filled = 0
 
     def add(self, length: int) -> None:
         self._window.append(length)
-        if sum(self._window) >= self._window_tokens:
+        self._tokens += length
+        if self._tokens >= self._window_tokens:
             self._close()
 
     def share(self) -> float:
@@ -84,9 +86,9 @@ class _Padding:
 
     def _close(self) -> None:
         lengths = self._window
-        self._kept += sum(lengths)
+        self._kept += self._tokens
         self._filled += sum(len(members) * lengths[members[0]] for members in self._cut(lengths, self._budget))
-        self._window = []
+        self._window, self._tokens = [], 0
 
 
 def _write(file: TextIO | None, conversation: Conversation) -> None:

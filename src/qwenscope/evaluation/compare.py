@@ -17,7 +17,7 @@ import torch
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
 from qwenscope.evaluation.pairs import BOOTSTRAP, Pair, compare_split, overlap, unit_decoder
-from qwenscope.evaluation.run import fired
+from qwenscope.evaluation.run import counts, fired
 from qwenscope.lm.sites import Site
 from qwenscope.opening import check_widths, open_target
 from qwenscope.sae.topk import TopKSAE
@@ -86,10 +86,7 @@ def compare(
     return {
         "language_model": {"name": lm.name, "revision": lm.revision},
         "suites": {"first": str(first), "second": str(second)},
-        "data": {
-            name: {"conversations": len(found), "tokens": sum(len(each.token_ids) for each in found)}
-            for name, found in splits.items()
-        },
+        "data": counts(splits),
         "bootstrap": BOOTSTRAP,
         "pairs": [_pair_result(pair, saes, hooked, measured, opened.recipe.seed) for pair in pairs],
     }
@@ -145,7 +142,7 @@ def matched_latents(first: TopKSAE, second: TopKSAE) -> dict[str, Any]:
         second, cosine], ...] of the closest 20}.
     """
     a_ND, b_MD = unit_decoder(first).cpu(), unit_decoder(second).cpu()
-    best_M = torch.full((len(b_MD),), -torch.inf)
+    best_M = torch.full((len(b_MD),), -torch.inf, dtype=torch.float32)
     owner_M = torch.zeros(len(b_MD), dtype=torch.int64)
     cosine_N, partner_N = torch.empty(len(a_ND)), torch.empty(len(a_ND), dtype=torch.int64)
     for start in range(0, len(a_ND), _CHUNK):

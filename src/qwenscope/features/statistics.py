@@ -6,12 +6,14 @@ P pairs (row, latent) that fire, F context columns (splits, roles, experts), H h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qwenscope.features.reservoirs import LatentTable, Sample, order_by_group
+from qwenscope.features.reservoirs import LatentTable, Sample, Tensors, order_by_group
 from qwenscope.sae import ops
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
@@ -29,6 +31,7 @@ OCTAVES = (-12, 12)
 BINS_PER_OCTAVE = 4
 BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
 ENCODE_ROWS = 1024
+_SAMPLES = ("top", "firings", "background", "coactive")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,16 @@ class Chunk:
     conversation_T: Tensor
 
 
-class LatentStatistics:
+class LatentStatistics(Tensors):
     """Running statistics of one SAE."""
+
+    SAVED: ClassVar = {
+        "fired": "fired_N",
+        "total": "total_N",
+        "histogram": "histogram_NH",
+        "context": "context_NF",
+        "base": "base_F",
+    }
 
     def __init__(self, sae: TopKSAE, columns: int, seed: int, name: str) -> None:
         """`columns` is F; `seed` and `name` govern the samples."""
@@ -86,7 +97,7 @@ class LatentStatistics:
 
         self.firings.offer(
             latent_P,
-            torch.rand(len(latent_P), generator=random),
+            torch.rand(len(latent_P), generator=random, dtype=torch.float32),
             value_P,
             address_P,
             lambda chosen_S: windows(latent_P, address_P, chosen_S),
@@ -113,10 +124,10 @@ class LatentStatistics:
 
     def _sample(self, latents_RK: Tensor, chunk: Chunk, random: torch.Generator) -> None:
         """Offer every row to the two samples of text."""
-        keys_R = torch.rand(len(latents_RK), generator=random)
+        keys_R = torch.rand(len(latents_RK), generator=random, dtype=torch.float32)
         fresh, places = self.coactive.enter(keys_R)
         self.coactive.put(places, keys_R[fresh], chunk.token_R[fresh] + chunk.start, latents_RK[fresh])
-        keys_R = torch.rand(len(latents_RK), generator=random)
+        keys_R = torch.rand(len(latents_RK), generator=random, dtype=torch.float32)
         fresh, places = self.background.enter(keys_R)
         token_S = chunk.token_R[fresh]
         rows_SW = _window_rows(token_S, chunk)
@@ -125,27 +136,18 @@ class LatentStatistics:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed pass needs, as flat named tensors."""
-        tensors = {
-            "rows": torch.tensor(self.rows),
-            "fired": self.fired_N,
-            "total": self.total_N,
-            "histogram": self.histogram_NH,
-            "context": self.context_NF,
-            "base": self.base_F,
-        }
-        for name in ("top", "firings", "background", "coactive"):
+        tensors = {"rows": torch.tensor(self.rows), **super().state()}
+        for name in _SAMPLES:
             tensors |= {f"{name}.{key}": value for key, value in getattr(self, name).state().items()}
         return tensors
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`."""
-        self.rows = int(tensors["rows"])
-        self.fired_N, self.total_N = tensors["fired"], tensors["total"]
-        self.histogram_NH, self.context_NF, self.base_F = tensors["histogram"], tensors["context"], tensors["base"]
-        for name in ("top", "firings", "background", "coactive"):
+        super().load(state)
+        self.rows = int(state["rows"])
+        for name in _SAMPLES:
             prefix = f"{name}."
-            part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            getattr(self, name).load(part)
+            getattr(self, name).load({key.removeprefix(prefix): value for key, value in state.items()})
 
 
 def bin_of(values: Tensor) -> Tensor:
@@ -180,7 +182,7 @@ def _windows(latents_RK: Tensor, values_RK: Tensor, latent_S: Tensor, token_S: T
         mine_SWK = latents_RK[rows_SW.clamp(min=0)] == latent_s.to(torch.int32).view(-1, 1, 1)
         mine_SWK &= rows_SW.unsqueeze(2) >= 0
         s, w, k = mine_SWK.nonzero(as_tuple=True)
-        window_SW = torch.zeros(rows_SW.shape)
+        window_SW = torch.zeros(rows_SW.shape, dtype=torch.float32)
         window_SW[s, w] = values_RK[rows_SW[s, w], k]
         parts.append(window_SW)
     return torch.cat(parts)

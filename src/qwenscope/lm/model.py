@@ -138,7 +138,7 @@ def find_decoder(model: nn.Module, count: int) -> tuple[nn.Module, list[nn.Modul
     """
     get_decoder: Any = getattr(model, "get_decoder", lambda: model)
     decoder: nn.Module = get_decoder()
-    for part in (decoder, *model.modules()):  # some families' own answer is the head, or the whole
+    for part in (decoder, *getattr(model, "modules", tuple)()):  # some families' own answer is the head, or the whole
         for child in part.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return part, list(child)

@@ -16,9 +16,10 @@ from qwenscope.errors import FormatError
 from qwenscope.files import read_json, whole_folder, write_json, write_text
 from qwenscope.hub import check_repo_id
 from qwenscope.lm.sites import Site
-from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.opening import check_size
+from qwenscope.recipe import Recipe, load_recipe, public_name
 from qwenscope.release.card import example_sae, model_card
-from qwenscope.release.facts import copy_facts, public_name, read_facts
+from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
 from qwenscope.release.parquet import write_evaluation, write_training
 from qwenscope.sae.formats import saelens
@@ -126,9 +127,7 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
             raise FormatError(f"{run / 'saes' / sae_id} is none of the recipe's SAEs; remove it")
         _check_unit_norm(sae_id, sae)
         point = recipe.hook_points[sae_id]
-        if (sae.dict_size, sae.k) != (point.dict_size, point.k):
-            sizes = f"dict_size {sae.dict_size} and k {sae.k}; recipe.yaml says {point.dict_size} and {point.k}"
-            raise FormatError(f"{run / 'saes' / sae_id} has {sizes}")
+        check_size(run / "saes" / sae_id, sae, point)
         sae.config |= {"sae_id": sae_id, **Site(point.site).described(), "model": public_name(recipe.lm.model)}
         sae.save(out / sae_id)
         saelens.write(sae, out / "saelens" / sae_id)

@@ -175,7 +175,7 @@ def _upload(api: HfApi, folder: Path, repo: str, local: Mapping[str, Entry]) -> 
 
 def _set_tag(api: HfApi, repo: str, tag: str, commit: str) -> None:
     """Tag `commit`, unless an earlier try whose answer got lost has done it."""
-    target = next((ref.target_commit for ref in api.list_repo_refs(repo).tags if ref.name == tag), None)
+    target = _tags(api, repo).get(tag)
     if target is None:
         api.create_tag(repo, tag=tag, revision=commit)
     elif target != commit:
@@ -184,8 +184,7 @@ def _set_tag(api: HfApi, repo: str, tag: str, commit: str) -> None:
 
 def _tags(api: HfApi, repo: str) -> dict[str, str]:
     """Commit by tag."""
-    refs = asked(lambda: api.list_repo_refs(repo), repo)
-    return {ref.name: ref.target_commit for ref in refs.tags}
+    return {ref.name: ref.target_commit for ref in asked(lambda: api.list_repo_refs(repo), repo).tags}
 
 
 def _remote(api: HfApi, repo: str, revision: str) -> dict[str, Entry]:

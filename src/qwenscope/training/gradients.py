@@ -23,7 +23,12 @@ from qwenscope.training.weights import Weights
 
 
 def variance(x: ops.Panels) -> Tensor:
-    """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding."""
+    """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding.
+
+    A single row is its own mean: what it deviates from is then the pre_bias that has been subtracted from it.
+    """
+    if len(x) == 1:
+        return x.squares().sum().clamp_min(torch.finfo(x.parts[0].dtype).tiny)
     deviation = torch.stack([(part - part.mean(0)).square_().sum() for part in x.parts]).sum()
     return torch.maximum(deviation, 1e-6 * x.squares().sum()).clamp_min(torch.finfo(deviation.dtype).tiny)
 
@@ -124,7 +129,8 @@ class SparseGradient:
         products_P = pairs.products(table, g_gathered) if on_gpu else pairs.products(weights["decoder"], g)
         delta_P = products_P.to(values_P.dtype) * active_P
         encoder_bias = pairs.totals(delta_P)
-        # Triangle inequality, latent by latent: usually far below the clipping norm, and then no norm is needed first.
+        # Triangle inequality, latent by latent: ||sum_p a_p g_b|| <= sum_p a_p ||g_b||, and likewise for the encoder.
+        # Usually that is far below the clipping norm, and then no norm is needed before the update.
         g_norm_B, x_norm_B = g.squares().sqrt(), rows.squares().sqrt()
         decoder_N = pairs.totals(values_P * g_norm_B[pairs.rows])
         encoder_N = pairs.totals(delta_P.abs() * x_norm_B[pairs.rows])

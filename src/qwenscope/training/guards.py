@@ -11,6 +11,7 @@ from qwenscope.errors import TrainingError
 _HISTORY = 101  # logged losses that the running median looks back on
 _ENOUGH = 10  # logged losses before a median is worth comparing with
 _FACTOR = 10.0
+_HOPELESS = 100.0  # FVU that no learning starts from: the rows' mean alone has 1
 _PATIENCE = 5  # consecutive logged losses above the factor: an explosion, not an odd batch
 
 
@@ -25,16 +26,18 @@ class LossGuard:
         """Look at one logged FVU per SAE.
 
         Raises:
-            TrainingError: one stayed above 10 times its running median for 5 looks in a row.
+            TrainingError: one stayed above 10 times its running median, or above 100, for 5 looks in a row.
         """
         for sae_id, value in fvu.items():
             recent = self._recent.setdefault(sae_id, [])
-            exploded = len(recent) >= _ENOUGH and value > _FACTOR * median(recent)
-            self._above[sae_id] = self._above.get(sae_id, 0) + 1 if exploded else 0
+            usual = median(recent) if len(recent) >= _ENOUGH else _HOPELESS
+            above = value > min(_FACTOR * usual, _HOPELESS)
+            self._above[sae_id] = self._above.get(sae_id, 0) + 1 if above else 0
             if self._above[sae_id] >= _PATIENCE:
+                limit = f"{_FACTOR:g} times its running median {usual:.3g}" if usual < _HOPELESS else f"{_HOPELESS:g}"
                 raise TrainingError(
-                    f"{sae_id}: FVU {value:.3g} at step {step} is more than {_FACTOR:g} times its running median "
-                    f"{median(recent):.3g}; lower hook_points.{sae_id}.lr and start from the last checkpoint or afresh"
+                    f"{sae_id}: FVU {value:.3g} at step {step} is more than {limit}; "
+                    f"lower hook_points.{sae_id}.lr and start from the last checkpoint or afresh"
                 )
             recent.append(value)
             del recent[:-_HISTORY]

@@ -71,7 +71,9 @@ class Adam:
 
 
 def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
-    """Round up or down to bfloat16, by way of float32, with probabilities that keep the mean; noise is a function of (step, place).
+    """Round up or down to bfloat16, by way of float32, with probabilities that keep the mean.
+
+    The noise is a function of (step, place).
 
     The second moment needs it: with beta2 = 0.999 nearly all its changes are below half a unit in the last place, and
     rounding to nearest would freeze it at its maximum.
@@ -84,7 +86,7 @@ def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
 
 
 def _blocks(weights: Weights, gradient: SparseGradient) -> Iterator[tuple[str, slice, Tensor]]:
-    """(matrix, rows, their gradient), the decoder's without its component along each unit row."""
+    """(matrix, rows, their gradient), the decoder's without its part along each unit row d: g - <g, d> d."""
     n = weights.latents
     size = n if weights["decoder"].is_cuda else BLOCK_ROWS
     for start in range(0, n, size):

@@ -87,7 +87,8 @@ class ShardedTrainer(SAETrainer):
 
     def step(self, x_BD: Tensor) -> StepMetrics:
         own = super().step(x_BD)
-        return replace(own, l0=self.shard.all_reduce(own.l0), dead=self.shard.all_reduce(own.dead))
+        active = self.shard.all_reduce((own.l0 * len(x_BD)).round())  # whole numbers add up exactly
+        return replace(own, l0=active / len(x_BD), dead=self.shard.all_reduce(own.dead))
 
     def _active(self, values_BK: Tensor) -> Tensor:
         """0 also for those that are not among the K largest of all ranks' values."""

@@ -21,8 +21,16 @@ from qwenscope.training.building import build_trainer
 from qwenscope.training.trainer import StepMetrics
 
 T = TypeVar("T")
+_LARGEST = 1e15  # root mean square of rows whose squares, summed over a batch, float32 holds with room to spare
 NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")
 """Of StepMetrics, in metrics.jsonl under these names; `dead` as a share there."""
+
+
+def rows_spread(rows_RD: Tensor) -> tuple[float, float]:
+    """Root mean square of the elements' deviations from the rows' mean, and of the elements, in float64."""
+    count, mean_D = rows_RD.numel(), rows_RD.mean(0, dtype=torch.float64)
+    deviations = sum(float((chunk.double() - mean_D).square().sum()) for chunk in torch.split(rows_RD, 1024))
+    return (deviations / count) ** 0.5, (deviations / count + float(mean_D.square().mean())) ** 0.5
 
 
 def wanted(recipe: Recipe, group: Group) -> Callable[[str], bool]:
@@ -59,9 +67,32 @@ class Suite:
         return self._of_all(lambda: {sae_id: trainer.precision for sae_id, trainer in self._trainers.items()})
 
     def calibrate(self, rows: Mapping[Site, Tensor]) -> None:
-        """Fit every SAE to the first rows {site: x_RD} of a run."""
+        """Fit every SAE to the first rows {site: x_RD} of a run.
+
+        Raises:
+            TrainingError: on all ranks, if rows of one cannot be learnt from.
+        """
+        self._group.all_gather_object(lambda: self._check_rows(rows))
         for sae_id, trainer in self._trainers.items():
             trainer.calibrate(rows[self._sites[sae_id]])
+
+    def _check_rows(self, rows: Mapping[Site, Tensor]) -> None:
+        for sae_id, trainer in self._trainers.items():
+            site = self._sites[sae_id]
+            spread, size = rows_spread(rows[site])
+            of = f"{sae_id}: its {len(rows[site]):,} calibration rows at {site}"
+            if spread <= 1e-6 * size:  # less is rounding
+                raise TrainingError(
+                    f"{of} do not differ: nothing to learn from; raise training.calibration_tokens if it is small, "
+                    "else look at lm.model's weights"
+                )
+            if size > _LARGEST:
+                raise TrainingError(f"{of} are about {size:.1g}, too large for float32; look at lm.model's weights")
+            if not trainer.normalise and spread < trainer.lr / 10:
+                raise TrainingError(
+                    f"{of} spread by {spread:.1g}, far below the learning rate {trainer.lr:g}, so that each step would "
+                    "overshoot; set training.normalise to true"
+                )
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on from a checkpoint's {stem: tensors}, whatever ranks wrote them.

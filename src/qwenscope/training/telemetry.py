@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,14 +152,12 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Tracked(ABC):
+class _Tracked:
     """Weights & Biases and trackio share one interface; a resumed run goes on under its folder's name."""
 
-    module = ""
-
-    def __init__(self, run: Path, config: Mapping[str, Any], last_step: int) -> None:
-        self._module = _import(self.module, self.module)
-        self._begin(run.resolve(), dict(config))
+    def __init__(self, module: str, run: Path, config: Mapping[str, Any], **options: str) -> None:
+        self._module = _import(module, module)
+        self._module.init(project="qwenscope", name=run.name, config=dict(config), resume="allow", **options)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._module.log(dict(values), step=step)
@@ -168,26 +165,21 @@ class _Tracked(ABC):
     def close(self) -> None:
         self._module.finish()
 
-    @abstractmethod
-    def _begin(self, run: Path, config: dict[str, Any]) -> None:
-        """Open the service's own run."""
+
+def _wandb(run: Path, config: Mapping[str, Any], last_step: int) -> Sink:
+    run = run.resolve()
+    return _Tracked("wandb", run, config, id=run.name, dir=str(run))
 
 
-class _WandB(_Tracked):
-    module = "wandb"
-
-    def _begin(self, run: Path, config: dict[str, Any]) -> None:
-        self._module.init(project="qwenscope", name=run.name, id=run.name, dir=str(run), config=config, resume="allow")
+def _trackio(run: Path, config: Mapping[str, Any], last_step: int) -> Sink:
+    return _Tracked("trackio", run.resolve(), config)
 
 
-class _Trackio(_Tracked):
-    module = "trackio"
-
-    def _begin(self, run: Path, config: dict[str, Any]) -> None:
-        self._module.init(project="qwenscope", name=run.name, config=config, resume="allow")
-
-
-_SINKS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}
+_SINKS: dict[str, Callable[[Path, Mapping[str, Any], int], Sink]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}
 
 
 def _import(module: str, extra: str) -> Any:

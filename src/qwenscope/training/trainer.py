@@ -138,9 +138,8 @@ class SAETrainer:
         self._names: Tensor | None = None  # latents that the dead-latent loss works with
         self._listed = False
         self._lr = torch.zeros_like(self.rms)
-        self._step = torch.zeros((), device=self.device)
-        self.steps = 0
-        self.tokens_trained = 0
+        self._step = torch.zeros((), device=self.device, dtype=torch.float32)
+        self.steps = self.tokens_trained = 0
 
     def _take(self, sae: TopKSAE, moments: torch.dtype | None) -> Weights:
         """Copies of the SAE's tensors, ready for training."""
@@ -157,14 +156,23 @@ class SAETrainer:
 
         pre_bias becomes the rows' mean; with `normalise`, rows are from now on centred by that mean and divided by
         their rms deviation per element, and pre_bias starts at 0. The encoder becomes c times the decoder, with c by
-        least squares of the reconstruction on these rows (codes are homogeneous in c).
+        least squares of the reconstruction on these rows (codes are homogeneous in c):
+
+            c = sum <x, x_hat> / sum ||x_hat||^2, where x_hat is the reconstruction with W_enc = W_dec
+
+        Rows without spread leave the scale, and c, at 1.
+
+        Raises:
+            TrainingError: rows that are not finite, or whose squares are not in the weights' dtype.
         """
         dtype, chunks = self.centre_D.dtype, torch.split(rows_RD, 1024)
         mean_D = rows_RD.mean(0, dtype=torch.float64).to(self.device, dtype)
+        deviation = torch.stack([(chunk.to(mean_D) - mean_D).square().sum() for chunk in chunks]).sum()
+        if not torch.isfinite(deviation):
+            raise TrainingError("calibration rows are not finite, or too large to be squared; look for broken rows")
         if self.normalise:
-            deviation = torch.stack([(chunk.to(mean_D) - mean_D).square().sum() for chunk in chunks]).sum()
             self.centre_D = mean_D
-            self.rms = (deviation / rows_RD.numel()).sqrt().clamp_min(torch.finfo(dtype).tiny)
+            self.rms = torch.where(deviation > 0, (deviation / rows_RD.numel()).sqrt(), 1.0)
         else:
             self.weights["pre_bias"].copy_(mean_D)
         decoder = self.weights["decoder"]

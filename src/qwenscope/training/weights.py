@@ -1,4 +1,4 @@
-"""The trained tensors: masters (float32, or float64 of an SAE in float64), Adam's moments, and shadows of fewer bits for the products.
+"""The trained tensors: masters in float32 or float64, Adam's moments, and shadows of fewer bits for the products.
 
 Legend: B rows (tokens), D hidden, N latents, K active latents, M some of the latents.
 """
