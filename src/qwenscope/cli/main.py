@@ -167,11 +167,12 @@ def survey(
 ) -> None:
     """The corpus as it will be trained on: counts per source, token shares, padding, privacy report."""
     from qwenscope.corpus.survey import survey as run_survey
+    from qwenscope.lm.batches import cut
     from qwenscope.lm.load import load_tokenizer
     from qwenscope.recipe import load_recipe
 
     loaded = load_recipe(name, overrides or ())
-    report = run_survey(loaded, load_tokenizer(loaded.lm), limit=limit, dump=dump)
+    report = run_survey(loaded, load_tokenizer(loaded.lm), cut, limit=limit, dump=dump)
     show(report, as_json, survey_tables)
 
 

@@ -18,7 +18,7 @@ from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
 from qwenscope.evaluation.pairs import BOOTSTRAP, compare_split, find_pairs, overlap
 from qwenscope.evaluation.report import report_html
 from qwenscope.files import write_json, write_text
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target, open_target
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def evaluate(
     measured = {}
     for split, conversations in splits.items():
         logger.info("measuring %d SAEs on %d conversations of %s", len(opened.saes), len(conversations), split)
-        measured[split] = SplitMeter(lm, opened.saes, opened.layers, conversations, opened.recipe).run()
+        measured[split] = SplitMeter(lm, opened.saes, opened.sites, conversations, opened.recipe).run()
     origin = "held out by the recipe" if data is None else data.name
     described = {"origin": origin, "tokens_per_split_at_most": budget, "splits": counts(splits)}
     result = _result(opened, lm, measured, described)
@@ -85,12 +85,12 @@ def _result(
         "data": data,
         "hook_points": {
             sae_id: {
-                "layer": layer,
-                "kind": lm.layer_kinds[layer],
+                **site.described(),
+                "kind": lm.layer_kinds[site.layer],
                 "dict_size": target.saes[sae_id].dict_size,
                 "k": target.saes[sae_id].k,
             }
-            for sae_id, layer in target.layers.items()
+            for sae_id, site in target.sites.items()
         },
         "saes": {sae_id: {split: found.figures[sae_id] for split, found in measured.items()} for sae_id in target.saes},
         "dead": {sae_id: _dead(sae_id, measured) for sae_id in target.saes},
@@ -126,7 +126,7 @@ def _comparison(target: Target, measured: Mapping[str, SplitMeasurement]) -> dic
                 "kind": pair.kind,
                 "first": pair.first,
                 "second": pair.second,
-                "layers": [target.layers[pair.first], target.layers[pair.second]],
+                "layers": [target.sites[pair.first].layer, target.sites[pair.second].layer],
                 "overlap": overlap(saes[pair.first], saes[pair.second], alive[pair.first], alive[pair.second], seed),
             }
             for pair in pairs

@@ -34,7 +34,7 @@ from qwenscope.features.store import VERSION, key_of
 from qwenscope.features.token_text import TokenText, vocabulary_pieces
 from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import SPLITS, Target, open_target
 from qwenscope.training.lock import run_lock
 

@@ -15,6 +15,7 @@ from qwenscope.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, w
 from qwenscope.errors import FormatError
 from qwenscope.files import read_json, whole_folder, write_json, write_text
 from qwenscope.hub import check_repo_id
+from qwenscope.lm.sites import Site
 from qwenscope.opening import check_size
 from qwenscope.recipe import Recipe, load_recipe, public_name
 from qwenscope.release.card import example_sae, model_card
@@ -127,12 +128,12 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         _check_unit_norm(sae_id, sae)
         point = recipe.hook_points[sae_id]
         check_size(run / "saes" / sae_id, sae, point)
-        sae.config |= {"sae_id": sae_id, "layer": point.layer, "model": public_name(recipe.lm.model)}
+        sae.config |= {"sae_id": sae_id, **Site(point.site).described(), "model": public_name(recipe.lm.model)}
         sae.save(out / sae_id)
         export_sae(sae, sae_id, "saelens", out / "saelens")
         index[sae_id] = {
             "sae_id": sae_id,
-            "layer": point.layer,
+            **Site(point.site).described(),
             "kind": point.kind,
             "hidden_dim": sae.hidden_dim,
             "dict_size": sae.dict_size,

@@ -25,9 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwenscope.corpus.batches import make_batches
 from qwenscope.errors import ModelError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.batches import make_batches
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,20 @@ HALF = Distance(median=4e-2, p99=0.25, fvu=1e-2)
 
 
 def sample_rows(
-    lm: RowSource, token_ids: Sequence[NDArray[np.int32]], layers: Sequence[int], batch_tokens: int
-) -> dict[int, Tensor]:
+    lm: RowSource, token_ids: Sequence[NDArray[np.int32]], sites: Sequence[Site], batch_tokens: int
+) -> dict[Site, Tensor]:
     """Rows of every token, in the batches that a harvest would make of these conversations.
 
     Returns:
-        {layer: x_RD} in the model's dtype, on the CPU; by conversation, then by position.
+        {site: x_RD} in the model's dtype, on the CPU; by conversation, then by position.
     """
-    rows: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(token_ids) for layer in layers}
+    rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(token_ids) for site in sites}
     pad_id = lm.tokenizer.pad_token_id or 0
     for batch in make_batches([len(ids) for ids in token_ids], token_ids, batch_tokens, pad_id):
-        for layer, x_CTD in lm.streams(batch.input_ids_CT, batch.lengths_C, layers).items():
+        for site, x_CTD in lm.streams(batch.input_ids_CT, batch.lengths_C, sites).items():
             for c, (member, length) in enumerate(zip(batch.members, batch.lengths_C, strict=True)):
-                rows[layer][member] = x_CTD[c, :length].cpu()
-    return {layer: torch.cat(parts) for layer, parts in rows.items()}
+                rows[site][member] = x_CTD[c, :length].cpu()
+    return {site: torch.cat(parts) for site, parts in rows.items()}
 
 
 def distance(reference_RD: Tensor, rows_RD: Tensor) -> Distance:
@@ -79,15 +80,19 @@ def distance(reference_RD: Tensor, rows_RD: Tensor) -> Distance:
 
 
 def check_parity(
-    reference: Mapping[int, Tensor], rows: Mapping[int, Tensor], dtype: torch.dtype, names: Mapping[int, str], who: str
+    reference: Mapping[Site, Tensor],
+    rows: Mapping[Site, Tensor],
+    dtype: torch.dtype,
+    names: Mapping[Site, str],
+    who: str,
 ) -> dict[str, Any]:
     """Admit the rows of engine `who`, or refuse them.
 
     Args:
-        reference: {layer: x_RD} as transformers computes them.
+        reference: {site: x_RD} as transformers computes them.
         rows: The same tokens' rows by `who`.
         dtype: Of the forward pass; chooses the tolerance.
-        names: {layer: hook point} for messages and the verdict.
+        names: {site: hook point} for messages and the verdict.
         who: Engine and version.
 
     Returns:
@@ -98,8 +103,8 @@ def check_parity(
     """
     limit = FLOAT32 if dtype == torch.float32 else HALF
     found: dict[str, Distance] = {}
-    for layer, reference_RD in reference.items():
-        name, rows_RD = names[layer], rows[layer]
+    for site, reference_RD in reference.items():
+        name, rows_RD = names[site], rows[site]
         if rows_RD.shape != reference_RD.shape:
             raise ModelError(
                 f"{who} gives {tuple(rows_RD.shape)} rows at hook point {name}, transformers "
@@ -108,7 +113,7 @@ def check_parity(
         found[name] = off = distance(reference_RD, rows_RD)
         if not off.within(limit):
             raise ModelError(
-                f"{who} computes other rows than transformers at hook point {name} (layer {layer}): relative error "
+                f"{who} computes other rows than transformers at hook point {name} ({site}): relative error "
                 f"{off.median:.2g} in the median (at most {limit.median:g}), {off.p99:.2g} at the 99th percentile (at "
                 f"most {limit.p99:g}), FVU {off.fvu:.2g} (at most {limit.fvu:g}); set lm.backend to transformers, or "
                 "try another version of the engine"

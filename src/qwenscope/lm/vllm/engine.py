@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.load import layer_kinds, load_config, load_tokenizer, pick_dtype, resolve
 from qwenscope.lm.placement import pick_devices
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import LMRecipe
 
 _ENVIRONMENT = {
@@ -61,13 +62,16 @@ def vllm_version() -> str:
     return "vllm"
 
 
-def check_vllm(lm: LMRecipe, max_length: int) -> str:
+def check_vllm(lm: LMRecipe, max_length: int, sites: Sequence[Site]) -> str:
     """Refuse, before anything is loaded, what vLLM cannot do here -> its name and version.
 
     Raises:
         ModelError: vLLM is missing, or built for another device than `lm.device`.
-        RecipeError: `max_length` leaves no room for the one token that vLLM insists on generating.
+        RecipeError: `max_length` leaves no room for the one token that vLLM insists on generating, or a site is not the
+            residual stream.
     """
+    if inner := [site.name for site in sites if site.part is not None]:
+        raise RecipeError(f"lm.backend vllm gives the residual stream alone, not {inner[0]}; set it to transformers")
     who = vllm_version()
     longest = getattr(load_config(lm), "max_position_embeddings", max_length + 1)
     if max_length >= longest:
@@ -91,12 +95,12 @@ class VllmModel:
     """A `RowSource` whose rows vLLM computes, in this process; `close` it to have its memory back."""
 
     def __init__(
-        self, lm: LMRecipe, layers: Sequence[int], *, max_length: int, batch_tokens: int, weights: str
+        self, lm: LMRecipe, sites: Sequence[Site], *, max_length: int, batch_tokens: int, weights: str
     ) -> None:
         """
         Args:
             lm: Which model, revision, dtype and device.
-            layers: The hooked layers; `streams` gives these and no others.
+            sites: The hooked sites; `streams` gives these and no others.
             max_length: Longest conversation.
             batch_tokens: Token budget of one batch.
             weights: Digest of the model's weights, as transformers read them.
@@ -105,7 +109,7 @@ class VllmModel:
             ModelError, RecipeError: as `check_vllm`; or vLLM cannot run this model.
             ResourceError: not enough memory.
         """
-        self._digest = f"{weights} by {check_vllm(lm, max_length)}"
+        self._digest = f"{weights} by {check_vllm(lm, max_length, sites)}"
         config = load_config(lm)
         folder, self.revision = resolve(lm)
         self.tokenizer = load_tokenizer(lm)
@@ -114,12 +118,12 @@ class VllmModel:
         self.device = pick_devices(lm.device)[0]
         self.dtype = pick_dtype(lm, config)
         self.name = lm.model
-        self._layers = sorted(set(layers))
-        row_bytes = len(self._layers) * self.hidden_dim * self.dtype.itemsize
+        self._sites = sorted(set(sites))
+        row_bytes = len(self._sites) * self.hidden_dim * self.dtype.itemsize
         with _vllm_errors(lm.model):
             import vllm
 
-            from qwenscope.lm.vllm_connector import RowsConnector
+            from qwenscope.lm.vllm.connector import RowsConnector
 
             self._connector = RowsConnector
             self._sampling = vllm.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
@@ -130,7 +134,7 @@ class VllmModel:
                 max_model_len=max_length + 1,
                 max_num_batched_tokens=batch_tokens + 2 * _SEQUENCES,  # beside the tokens, room for speculated ones
                 kv_cache_memory_bytes=2 * batch_tokens * row_bytes + _SPARE_CACHE,
-                speculative_config=_extraction(self._layers),
+                speculative_config=_extraction([site.layer for site in self._sites]),
                 kv_transfer_config={
                     "kv_connector": RowsConnector.__name__,
                     "kv_connector_module_path": RowsConnector.__module__,
@@ -139,8 +143,8 @@ class VllmModel:
                 **_OPTIONS,
             )
 
-    def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], layers: Sequence[int]) -> dict[int, Tensor]:
-        """Residual stream after each of `layers`: {layer: x_CTD}, zero at the padding.
+    def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Residual stream at each of `sites`: {site: x_CTD}, zero at the padding.
 
         Raises:
             ModelError: vLLM fails on it.
@@ -151,7 +155,7 @@ class VllmModel:
             outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
         taken = [self._connector.take(output.kv_transfer_params["request"]) for output in outputs]
         x_CTLD = pad_sequence(taken, batch_first=True)
-        return {layer: x_CTLD[:, :, self._layers.index(layer)] for layer in layers}
+        return {site: x_CTLD[:, :, self._sites.index(site)] for site in sites}
 
     def digest(self, last_layer: int) -> str:
         """Of the weights as transformers read them, and of who computes."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_layer import residual_streams
 from lm.conftest import Checkpoint
 from lm.tiny_models import FAMILIES
 from torch import Tensor, nn
 
 from qwenscope.errors import ModelError
-from qwenscope.lm.forward import final_hidden, logits, residual_streams
-from qwenscope.lm.intervene import intervene
-from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.forward import final_hidden, logits
+from qwenscope.lm.hooks import intervene
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
 from qwenscope.recipe import LMRecipe
 
 IDS = torch.randint(0, 96, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -97,7 +99,7 @@ def test_hooks_go_when_the_block_fails(lm: LanguageModel) -> None:
         scores(lm)
     with pytest.raises(ModelError, match=r"layer 99 of .* was not built"), intervene(lm, {0: torch.clone, 99: fail}):
         pass
-    shapes = r"the edit at layer 1 made \(3, 12, 31\) of \(3, 12, 32\)"
+    shapes = r"the edit at layers.1 made \(3, 12, 31\) of \(3, 12, 32\)"
     with pytest.raises(ModelError, match=shapes), intervene(lm, {1: lambda x: x[..., 1:]}):
         scores(lm)
     assert hooks_left(lm.model) == 0
