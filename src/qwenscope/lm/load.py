@@ -172,9 +172,8 @@ def check_hook_points(lm_or_kinds: LanguageModel | Sequence[Kind], hook_points: 
         ModelError: a layer beyond the last one, of another kind than the recipe says, or without the part that a site
             names; RecipeError: a site's name is none. Both name the hook point.
     """
-    lm, kinds = None, lm_or_kinds
-    if isinstance(lm_or_kinds, LanguageModel):
-        lm, kinds = lm_or_kinds, lm_or_kinds.layer_kinds
+    lm = lm_or_kinds if isinstance(lm_or_kinds, LanguageModel) else None
+    kinds = lm_or_kinds.layer_kinds if isinstance(lm_or_kinds, LanguageModel) else lm_or_kinds
     sites = hooked_sites(hook_points)
     for name, point in hook_points.items():
         if point.layer >= len(kinds):

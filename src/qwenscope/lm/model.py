@@ -89,7 +89,8 @@ class LanguageModel:
         Returns:
             {site: x_CTD} in the model's dtype, on `device`.
         """
-        known = int(self.model.get_input_embeddings().weight.shape[0])
+        embedding: Any = self.model.get_input_embeddings()
+        known = len(embedding.weight)
         if int(input_ids_CT.max()) >= known:
             raise ModelError(f"token {int(input_ids_CT.max())} is beyond the {known} that {self.name} knows")
         with capture(self, sites, stop=True) as rows:
