@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,12 +59,13 @@ def chat_conversation(seed: int, index: int, *, held_out: bool = False) -> dict[
     d = _dialogue("chat", seed, index, held_out)
     if d.rng.random() < 0.35:
         d.messages.append({"role": "system", "content": d.say("chat_systems")})
-    if d.rng.random() < 0.1:
+    if greeted := d.rng.random() < 0.1:
         d.user(d.say("chat_greetings"))
         d.assistant(d.say("chat_greeted"))
-    count = d.rng.choice((1, 1, 1, 2, 2, 3))
+    count = d.rng.choice((1, 1, 2, 2, 2, 3))
     for number, topic in enumerate(_topics(d, count)):
-        _talk_about(d, topic, opening=number == 0, alone=count == 1)
+        frame = ("chat_switches", 0.6) if number else ("chat_openings", 0.0 if greeted else 0.25)
+        _talk_about(d, topic, *frame, fewest=2 if count == 1 else 0)
     if d.rng.random() < 0.3:
         d.user(d.say("chat_thanks"))
         d.assistant(d.say("chat_welcome"))
@@ -146,15 +148,14 @@ def _topics(d: Dialogue, count: int) -> list[Topic]:
     return list(chosen.values())
 
 
-def _talk_about(d: Dialogue, topic: Topic, *, opening: bool, alone: bool) -> None:
-    """The first question of a topic and some of those that may follow; at least one of them where it stands alone."""
+def _talk_about(d: Dialogue, topic: Topic, frame: str, framed: float, fewest: int) -> None:
+    """The first question of a topic, in a frame with probability `framed`, and at least `fewest` of those that follow."""
     slots = d.draw(topic.draws)
-    later = [turn for turn in topic.turns[1:] if d.rng.random() < 0.6]
-    if alone and not later:
-        later = list(topic.turns[1:2])
+    chosen = [d.rng.random() < 0.6 for _ in topic.turns[1:]]
+    later = topic.turns[1 : 1 + fewest] if sum(chosen) < fewest else itertools.compress(topic.turns[1:], chosen)
     for number, (ask, answer) in enumerate([topic.turns[0], *later]):
         question, reply = d.say(ask, slots), d.say(answer, slots)
-        if number == 0 and d.rng.random() < (0.25 if opening else 0.6):
-            question = d.say("chat_openings" if opening else "chat_switches", ask=question)
+        if number == 0 and d.rng.random() < framed:
+            question = d.say(frame, ask=question)
         d.user(question)
-        d.assistant(d.say("chat_leads", answer=reply) if d.rng.random() < 0.08 else reply)
+        d.assistant(reply)

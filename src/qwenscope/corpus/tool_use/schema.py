@@ -256,8 +256,8 @@ class _Reader:
                     raise self.wrong(f"{line!r} uses the slot {slot}, which is not drawn")
         split = self.divide(lines, str)
         for held_out in (False, True):
-            for line in split.of(held_out):
-                side, where = self.sides.setdefault(line.casefold().rstrip(".!?"), (held_out, self.where))
+            for line in filter(_WORDS.search, split.of(held_out)):  # a line of slots alone has no wording of its own
+                side, where = self.sides.setdefault(_plain(line), (held_out, self.where))
                 if side != held_out:
                     raise self.wrong(f"{line!r} is of the other split in {where}; word one of them differently")
         return split
@@ -266,9 +266,9 @@ class _Reader:
         """Hold out the third with the smallest hash of their text."""
         if len(set(map(text, items))) < max(2, len(items)):
             raise self.wrong("needs two lines or more, all different: one for each split")
-        digests = sorted(hashlib.blake2b(text(item).casefold().encode()).digest() for item in items)
-        limit = digests[max(1, len(items) // HELD_OUT_SHARE)]
-        held = [hashlib.blake2b(text(item).casefold().encode()).digest() < limit for item in items]
+        digests = [hashlib.blake2b(_plain(text(item)).encode()).digest() for item in items]
+        limit = sorted(digests)[max(1, len(items) // HELD_OUT_SHARE)]
+        held = [digest < limit for digest in digests]
         pairs = list(zip(items, held, strict=True))
         return Split(tuple(item for item, out in pairs if not out), tuple(item for item, out in pairs if out))
 
@@ -363,7 +363,13 @@ class _Reader:
         return Topic(name, draws, pairs, entry.get("weight", 1))
 
 
+def _plain(line: str) -> str:
+    """What counts as the same wording: slots without their names, no case, no mark at the end."""
+    return _SLOT.sub("{", line).casefold().rstrip(".!?")
+
+
 _SECTIONS = ("pools", "tables", "wordings", "tools", "tasks", "chains", "topics")
 _DRAWS, _STEP, _SAID = ("table", "draw", "cases"), ("tool", "arguments", "result"), ("clauses", "answers")
 _TYPES = ("string", "integer", "number", "numbers")
 _SLOT = re.compile(r"\{(\w+)")
+_WORDS = re.compile(r"[^\W\d_](?![^{]*\})")

@@ -8,7 +8,6 @@ documentation.
 from __future__ import annotations
 
 import ast
-import calendar
 import datetime
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,8 @@ from random import Random
 from types import CodeType
 from typing import Any
 
+_MONTHS = "January February March April May June July August September October November December".split()
+_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _BUILTINS: dict[str, Any] = {
     f.__name__: f for f in (abs, bin, float, int, len, max, min, range, round, sorted, str, sum, zip)
 }
@@ -100,7 +101,7 @@ def hour(hours: int, minutes: int) -> str:
 def spoken(day: str) -> str:
     """A YYYY-MM-DD day as a person writes it."""
     year, month, number = day.split("-")
-    return f"{calendar.month_name[int(month)]} {int(number)}, {year}"
+    return f"{_MONTHS[int(month) - 1]} {int(number)}, {year}"
 
 
 def later(day: str, days: int) -> str:
@@ -110,7 +111,7 @@ def later(day: str, days: int) -> str:
 
 def weekday(day: str) -> str:
     """The name of a YYYY-MM-DD day's weekday."""
-    return calendar.day_name[datetime.date.fromisoformat(day).weekday()]
+    return _WEEKDAYS[datetime.date.fromisoformat(day).weekday()]
 
 
 def tidy(value: float) -> float:
@@ -128,13 +129,18 @@ def listed(items: Sequence[str]) -> str:
     return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else items[0]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 day, 2 days."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def upper_first(text: str) -> str:
     """`text` with a capital first letter, the rest as it is."""
     return text[:1].upper() + text[1:]
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (email_of, hour, spoken, later, weekday, tidy, joined, listed, upper_first)
+    f.__name__: f for f in (email_of, hour, spoken, later, weekday, tidy, joined, listed, counted, upper_first)
 } | {"middle": statistics.median}
 _DRAWING = tuple(name for name in vars(Values) if not name.startswith("_"))
 NAMES = frozenset((*_FUNCTIONS, *_DRAWING, *_BUILTINS))
