@@ -81,8 +81,9 @@ class HookPoint(_Node):
 class SourceRecipe(_Node):
     """One source of conversations."""
 
-    name: Literal["ultrachat", "wildchat", "tool_use", "files"]
-    """Which schema: ultrachat_200k, WildChat-1M, tool-use conversations, or files with `messages` rows."""
+    name: Literal["ultrachat", "wildchat", "tool_use", "chat", "files"]
+    """Which schema: ultrachat_200k, WildChat-1M, tool-use or plain conversations (generated unless a path or a repo is
+    given), or files with `messages` rows."""
     weight: Annotated[float, Field(gt=0)]
     """Share of tokens, relative to the other sources' weights."""
     path: Path | None = None

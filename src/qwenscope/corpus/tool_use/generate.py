@@ -65,7 +65,7 @@ def chat_conversation(seed: int, index: int, *, held_out: bool = False) -> dict[
     count = d.rng.choice((1, 1, 2, 2, 2, 3))
     for number, topic in enumerate(_topics(d, count)):
         frame = ("chat_switches", 0.6) if number else ("chat_openings", 0.0 if greeted else 0.25)
-        _talk_about(d, topic, *frame, fewest=2 if count == 1 else 0)
+        _talk_about(d, topic, *frame, fewest=2 if count == 1 else 1)
     if d.rng.random() < 0.3:
         d.user(d.say("chat_thanks"))
         d.assistant(d.say("chat_welcome"))
@@ -139,8 +139,8 @@ def _tools(d: Dialogue) -> list[dict[str, Any]]:
 
 
 def _topics(d: Dialogue, count: int) -> list[Topic]:
-    """`count` different topics, each as often as its weight says."""
-    topics = content().topics
+    """`count` different topics, each as often as its weight says; one alone has much that may follow."""
+    topics = [topic for topic in content().topics if count > 1 or len(topic.turns) > 3]
     chosen: dict[str, Topic] = {}
     while len(chosen) < count:
         (topic,) = d.rng.choices(topics, [topic.weight for topic in topics])
