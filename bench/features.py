@@ -31,11 +31,11 @@ from playwright.sync_api import Browser, sync_playwright
 from starlette.testclient import TestClient
 
 from qwenscope.activations.harvest import harvest
-from qwenscope.evaluation.run import Target
 from qwenscope.features.browser.server import make_app
-from qwenscope.features.reading import CorpusPass, open_stream
+from qwenscope.features.corpus_pass import CorpusPass
 from qwenscope.features.store import FILE, Index
 from qwenscope.lm.load import load_language_model
+from qwenscope.opening import Target
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.topk import TopKSAE
 
@@ -59,19 +59,19 @@ def rate(tokens: int) -> dict[str, Any]:
     lm = load_language_model(recipe.lm, last_layer=max(recipe.layers), lm_head=True)
     seconds: dict[str, list[float]] = {"corpus": [], "index": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
-        target = Target(Path(folder), recipe, saes, {})
+        target = Target(folder, Path(folder), recipe, saes, {})
         corpus_pass = CorpusPass(target, lm, None, tokens, Path(folder))
-        stream = open_stream(target, lm.tokenizer, None)
-        while corpus_pass.read < tokens:
-            marks = [time.process_time()]
-            conversations = corpus_pass._next_chunk(stream)
-            marks.append(time.process_time())
-            corpus_pass._add(conversations)
-            marks.append(time.process_time())
-            harvest(lm, conversations, recipe.layers, recipe.activations, recipe.corpus.batch_tokens)
-            marks.append(time.process_time())
-            for name, spent in zip(seconds, np.diff(marks), strict=True):
-                seconds[name].append(float(spent))
+        with target.conversations(lm.tokenizer) as stream:
+            while corpus_pass.read < tokens:
+                marks = [time.process_time()]
+                conversations = corpus_pass._next_chunk(stream)
+                marks.append(time.process_time())
+                corpus_pass._add(conversations)
+                marks.append(time.process_time())
+                harvest(lm, conversations, recipe.layers, recipe.activations, recipe.corpus.batch_tokens)
+                marks.append(time.process_time())
+                for name, taken in zip(seconds, np.diff(marks), strict=True):
+                    seconds[name].append(float(taken))
     shares = [forward / index for forward, index in zip(seconds["forward"], seconds["index"], strict=True)]
     return {
         "tokens": corpus_pass.read,

@@ -35,14 +35,15 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
 
 from qwenscope.activations.windows import Windows
-from qwenscope.calibration import product_tflops
 from qwenscope.corpus.chat import Conversation
+from qwenscope.costs import GPUS
 from qwenscope.doctor import examine
 from qwenscope.lm.load import LanguageModel, cut_config, decoder_layers, layer_kinds, pick_dtype
 from qwenscope.lm.placement import pick_devices
 from qwenscope.lm.standin import standin_config
+from qwenscope.planning.measure import product_tflops
+from qwenscope.planning.plan import model_size
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.roofline import GPUS, model_size
 from qwenscope.training.building import build_trainer
 from qwenscope.training.trainer import SAETrainer
 

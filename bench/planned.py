@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qwenscope import calibration
 from qwenscope.lm.load import load_tokenizer
-from qwenscope.plan import plan, read_config
+from qwenscope.planning import measure as measuring
+from qwenscope.planning.plan import plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.run import train
 from qwenscope.training.trainer import SAETrainer
@@ -97,8 +97,8 @@ def configurations(folder: Path) -> dict[str, Callable[[], Recipe]]:
 def planned(recipe: Recipe, ranks: int, cpu_time: bool) -> dict[str, float]:
     """The plan's middle."""
     if cpu_time:
-        calibration._now = lambda device: time.thread_time()
-    found = calibration.measure(recipe, read_config(recipe))
+        measuring._now = lambda device: time.thread_time()
+    found = measuring.measure(recipe, read_config(recipe))
     if cpu_time:
         found = dataclasses.replace(found, lanes=1)
     report = plan(recipe, gpus=ranks, measured=found)

@@ -18,8 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwenscope.calibration import batches_of
-from qwenscope.plan import plan, read_config
+from qwenscope.planning.measure import batches_of
+from qwenscope.planning.plan import plan, read_config
 from qwenscope.recipe import HookPoint, Recipe, load_recipe
 
 TEN_BILLION = 10_000_000_000

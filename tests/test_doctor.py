@@ -8,9 +8,10 @@ import io
 import pytest
 from rich.console import Console
 
-from qwenscope import doctor
-from qwenscope.display import doctor_table
-from qwenscope.doctor import examine, kernels
+from qwenscope import machine
+from qwenscope.cli.tables import doctor_table
+from qwenscope.doctor import examine
+from qwenscope.machine import kernels
 
 PARTS = {"Gated DeltaNet", "DeltaNet convolution", "attention", "routed experts", "SAE step"}
 
@@ -51,7 +52,7 @@ def test_an_old_gpu_has_no_grouped_products(installed: set[str]) -> None:
 
 
 def test_the_table_shows_each_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "kernels", lambda _: {"routed experts": {"used": "a loop", "costs": "much time"}})
+    monkeypatch.setattr(machine, "kernels", lambda _: {"routed experts": {"used": "a loop", "costs": "much time"}})
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(doctor_table(examine()))
     shown = console.export_text()

@@ -11,15 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, Qwen3_5MoeTextConfig
 
-from qwenscope import calibration
-from qwenscope.calibration import Batches, Measured, batches_of, measurable, measure
 from qwenscope.corpus.batches import cut
+from qwenscope.costs import GPUS
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import load_language_model
-from qwenscope.plan import GIB, memory_needs, plan, read_config
+from qwenscope.planning import measure as measuring
+from qwenscope.planning.measure import Batches, Measured, batches_of, measurable, measure
+from qwenscope.planning.memory import GIB, memory_needs
+from qwenscope.planning.plan import model_size, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.roofline import GPUS, model_size
 from qwenscope.training.parallel import owners
 
 PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
@@ -187,7 +188,7 @@ def test_harvest_beside_the_steps_takes_the_longer_of_both_on_spare_cores_alone(
 
 
 def test_every_kind_of_layer_and_every_sae_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_SECONDS", 0.0)
+    monkeypatch.setattr(measuring, "_SECONDS", 0.0)
     recipe = load_recipe("standin", ["corpus.max_length=64", "corpus.batch_tokens=256", "training.batch_size=32"])
     assert measurable(recipe)
     found = measure(recipe, read_config(recipe))
@@ -259,7 +260,7 @@ def test_a_device_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(calibration, "_layer_seconds", full)
+    monkeypatch.setattr(measuring, "_layer_seconds", full)
     recipe = load_recipe("standin")
     with pytest.raises(ResourceError, match="cpu has no room for single layers of standin; plan for another card"):
         measure(recipe, read_config(recipe))

@@ -30,6 +30,7 @@ from qwenscope.files import write_text
 from qwenscope.lm.standin import standin_config
 from qwenscope.lm.standin_data import train_tokenizer
 from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.run import train
 from qwenscope.training.signals import Stopped
 from qwenscope.training.telemetry import WALL_CLOCK_FIELDS, Progress
@@ -91,6 +92,18 @@ def tiny_recipe(model: Path, **changes: Any) -> Recipe:
             node = node[part]
         node[last] = value
     return Recipe.model_validate(tree)
+
+
+def make_suite(folder: Path, model: Path, seed: int) -> Path:
+    """A complete run with random SAEs of the tiny recipe."""
+    recipe = tiny_recipe(model)
+    for sae_id, point in recipe.hook_points.items():
+        sae = TopKSAE(32, point.dict_size, point.k, seed=seed)
+        sae.config |= {"layer": point.layer}
+        sae.save(folder / "saes" / sae_id)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "status.json").write_text('{"state": "complete"}')
+    return folder
 
 
 def final_hashes(run: Path) -> dict[str, str]:

@@ -1,29 +1,14 @@
-"""What is installed, what this machine can do, what is missing and how to get it."""
+"""What this machine lacks, how to get it, and what is known not to work on it."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import os
-import platform
-import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-_PACKAGES = (
-    "qwenscope",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "pyarrow",
-    "huggingface_hub",
-    "pydantic",
-)
+from qwenscope.machine import describe_machine
 
 # What each optional package buys, and the command that brings it. `cuda` ones matter only where a GPU is.
 _OPTIONAL: dict[str, tuple[str, str, bool]] = {
@@ -51,88 +36,17 @@ class Missing:
     get: str
 
 
-def examine(folder: Path = Path()) -> dict[str, Any]:
-    """Versions, devices, CPU abilities, memory and disk of `folder`, and what is missing, as one JSON-able object."""
+def examine() -> dict[str, Any]:
+    """`describe_machine`, and what is `missing` and which `problems` there are, as one JSON-able object."""
     cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "devices": [_device(index) for index in range(torch.cuda.device_count())] if cuda else [],
-        "cpu": {
-            "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "bf16_products": _bf16_products(),
-        },
-        "memory_bytes": psutil.virtual_memory().total,
-        "disk_free_bytes": shutil.disk_usage(folder.resolve()).free,
+    return describe_machine() | {
         "missing": [
             asdict(Missing(package, buys, get))
             for package, (buys, get, needs_cuda) in _OPTIONAL.items()
             if importlib.util.find_spec(package) is None and (cuda or not needs_cuda)
         ],
-        "kernels": kernels(torch.cuda.get_device_capability() if cuda else None),
         "problems": _problems(cuda),
     }
-
-
-def kernels(capability: tuple[int, int] | None) -> dict[str, dict[str, str]]:
-    """What runs each hot part here, and what it costs that nothing faster does: {part: {"used", "costs"}}.
-
-    Args:
-        capability: The GPU's compute capability; None means a CPU, where plain torch is all there is.
-    """
-    if capability is None:
-        parts = ("Gated DeltaNet", "DeltaNet convolution", "attention", "routed experts", "SAE step")
-        return {part: {"used": "torch", "costs": ""} for part in parts}
-
-    def choose(package: str, name: str, costs: str) -> dict[str, str]:
-        found = importlib.util.find_spec(package) is not None
-        return {"used": name, "costs": ""} if found else {"used": "torch", "costs": costs}
-
-    grouped = hasattr(torch.nn.functional, "grouped_mm") or hasattr(torch, "_grouped_mm")
-    return {
-        "Gated DeltaNet": choose(
-            "fla",
-            "flash-linear-attention",
-            "float32 copies (53 times a residual row per position at once) and a loop over chunks of 64 positions: "
-            "the slowest part of a forward pass",
-        ),
-        "DeltaNet convolution": choose(
-            "causal_conv1d",
-            "causal-conv1d",
-            "a depthwise convolution and an activation apart: a few passes over memory",
-        ),
-        "attention": {"used": "torch's fused kernel (sdpa)", "costs": ""}
-        if capability >= (8, 0)
-        else {"used": "torch's unfused attention", "costs": "memory grows with the square of a conversation's length"},
-        "routed experts": {"used": "grouped product", "costs": ""}
-        if grouped and capability >= (8, 0)
-        else {
-            "used": "a loop over experts",
-            "costs": "one small product per expert and layer instead of one grouped one",
-        },
-        "SAE step": choose(
-            "triton", "triton", "torch's top-k: 0.7 instead of 0.1 ms per SAE and batch on an H200, by a roofline"
-        ),
-    }
-
-
-def _device(index: int) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(index)
-    return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "capability": f"{properties.major}.{properties.minor}",
-    }
-
-
-def _bf16_products() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware, read from what the kernel reports."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in text or "amx_bf16" in text
 
 
 def _problems(cuda: bool) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from transformers import Qwen3_5MoeTextConfig
 
 from qwenscope.lm.load import check_hook_points, layer_kinds
-from qwenscope.roofline import model_size
+from qwenscope.planning.plan import model_size
 
 
 @pytest.fixture(scope="module")

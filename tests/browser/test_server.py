@@ -187,7 +187,8 @@ def test_several_latents_steer_together_as_in_python(client: TestClient, index: 
     pushes = [PUSH, {**PUSH, "sae": "sae_attn", "latent": 41, "mode": "clamp", "unit": "norm", "strength": 3}]
     lines = client.post("/api/steer", json=STEER | {"pushes": pushes}).text.splitlines()
     written = [json.loads(line) for line in lines]
-    target, lm = open_origin(index)
+    target = open_origin(index)
+    lm = target.language_model()
     largest = Index(index).latent("sae_delta", PLANTED_LATENT)["max"]
     both = [
         Steering(1, 1.0, target.saes["sae_delta"], PLANTED_LATENT, unit=largest),

@@ -16,11 +16,12 @@ import yaml
 from evaluation_cases import conversation
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
+from qwenscope.checksums import verify_folder, write_checksums
 from qwenscope.errors import CorpusError, FormatError, QwenscopeError
 from qwenscope.evaluation.report import report_html
-from qwenscope.evaluation.run import evaluate, fill_splits
+from qwenscope.evaluation.run import evaluate
 from qwenscope.lm.standin import STANDIN_FOLDER
-from qwenscope.sae.checksums import verify_folder, write_checksums
+from qwenscope.opening import fill_splits
 from qwenscope.sae.topk import TopKSAE
 
 CONTRACT = {

@@ -14,15 +14,14 @@ from planted_suite import PLANTED, PLANTED_LATENT
 from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.errors import CorpusError, FormatError
 from qwenscope.evaluation.downstream import find_routers, watch_routers
-from qwenscope.evaluation.run import Target, open_target
-from qwenscope.features import reading
-from qwenscope.features.geometry import Company
+from qwenscope.features import corpus_pass
+from qwenscope.features.geometry import CoActivation
 from qwenscope.features.index import build_index
-from qwenscope.features.reading import open_stream
 from qwenscope.features.statistics import AFTER, BEFORE, FIRINGS, TOP, bin_of
 from qwenscope.features.store import Index, MissingLatentError
 from qwenscope.lm.forward import final_norm, residual_streams, unembedding
 from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.opening import Target, open_target
 
 TOKENS = 2500  # as the index of conftest
 
@@ -34,11 +33,11 @@ class Plain:
         self.target: Target = open_target(release)
         self.lm: LanguageModel = load_language_model(self.target.recipe.lm, lm_head=True)
         self.conversations: list[Conversation] = []
-        stream = open_stream(self.target, self.lm.tokenizer, corpus)
-        for conversation in stream:
-            self.conversations.append(conversation)
-            if sum(len(c.token_ids) for c in self.conversations) >= TOKENS:
-                break
+        with self.target.conversations(self.lm.tokenizer, corpus) as stream:
+            for conversation in stream:
+                self.conversations.append(conversation)
+                if sum(len(c.token_ids) for c in self.conversations) >= TOKENS:
+                    break
         self.codes: dict[str, list[torch.Tensor]] = {sae_id: [] for sae_id in self.target.saes}
         self.experts: dict[str, list[torch.Tensor]] = {sae_id: [] for sae_id in self.target.saes}
         for conversation in self.conversations:
@@ -175,7 +174,7 @@ def test_promoted_tokens_and_neighbours(index: Index, plain: Plain) -> None:
             ]
 
 
-def test_company_equals_the_correlation_matrix() -> None:
+def test_coactivation_equals_the_correlation_matrix() -> None:
     torch.manual_seed(0)
     latents_SK = torch.stack([torch.randperm(12)[:3] for _ in range(200)]).to(torch.int32)
     latents_SK[::4, 2] = -1
@@ -183,7 +182,7 @@ def test_company_equals_the_correlation_matrix() -> None:
     fires_SN[::4] = torch.zeros(50, 12).scatter_(1, latents_SK[::4, :2].long(), 1.0)
     expected = np.corrcoef(fires_SN.T.numpy())
     np.fill_diagonal(expected, -np.inf)
-    (phi_MN, latents_MN), together = Company(latents_SK, 12).of(2, 9, 4)
+    (phi_MN, latents_MN), together = CoActivation(latents_SK, 12).of(2, 9, 4)
     for m in range(7):
         order = np.argsort(-expected[m + 2])[:4]
         np.testing.assert_allclose(phi_MN[m], expected[m + 2][order], atol=1e-5)
@@ -233,7 +232,7 @@ def _whole(index: Index) -> list[dict[str, Any]]:
 def test_an_interrupted_pass_goes_on_to_the_same_index(
     index: Index, release: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(corpus_pass, "SAVE_SECONDS", 0.0)
     out = tmp_path / "index"
 
     def interrupt(phase: str, done: int, total: int) -> None:
@@ -253,7 +252,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_index(
 def test_a_damaged_state_is_refused(
     release: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(corpus_pass, "SAVE_SECONDS", 0.0)
     out = tmp_path / "index"
 
     def interrupt(phase: str, done: int, total: int) -> None:
@@ -279,7 +278,7 @@ def test_a_finished_index_and_foreign_folders_are_left_alone(index: Index, relea
         build_index(release, tmp_path, tokens=TOKENS)
     with pytest.raises(FormatError, match="at least 1 token"):
         build_index(release, tmp_path / "new", tokens=0)
-    with pytest.raises(FormatError, match="not a folder"):
+    with pytest.raises(FormatError, match="neither an existing folder"):
         build_index(tmp_path / "nowhere", tmp_path / "new", tokens=1)
 
 

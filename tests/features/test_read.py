@@ -10,10 +10,10 @@ from planted_suite import PLANTED, PLANTED_LATENT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwenscope.errors import CorpusError, FormatError, ModelError
-from qwenscope.evaluation.run import Target, open_target
 from qwenscope.features.probe import probe_direction
-from qwenscope.features.read import as_language_model, layers_of, read
+from qwenscope.features.read import as_language_model, read
 from qwenscope.lm.load import load_language_model
+from qwenscope.opening import Target, layers_of, open_target
 from qwenscope.sae.topk import TopKSAE
 
 LAYERS = {"sae_delta": 1, "sae_attn": 3}

@@ -8,7 +8,7 @@ import pytest
 from planted_suite import PLANTED_LATENT
 from typer.testing import CliRunner
 
-from qwenscope.cli import app
+from qwenscope.cli.main import app
 from qwenscope.errors import FormatError
 from qwenscope.features.store import Index
 

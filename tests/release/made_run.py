@@ -8,8 +8,8 @@ from typing import Any
 
 from exact_saes import DICT_SIZE, K, exact_sae
 
+from qwenscope.evaluation.compare import NUMBERS
 from qwenscope.recipe import Recipe
-from qwenscope.release.facts import NUMBERS
 
 POINTS = {
     "sae_delta_mid_pos1": (21, "deltanet"),

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_suites import make_suite
-from tiny_run import make_language_model
+from tiny_run import make_language_model, make_suite
 
 from qwenscope.errors import FormatError
 from qwenscope.features.index import build_index

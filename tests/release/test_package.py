@@ -22,13 +22,13 @@ from huggingface_hub import ModelCard
 from made_run import POINTS, make_run, number, recipe
 
 from qwenscope import TopKSAE, load_recipe, load_suite
+from qwenscope.checksums import verify_folder
 from qwenscope.errors import FormatError
+from qwenscope.evaluation.compare import NUMBERS
 from qwenscope.recipe import Recipe
 from qwenscope.release.card import COLUMNS, plain
-from qwenscope.release.facts import NUMBERS
 from qwenscope.release.notebook import notebook
 from qwenscope.release.package import bind, release
-from qwenscope.sae.checksums import verify_folder
 from qwenscope.sae.formats import import_suite
 
 FILES = {

@@ -17,9 +17,9 @@ from writable_hub import TOKEN, WritableHub
 
 from qwenscope import TopKSAE, load_suite
 from qwenscope.errors import FormatError, HubError
-from qwenscope.release.hub import pull, push
+from qwenscope.hub import redact
 from qwenscope.release.package import bind
-from qwenscope.sae.hub_files import redact
+from qwenscope.release.push import pull, push
 
 REPO = "org/saes"
 
@@ -130,7 +130,8 @@ def test_a_push_that_gives_up_shows_nothing(released: Path, hub: WritableHub) ->
 
 
 PUSH = (
-    "import sys; from pathlib import Path; from qwenscope.release.hub import push; push(Path(sys.argv[1]), sys.argv[2])"
+    "import sys; from pathlib import Path; "
+    "from qwenscope.release.push import push; push(Path(sys.argv[1]), sys.argv[2])"
 )
 
 

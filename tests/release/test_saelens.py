@@ -12,7 +12,7 @@ from exact_saes import exact_rows, exact_sae
 from made_run import POINTS
 from writable_hub import WritableHub
 
-from qwenscope.release.hub import push
+from qwenscope.release.push import push
 
 CODE = """
 import sys, torch

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qwenscope import TopKSAE, load_suite
+from qwenscope.checksums import write_checksums
 from qwenscope.errors import FormatError
-from qwenscope.sae.checksums import write_checksums
 from qwenscope.sae.loading import check_sae_id
 
 HOSTILE_IDS = [

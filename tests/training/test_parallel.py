@@ -18,10 +18,10 @@ from tiny_run import BATCH, STEPS, final_hashes, metrics, status
 from qwenscope.activations import store
 from qwenscope.activations.division import Division
 from qwenscope.corpus.batches import cut
+from qwenscope.costs import GPUS, ModelSize, position_seconds, step_seconds
 from qwenscope.errors import FormatError, RecipeError, ResourceError
 from qwenscope.ranks import Group
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.roofline import GPUS, ModelSize, position_seconds, step_seconds
 from qwenscope.training import checkpoint
 from qwenscope.training.parallel import joined, owners
 

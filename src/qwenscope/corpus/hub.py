@@ -13,9 +13,9 @@ from typing import IO
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from qwenscope.corpus.retry import with_retries
 from qwenscope.corpus.shards import SUFFIXES, Shard
 from qwenscope.errors import CorpusError
+from qwenscope.hub import retrying
 
 REPOSITORIES = {
     "ultrachat": "HuggingFaceH4/ultrachat_200k",
@@ -28,10 +28,11 @@ def hub_shards(repo: str, revision: str | None, where: str) -> tuple[str, list[S
     """The commit that `revision` names (None: the newest), and the data files in it.
 
     Raises:
-        CorpusError: no such dataset or revision, no access, or no data file; or the Hub keeps failing.
+        CorpusError: no such dataset or revision, no access, or no data file.
+        HubError: the Hub keeps failing.
     """
     try:
-        info = with_retries(lambda: HfApi().dataset_info(repo, revision=revision), where)
+        info = retrying(lambda: HfApi().dataset_info(repo, revision=revision), where)
     except (HfHubHTTPError, HFValidationError) as error:
         problem = " ".join(str(error).split())[:200]
         raise CorpusError(

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwenscope.corpus.repair import parse_json
-from qwenscope.corpus.retry import with_retries
 from qwenscope.errors import CorpusError
+from qwenscope.hub import retrying
 
 CHUNK_ROWS = 128
 """Rows that are read, filtered, rendered and tokenised together: enough that the tokenizer's tables stay in cache."""
@@ -76,9 +76,9 @@ def count_rows(shard: Shard, where: str) -> int:
     try:
         if shard.name.endswith(".parquet"):
             with closing(_ParquetShard(shard)) as file:
-                rows: int = with_retries(file.metadata, where).num_rows
+                rows: int = retrying(file.metadata, where).num_rows
                 return rows
-        with closing(with_retries(shard.open, where)) as raw:
+        with closing(retrying(shard.open, where)) as raw:
             return sum(1 for _ in _lines(shard, raw))
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise _unreadable(shard, where, error) from error
@@ -116,7 +116,7 @@ class _ParquetShard:
 
 def _parquet(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
     with closing(_ParquetShard(shard)) as file:
-        metadata = with_retries(file.metadata, where)
+        metadata = retrying(file.metadata, where)
         columns = _columns(metadata, schema, where)
         order = list(range(metadata.num_row_groups))
         random.Random(seed).shuffle(order)
@@ -124,7 +124,7 @@ def _parquet(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iter
         for number in order:
             size = metadata.row_group(number).num_rows
             if row < start + size:
-                table = with_retries(partial(file.row_group, number, columns), where)
+                table = retrying(partial(file.row_group, number, columns), where)
                 for offset in range(max(row - start, 0), size, CHUNK_ROWS):
                     rows = table.slice(offset, CHUNK_ROWS).to_pylist()
                     yield [(start + offset + i, _without_nulls(item)) for i, item in enumerate(rows)]
@@ -159,7 +159,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _jsonl(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
     del seed
-    with closing(with_retries(shard.open, where)) as raw:
+    with closing(retrying(shard.open, where)) as raw:
         rows: Rows = []
         for index, line in enumerate(_lines(shard, raw)):
             if index < row or not line.strip():

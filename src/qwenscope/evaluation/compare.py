@@ -1,172 +1,163 @@
-"""DeltaNet against attention: paired differences with confidence intervals, and overlap of neighbouring dictionaries.
+"""Two suites of SAEs side by side: the same language model, the same tokens, SAE against SAE at each layer they share.
 
-In a hybrid model an attention layer follows Gated DeltaNet layers. SAEs on the last DeltaNet layer of a block and on
-the attention layer right after it are a matched pair; SAEs on two DeltaNet layers in a row are the position control:
-what one step of depth does by itself. Intervals are percentile bootstraps over conversations, paired: both SAEs of a
-pair see the same draws.
+Fidelity and splice come from the evaluation room in one pass over the data for both suites; differences carry paired
+bootstrap intervals over conversations. Latents are matched by their decoder directions.
 
-Legend: S bootstrap samples, C conversations, N latents, D hidden.
+Legend: N latents of the first SAE, M of the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from qwenscope.evaluation.truth import unit_decoder
-from qwenscope.recipe import HookPoint
+from qwenscope.errors import FormatError
+from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
+from qwenscope.evaluation.pairs import BOOTSTRAP, Pair, compare_split, overlap, unit_decoder
+from qwenscope.evaluation.run import fired
+from qwenscope.opening import check_widths, open_target
 from qwenscope.sae.topk import TopKSAE
-from qwenscope.seeds import derive_seed, generator
 
-BOOTSTRAP_SAMPLES = 2000
-LEVEL = 0.95
-OVERLAP_EDGES = tuple(round(-0.2 + 0.05 * step, 2) for step in range(25))
-OVERLAP_CHUNK = 2048  # decoder rows compared at once
-SHARED = 0.7  # cosine above which a latent has a counterpart
-RANDOM_DIRECTIONS = 512  # for the overlap that chance alone gives
-
-Array = NDArray[np.float64]
-Sums = Mapping[str, Array]
-
-METRICS: dict[str, Callable[[Sums], Array]] = {
-    "fvu": lambda s: s["residual"] / s["deviation"],
-    "ce_increase": lambda s: (s["ce_spliced"] - s["ce_clean"]) / s["predicted"],
-    "ce_recovered_zero": lambda s: (s["ce_zero_ablation"] - s["ce_spliced"]) / (s["ce_zero_ablation"] - s["ce_clean"]),
-    "ce_recovered_mean": lambda s: (s["ce_mean_ablation"] - s["ce_spliced"]) / (s["ce_mean_ablation"] - s["ce_clean"]),
-    "kl": lambda s: s["kl_spliced"] / s["predicted"],
-}
-"""Metrics with intervals, as functions of sums over conversations."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two hook points one layer apart: `kind` is "matched" (DeltaNet, then attention) or "position_control"."""
-
-    kind: str
-    first: str
-    second: str
+NUMBERS = (
+    "tokens",
+    "mse",
+    "fvu",
+    "explained_variance",
+    "explained_variance_per_dim",
+    "cosine",
+    "l0",
+    "dead_fraction",
+    "ce_clean",
+    "ce_spliced",
+    "ce_zero_ablation",
+    "ce_mean_ablation",
+    "ce_recovered_zero",
+    "ce_recovered_mean",
+    "kl",
+)
+"""What every SAE has of every split in evaluation.json."""
+SPECIAL = "mse_special_tokens"  # has no value where a split holds no special token
+_BEST = 20  # matched latents listed per pair
+_CHUNK = 2048  # decoder rows compared at once
 
 
-def find_pairs(hook_points: Mapping[str, HookPoint]) -> list[Pair]:
-    """Neighbouring hook points, in order of depth: DeltaNet before attention, and DeltaNet before DeltaNet."""
-    names = {("deltanet", "attention"): "matched", ("deltanet", "deltanet"): "position_control"}
-    pairs = []
-    for first, below in hook_points.items():
-        for second, above in hook_points.items():
-            kind = names.get((below.kind or "", above.kind or ""))
-            if kind and above.layer == below.layer + 1:
-                pairs.append(Pair(kind, first, second))
-    return sorted(pairs, key=lambda pair: hook_points[pair.first].layer)
-
-
-def resample(conversations: int, seed: int) -> Array:
-    """Bootstrap weights [S, C]: how often each conversation is drawn in each sample; float64."""
-    random = np.random.default_rng(derive_seed(seed, "bootstrap"))
-    return random.multinomial(conversations, np.full(conversations, 1 / conversations), BOOTSTRAP_SAMPLES).astype(float)
-
-
-def interval(samples: Array) -> list[float] | None:
-    """Percentile interval at LEVEL of finite bootstrap samples; None where some sample has no value."""
-    if not np.isfinite(samples).all():
-        return None
-    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return [float(low), float(high)]
-
-
-def bootstrap(sums: Sums, weights_SC: Array | None) -> dict[str, tuple[float, Array | None]]:
-    """{metric: (value on all conversations, bootstrap samples)}.
-
-    Args:
-        sums: {name: sum per conversation, float64 [C]}.
-        weights_SC: of `resample`, or None where there are too few conversations to draw from.
-    """
-    whole = {name: value_C.sum(keepdims=True) for name, value_C in sums.items()}
-    with np.errstate(divide="ignore", invalid="ignore"):  # a sample may hold nothing but constant rows
-        drawn = None if weights_SC is None else {name: weights_SC @ value_C for name, value_C in sums.items()}
-        return {
-            name: (float(metric(whole)[0]), None if drawn is None else metric(drawn))
-            for name, metric in METRICS.items()
-        }
-
-
-def compare_split(pairs: list[Pair], sums: Mapping[str, Sums], seed: int) -> dict[str, Any]:
-    """Intervals of each SAE and paired differences (second minus first) on one split.
-
-    Args:
-        pairs: of `find_pairs`.
-        sums: {sae_id: {name: float64 [C]}}, the same conversations for all.
-        seed: of the draws.
-
-    Returns:
-        {"intervals": {sae_id: {metric: [low, high]}}, "differences": {"first -> second": {metric: {"first", "second",
-        "difference", "interval"}}}}; an interval is None with fewer than two conversations.
-    """
-    conversations = len(next(iter(next(iter(sums.values())).values())))
-    weights_SC = resample(conversations, seed) if conversations > 1 else None
-    drawn = {sae_id: bootstrap(named, weights_SC) for sae_id, named in sums.items()}
-    intervals = {
-        sae_id: {name: None if samples is None else interval(samples) for name, (_, samples) in metrics.items()}
-        for sae_id, metrics in drawn.items()
-    }
-    differences: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        cells = differences.setdefault(f"{pair.first} -> {pair.second}", {})
-        for name in METRICS:
-            (first, first_S), (second, second_S) = drawn[pair.first][name], drawn[pair.second][name]
-            cells[name] = {
-                "first": first,
-                "second": second,
-                "difference": second - first,
-                "interval": None if first_S is None or second_S is None else interval(second_S - first_S),
-            }
-    return {"intervals": intervals, "differences": differences}
-
-
-def overlap(
-    first: TopKSAE, second: TopKSAE, alive_first_N: Tensor, alive_second_N: Tensor, seed: int
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    data: Path | None = None,
+    tokens: int | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
-    """How much of each dictionary stands in the other: best cosine of every live latent's decoder direction.
+    """Measure two suites on the same tokens.
 
     Args:
-        first: SAE of the lower layer.
-        second: SAE of the layer above.
-        alive_first_N: bool [N], latents that fired at all; the others have no direction to speak of.
-        alive_second_N: the same for the second.
-        seed: of the random directions that show what chance gives.
+        first: what `open_target` takes; its recipe says which language model and which held-out conversations.
+        second: likewise. Its SAEs may have been made on another checkpoint; they are measured on the first's.
+        data: conversations to measure on instead, as for `evaluate`.
+        tokens: tokens per split at most; None takes the recipe's.
+        revision: of `second` on the Hub.
 
     Returns:
-        Per direction of view, `mean_max_cosine`, `shared` (share above 0.7), `random_mean_max_cosine` (random unit
-        directions looked up in the same dictionary) and a histogram; None where a dictionary is all dead.
+        {"language_model", "suites", "data", "bootstrap", "pairs": [{"layer", "first", "second", "splits": {split:
+        {"first", "second" (numbers of evaluation.json), "differences"}}, "latents"}]}.
+
+    Raises:
+        FormatError: no layer is in both suites, an SAE does not say its layer, or sizes do not fit.
+        ModelError, CorpusError, HubError: as `evaluate`.
     """
-    first_ND, second_ND = unit_decoder(first)[alive_first_N], unit_decoder(second)[alive_second_N]
-    if not len(first_ND) or not len(second_ND):
-        return {"first_in_second": None, "second_in_first": None}
-    random_ND = torch.randn(RANDOM_DIRECTIONS, first.hidden_dim, generator=generator(seed, "overlap"))
-    random_ND = torch.nn.functional.normalize(random_ND, dim=1)
+    opened = open_target(first)
+    other = open_target(second, revision=revision, like=opened)
+    sides = {"first": opened, "second": other}
+    layers = {f"{side}:{id}": layer for side, target in sides.items() for id, layer in target.layers.items()}
+    pairs = _pairs(layers, first, second)
+    used = {sae_id for pair in pairs for sae_id in (pair.first, pair.second)}
+    lm = opened.language_model()
+    saes = {f"{side}:{id}": sae for side, target in sides.items() for id, sae in target.saes.items()}
+    saes = {sae_id: sae.to(lm.device).eval() for sae_id, sae in saes.items() if sae_id in used}
+    check_widths(saes, lm)
+    splits = opened.splits(lm.tokenizer, tokens or opened.recipe.evaluation.tokens, data)
+    hooked = {sae_id: layers[sae_id] for sae_id in saes}
+    measured = {name: SplitMeter(lm, saes, hooked, found, opened.recipe).run() for name, found in splits.items()}
     return {
-        "first_in_second": _found(first_ND, second_ND, random_ND),
-        "second_in_first": _found(second_ND, first_ND, random_ND),
+        "language_model": {"name": lm.name, "revision": lm.revision},
+        "suites": {"first": str(first), "second": str(second)},
+        "data": {
+            name: {"conversations": len(found), "tokens": sum(len(each.token_ids) for each in found)}
+            for name, found in splits.items()
+        },
+        "bootstrap": BOOTSTRAP,
+        "pairs": [_pair_result(pair, saes, hooked, measured, opened.recipe.seed) for pair in pairs],
     }
 
 
-def _found(query_ND: Tensor, key_ND: Tensor, random_ND: Tensor) -> dict[str, Any]:
-    best_N = _best(query_ND, key_ND)
-    counts, _ = np.histogram(best_N.clamp(OVERLAP_EDGES[0], OVERLAP_EDGES[-1]).numpy(), bins=np.array(OVERLAP_EDGES))
+def _pairs(layers: Mapping[str, int], first: str | Path, second: str | Path) -> list[Pair]:
+    """Every SAE of the first suite with every one of the second at the same layer."""
+    sides = [[sae_id for sae_id in layers if sae_id.startswith(side)] for side in ("first:", "second:")]
+    pairs = [Pair("same_layer", a, b) for a in sides[0] for b in sides[1] if layers[a] == layers[b]]
+    if not pairs:
+        there = [", ".join(map(str, sorted({layers[sae_id] for sae_id in side}))) for side in sides]
+        raise FormatError(f"no layer is in both suites: {first} has {there[0]}, {second} has {there[1]}")
+    return sorted(pairs, key=lambda pair: layers[pair.first])
+
+
+def _pair_result(
+    pair: Pair,
+    saes: Mapping[str, TopKSAE],
+    layers: Mapping[str, int],
+    measured: Mapping[str, SplitMeasurement],
+    seed: int,
+) -> dict[str, Any]:
+    names = {side: sae_id.partition(":")[2] for side, sae_id in (("first", pair.first), ("second", pair.second))}
+    fired_N, fired_M = fired(measured, pair.first) > 0, fired(measured, pair.second) > 0
+    a, b = saes[pair.first], saes[pair.second]
+    splits = {}
+    for split, found in measured.items():
+        compared = compare_split([pair], found.sums, seed)
+        splits[split] = {
+            "first": _numbers(found.figures[pair.first]),
+            "second": _numbers(found.figures[pair.second]),
+            "differences": compared["differences"][f"{pair.first} -> {pair.second}"],
+        }
     return {
-        "mean_max_cosine": float(best_N.double().mean()),
-        "shared": float((best_N > SHARED).double().mean()),
-        "random_mean_max_cosine": float(_best(random_ND, key_ND).double().mean()),
-        "edges": list(OVERLAP_EDGES),
-        "counts": counts.tolist(),
+        "layer": layers[pair.first],
+        **names,
+        "sizes": {side: [sae.dict_size, sae.k] for side, sae in (("first", a), ("second", b))},
+        "splits": splits,
+        "latents": {"overlap": overlap(a, b, fired_N, fired_M, seed), "matched": matched_latents(a, b)},
     }
 
 
-def _best(query_ND: Tensor, key_ND: Tensor) -> Tensor:
-    """Highest cosine of each unit row of `query_ND` with any of `key_ND`."""
-    return torch.cat([(part_ND @ key_ND.T).max(1).values for part_ND in torch.split(query_ND, OVERLAP_CHUNK)])
+def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: figures[key] for key in (*NUMBERS, SPECIAL)}
+
+
+@torch.no_grad()
+def matched_latents(first: TopKSAE, second: TopKSAE) -> dict[str, Any]:
+    """Latents that are each other's nearest by cosine of decoder directions.
+
+    Returns:
+        {"mutual": how many, "mean_cosine": of them (None if there are none), "best": [[latent of the first, of the
+        second, cosine], ...] of the closest 20}.
+    """
+    a_ND, b_MD = unit_decoder(first).cpu(), unit_decoder(second).cpu()
+    best_M = torch.full((len(b_MD),), -torch.inf)
+    owner_M = torch.zeros(len(b_MD), dtype=torch.int64)
+    cosine_N, partner_N = torch.empty(len(a_ND)), torch.empty(len(a_ND), dtype=torch.int64)
+    for start in range(0, len(a_ND), _CHUNK):
+        cosine_RM = a_ND[start : start + _CHUNK] @ b_MD.T
+        cosine_N[start : start + _CHUNK], partner_N[start : start + _CHUNK] = cosine_RM.max(1)
+        value_M, row_M = cosine_RM.max(0)
+        better_M = value_M > best_M
+        best_M[better_M], owner_M[better_M] = value_M[better_M], row_M[better_M] + start
+    mutual_N = owner_M[partner_N] == torch.arange(len(a_ND))
+    found = mutual_N.nonzero().squeeze(1)
+    order = found[cosine_N[found].argsort(descending=True, stable=True)][:_BEST]
+    return {
+        "mutual": len(found),
+        "mean_cosine": float(cosine_N[found].double().mean()) if len(found) else None,
+        "best": [[int(i), int(partner_N[i]), float(cosine_N[i])] for i in order],
+    }

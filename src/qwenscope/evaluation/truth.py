@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import norm
 from torch import Tensor
 
+from qwenscope.evaluation.pairs import unit_decoder
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
 
@@ -117,11 +118,6 @@ def ground_truth(
     if float(frequency_F.max()) > 1:
         raise ValueError(f"active {active} makes the commonest feature fire more than always; lower it")
     return GroundTruth(kind, directions_FD, frequency_F, noise)
-
-
-def unit_decoder(sae: TopKSAE) -> Tensor:
-    """The SAE's decoder directions as unit rows, float32 [N, D] on CPU."""
-    return torch.nn.functional.normalize(sae.decoder.weight.detach().float().cpu().T, dim=1)
 
 
 def recovery(truth: GroundTruth, sae: TopKSAE, *, rows: int, seed: int) -> dict[str, float]:

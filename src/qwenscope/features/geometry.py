@@ -1,4 +1,4 @@
-"""What a latent's weights say by themselves, and which latents keep company: block by block, in bounded memory.
+"""What a latent's weights say by themselves, and which latents fire together: block by block, in bounded memory.
 
 Legend: D hidden, N latents, M latents of a block, V vocabulary, S sampled tokens, K active latents.
 """
@@ -10,6 +10,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
+from qwenscope.evaluation.pairs import unit_decoder
 from qwenscope.sae.topk import TopKSAE
 
 Ranking = tuple[Tensor, Tensor]
@@ -29,9 +30,8 @@ def token_effects(
     Returns:
         (promoted, suppressed, spread [M]): rankings in standard deviations, and that deviation in logits.
     """
-    like = unembedding_VD
-    logits_MV = norm(directions_MD.to(like.device, like.dtype)).to(like.dtype) @ like.T
-    logits_MV = logits_MV.float()
+    directions_MD = norm(directions_MD.to(unembedding_VD.device, unembedding_VD.dtype)).to(unembedding_VD.dtype)
+    logits_MV = (directions_MD @ unembedding_VD.T).float()
     spread_M, mean_M = torch.std_mean(logits_MV, dim=1)
     logits_MV = (logits_MV - mean_M.unsqueeze(1)) / spread_M.unsqueeze(1).clamp(min=1e-12)
     up, down = logits_MV.topk(top, dim=1), logits_MV.topk(top, dim=1, largest=False)
@@ -41,7 +41,7 @@ def token_effects(
 @torch.no_grad()
 def neighbours(sae: TopKSAE, start: int, stop: int, top: int) -> Ranking:
     """Of latents start..stop the latents of the same SAE with the largest decoder cosine, itself left out."""
-    directions_ND = _unit_rows(sae)
+    directions_ND = unit_decoder(sae)
     cosines_MN = directions_ND[start:stop] @ directions_ND.T
     cosines_MN[torch.arange(stop - start), torch.arange(start, stop)] = -torch.inf
     found = cosines_MN.topk(min(top, len(directions_ND) - 1), dim=1)
@@ -51,11 +51,11 @@ def neighbours(sae: TopKSAE, start: int, stop: int, top: int) -> Ranking:
 @torch.no_grad()
 def counterparts(sae: TopKSAE, other: TopKSAE, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Of latents start..stop the nearest latent of another SAE by decoder cosine: (cosines [M], indices [M])."""
-    best = (_unit_rows(sae)[start:stop] @ _unit_rows(other).T).max(dim=1)
+    best = (unit_decoder(sae)[start:stop] @ unit_decoder(other).T).max(dim=1)
     return best.values.cpu(), best.indices.cpu()
 
 
-class Company:
+class CoActivation:
     """Which latents fire together, from a sample of tokens."""
 
     def __init__(self, latents_SK: Tensor, latents: int) -> None:
@@ -70,7 +70,7 @@ class Company:
     def of(self, start: int, stop: int, top: int) -> tuple[Ranking, Tensor]:
         """Latents most correlated with each of start..stop: phi coefficient of firing, and tokens shared [M, top].
 
-        Absent company has a phi of 0 or less.
+        Latents that never fire with it have a phi of 0 or less.
         """
         together_MN = torch.from_numpy((self._by_latent[:, start:stop].T @ self._fires_SN).toarray())
         tokens = float(self._fires_SN.shape[0])
@@ -82,7 +82,3 @@ class Company:
         phi_MN[torch.arange(stop - start), torch.arange(start, stop)] = -torch.inf
         found = phi_MN.topk(min(top, phi_MN.shape[1] - 1), dim=1)
         return (found.values, found.indices), together_MN.gather(1, found.indices)
-
-
-def _unit_rows(sae: TopKSAE) -> Tensor:
-    return nn.functional.normalize(sae.decoder.weight.detach().T, dim=1)

@@ -23,15 +23,15 @@ import numpy as np
 
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
-from qwenscope.evaluation.run import SPLITS, Target, open_target
-from qwenscope.features.characters import Piece, pieces_of
-from qwenscope.features.describing import Describer, Latent, Texts, summary_of
-from qwenscope.features.publishing import ParquetFiles
-from qwenscope.features.reading import CorpusPass, OnProgress
+from qwenscope.features.corpus_pass import CorpusPass, OnProgress
+from qwenscope.features.describe import Describer, Latent, Texts, summary_of
+from qwenscope.features.parquet import ParquetFiles
 from qwenscope.features.store import FILE, SCHEMA, VERSION, key_of, pack
+from qwenscope.features.token_text import Piece, pieces_of
 from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
-from qwenscope.lm.load import LanguageModel, check_hook_points, load_language_model
+from qwenscope.lm.load import LanguageModel
+from qwenscope.opening import SPLITS, Target, open_target
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def build_index(
     """Index every latent of every SAE of `target` into the folder `out`; run again, it goes on where it stopped.
 
     Args:
-        target: run folder (complete) or release folder.
+        target: what `open_target` takes.
         out: folder that is made; memory is bounded whatever `tokens` is.
         data: .parquet, .jsonl or .jsonl.gz file, or a folder of them; None takes the conversations that the recipe
             holds out from training. The recipe's privacy filter applies to both.
@@ -58,7 +58,7 @@ def build_index(
         on_progress: called with (phase, done, total).
 
     Raises:
-        FormatError: `target` is no complete run or release; `out` holds a finished index, or the beginnings of one of
+        FormatError, HubError: as `open_target`; or `out` holds a finished index, or the beginnings of one of
             another target, corpus or length.
         ModelError: the language model cannot be loaded, or does not have the hook points.
         CorpusError: no conversations.
@@ -72,8 +72,8 @@ def build_index(
     if out.exists() and any(path.name != ".work" for path in out.iterdir()):
         raise FormatError(f"{out} exists and is not an index; choose another folder")
     report("loading model", 0, tokens)
-    opened = open_target(Path(target))
-    lm = _load(opened)
+    opened = open_target(target)
+    lm = opened.language_model(truncated=True)
     work = out / ".work"
     with disk_full_named(out):
         corpus_pass = CorpusPass(opened, lm, data, tokens, work)
@@ -81,46 +81,18 @@ def build_index(
         _finish(corpus_pass, out, work, report)
 
 
-def open_origin(index: Path) -> tuple[Target, LanguageModel]:
-    """The SAEs and the whole language model that an index was made with, for running new text.
+def open_origin(index: Path) -> Target:
+    """The SAEs that an index was made with, for running new text.
 
     Raises:
         FormatError: the index was moved here from another machine, or the target is gone.
-        ModelError: the language model cannot be loaded.
     """
     origin = index / ORIGIN
     if not origin.is_file():
         raise FormatError(
             f"{index} has no {ORIGIN}: it was published without its SAEs; build an index here to run text"
         )
-    return open_suite(Path(read_json(origin)["target"]))
-
-
-def open_suite(target: Path) -> tuple[Target, LanguageModel]:
-    """A run's or release's SAEs and the whole language model they were made for, for running text.
-
-    Raises:
-        FormatError: it is no complete run or release.
-        ModelError: the language model cannot be loaded.
-    """
-    opened = open_target(target)
-    return opened, load_language_model(_lm_recipe(opened), lm_head=True)
-
-
-def _lm_recipe(target: Target) -> Any:
-    revision = target.revisions.get("model") or target.recipe.lm.revision
-    return target.recipe.lm.model_copy(update={"revision": revision})
-
-
-def _load(target: Target) -> LanguageModel:
-    """The language model up to the last hooked layer, with final norm and unembedding."""
-    lm = load_language_model(_lm_recipe(target), last_layer=max(target.recipe.layers), lm_head=True)
-    check_hook_points(lm, target.recipe.hook_points)
-    for sae_id, sae in target.saes.items():
-        if sae.hidden_dim != lm.hidden_dim:
-            raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}")
-        sae.to(lm.device)
-    return lm
+    return open_target(read_json(origin)["target"])
 
 
 def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) -> None:
@@ -154,8 +126,8 @@ def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) 
                 database.execute("INSERT INTO saes VALUES (?, ?, ?, ?)", (ordinal, sae_id, summary, pack(columns)))
         database.execute("CREATE INDEX peaks_by_token ON peaks (token, share DESC)")
         database.execute("INSERT INTO search (search) VALUES ('optimize')")
-    folder = corpus_pass.target.folder.resolve()
-    write_json(aside / ORIGIN, {"target": str(folder)})
+    target = corpus_pass.target
+    write_json(aside / ORIGIN, {"target": target.name if target.on_hub else str(target.folder.resolve())})
     for path in sorted(aside.iterdir(), key=lambda path: path.name == FILE):
         fsync_file(path)
         os.replace(path, out / path.name)
@@ -189,7 +161,7 @@ def _write_meta(database: sqlite3.Connection, corpus_pass: CorpusPass) -> None:
     meta = {
         "version": VERSION,
         "qwenscope": version("qwenscope"),
-        "name": corpus_pass.target.folder.resolve().name,
+        "name": Path(corpus_pass.target.name).resolve().name,
         "language_model": {"name": standard, "revision": lm.revision, "layers": list(lm.layer_kinds)},
         "tokens": corpus_pass.read,
         "left_out": corpus_pass.left_out,

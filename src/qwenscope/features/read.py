@@ -22,15 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwenscope.corpus.chat import ROLES, render
 from qwenscope.corpus.repair import Dropped
-from qwenscope.errors import CorpusError, FormatError, ModelError
-from qwenscope.features.characters import pieces_of, readable
+from qwenscope.errors import CorpusError, ModelError
+from qwenscope.features.token_text import pieces_of, readable
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.load import LanguageModel, layer_kinds
-from qwenscope.recipe import load_recipe
+from qwenscope.opening import check_widths, layers_of
 from qwenscope.sae.topk import Codes, TopKSAE
 
 Messages = Sequence[Mapping[str, Any]]
-PUBLISHED = "qwen3.5-35b-a3b"
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,7 @@ def read(
     """
     lm = as_language_model(model, tokenizer)
     at = layers_of(suite) if layers is None else dict(layers)
-    for sae_id, sae in suite.items():
-        if sae.hidden_dim != lm.hidden_dim:
-            raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}")
+    check_widths(suite, lm)
     token_ids, roles = _tokens(tokenizer, text_or_messages, tools, max_length)
     streams = residual_streams(lm, torch.tensor([token_ids]), sorted({at[sae_id] for sae_id in suite}))
     codes = {}
@@ -116,24 +113,6 @@ def as_language_model(model: PreTrainedModel | LanguageModel, tokenizer: Any = N
         name=model.name_or_path or type(model).__name__,
         revision=None,
     )
-
-
-def layers_of(suite: Mapping[str, TopKSAE]) -> dict[str, int]:
-    """The hooked layer of each SAE: `layer` in its configuration, or the published suite's layer for its id.
-
-    Raises:
-        FormatError: neither says; names the SAE.
-    """
-    published = load_recipe(PUBLISHED).hook_points
-    layers = {}
-    for sae_id, sae in suite.items():
-        layer = sae.config.get("layer")
-        if layer is None and sae_id in published:
-            layer = published[sae_id].layer
-        if not isinstance(layer, int):
-            raise FormatError(f"{sae_id}: its config.json names no layer; pass layers={{{sae_id!r}: ...}}")
-        layers[sae_id] = layer
-    return layers
 
 
 def _tokens(

@@ -6,12 +6,14 @@ P pairs (row, latent) that fire, F context columns (splits, roles, experts), H h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qwenscope.features.keeping import LatentTable, Sample, order_by_group
+from qwenscope.features.reservoirs import LatentTable, Sample, Tensors, order_by_group
 from qwenscope.sae import ops
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
@@ -23,12 +25,13 @@ FIRINGS = 32
 """Firings per latent that are sampled uniformly; quantile examples are drawn from them."""
 BACKGROUND = 192
 """Random windows of text; a latent's negatives are those in which it does not fire."""
-COMPANY = 65_536
+COACTIVE = 65_536
 """Tokens sampled for co-activation."""
 OCTAVES = (-12, 12)
 BINS_PER_OCTAVE = 4
 BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
 ENCODE_ROWS = 1024
+_SAMPLES = ("top", "firings", "background", "coactive")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,16 @@ class Chunk:
     conversation_T: Tensor
 
 
-class LatentStatistics:
+class LatentStatistics(Tensors):
     """Running statistics of one SAE."""
+
+    SAVED: ClassVar = {
+        "fired": "fired_N",
+        "total": "total_N",
+        "histogram": "histogram_NH",
+        "context": "context_NF",
+        "base": "base_F",
+    }
 
     def __init__(self, sae: TopKSAE, columns: int, seed: int, name: str) -> None:
         """`columns` is F; `seed` and `name` govern the samples."""
@@ -62,7 +73,7 @@ class LatentStatistics:
         self.top = LatentTable(n, TOP, WINDOW)
         self.firings = LatentTable(n, FIRINGS, WINDOW)
         self.background = Sample(BACKGROUND, (WINDOW, k))
-        self.company = Sample(COMPANY, (k,))
+        self.coactive = Sample(COACTIVE, (k,))
 
     @torch.no_grad()
     def update(self, x_RD: Tensor, chunk: Chunk, context_RF: Tensor) -> None:
@@ -114,8 +125,8 @@ class LatentStatistics:
     def _sample(self, latents_RK: Tensor, chunk: Chunk, random: torch.Generator) -> None:
         """Offer every row to the two samples of text."""
         keys_R = torch.rand(len(latents_RK), generator=random)
-        fresh, places = self.company.enter(keys_R)
-        self.company.put(places, keys_R[fresh], chunk.token_R[fresh] + chunk.start, latents_RK[fresh])
+        fresh, places = self.coactive.enter(keys_R)
+        self.coactive.put(places, keys_R[fresh], chunk.token_R[fresh] + chunk.start, latents_RK[fresh])
         keys_R = torch.rand(len(latents_RK), generator=random)
         fresh, places = self.background.enter(keys_R)
         token_S = chunk.token_R[fresh]
@@ -125,27 +136,18 @@ class LatentStatistics:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed pass needs, as flat named tensors."""
-        tensors = {
-            "rows": torch.tensor(self.rows),
-            "fired": self.fired_N,
-            "total": self.total_N,
-            "histogram": self.histogram_NH,
-            "context": self.context_NF,
-            "base": self.base_F,
-        }
-        for name in ("top", "firings", "background", "company"):
+        tensors = {"rows": torch.tensor(self.rows), **super().state()}
+        for name in _SAMPLES:
             tensors |= {f"{name}.{key}": value for key, value in getattr(self, name).state().items()}
         return tensors
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`."""
-        self.rows = int(tensors["rows"])
-        self.fired_N, self.total_N = tensors["fired"], tensors["total"]
-        self.histogram_NH, self.context_NF, self.base_F = tensors["histogram"], tensors["context"], tensors["base"]
-        for name in ("top", "firings", "background", "company"):
+        super().load(state)
+        self.rows = int(state["rows"])
+        for name in _SAMPLES:
             prefix = f"{name}."
-            part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            getattr(self, name).load(part)
+            getattr(self, name).load({key.removeprefix(prefix): value for key, value in state.items()})
 
 
 def bin_of(values: Tensor) -> Tensor:

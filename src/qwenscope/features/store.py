@@ -19,8 +19,8 @@ import numpy as np
 
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
-from qwenscope.features.characters import Piece, alone, readable
 from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
+from qwenscope.features.token_text import Piece, alone, readable
 
 FILE = "index.sqlite"
 VERSION = 2

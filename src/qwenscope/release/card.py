@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qwenscope.release.facts import SPECIAL, Facts, dataset_of
+from qwenscope.evaluation import report
+from qwenscope.evaluation.pairs import find_pairs
+from qwenscope.evaluation.report import KIND_NAMES, SPLIT_NAMES
+from qwenscope.release.facts import Facts, dataset_of
 
-KINDS = {"deltanet": "DeltaNet", "attention": "attention"}
-SPLITS = {"chat": "chat", "tool_use": "tool use"}
+COLUMNS = tuple(column for column in report.COLUMNS if column.key not in ("mse", "norm_ratio"))
 _BLOCK = 4  # Qwen3.5: three Gated DeltaNet layers, then one of attention
 _RESULTS = {
     "explained_variance": "explained variance",
@@ -21,31 +22,6 @@ _RESULTS = {
     "ce_recovered_mean": "CE recovered (mean ablation)",
 }
 _NUMBER_WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a metrics table."""
-
-    key: str
-    heading: str
-    form: str
-
-
-COLUMNS = (
-    Column("fvu", "FVU", ".4f"),
-    Column("explained_variance", "EV", ".4f"),
-    Column("explained_variance_per_dim", "EV per dim", ".4f"),
-    Column("cosine", "cosine", ".4f"),
-    Column("l0", "L0", ".1f"),
-    Column("dead_fraction", "dead", ".2%"),
-    Column("ce_clean", "CE clean", ".4f"),
-    Column("ce_spliced", "CE spliced", ".4f"),
-    Column("ce_recovered_zero", "CE rec. (zero)", ".4f"),
-    Column("ce_recovered_mean", "CE rec. (mean)", ".4f"),
-    Column("kl", "KL", ".4f"),
-    Column(SPECIAL, "MSE special", ".3g"),
-)
 
 
 def model_card(facts: Facts) -> str:
@@ -74,7 +50,7 @@ def model_card(facts: Facts) -> str:
         example=example_sae(facts),
         blocks=in_blocks(facts),
         block=_BLOCK,
-        kinds=KINDS,
+        kinds=KIND_NAMES,
         columns=COLUMNS,
         metrics=list(metrics_tables(facts)),
         differences=list(differences(facts)),
@@ -111,14 +87,14 @@ def metadata(facts: Facts) -> dict[str, Any]:
         found["base_model"] = model
     if facts.datasets:
         found["datasets"] = facts.datasets
-    hybrid = {point.kind for point in facts.recipe.hook_points.values()} >= set(KINDS)
+    hybrid = {point.kind for point in facts.recipe.hook_points.values()} >= set(KIND_NAMES)
     found["tags"] = [*tags, *(["gated-deltanet", "hybrid-attention"] if hybrid else []), "saelens"]
     task = {"type": "feature-extraction", "name": "Residual-stream reconstruction"}
     on = measured_on(facts.evaluation)
     results = [
         {
             "task": task,
-            "dataset": {"type": "conversations", "name": f"{SPLITS.get(split, split)}, {on}", "split": split},
+            "dataset": {"type": "conversations", "name": f"{SPLIT_NAMES.get(split, split)}, {on}", "split": split},
             "metrics": [
                 {"type": key, "value": round(cell[key], 6), "name": f"{sae_id}: {name}"}
                 for sae_id, splits in facts.evaluation["saes"].items()
@@ -148,7 +124,7 @@ def metrics_tables(facts: Facts) -> Iterator[tuple[str, int, list[tuple[str, lis
         rows = [
             (sae_id, [_shown(cell[column.key], column.form) for column in COLUMNS]) for sae_id, cell in measured.items()
         ]
-        yield SPLITS.get(split, split), max(cell["tokens"] for cell in measured.values()), rows
+        yield SPLIT_NAMES.get(split, split), max(cell["tokens"] for cell in measured.values()), rows
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -157,21 +133,16 @@ def _shown(value: float | None, form: str) -> str:
 
 def differences(facts: Facts) -> Iterator[dict[str, Any]]:
     """One row per neighbouring pair and split: FVU and CE recovered of both, differences with intervals if measured."""
-    points = facts.recipe.hook_points
     measured = facts.evaluation.get("comparison", {}).get("splits", {})
-    for first, below in points.items():
-        for second, above in points.items():
-            if below.kind != "deltanet" or above.kind is None or above.layer != below.layer + 1:
-                continue
-            for split in facts.splits:
-                cells = [facts.evaluation["saes"][sae_id].get(split) for sae_id in (first, second)]
-                if not all(cells):
-                    continue
-                intervals = measured.get(split, {}).get("differences", {}).get(f"{first} -> {second}", {})
+    for pair in find_pairs(facts.recipe.hook_points):
+        for split in facts.splits:
+            cells = [facts.evaluation["saes"][sae_id].get(split) for sae_id in (pair.first, pair.second)]
+            if all(cells):
+                intervals = measured.get(split, {}).get("differences", {}).get(f"{pair.first} -> {pair.second}", {})
                 yield {
-                    "pair": f"{first} → {second}",
-                    "what": "attention − DeltaNet" if above.kind == "attention" else "position control",
-                    "split": SPLITS.get(split, split),
+                    "pair": f"{pair.first} → {pair.second}",
+                    "what": "attention − DeltaNet" if pair.kind == "matched" else "position control",
+                    "split": SPLIT_NAMES.get(split, split),
                     "cells": [_difference(cells, intervals, key) for key in ("fvu", "ce_recovered_mean", "kl")],
                 }
 

@@ -15,27 +15,9 @@ import yaml
 
 from qwenscope.corpus.hub import REPOSITORIES
 from qwenscope.errors import FormatError
+from qwenscope.evaluation.compare import NUMBERS, SPECIAL
 from qwenscope.files import read_json, write_json, write_text
 from qwenscope.recipe import Recipe, SourceRecipe, load_recipe
-
-NUMBERS = (
-    "tokens",
-    "mse",
-    "fvu",
-    "explained_variance",
-    "explained_variance_per_dim",
-    "cosine",
-    "l0",
-    "dead_fraction",
-    "ce_clean",
-    "ce_spliced",
-    "ce_zero_ablation",
-    "ce_mean_ablation",
-    "ce_recovered_zero",
-    "ce_recovered_mean",
-    "kl",
-)
-SPECIAL = "mse_special_tokens"  # has no value where a split holds no special token
 
 
 @dataclass(frozen=True)

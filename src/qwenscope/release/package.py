@@ -11,16 +11,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qwenscope.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, write_checksums
 from qwenscope.errors import FormatError
 from qwenscope.files import read_json, whole_folder, write_json, write_text
+from qwenscope.hub import check_repo_id
+from qwenscope.opening import check_size
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.release.card import example_sae, model_card
 from qwenscope.release.facts import copy_facts, public_name, read_facts
 from qwenscope.release.notebook import notebook
-from qwenscope.release.tables import write_evaluation, write_training
-from qwenscope.sae.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, write_checksums
+from qwenscope.release.parquet import write_evaluation, write_training
 from qwenscope.sae.formats import saelens
-from qwenscope.sae.hub_files import check_repo_id
 from qwenscope.sae.loading import iterate_suite
 from qwenscope.sae.topk import TopKSAE
 
@@ -125,9 +126,7 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
             raise FormatError(f"{run / 'saes' / sae_id} is none of the recipe's SAEs; remove it")
         _check_unit_norm(sae_id, sae)
         point = recipe.hook_points[sae_id]
-        if (sae.dict_size, sae.k) != (point.dict_size, point.k):
-            sizes = f"dict_size {sae.dict_size} and k {sae.k}; recipe.yaml says {point.dict_size} and {point.k}"
-            raise FormatError(f"{run / 'saes' / sae_id} has {sizes}")
+        check_size(run / "saes" / sae_id, sae, point)
         sae.config |= {"sae_id": sae_id, "layer": point.layer, "model": public_name(recipe.lm.model)}
         sae.save(out / sae_id)
         saelens.write(sae, out / "saelens" / sae_id)

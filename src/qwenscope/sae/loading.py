@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qwenscope.checksums import CHECKSUMS_FILE, verify_listed
 from qwenscope.errors import FormatError
-from qwenscope.sae.checksums import CHECKSUMS_FILE, verify_listed
-from qwenscope.sae.hub_files import check_repo_id, download, repo_files
+from qwenscope.hub import check_repo_id, download, repo_files
 
 if TYPE_CHECKING:
     from qwenscope.sae.topk import TopKSAE

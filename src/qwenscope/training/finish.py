@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from qwenscope.checksums import write_checksums
 from qwenscope.errors import TrainingError
 from qwenscope.files import disk_full_named, fsync_folder
 from qwenscope.ranks import ALONE, Group
-from qwenscope.sae.checksums import write_checksums
 from qwenscope.sae.topk import TopKSAE
 
 _UNIT_TOLERANCE = 1e-5

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from qwenscope.doctor import examine
 from qwenscope.errors import CheckpointError, LockError, QwenscopeError, RecipeError, ResourceError
 from qwenscope.files import read_json, write_json, write_text
+from qwenscope.machine import describe_machine
 from qwenscope.ranks import ALONE, Group, RankLostError
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.lock import LOCK_NAME, run_lock
@@ -133,7 +133,7 @@ class RunFolder:
             return
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
         run = self.recorded() or {"sessions": []}
-        machine = examine(self.path)
+        machine = describe_machine(self.path)
         self.versions = machine["versions"]
         run.update(seed=recipe.seed, fingerprint=recipe.fingerprint(), commit=_commit(), machine=machine)
         run["sessions"].append(

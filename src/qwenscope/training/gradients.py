@@ -16,13 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwenscope.costs import DENSE_SHARE
 from qwenscope.sae import ops
 from qwenscope.sae.selection import Selection
 from qwenscope.training.shards import Shard
 from qwenscope.training.weights import Weights
-
-DENSE_SHARE = 0.007
-"""On a GPU, K / N above which dense products beat the sparse ones, by an H200's roofline."""
 
 
 def variance(x: ops.Panels) -> Tensor:

@@ -21,12 +21,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from qwenscope.activations.division import Division
+from qwenscope.costs import GPUS, position_seconds, size_of, step_seconds
 from qwenscope.errors import RecipeError, ResourceError
 from qwenscope.lm.forward import RowSource
 from qwenscope.lm.load import LanguageModel
 from qwenscope.ranks import ALONE, Group, told
 from qwenscope.recipe import Recipe
-from qwenscope.roofline import GPUS, position_seconds, size_of, step_seconds
 from qwenscope.training.shards import Piece, Shard, cut, shared
 
 _PATIENCE = timedelta(minutes=30)  # for one collective: ranks load the model and write checkpoints at unlike speed

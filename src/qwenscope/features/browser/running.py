@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from qwenscope.errors import FormatError
-from qwenscope.evaluation.run import Target
 from qwenscope.features.index import open_origin
 from qwenscope.features.read import read
 from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
 from qwenscope.features.store import Index
 from qwenscope.lm.load import LanguageModel
+from qwenscope.opening import Target
 
 MAX_CHARACTERS = 8000
 MAX_TOKENS = 1024
@@ -39,10 +39,8 @@ class Runner:
 
     def _open(self) -> tuple[Target, LanguageModel]:
         if self._loaded is None:
-            target, lm = open_origin(self._index.folder)
-            for sae in target.saes.values():
-                sae.to(lm.device)
-            self._loaded = target, lm
+            target = open_origin(self._index.folder)
+            self._loaded = target, target.language_model()
         return self._loaded
 
     def read(self, text: Any, chat: bool) -> dict[str, Any]:
@@ -58,8 +56,7 @@ class Runner:
         with self._lock:
             target, lm = self._open()
             given: Any = [{"role": "user", "content": text}] if chat else text
-            layers = {sae_id: point.layer for sae_id, point in target.recipe.hook_points.items()}
-            reading = read(lm, lm.tokenizer, given, target.saes, layers=layers, max_length=MAX_TOKENS)
+            reading = read(lm, lm.tokenizer, given, target.saes, layers=target.layers, max_length=MAX_TOKENS)
         saes = {}
         for sae_id, codes in reading.codes.items():
             rows: list[list[list[float]]] = [[]]
@@ -112,7 +109,7 @@ class Runner:
     def _steering(self, target: Target, push: dict[str, Any]) -> Steering:
         sae_id, latent = push["sae"], push["latent"]
         return Steering(
-            layer=target.recipe.hook_points[sae_id].layer,
+            layer=target.layers[sae_id],
             strength=float(push["strength"]),
             sae=target.saes[sae_id],
             latent=latent,

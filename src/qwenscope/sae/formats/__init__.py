@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from qwenscope.checksums import write_checksums
 from qwenscope.errors import FormatError
 from qwenscope.files import whole_folder
-from qwenscope.sae.checksums import write_checksums
+from qwenscope.hub import check_repo_id, download
 from qwenscope.sae.formats import dictionary_learning, neuronpedia, published, qwen_scope, saelens, sparsify
 from qwenscope.sae.formats.common import Parts, build
-from qwenscope.sae.hub_files import check_repo_id, download
 from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, check_inside, check_sae_id, iterate_suite
 from qwenscope.sae.topk import TopKSAE
 

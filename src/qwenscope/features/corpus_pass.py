@@ -22,19 +22,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from qwenscope.activations.harvest import harvest
 from qwenscope.corpus.batches import cut
 from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.corpus.stream import CorpusStream
-from qwenscope.errors import CorpusError, FormatError
+from qwenscope.errors import FormatError
 from qwenscope.evaluation.downstream import find_routers
-from qwenscope.evaluation.run import SPLITS, Target
 from qwenscope.features.statistics import Chunk, LatentStatistics
 from qwenscope.files import atomic_path, read_json, sha256, whole_folder, write_json
 from qwenscope.lm.load import LanguageModel
-from qwenscope.recipe import SourceRecipe
+from qwenscope.opening import SPLITS, Target
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +72,7 @@ class CorpusPass:
             FormatError: `work` is of another target, corpus or length, or damaged.
             CorpusError: there are no conversations.
         """
-        stream = open_stream(self.target, self.lm.tokenizer, self.data)
-        try:
+        with self.target.conversations(self.lm.tokenizer, self.data) as stream:
             self._restore(stream)
             saved = time.monotonic()
             while self.read < self.tokens and (conversations := self._next_chunk(stream)):
@@ -85,11 +82,8 @@ class CorpusPass:
                     self._save(stream)
                     saved = time.monotonic()
             self._save(stream)
-        finally:
-            stream.close()
         if not self.read:
-            origin = self.data if self.data is not None else "the recipe's held-out conversations"
-            raise CorpusError(f"{origin}: no conversation to index; give --data, or raise corpus.held_out_share")
+            raise self.target.nothing_to_read(self.data)
 
     def texts(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(address, {ids, sources, splits, lengths, tokens [T], roles [T]}) of each chunk, in order."""
@@ -215,16 +209,6 @@ class CorpusPass:
         self.chunks, self.read, self.left_out = state["chunks"], state["read"], state["left_out"]
         stream.restore(state["stream"])
         logger.info("going on after %d tokens of %d", self.read, self.tokens)
-
-
-def open_stream(target: Target, tokenizer: PreTrainedTokenizerBase, data: Path | None) -> CorpusStream:
-    """The conversations of `data`, or those that the target's recipe holds out from training; filtered either way."""
-    corpus, revisions = target.recipe.corpus, target.revisions.get("corpus")
-    if data is not None:
-        sources = (SourceRecipe(name="files", weight=1.0, path=data),)
-        # A conversation counts as held out if its hash falls in the held-out share: here all do.
-        corpus, revisions = corpus.model_copy(update={"sources": sources, "held_out_share": 1.0}), None
-    return CorpusStream(corpus, tokenizer, seed=target.recipe.seed, held_out=True, revisions=revisions)
 
 
 def _context(conversations: Sequence[Conversation], token_R: Tensor, conversation_R: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -13,10 +14,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.training.run import OnProgress, train
-from qwenscope.training.signals import Stopped
-from qwenscope.training.telemetry import Progress as RunProgress
+if TYPE_CHECKING:  # the rooms are imported where they are needed: `--help` answers at once
+    from qwenscope.recipe import Recipe
+    from qwenscope.training.run import OnProgress
+    from qwenscope.training.telemetry import Progress as RunProgress
 
 _LINE_SECONDS = 15.0
 
@@ -28,6 +29,9 @@ def train_with_progress(recipe: Recipe, run: Path, resume: bool, console: Consol
         typer.Exit: stopped by a signal, with 128 + its number.
         QwenscopeError: as `train`.
     """
+    from qwenscope.training.run import train
+    from qwenscope.training.signals import Stopped
+
     began = time.monotonic()
     try:
         with _shown(console) as on_progress:
@@ -48,9 +52,10 @@ def run_demo(run: Path, console: Console, out: Console) -> None:
     Raises:
         QwenscopeError: as the three steps.
     """
-    from qwenscope.display import evaluation_table
+    from qwenscope.cli.tables import evaluation_table
     from qwenscope.evaluation.run import evaluate
     from qwenscope.files import read_json
+    from qwenscope.recipe import load_recipe
     from qwenscope.release.package import release
 
     recipe = load_recipe("standin")

@@ -20,14 +20,14 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
+from qwenscope.checksums import CHECKSUMS_FILE, verify_folder
 from qwenscope.errors import FormatError, HubError
 from qwenscope.files import disk_full_named, fsync_folder, read_json, sha256
+from qwenscope.hub import asked, check_repo_id
 from qwenscope.release.package import bind
-from qwenscope.sae.checksums import CHECKSUMS_FILE, verify_folder
-from qwenscope.sae.hub_files import check_repo_id, retrying
 from qwenscope.sae.loading import load_sae, suite_ids
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEPT = frozenset((".gitattributes", ".gitignore"))  # the Hub's own files, left alone
@@ -72,14 +72,14 @@ def push(folder: Path, repo: str, *, tag: str = "v1", dry_run: bool = False) -> 
         bind(folder, repo)
     lines = _listed(folder, files)
     api, local = HfApi(), {name: _local_entry(folder / name) for name in files}
-    retrying(lambda: api.create_repo(repo, exist_ok=True), repo)
+    asked(lambda: api.create_repo(repo, exist_ok=True), repo)
     tagged = _tags(api, repo).get(tag)
     if tagged is not None:
         if _differing(local, _remote(api, repo, tagged)):
             raise HubError(f"{repo}: tag {tag} marks another release; push this one under another --tag")
         return [*lines, f"{repo} has this release already, tagged {tag}"]
     commit = _upload(api, folder, repo, local)
-    retrying(lambda: _set_tag(api, repo, tag, commit), repo)
+    asked(lambda: _set_tag(api, repo, tag, commit), repo)
     return [*lines, f"pushed {len(files)} files to {repo} at {commit[:12]}, tagged {tag}"]
 
 
@@ -98,7 +98,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> None:
     """
     check_repo_id(repo)
     api, what = HfApi(), f"{repo} at {revision or 'main'}"
-    commit = str(retrying(lambda: api.model_info(repo, revision=revision), what).sha)
+    commit = str(asked(lambda: api.model_info(repo, revision=revision), what).sha)
     entries = _remote(api, repo, commit)
     _check_names(repo, entries)
     entries = {name: entry for name, entry in entries.items() if name not in _KEPT}
@@ -110,7 +110,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> None:
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     for _ in range(_ATTEMPTS):
         with disk_full_named(out, sum(entry.size for entry in entries.values())):
-            retrying(lambda: _fetch(repo, commit, partial), what)
+            asked(lambda: _fetch(repo, commit, partial), what)
         wrong = _wrong_files(partial, entries)
         if not wrong:
             break
@@ -157,7 +157,7 @@ def _upload(api: HfApi, folder: Path, repo: str, local: Mapping[str, Entry]) -> 
             return head
         additions = [CommitOperationAdd(name, folder / name) for name in changed]
         for addition in additions:
-            log.info("%s: %s", repo, addition.path_in_repo)
+            logger.info("%s: %s", repo, addition.path_in_repo)
             api.preupload_lfs_files(repo, [addition], free_memory=False)
         with warnings.catch_warnings():  # the Hub client wonders about Parquet in a model repository
             warnings.simplefilter("ignore", UserWarning)
@@ -167,7 +167,7 @@ def _upload(api: HfApi, folder: Path, repo: str, local: Mapping[str, Entry]) -> 
             ]
             return str(api.create_commit(repo, operations, commit_message="Release", parent_commit=head).oid)
 
-    done = retrying(commit, repo)
+    done = asked(commit, repo)
     if wrong := _differing(local, _remote(api, repo, done)):
         raise HubError(f"{repo} at {done[:12]}: {wrong[0]} is not what was pushed; nothing was tagged, push again")
     return done
@@ -175,7 +175,7 @@ def _upload(api: HfApi, folder: Path, repo: str, local: Mapping[str, Entry]) -> 
 
 def _set_tag(api: HfApi, repo: str, tag: str, commit: str) -> None:
     """Tag `commit`, unless an earlier try whose answer got lost has done it."""
-    target = next((ref.target_commit for ref in api.list_repo_refs(repo).tags if ref.name == tag), None)
+    target = _tags(api, repo).get(tag)
     if target is None:
         api.create_tag(repo, tag=tag, revision=commit)
     elif target != commit:
@@ -184,8 +184,7 @@ def _set_tag(api: HfApi, repo: str, tag: str, commit: str) -> None:
 
 def _tags(api: HfApi, repo: str) -> dict[str, str]:
     """Commit by tag."""
-    refs = retrying(lambda: api.list_repo_refs(repo), repo)
-    return {ref.name: ref.target_commit for ref in refs.tags}
+    return {ref.name: ref.target_commit for ref in asked(lambda: api.list_repo_refs(repo), repo).tags}
 
 
 def _remote(api: HfApi, repo: str, revision: str) -> dict[str, Entry]:
@@ -197,7 +196,7 @@ def _remote(api: HfApi, repo: str, revision: str) -> dict[str, Entry]:
 
     return {
         entry.path: Entry(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
-        for entry in retrying(tree, f"{repo} at {revision}")
+        for entry in asked(tree, f"{repo} at {revision}")
     }
 
 

@@ -1,4 +1,4 @@
-"""Reading from the Hugging Face Hub: repository names, downloads at one commit, retries, and errors that help.
+"""The Hugging Face Hub: repository names, downloads at one commit, the only loop that tries again, errors that help.
 
 Tokens come from the environment or the login and go into no message: every text of the Hub client passes `redact`.
 """
@@ -21,7 +21,10 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from qwenscope.errors import FormatError, HubError, QwenscopeError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds between tries. The client retries many requests itself first (about 20 s), so this outlives minutes."""
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _SECRETS = (
@@ -29,8 +32,6 @@ _SECRETS = (
     (re.compile(r"(?i)(bearer|basic)\s+[\w.~+/=-]+"), r"\1 [redacted]"),
     (re.compile(r"(//)[^/@\s]+@"), r"\1[redacted]@"),
 )
-_TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
-_TRIES = 5
 
 Result = TypeVar("Result")
 
@@ -47,7 +48,8 @@ def check_repo_id(text: str) -> str:
 
 
 def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Files of `repo` that match `patterns`, all of one commit, in the local cache; returns that commit's folder.
+    """Files of the model repository `repo` that match `patterns`, all of one commit; returns that commit's folder in
+    the local cache, which bears the commit's name.
 
     Raises:
         HubError: no such repository or revision, no access, or the Hub stays out of reach.
@@ -56,7 +58,7 @@ def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     def fetch() -> str:
         return snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
 
-    return Path(retrying(fetch, f"{repo} at {revision or 'main'}"))
+    return Path(asked(fetch, f"{repo} at {revision or 'main'}"))
 
 
 def repo_files(repo: str, revision: str | None) -> list[str]:
@@ -65,32 +67,49 @@ def repo_files(repo: str, revision: str | None) -> list[str]:
     Raises:
         HubError: as `download`.
     """
-    return retrying(lambda: HfApi().list_repo_files(repo, revision=revision), f"{repo} at {revision or 'main'}")
+    return asked(lambda: HfApi().list_repo_files(repo, revision=revision), f"{repo} at {revision or 'main'}")
 
 
-def retrying(action: Callable[[], Result], what: str) -> Result:
-    """Run `action`, again after 5xx, 429, timeouts and broken connections, with doubling pauses; then explain.
-
-    Args:
-        action: a call of the Hub client that may be repeated.
-        what: the repository (and revision) concerned, for messages.
+def asked(action: Callable[[], Result], what: str) -> Result:
+    """`action()`, a call of the Hub client, tried as `retrying` does; whatever it raises is explained.
 
     Raises:
         HubError: the last error, in one line without secrets.
     """
-    for attempt in range(1, _TRIES + 1):
+    try:
+        return retrying(action, what)
+    except QwenscopeError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise HubError(explain(error, what)) from None
+
+
+def retrying(action: Callable[[], Result], what: str) -> Result:
+    """`action()`, again after 5xx, 429, timeouts and broken connections.
+
+    Args:
+        action: reads or writes on the Hub, and may be repeated.
+        what: the repository (and revision) concerned, for messages.
+
+    Raises:
+        HubError: still failing after the last pause, or the Hub is not to be asked (HF_HUB_OFFLINE).
+        Exception: what `action` raised, if trying again cannot help.
+    """
+    for pause in (*PAUSES, None):
         try:
             return action()
-        except QwenscopeError:
-            raise
+        except hub_errors.OfflineModeIsEnabled as error:
+            raise HubError(explain(error, what)) from None
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if not _transient(error):
                 raise
-            if attempt == _TRIES or not _transient(error):
-                raise HubError(explain(error, what)) from None
-            pause = max(2.0 ** (attempt - 1), _retry_after(error))
-            log.warning("%s; trying again in %.0f s", redact(f"{what}: {_root_cause(error)}"), pause)
-            time.sleep(pause)
+            if pause is None:
+                raise HubError(f"{explain(error, what)}; the Hub still fails after {len(PAUSES)} more tries") from None
+            wait = max(pause, _retry_after(error))
+            logger.warning("%s; trying again in %.0f s", redact(f"{what}: {_root_cause(error)}"), wait)
+            time.sleep(wait)
     raise AssertionError("unreachable")
 
 
@@ -141,11 +160,11 @@ def _transient(error: BaseException) -> bool:
     """Whether trying again can help: server trouble, rate limits, and connections that broke."""
     status = _status(error)
     if status is not None:
-        return status in _TRANSIENT_STATUS
-    return any(
-        isinstance(link, HTTPError | ConnectionError | TimeoutError)
-        and not isinstance(link, hub_errors.OfflineModeIsEnabled)
-        for link in _chain(error)
+        return status in (408, 425, 429) or status >= 500
+    links = list(_chain(error))
+    return not any(isinstance(link, hub_errors.OfflineModeIsEnabled) for link in links) and any(
+        isinstance(link, HTTPError | ConnectionError | TimeoutError | hub_errors.LocalEntryNotFoundError)
+        for link in links
     )
 
 

@@ -21,11 +21,11 @@ from transformers import AutoModel, PretrainedConfig
 
 from qwenscope.corpus.batches import cut
 from qwenscope.corpus.stream import CorpusStream
+from qwenscope.costs import Range
 from qwenscope.errors import ResourceError
 from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, load_tokenizer, pick_dtype
 from qwenscope.lm.placement import pick_devices
 from qwenscope.recipe import Recipe
-from qwenscope.roofline import Range
 from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 

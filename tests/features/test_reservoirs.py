@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwenscope.features.keeping import LatentTable, order_by_group
+from qwenscope.features.reservoirs import LatentTable, order_by_group
 
 
 def test_order_by_group_is_two_stable_sorts() -> None:

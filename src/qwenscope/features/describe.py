@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwenscope.evaluation.run import SPLITS
-from qwenscope.features.characters import Piece, alone, readable
-from qwenscope.features.geometry import Company, Ranking, counterparts, neighbours, token_effects
-from qwenscope.features.reading import CONTEXT_COLUMNS, CorpusPass
+from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
+from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
+from qwenscope.features.token_text import Piece, alone, readable
 from qwenscope.files import read_json
 from qwenscope.lm.forward import final_norm, unembedding
+from qwenscope.opening import SPLITS
 
 BLOCK = 256
 TOKENS_SHOWN, LATENTS_SHOWN, EXPERTS_SHOWN = 12, 10, 8
@@ -84,8 +84,8 @@ class Describer:
         self._sae = self._saes[sae_id]
         self._statistics = corpus_pass.statistics[sae_id]
         self._norm, self._unembedding = final_norm(self._lm), unembedding(self._lm)
-        sample = self._statistics.company
-        self._company = Company(sample.latents_S[sample.filled], self._sae.dict_size)
+        sample = self._statistics.coactive
+        self._coactive = CoActivation(sample.latents_S[sample.filled], self._sae.dict_size)
 
     @cached_property
     def _quiet(self) -> Tensor:
@@ -106,7 +106,7 @@ class Describer:
         vocabulary = len(self._unembedding)
         up, down, spread_M = token_effects(directions_MD, self._norm, self._unembedding, min(TOKENS_SHOWN, vocabulary))
         near = neighbours(self._sae, start, stop, LATENTS_SHOWN)
-        company, together_M = self._company.of(start, stop, LATENTS_SHOWN)
+        coactive, together_M = self._coactive.of(start, stop, LATENTS_SHOWN)
         elsewhere = {
             sae_id: counterparts(self._sae, other, start, stop)
             for sae_id, other in self._saes.items()
@@ -123,7 +123,7 @@ class Describer:
                 "elsewhere": [[id, int(found[1][m]), _short(found[0][m])] for id, found in elsewhere.items()],
                 "coactive": [
                     [latent, phi, int(shared)]
-                    for (latent, phi), shared in zip(_pairs(company, m), together_M[m].tolist(), strict=True)
+                    for (latent, phi), shared in zip(_pairs(coactive, m), together_M[m].tolist(), strict=True)
                     if phi > 0
                 ],
                 "experts": self._experts(start + m),

@@ -6,11 +6,9 @@ and its own exit code; with `--debug` the traceback is shown as well.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +17,31 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from qwenscope import cli_features
-from qwenscope.cli_options import AsJson, Data, Out, Overrides, RecipeName, err, out
+from qwenscope.cli import features
+from qwenscope.cli.options import (
+    AsJson,
+    Data,
+    FormatCommand,
+    Out,
+    Overrides,
+    RecipeName,
+    TargetName,
+    Tokens,
+    err,
+    export_format,
+    import_format,
+    out,
+    show,
+)
+from qwenscope.cli.progress import phases, run_demo, train_with_progress
+from qwenscope.cli.tables import (
+    comparison_table,
+    doctor_table,
+    evaluation_table,
+    keys_table,
+    plan_tables,
+    survey_tables,
+)
 from qwenscope.errors import FormatError, QwenscopeError, RecipeError
 
 
@@ -56,15 +77,9 @@ app.add_typer(data_app, name="data", rich_help_panel="Before training")
 app.add_typer(standin_app, name="standin", rich_help_panel="Before training")
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 @app.command(rich_help_panel="Start here")
 def demo(out_: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo")) -> None:
     """Train, evaluate and package nine SAEs on the packaged stand-in model, in minutes on a CPU."""
-    from qwenscope.live import run_demo
-
     run_demo(out_, err, out)
 
 
@@ -74,7 +89,6 @@ def doctor(
     self_test: Annotated[bool, typer.Option("--self-test", help="Also train, kill, resume and compare.")] = False,
 ) -> None:
     """Versions, devices, kernels; what is missing and how to get it."""
-    from qwenscope.display import doctor_table
     from qwenscope.doctor import examine
 
     report = examine()
@@ -85,15 +99,11 @@ def doctor(
 
         with tempfile.TemporaryDirectory(prefix="qwenscope-") as folder:
             report["self_test"] = run_self_test(Path(folder))
-    if as_json:
-        _print_json(report)
-    else:
-        out.print(doctor_table(report))
+    show(report, as_json, doctor_table)
 
 
 def _help_keys(asked: bool) -> None:
     if asked:
-        from qwenscope.display import keys_table
         from qwenscope.recipe import keys
 
         out.print(keys_table(keys()))
@@ -132,10 +142,9 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Memory, tokens per second, hours and cost of a recipe, before anyone rents a machine."""
-    from qwenscope.calibration import measurable, measure
-    from qwenscope.display import plan_tables
-    from qwenscope.plan import plan as make_plan
-    from qwenscope.plan import read_config
+    from qwenscope.planning.measure import measurable, measure
+    from qwenscope.planning.plan import plan as make_plan
+    from qwenscope.planning.plan import read_config
     from qwenscope.recipe import load_recipe
 
     recipe = load_recipe(name, overrides or ())
@@ -145,11 +154,7 @@ def plan(
         err.print("measuring this machine for about ten seconds; --gpu NAME plans by a data sheet", highlight=False)
         measured = measure(recipe, config)
     report = make_plan(recipe, gpu or "h200", gpus, measured=measured)
-    if as_json:
-        _print_json(report)
-    else:
-        for table in plan_tables(report):
-            out.print(table)
+    show(report, as_json, plan_tables)
 
 
 @data_app.command()
@@ -162,17 +167,12 @@ def survey(
 ) -> None:
     """The corpus as it will be trained on: counts per source, token shares, padding, privacy report."""
     from qwenscope.corpus.survey import survey as run_survey
-    from qwenscope.display import survey_tables
     from qwenscope.lm.load import load_tokenizer
     from qwenscope.recipe import load_recipe
 
     loaded = load_recipe(name, overrides or ())
     report = run_survey(loaded, load_tokenizer(loaded.lm), limit=limit, dump=dump)
-    if as_json:
-        _print_json(report)
-    else:
-        for table in survey_tables(report):
-            out.print(table)
+    show(report, as_json, survey_tables)
 
 
 @data_app.command()
@@ -198,7 +198,6 @@ def standin_train(
     seed: Annotated[int, typer.Option(help="Governs data order and initialisation.")] = 0,
 ) -> None:
     """Train the stand-in language model anew (about an hour of CPU)."""
-    from qwenscope.live import phases
     from qwenscope.lm.standin import train_standin
 
     with phases(err) as on_progress:
@@ -213,7 +212,6 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train every SAE of a recipe in one pass of the language model; under torchrun, on several devices at once."""
-    from qwenscope.live import train_with_progress
     from qwenscope.recipe import load_recipe
 
     console = err if _RANK in (None, "0") else Console(quiet=True)
@@ -222,68 +220,40 @@ def train(
 
 @app.command(rich_help_panel="Train and measure")
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="RUN_OR_RELEASE", help="Folder of a complete run or a release.")],
+    target: TargetName,
     data: Data = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per split at most.")] = None,
+    tokens: Tokens = None,
+    path: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write, if not TARGET.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure fidelity and the effect on the language model; write evaluation.json and report.html."""
-    from qwenscope.display import evaluation_table
     from qwenscope.evaluation.run import evaluate as run_evaluation
 
-    result = run_evaluation(target, data=data, tokens=tokens)
-    if as_json:
-        _print_json(result)
-    else:
-        out.print(evaluation_table(result))
+    show(run_evaluation(target, data=data, tokens=tokens, out=path), as_json, evaluation_table)
 
 
 @app.command(rich_help_panel="Train and measure")
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A complete run or a release: names the language model.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Run, release, imported suite or Hub repository.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="What `evaluate` takes; names the language model.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
     data: Data = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per split at most.")] = None,
+    tokens: Tokens = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure two suites on the same tokens, layer by layer, and match their latents."""
-    from qwenscope.display import comparison_table
-    from qwenscope.release.suites import compare as compare_suites
+    from qwenscope.evaluation.compare import compare as compare_suites
 
-    result = compare_suites(first, second, data=data, tokens=tokens)
-    if as_json:
-        _print_json(result)
-    else:
-        out.print(comparison_table(result))
+    show(compare_suites(first, second, data=data, tokens=tokens), as_json, comparison_table)
 
 
-for command in (cli_features.index, cli_features.browse, cli_features.steer, cli_features.explain):
+for command in (features.index, features.browse, features.steer, features.explain):
     app.command(rich_help_panel="Look and steer")(command)
 
 
-class Peer(StrEnum):
-    """Formats an SAE can be written in."""
-
-    saelens = "saelens"
-    sparsify = "sparsify"
-    dictionary_learning = "dictionary_learning"
-    neuronpedia = "neuronpedia"
-
-
-class Origin(StrEnum):
-    """Formats an SAE can be read from."""
-
-    saelens = "saelens"
-    sparsify = "sparsify"
-    dictionary_learning = "dictionary_learning"
-    qwen_scope = "qwen-scope"
-    qwenscope = "qwenscope"
-
-
-@app.command(rich_help_panel="Share")
+@app.command(cls=FormatCommand, rich_help_panel="Share")
 def export(
-    target: Annotated[str, typer.Argument(metavar="RUN_OR_RELEASE")],
-    to: Annotated[Peer, typer.Option("--to", help="Format.")],
+    target: TargetName,
+    to: Annotated[str, typer.Option("--to", parser=export_format, metavar="FORMAT", help="Format.")],
     path: Out,
     feature_index: Annotated[
         Path | None, typer.Option("--index", metavar="INDEX", help="For neuronpedia: add activations and explanations.")
@@ -291,27 +261,27 @@ def export(
 ) -> None:
     """Write the SAEs in another library's format."""
     if feature_index is not None:
-        if to is not Peer.neuronpedia:
-            raise FormatError(f"--index adds activations to --to neuronpedia; {to.value} holds weights alone")
+        if to != "neuronpedia":
+            raise FormatError(f"--index adds activations to --to neuronpedia; {to} holds weights alone")
         from qwenscope.release.neuronpedia import export_with_index
 
         export_with_index(target, feature_index, path)
         return
     from qwenscope.sae.formats import export_suite
 
-    export_suite(target, to.value, path)
+    export_suite(target, to, path)
 
 
-@app.command("import", rich_help_panel="Share")
+@app.command("import", cls=FormatCommand, rich_help_panel="Share")
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, file or Hub repository.")],
-    origin: Annotated[Origin, typer.Option("--from", help="Format.")],
+    origin: Annotated[str, typer.Option("--from", parser=import_format, metavar="FORMAT", help="Format.")],
     path: Out,
 ) -> None:
     """Read SAEs of another library into our format."""
     from qwenscope.sae.formats import import_suite
 
-    import_suite(source, origin.value, path)
+    import_suite(source, origin, path)
 
 
 @app.command(rich_help_panel="Share")
@@ -323,8 +293,8 @@ def release(
     tag: Annotated[str, typer.Option(help="With --push: the tag that makes the release visible, set last.")] = "v1",
 ) -> None:
     """Build the release folder with its model card, and publish it if asked."""
-    from qwenscope.release.hub import push as push_folder
     from qwenscope.release.package import release as build_release
+    from qwenscope.release.push import push as push_folder
 
     if dry_run and push is None:
         raise RecipeError("--dry-run lists what --push ORG/NAME would upload; name the repository")
@@ -341,7 +311,7 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag; the main branch by default.")] = None,
 ) -> None:
     """Fetch a whole suite from the Hub, verified. Run again, it goes on."""
-    from qwenscope.release.hub import pull as pull_suite
+    from qwenscope.release.push import pull as pull_suite
 
     pull_suite(repo, path, revision=revision)
 

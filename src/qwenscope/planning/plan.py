@@ -1,6 +1,6 @@
 """What a recipe needs and how long it takes, before anyone rents a machine.
 
-Parts are priced by `roofline`, or by what `calibration` measured on the device at hand. For a card that is not here,
+Parts are priced by `costs`, or by what `measure` found on the device at hand. For a card that is not here,
 the rates are stated shares of the data sheet's peaks, a cautious and an optimistic one at the ends of each range. The
 language model is built on the meta device, so its parameters are counted, not guessed. `docs/plan.md` compares plans
 with measurements.
@@ -12,17 +12,15 @@ the most SAEs allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen3_5MoeTextConfig
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
 
-from qwenscope.calibration import BATCH_POSITIONS, PADDING, Measured, batches_of
-from qwenscope.errors import ModelError
-from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
-from qwenscope.recipe import Recipe
-from qwenscope.roofline import (
+from qwenscope.costs import (
     GPUS,
     NETWORK_GB_S,
     Card,
@@ -31,22 +29,20 @@ from qwenscope.roofline import (
     bytes_moved,
     exchange_seconds,
     find_card,
-    layers_of,
     link_bytes,
-    model_size,
     position_seconds,
     shard_bytes,
+    size_of,
     step_seconds,
     trained_bytes,
 )
+from qwenscope.errors import ModelError
+from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config, pick_dtype
+from qwenscope.planning.measure import PADDING, Measured, batches_of
+from qwenscope.planning.memory import GIB, Held, fitting, row_bytes
+from qwenscope.recipe import Recipe
 from qwenscope.training.parallel import owners
-from qwenscope.training.shards import Piece, shared
-
-GIB = 1 << 30
-Held = Sequence[Sequence[Piece]]
-"""What each card holds."""
-Change = tuple[str, int | str]
-"""(key of a recipe, value)"""
+from qwenscope.training.shards import Piece
 
 _AROUND: Range = (1.1, 0.95)  # of measured times: gathers, logs and checkpoints come on top of them
 _FLOAT32_SHARE = 1 / 16  # of a card's bf16 rate
@@ -54,7 +50,6 @@ _LOAD_SECONDS: Range = (1.5, 0.5)  # config, tokenizer, building; a probe of the
 _READ_BYTES: Range = (5e8, 3e9)  # per second, of weights on a disk
 _SAVE_SECONDS: Range = (0.5, 0.1)
 _WRITE_BYTES: Range = (2e8, 1e9)  # with their checksums
-_RESERVE = 0.92  # share of a card's memory that a run can really use
 
 
 def plan(
@@ -67,18 +62,17 @@ def plan(
         gpu: A name of `GPUS`; with `measured`, of no account.
         gpus: Cards; each runs the language model on its own conversations and owns its share of the SAEs.
         tokens: Length of the run; None takes the recipe's.
-        measured: What `calibration.measure` found for this recipe on the device at hand: plan for devices like it.
+        measured: What `measure` found for this recipe on the device at hand: plan for devices like it.
 
     Returns:
         gpu, gpus, tokens; measured {product_tflops, traffic_tb_s, lm_share of the product rate} or None;
-        model {layers, parameters, active_parameters, flops_per_token}; of the fullest card
-        memory_bytes {component: bytes}, memory_total_bytes, memory_card_bytes, fits; owners [[sae_id, ...] per card];
+        model {layers, parameters, active_parameters, flops_per_token}; owners [[sae_id, ...] per card];
         seconds_per_step of one batch of `training.batch_size` rows, each [cautious, optimistic]: language_model and
         saes of all cards together, saes_of_busiest_card, exchange, corpus, and step, what it takes from end to end;
         seconds_once likewise: load_model, calibration, part_windows (rows harvested in vain at the end, and what runs
         alone where harvest and steps overlap), last_save; hours include them;
         bytes_per_step, sent by all cards together; tokens_per_second [cautious, optimistic]; hours and cost_usd
-        [optimistic, cautious] (cost null where no price is known); advice [sentence, ...].
+        [optimistic, cautious] (cost null where no price is known); and what `fitting` says of memory.
 
     Raises:
         RecipeError: unknown card.
@@ -95,11 +89,6 @@ def plan(
     rates = [recipe.training.batch_size / value for value in seconds["step"]]
     hours = [(length / rates[end] + sum(part[end] for part in once.values())) / 3600 for end in (1, 0)]
     process = measured.process_bytes if measured and measured.device == "cpu" else None
-
-    def needs(changed: Recipe) -> dict[str, int]:
-        return memory_needs(changed, config, size.parameters, owners(changed, gpus), process)
-
-    memory, room = needs(recipe), card.memory_gib * GIB * _RESERVE
     cost = [h * gpus * price for h, price in zip(hours, card.usd_per_hour, strict=True)] if card.usd_per_hour else None
     return {
         "gpu": name,
@@ -107,18 +96,14 @@ def plan(
         "tokens": length,
         "measured": None if measured is None else _rates(measured, config, size),
         "model": asdict(size),
-        "memory_bytes": memory,
-        "memory_total_bytes": sum(memory.values()),
-        "memory_card_bytes": int(card.memory_gib * GIB),
-        "fits": sum(memory.values()) <= room,
         "owners": [[piece.stem for piece in pieces] for pieces in held],
         "seconds_per_step": seconds,
         "seconds_once": once,
-        "bytes_per_step": bytes_moved(recipe, held, config),
+        "bytes_per_step": bytes_moved(recipe, held, config.hidden_size, row_bytes(recipe, config)),
         "tokens_per_second": [round(rate) for rate in rates],
         "hours": [round(value, 4) for value in hours],
         "cost_usd": cost and [round(value, 2) for value in cost],
-        "advice": _advice(recipe, needs, room, gpus),
+        **fitting(recipe, config, size.parameters, gpus, card.memory_gib * GIB, process),
     }
 
 
@@ -164,7 +149,7 @@ class _Parts:
             "language_model": _times(position, recipe.training.batch_size * padding),
             "saes": _sum(saes),
             "saes_of_busiest_card": (max(cautious for cautious, _ in saes), max(optimistic for _, optimistic in saes)),
-            "exchange": exchange_seconds(recipe, self.held, self.config, self.card),
+            "exchange": exchange_seconds(recipe, self.held, row_bytes(recipe, self.config), self.card),
             "corpus": (corpus, corpus),
         }
         return seconds | {"step": (self._end_to_end(seconds, 0), self._end_to_end(seconds, 1))}
@@ -222,8 +207,8 @@ class _Parts:
             return step_seconds(self.recipe, piece, self.config.hidden_size, self.card)
         dead, alive = self.measured.step_seconds[piece.sae_id]
         share = piece.latents / piece.dict_size
-        told = shard_bytes(self.recipe, piece, self.config.hidden_size) / link_bytes(self.card, round(1 / share))
-        return dead * share * _AROUND[0] + told, alive * share * _AROUND[1] + told
+        exchange = shard_bytes(self.recipe, piece, self.config.hidden_size) / link_bytes(self.card, round(1 / share))
+        return dead * share * _AROUND[0] + exchange, alive * share * _AROUND[1] + exchange
 
     def _calibration(self) -> Range:
         """Of the card that owns the most."""
@@ -239,6 +224,13 @@ class _Parts:
 
     def _trained_bytes(self, piece: Piece) -> int:
         return trained_bytes(self.recipe, piece.latents, self.config.hidden_size)
+
+
+def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
+    """Of the first `layers` layers, built on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(cut_config(config, layers))  # type: ignore[no-untyped-call]
+    return size_of(model, config, layer_kinds(config)[:layers])
 
 
 def _around(seconds: float) -> Range:
@@ -273,115 +265,3 @@ def _rates(measured: Measured, config: PretrainedConfig, size: ModelSize) -> dic
         "traffic_tb_s": measured.traffic_tb_s,
         "lm_share": size.flops_per_token / seconds / 1e12 / measured.product_tflops,
     }
-
-
-def memory_needs(
-    recipe: Recipe, config: PretrainedConfig, parameters: int, held: Held, process: int | None = None
-) -> dict[str, int]:
-    """Bytes of each component on the card that owns the most, at its fullest moment.
-
-    Args:
-        parameters: Of the truncated language model.
-        held: What each card holds of the SAEs.
-        process: On a CPU, what the process itself takes; None means a GPU.
-    """
-    training, hidden, cpu = recipe.training, config.hidden_size, process is not None
-    width = pick_dtype(recipe.lm, config).itemsize
-    fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
-    sizes = [piece.latents for piece in fullest]
-    layers, cards = len(layers_of(recipe, fullest)), len(held)
-    weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
-    trained = trained_bytes(recipe, sum(sizes), hidden)
-    shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
-    window = recipe.activations.window_tokens + recipe.corpus.max_length
-    row = hidden * width
-    # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
-    travelling = 1 if cards == 1 else layers + 2 * len(recipe.layers) // cards
-    overlap = recipe.activations.overlap and (cpu or not shared(held))  # GPUs that share an SAE take turns
-    needs = {
-        "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
-        "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
-        "windows": window * row * (layers * (2 if overlap else 1) + travelling),
-        "saes": trained + shadows[training.precision],
-        # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
-        "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
-    }
-    return needs | {"checkpoint_copy": trained, "process": process} if cpu else needs
-
-
-def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: bool) -> int:
-    """Bytes per position of a language-model batch that live at once: caught streams and the widest part of a layer.
-
-    Fitted to traced allocations of one layer of each kind (docs/plan.md). Without fused kernels DeltaNet works on
-    float32 copies and on matrices of 64 x 64 positions per head; with them, its part is an estimate.
-    """
-    hidden = int(config.hidden_size)
-    heads = getattr(config, "linear_num_value_heads", 0)
-    value_dim = heads * getattr(config, "linear_value_head_dim", 0)
-    heads_dim = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
-    routed = getattr(config, "num_experts_per_tok", None)
-    parts = (
-        value_dim * 44 + heads * 64 * 16 if cpu else value_dim * 14 * width,
-        heads_dim * 7 * width,
-        (4 * routed + 1) * hidden * width if routed else 3 * config.intermediate_size * width,
-    )
-    return (len(recipe.layers) + 3) * hidden * width + int(max(parts))
-
-
-def _advice(recipe: Recipe, needs: Callable[[Recipe], dict[str, int]], room: float, gpus: int) -> list[str]:
-    """What to change so that it fits, the cheapest first, no more than it takes; else what would feed all cards."""
-
-    def over(changes: Sequence[Change] = ()) -> float:
-        return sum(needs(_changed(recipe, changes)).values()) - room
-
-    if over() <= 0:
-        return _feeding(recipe, gpus)
-    advice = [f"{over() / GIB:.1f} GiB more than the {room / GIB:.1f} that a run can use"]
-    changes: list[Change] = []
-    for change in _savings(recipe, gpus):
-        changes.append(change)
-        if over(changes) > 0:
-            continue
-        for earlier in reversed(changes[:-1]):
-            if over(without := [other for other in changes if other != earlier]) <= 0:
-                changes = without
-        return [*advice, f"fits with {' '.join(f'--set {key}={str(value).lower()}' for key, value in changes)}"]
-    return [
-        *advice,
-        "too large for this card whatever is set: take a card with more memory or an FP8 checkpoint, or spread the "
-        "model's layers over several cards (--set lm.device=cuda:0,cuda:1)",
-    ]
-
-
-def _feeding(recipe: Recipe, gpus: int) -> list[str]:
-    if gpus == 1 or (batches := batches_of(recipe).count) >= 2 * gpus:
-        return []
-    window = 4 * gpus * min(recipe.corpus.batch_tokens, BATCH_POSITIONS)
-    return [
-        f"a window holds about {batches} language-model batches for {gpus} cards: "
-        f"--set activations.window_tokens={1 << (window - 1).bit_length()} shares them evenly"
-    ]
-
-
-def _savings(recipe: Recipe, gpus: int) -> Iterator[Change]:
-    """Less memory at little or no cost."""
-    if (batch_tokens := max(recipe.corpus.max_length, 8192)) < recipe.corpus.batch_tokens:
-        yield "corpus.batch_tokens", batch_tokens
-    if recipe.activations.overlap:
-        yield "activations.overlap", False
-    window = recipe.activations.window_tokens
-    if (half := max(recipe.training.batch_size, window // 2)) < window:
-        yield "activations.window_tokens", half
-    widest = max(point.dict_size for point in recipe.hook_points.values())
-    share = max(64, -(-widest // (64 * gpus)) * 64)
-    if gpus > 1 and share < min(widest, recipe.training.latents_per_rank or widest):
-        yield "training.latents_per_rank", share
-    if recipe.training.moments == "float32":
-        yield "training.moments", "bfloat16"
-
-
-def _changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
-    for key, value in changes:
-        part, name = key.split(".")
-        recipe = recipe.model_copy(update={part: getattr(recipe, part).model_copy(update={name: value})})
-    return recipe

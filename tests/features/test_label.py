@@ -15,11 +15,11 @@ from planted_suite import PLANTED, PLANTED_LATENT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwenscope.errors import FormatError, HubError, ModelError
-from qwenscope.evaluation.run import open_target
 from qwenscope.features.clients import EndpointClient, LocalClient, OfflineClient
-from qwenscope.features.interpret import balanced_accuracy, explain, export_delphi
+from qwenscope.features.label import balanced_accuracy, explain, export_delphi
 from qwenscope.features.store import Index
 from qwenscope.lm.standin import STANDIN_FOLDER
+from qwenscope.opening import open_target
 from qwenscope.recipe import load_recipe
 
 DELPHI_SAMPLE = {"str_tokens", "activations", "distance", "activating", "prediction", "probability", "correct"}

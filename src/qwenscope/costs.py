@@ -1,7 +1,7 @@
 """What the parts of a run cost on a card: seconds, bytes of memory, bytes sent.
 
 A roofline: a part's time is its products at the card's product rate plus its memory traffic at the card's bandwidth.
-`plan` adds the parts up before anyone rents a machine; `training/parallel.py` weighs them against one another.
+`planning` adds the parts up before anyone rents a machine; a run on several devices weighs them against one another.
 docs/plan.md has the formulas, and where their constants come from.
 """
 
@@ -9,19 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig
 
 from qwenscope.errors import RecipeError
-from qwenscope.lm.load import Kind, cut_config, layer_kinds, pick_dtype
 from qwenscope.recipe import Recipe
-from qwenscope.training.gradients import DENSE_SHARE
-from qwenscope.training.shards import Piece
+
+DENSE_SHARE = 0.007
+"""On a GPU, K / N above which a step's dense products beat the sparse ones, by an H200's roofline."""
 
 Range = tuple[float, float]
 """(cautious, optimistic)"""
+
+
+class Part(Protocol):
+    """An SAE, or those of its latents that one card holds."""
+
+    @property
+    def sae_id(self) -> str: ...
+    @property
+    def dict_size(self) -> int:
+        """Latents of the whole SAE."""
+
+    @property
+    def latents(self) -> int:
+        """Latents held here."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +95,12 @@ class ModelSize:
     flops_per_token: int
 
 
-def model_size(config: PretrainedConfig, layers: int) -> ModelSize:
-    """Of the first `layers` layers, built on the meta device."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(cut_config(config, layers))  # type: ignore[no-untyped-call]
-    return size_of(model, config, layer_kinds(config)[:layers])
+def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> ModelSize:
+    """Count a model of transformers' `config` with layers of `kinds`.
 
-
-def size_of(model: nn.Module, config: PretrainedConfig, kinds: Sequence[Kind]) -> ModelSize:
-    """Count a model of layers `kinds`: 2 FLOPs per active weight and token, plus the mixers' state.
-
-    Of a mixture of experts only the routed share is active; embeddings are looked up, not multiplied. The length-
-    dependent part of attention is left out: below 1 % at 2,048 tokens.
+    2 FLOPs per active weight and token, plus the mixers' state. Of a mixture of experts only the routed share is
+    active; embeddings are looked up, not multiplied. The length-dependent part of attention is left out: below 1 % at
+    2,048 tokens.
     """
     routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
     parameters = active = 0.0
@@ -116,36 +123,38 @@ def position_seconds(size: ModelSize, card: Card) -> Range:
 # -- SAEs -------------------------------------------------------------------------------------------------------------
 
 
-def step_seconds(recipe: Recipe, piece: Piece, hidden: int, card: Card) -> Range:
+def step_seconds(recipe: Recipe, part: Part, hidden: int, card: Card) -> Range:
     """One sparse step of an SAE, or of a card's latents of it: the encoder product, traffic of selection, gathers and
-    optimiser, and what the cards that share it tell one another (the cautious end: while latents are dead).
+    optimizer, and what the cards that share it tell one another (the cautious end: while latents are dead).
 
     Where many latents are active the tail uses three more dense products instead of gathers.
     """
-    batch, held, k = recipe.training.batch_size, piece.latents, recipe.hook_points[piece.sae_id].k
+    batch, held, k = recipe.training.batch_size, part.latents, recipe.hook_points[part.sae_id].k
     dense = min(k, held) / held > DENSE_SHARE
     product = 2 * batch * hidden * held * (4 if dense else 1)
     preactivations = 2 * batch * held * 2
     gathers = 0 if dense else 5 * batch * k * hidden * 2
-    optimiser = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
-    traffic = preactivations + gathers + optimiser
-    link = link_bytes(card, round(piece.dict_size / held))
-    told = [shard_bytes(recipe, piece, hidden, dead) / link for dead in (True, False)]
+    optimizer = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
+    traffic = preactivations + gathers + optimizer
+    link = link_bytes(card, round(part.dict_size / held))
+    sent = [shard_bytes(recipe, part, hidden, dead) / link for dead in (True, False)]
     cautious, optimistic = (
         product / (card.bf16_tflops * 1e12 * products)
         + traffic / (card.bandwidth_tb_s * 1e12 * bandwidth)
-        + said / share
-        for products, bandwidth, said, share in zip(_PRODUCT_SHARE, _TRAFFIC_SHARE, told, _LINK_SHARE, strict=True)
+        + bytes_sent / share
+        for products, bandwidth, bytes_sent, share in zip(
+            _PRODUCT_SHARE, _TRAFFIC_SHARE, sent, _LINK_SHARE, strict=True
+        )
     )
     return cautious, optimistic
 
 
-def shard_bytes(recipe: Recipe, piece: Piece, hidden: int, dead: bool = False) -> float:
+def shard_bytes(recipe: Recipe, part: Part, hidden: int, dead: bool = False) -> float:
     """Bytes that a card with part of an SAE sends per step: its k largest to each other one, its part of x_hat; the
     same for the dead-latent loss while latents are `dead`, in bfloat16.
     """
-    shards, training = piece.dict_size / piece.latents, recipe.training
-    largest = 4 * recipe.hook_points[piece.sae_id].k + (2 * (training.aux_k or hidden // 2) if dead else 0)
+    shards, training = part.dict_size / part.latents, recipe.training
+    largest = 4 * recipe.hook_points[part.sae_id].k + (2 * (training.aux_k or hidden // 2) if dead else 0)
     summed = 4 * hidden * (1 + dead)
     return training.batch_size * (shards - 1) * (largest + 2 / shards * summed)
 
@@ -162,23 +171,23 @@ def _moment_bytes(recipe: Recipe) -> int:
 # -- rows on their way ------------------------------------------------------------------------------------------------
 
 
-def layers_of(recipe: Recipe, held: Sequence[Piece]) -> set[int]:
+def layers_held(recipe: Recipe, held: Sequence[Part]) -> set[int]:
     """Hooked layers whose rows a card needs for what it holds."""
-    return {recipe.hook_points[piece.sae_id].layer for piece in held}
+    return {recipe.hook_points[part.sae_id].layer for part in held}
 
 
-def bytes_moved(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig) -> int:
+def bytes_moved(recipe: Recipe, held: Sequence[Sequence[Part]], hidden: int, row_bytes: int) -> int:
     """Bytes that all cards together send per step: rows that their owner did not harvest, four bytes per token and hook
     point to everyone else (the norms that decide which rows are left out), and what ranks that share an SAE say.
     """
     norms = 4 * recipe.training.batch_size * len(recipe.layers) * (len(held) - 1)
-    shards = sum(shard_bytes(recipe, piece, config.hidden_size) for pieces in held for piece in pieces)
-    return norms + sum(_received(recipe, pieces, config, len(held)) for pieces in held) + round(shards)
+    shards = sum(shard_bytes(recipe, part, hidden) for parts in held for part in parts)
+    return norms + sum(_received(recipe, parts, len(held), row_bytes) for parts in held) + round(shards)
 
 
-def exchange_seconds(recipe: Recipe, held: Sequence[Sequence[Piece]], config: PretrainedConfig, card: Card) -> Range:
+def exchange_seconds(recipe: Recipe, held: Sequence[Sequence[Part]], row_bytes: int, card: Card) -> Range:
     """Until the card that receives the most rows has them."""
-    busiest = max(_received(recipe, pieces, config, len(held)) for pieces in held)
+    busiest = max(_received(recipe, parts, len(held), row_bytes) for parts in held)
     cautious, optimistic = (busiest / (link_bytes(card, len(held)) * share) for share in _LINK_SHARE)
     return cautious, optimistic
 
@@ -188,6 +197,5 @@ def link_bytes(card: Card, cards: int) -> float:
     return 1e9 * (card.link_gb_s if cards <= _MACHINE else min(card.link_gb_s, NETWORK_GB_S))
 
 
-def _received(recipe: Recipe, held: Sequence[Piece], config: PretrainedConfig, cards: int) -> int:
-    rows = recipe.training.batch_size * (cards - 1) // cards
-    return len(layers_of(recipe, held)) * rows * int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
+def _received(recipe: Recipe, held: Sequence[Part], cards: int, row_bytes: int) -> int:
+    return len(layers_held(recipe, held)) * (recipe.training.batch_size * (cards - 1) // cards) * row_bytes

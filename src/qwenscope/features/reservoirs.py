@@ -10,7 +10,8 @@ Legend: N latents, M entries per latent, W window positions, P candidates, S can
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,12 +29,35 @@ def order_by_group(groups_P: Tensor, keys_P: Tensor) -> Tensor:
     return torch.sort((groups_P << 32) - bits_P, stable=True).indices
 
 
-class LatentTable:
+class Tensors:
+    """Tensors that can be saved by name and taken back."""
+
+    SAVED: ClassVar[dict[str, str]]
+    """{name in a saved state: attribute}"""
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor by name; `load` takes it back."""
+        return {name: getattr(self, attribute) for name, attribute in self.SAVED.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        for name, attribute in self.SAVED.items():
+            setattr(self, attribute, state[name])
+
+
+class LatentTable(Tensors):
     """M entries per latent with the largest keys; equal keys keep the earlier address.
 
     keys_NM: float32, -inf where empty. values_NM: float32 activation. addresses_NM: int64, -1 where empty.
     windows_NMW: float16 activations of the same latent around the address.
     """
+
+    SAVED: ClassVar = {
+        "keys": "keys_NM",
+        "values": "values_NM",
+        "addresses": "addresses_NM",
+        "windows": "windows_NMW",
+    }
 
     def __init__(self, latents: int, entries: int, window: int) -> None:
         self.keys_NM = torch.full((latents, entries), -torch.inf)
@@ -78,23 +102,11 @@ class LatentTable:
         windows_UMW[new_UM] = windows(fresh).to(torch.float16)
         self.windows_NMW[touched_U] = windows_UMW
 
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor by name; `load` takes it back."""
-        return {
-            "keys": self.keys_NM,
-            "values": self.values_NM,
-            "addresses": self.addresses_NM,
-            "windows": self.windows_NMW,
-        }
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
-        self.keys_NM, self.values_NM = state["keys"], state["values"]
-        self.addresses_NM, self.windows_NMW = state["addresses"], state["windows"]
-
-
-class Sample:
+class Sample(Tensors):
     """A uniform sample of fixed size over all items offered, each with one tensor of int32 latents (-1: none)."""
+
+    SAVED: ClassVar = {"keys": "keys_S", "addresses": "addresses_S", "latents": "latents_S"}
 
     def __init__(self, size: int, shape: tuple[int, ...]) -> None:
         self.keys_S = torch.full((size,), -torch.inf)
@@ -120,11 +132,3 @@ class Sample:
     def filled(self) -> Tensor:
         """bool [S], which places hold an item."""
         return self.addresses_S >= 0
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor by name; `load` takes it back."""
-        return {"keys": self.keys_S, "addresses": self.addresses_S, "latents": self.latents_S}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
-        self.keys_S, self.addresses_S, self.latents_S = state["keys"], state["addresses"], state["latents"]

@@ -21,7 +21,7 @@ import torch
 
 from qwenscope.errors import FormatError
 from qwenscope.features.clients import Client
-from qwenscope.features.describing import BANDS
+from qwenscope.features.describe import BANDS
 from qwenscope.features.store import Index, add_explanations, read_explanations
 from qwenscope.files import whole_folder, write_json
 

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: a run's progress, results as tables; plain lines where there is no terminal."""
+"""Results as tables, for a person at a terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+_TITLE: dict[str, Any] = {"title_style": "bold", "title_justify": "left", "caption_justify": "left"}
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("fvu", "FVU", ".3f"),
     ("explained_variance", "EV", ".3f"),
@@ -28,11 +29,22 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def _plain(title: str = "", **options: Any) -> Table:
+    """A table without lines."""
+    return Table(box=None, padding=(0, 2, 0, 0), title=title or None, **_TITLE, **options)
+
+
+def _two_columns() -> Table:
+    """Names and what is said of them."""
+    table = _plain(show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
 def keys_table(keys: Mapping[str, str]) -> Table:
     """A recipe's keys and what they mean."""
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column()
+    table = _two_columns()
     for key, meaning in keys.items():
         table.add_row(escape(key), escape(meaning))
     return table
@@ -40,8 +52,7 @@ def keys_table(keys: Mapping[str, str]) -> Table:
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:
     """One row per SAE and split of an `evaluation.json` object."""
-    table = Table(box=None, padding=(0, 2, 0, 0), title_style="bold", title_justify="left", caption_justify="left")
-    table.title = "Held-out evaluation"
+    table = _plain("Held-out evaluation")
     table.caption = "EV explained variance (1 - FVU), CE: cross-entropy recovered against zero and mean ablation"
     table.add_column("SAE", no_wrap=True)
     table.add_column("split", no_wrap=True)
@@ -61,26 +72,24 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """`compare`'s object: per layer and split, both suites' numbers side by side."""
-    table = Table(box=None, padding=(0, 2, 0, 0), title_style="bold", title_justify="left", caption_justify="left")
-    table.title = "{first} against {second}".format(**result["suites"])
+    table = _plain("{first} against {second}".format(**result["suites"]))
     table.caption = "shared: latents of the first with a decoder direction in the second above cosine 0.7"
     for heading in ("layer", "split", "FVU", "", "L0", "", "CE mean", "", "shared"):
         table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
     for pair in result["pairs"]:
-        shared = pair["latents"]["overlap"]["first_in_second"]["shared"]
+        found = pair["latents"]["overlap"]["first_in_second"]
+        shared = "–" if found is None else f"{found['shared']:.1%}"  # None: a dictionary is all dead
         for split, sides in pair["splits"].items():
             cells = []
             for key, form in (("fvu", ".3f"), ("l0", ".1f"), ("ce_recovered_mean", ".3f")):
                 cells += [format(sides[side][key], form) for side in ("first", "second")]
-            table.add_row(str(pair["layer"]), split, *cells, f"{shared:.1%}")
+            table.add_row(str(pair["layer"]), split, *cells, shared)
     return table
 
 
 def doctor_table(report: Mapping[str, Any]) -> Table:
     """`doctor.examine`'s report as two columns, problems and cures last."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = _two_columns()
     table.add_row("python", f"{report['python']} on {report['platform']}")
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     cpu = report["cpu"]
@@ -112,7 +121,7 @@ def doctor_table(report: Mapping[str, Any]) -> Table:
 
 def survey_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     """The `data --json` object: one row per source, then what was dropped and scrubbed."""
-    sources = Table(box=box.SIMPLE_HEAD, title="Corpus", title_style="bold", title_justify="left")
+    sources = Table(box=box.SIMPLE_HEAD, title="Corpus", **_TITLE)
     for heading in ("source", "rows read", "kept", "truncated", "tokens", "share"):
         sources.add_column(heading, justify="left" if heading == "source" else "right")
     for name, cell in report["sources"].items():
@@ -125,9 +134,8 @@ def survey_tables(report: Mapping[str, Any]) -> Iterator[Table]:
             f"{cell['share']:.1%}",
         )
     sources.caption = f"{report['tokens']:,} tokens, padding {report['padding_share']:.1%} of the batches"
-    sources.caption_justify = "left"
     yield sources
-    rules = Table(box=box.SIMPLE_HEAD, title="Left out and scrubbed", title_style="bold", title_justify="left")
+    rules = Table(box=box.SIMPLE_HEAD, title="Left out and scrubbed", **_TITLE)
     rules.add_column("rule")
     rules.add_column("count", justify="right")
     for name, cell in report["sources"].items():
@@ -142,7 +150,7 @@ def survey_tables(report: Mapping[str, Any]) -> Iterator[Table]:
 def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     """Memory per component against the card, then speed, time and cost as ranges."""
     cards = f"{report['gpus']} x {report['gpu']}"
-    memory = Table(box=box.SIMPLE_HEAD, title=f"Memory per card ({cards})", title_style="bold", title_justify="left")
+    memory = Table(box=box.SIMPLE_HEAD, title=f"Memory per card ({cards})", **_TITLE)
     memory.add_column("component")
     memory.add_column("size", justify="right")
     for name, size in report["memory_bytes"].items():
@@ -153,9 +161,7 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
         f"total: {verdict} in {bytes_text(report['memory_card_bytes'])}", bytes_text(report["memory_total_bytes"])
     )
     yield memory
-    speed = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    speed.add_column(style="bold")
-    speed.add_column()
+    speed = _two_columns()
     low, high = report["tokens_per_second"]
     speed.add_row("tokens per second", f"{low:,} to {high:,}")
     speed.add_row("hours", "{:.2f} to {:.2f}".format(*report["hours"]))

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qwenscope.features.characters import alone
-from qwenscope.features.describing import Latent, Texts
+from qwenscope.features.describe import Latent, Texts
 from qwenscope.features.statistics import BEFORE
+from qwenscope.features.token_text import alone
 
 _STRINGS = pa.list_(pa.string())
 LATENTS = pa.schema(

@@ -1,4 +1,4 @@
-"""The commands that look at features and steer with them; `cli.py` registers them."""
+"""The commands that look at features and steer with them; `main.py` registers them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
-from qwenscope.cli_options import Data, Out, err, out
+from qwenscope.cli.options import Data, Out, TargetName, err, out
+from qwenscope.cli.progress import phases
 from qwenscope.errors import FormatError
 
 T = TypeVar("T")
 
 
 def index(
-    target: Annotated[Path, typer.Argument(metavar="RUN_OR_RELEASE")],
+    target: TargetName,
     path: Out,
     data: Data = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 1_000_000,
 ) -> None:
     """Index every latent: examples, histograms, promoted tokens, neighbours, experts. Run again, it goes on."""
     from qwenscope.features.index import build_index
-    from qwenscope.live import phases
 
     with phases(err) as on_progress:
         build_index(target, path, data=data, tokens=tokens, on_progress=on_progress)
@@ -37,7 +37,6 @@ def browse(
     """Look at features in the web browser, offline; or write the same as a static site."""
     if export_ is not None:
         from qwenscope.features.browser.export import export_site
-        from qwenscope.live import phases
 
         with phases(err) as on_progress:
             export_site(path, export_, on_progress=on_progress)
@@ -64,7 +63,7 @@ class Where(StrEnum):
 
 
 def steer(
-    target: Annotated[Path, typer.Argument(metavar="RELEASE", help="A release or a complete run.")],
+    target: TargetName,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
     sae: Annotated[list[str], typer.Option(help="SAE id; once, or once per --latent.")],
     latent: Annotated[list[int], typer.Option(min=0, help="Its latent; repeat it to steer several together.")],
@@ -79,20 +78,21 @@ def steer(
     ] = None,
 ) -> None:
     """Write on under steered latents, beside the unsteered model and the controls that tell an effect from noise."""
-    from qwenscope.features.index import open_suite
     from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
     from qwenscope.features.store import Index
+    from qwenscope.opening import open_target
 
     saes, strengths = _per_latent("--sae", sae, latent), _per_latent("--strength", strength, latent)
-    opened, lm = open_suite(target)
+    opened = open_target(target)
     opened_index = None if feature_index is None else Index(feature_index)
     pushes = []
     for id, number, amount in zip(saes, latent, strengths, strict=True):
         if id not in opened.saes:
             raise FormatError(f"--sae {id} is not in {target}; it holds {', '.join(opened.saes)}")
-        layer = opened.recipe.hook_points[id].layer
+        layer = opened.layers[id]
         unit: float | Literal["norm"] = "norm" if opened_index is None else opened_index.latent(id, number)["max"]
         pushes.append(Steering(layer, amount, opened.saes[id], number, mode.value, unit=unit, where=where.value))
+    lm = opened.language_model()
     for piece in side_by_side(lm, prompt_tokens(lm, prompt), pushes, max_new_tokens=max_new_tokens):
         if piece.effect is not None:
             out.print(f"\n[bold]{piece.run}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False)
@@ -120,8 +120,8 @@ def explain(
 ) -> None:
     """Label latents and score the labels by detection and fuzzing; without a model, by a simple offline rule."""
     from qwenscope.features.clients import Client, EndpointClient, LocalClient, OfflineClient
-    from qwenscope.features.interpret import explain as explain_latents
-    from qwenscope.features.interpret import export_delphi
+    from qwenscope.features.label import explain as explain_latents
+    from qwenscope.features.label import export_delphi
     from qwenscope.features.store import Index
 
     numbers = [int(part) for part in latents.split(",") if part.strip().isdigit()]

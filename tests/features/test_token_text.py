@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from qwenscope.features.characters import alone, pieces_of, readable
+from qwenscope.features.token_text import alone, pieces_of, readable
 from qwenscope.lm.standin import STANDIN_FOLDER
 
 TOKENIZER = AutoTokenizer.from_pretrained(STANDIN_FOLDER)

@@ -1,0 +1,249 @@
+"""The one way to open SAEs for use: a run, a release, a foreign suite or a Hub repository becomes a `Target`.
+
+    target = open_target("runs/demo")
+    lm = target.language_model()                                    # loaded here, at the revision of the SAEs
+    with target.conversations(lm.tokenizer) as held_out: ...        # that no SAE was trained on
+
+A suite that holds no recipe (weights of another library, a repository in the published layout) gets one: its
+SAEs' configurations name language model and layer, or it is the published suite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qwenscope.checksums import CHECKSUMS_FILE, verify_folder
+from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.stream import CorpusStream
+from qwenscope.errors import CorpusError, FormatError, HubError
+from qwenscope.files import read_json
+from qwenscope.hub import check_repo_id, download
+from qwenscope.lm.load import LanguageModel, check_hook_points, load_language_model
+from qwenscope.recipe import HookPoint, LMRecipe, Recipe, SourceRecipe, load_recipe
+from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, iterate_suite, load_sae
+from qwenscope.sae.topk import TopKSAE
+
+SPLITS = ("chat", "tool_use")
+PUBLISHED = "qwen3.5-35b-a3b"
+PATIENCE = 10  # times a split's tokens that are read of an endless stream before what is rare there is given up
+_RECIPE, _RUN, _EVALUATION = "recipe.yaml", "run.json", "evaluation.json"
+_FETCHED = (CONFIG_FILE, WEIGHTS_FILE, CHECKSUMS_FILE, _RECIPE, _RUN, _EVALUATION)
+
+
+@dataclass(frozen=True)
+class Target:
+    """SAEs, and what they were made with."""
+
+    name: str
+    """What was opened, as it was given."""
+    folder: Path
+    """Where it lies; for a repository, in the Hub's cache, which is not to be written to."""
+    recipe: Recipe
+    saes: dict[str, TopKSAE]
+    revisions: Mapping[str, Any]
+    """Of language model and corpus, where a run resolved them."""
+    own_recipe: bool = True
+    """The recipe is the one that the SAEs were trained by."""
+    on_hub: bool = False
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """The hooked layer of each SAE."""
+        return {sae_id: point.layer for sae_id, point in self.recipe.hook_points.items()}
+
+    def language_model(self, *, truncated: bool = False) -> LanguageModel:
+        """Load the language model that the SAEs were made for, with its LM head; the SAEs move to its device.
+
+        Args:
+            truncated: only as far as the last hooked layer.
+
+        Raises:
+            ModelError: it cannot be loaded, or does not have the hook points.
+            FormatError: an SAE does not fit its width.
+        """
+        revision = self.revisions.get("model") or self.recipe.lm.revision
+        recipe = self.recipe.lm.model_copy(update={"revision": revision})
+        lm = load_language_model(recipe, last_layer=self.recipe.layers[-1] if truncated else None, lm_head=True)
+        check_hook_points(lm, self.recipe.hook_points)
+        check_widths(self.saes, lm)
+        for sae in self.saes.values():
+            sae.to(lm.device).eval()
+        return lm
+
+    @contextmanager
+    def conversations(self, tokenizer: PreTrainedTokenizerBase, data: Path | None = None) -> Iterator[CorpusStream]:
+        """The conversations of `data`, or those held out from training; the recipe's privacy filter applies to both.
+
+        Args:
+            tokenizer: of the language model.
+            data: .parquet, .jsonl or .jsonl.gz file, or a folder of them.
+
+        Raises:
+            CorpusError: a source is missing or damaged, or nobody knows what was held out.
+        """
+        corpus, revisions = self.recipe.corpus, self.revisions.get("corpus")
+        if data is not None:
+            # All of the file: a conversation counts as held out if its hash falls in the held-out share.
+            sources = (SourceRecipe(name="files", weight=1.0, path=data),)
+            corpus, revisions = corpus.model_copy(update={"sources": sources, "held_out_share": 1.0}), None
+        elif not self.own_recipe:
+            raise CorpusError(f"{self.name} does not say what its SAEs were trained on; name conversations with --data")
+        stream = CorpusStream(corpus, tokenizer, seed=self.recipe.seed, held_out=True, revisions=revisions)
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    def splits(
+        self, tokenizer: PreTrainedTokenizerBase, tokens: int, data: Path | None = None
+    ) -> dict[str, list[Conversation]]:
+        """`conversations` of each split that has any, `tokens` tokens at most (the last one is cut to fit).
+
+        Raises:
+            CorpusError: as `conversations`, or there are none.
+        """
+        with self.conversations(tokenizer, data) as stream:
+            splits = fill_splits(stream, tokens, limit=PATIENCE * tokens if data is None else None)
+        if not splits:
+            raise self.nothing_to_read(data)
+        return splits
+
+    def nothing_to_read(self, data: Path | None) -> CorpusError:
+        """The error to raise where `conversations` gives none."""
+        origin = data if data is not None else "the recipe's held-out conversations"
+        return CorpusError(f"{origin}: no conversation to read; give --data, or raise corpus.held_out_share")
+
+
+def open_target(target: Path | str, *, revision: str | None = None, like: Target | None = None) -> Target:
+    """Open a folder or repository of SAEs; everything in it is verified first.
+
+    Args:
+        target: folder of a complete run, of a release, or of imported SAEs; `org/name` on the Hub.
+        revision: commit, branch or tag on the Hub; meaningless for a folder.
+        like: whose language model and held-out conversations a suite takes that holds no recipe.
+
+    Raises:
+        FormatError: it is none of these, a run that is not complete, or an SAE is missing, damaged, does not fit its
+            recipe or does not say where it belongs.
+        HubError: there is no such folder or repository, or the Hub stays out of reach.
+    """
+    folder = Path(target)
+    on_hub = not folder.is_dir()
+    if on_hub:
+        folder = _fetch(str(target), revision)
+    elif revision is not None:
+        raise FormatError(f"{target} is a local folder, which has no revision {revision!r}; leave it out")
+    elif (folder / CHECKSUMS_FILE).is_file():
+        verify_folder(folder)
+    is_run = (folder / "status.json").is_file() or (folder / "saes").is_dir()
+    if is_run and not (folder / "saes").is_dir():
+        raise FormatError(f"{target} is a run without saes/: it is not complete; finish it with `train --resume`")
+    root = folder / "saes" if is_run else folder
+    if not (folder / _RECIPE).is_file():
+        if is_run:
+            raise FormatError(f"{target} holds no {_RECIPE}; give a run or a release made by qwenscope")
+        saes = dict(iterate_suite(root))
+        recipe, published = _recipe_of(saes, str(target), like)
+        return Target(str(target), folder, recipe, saes, like.revisions if like else {}, published, on_hub)
+    recipe = load_recipe(folder / _RECIPE)
+    saes = {sae_id: load_sae(root, sae_id) for sae_id in recipe.hook_points}
+    for sae_id, point in recipe.hook_points.items():
+        check_size(root / sae_id, saes[sae_id], point)
+    revisions = read_json(folder / _RUN).get("revisions") if (folder / _RUN).is_file() else None
+    return Target(str(target), folder, recipe, saes, revisions or {}, on_hub=on_hub)
+
+
+def check_size(where: Path, sae: TopKSAE, point: HookPoint) -> None:
+    """FormatError unless the SAE at `where` has the size that its recipe gives it."""
+    if (sae.dict_size, sae.k) != (point.dict_size, point.k):
+        sizes = f"dict_size {sae.dict_size} and k {sae.k}; recipe.yaml says {point.dict_size} and {point.k}"
+        raise FormatError(f"{where} has {sizes}")
+
+
+def check_widths(saes: Mapping[str, TopKSAE], lm: LanguageModel) -> None:
+    """FormatError naming the first SAE that is not as wide as the language model."""
+    for sae_id, sae in saes.items():
+        if sae.hidden_dim != lm.hidden_dim:
+            raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}")
+
+
+def layers_of(suite: Mapping[str, TopKSAE]) -> dict[str, int]:
+    """The hooked layer of each SAE: `layer` in its configuration, or the published suite's layer for its id.
+
+    Raises:
+        FormatError: neither says; names the SAE.
+    """
+    published = load_recipe(PUBLISHED).hook_points
+    layers = {}
+    for sae_id, sae in suite.items():
+        layer = sae.config.get("layer")
+        if layer is None and sae_id in published:
+            layer = published[sae_id].layer
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise FormatError(f"{sae_id}/config.json does not say its layer; add the key layer")
+        layers[sae_id] = layer
+    return layers
+
+
+def fill_splits(
+    stream: Iterable[Conversation], tokens: int, *, limit: int | None = None
+) -> dict[str, list[Conversation]]:
+    """Deal conversations into splits until each has `tokens` tokens, the stream ends, or `limit` tokens were read."""
+    splits: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
+    room = dict.fromkeys(SPLITS, tokens)
+    read = 0
+    for conversation in stream:
+        read += len(conversation.token_ids)
+        if left := room[conversation.split]:
+            length = min(left, len(conversation.token_ids))
+            room[conversation.split] -= length
+            splits[conversation.split].append(_cut(conversation, length))
+        if not any(room.values()) or (limit is not None and read >= limit):
+            break
+    return {split: conversations for split, conversations in splits.items() if conversations}
+
+
+def _cut(conversation: Conversation, length: int) -> Conversation:
+    if length == len(conversation.token_ids):
+        return conversation
+    token_ids, roles = conversation.token_ids[:length], conversation.roles[:length]
+    return dataclasses.replace(conversation, token_ids=token_ids, roles=roles, truncated=True)
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    """The part of a repository that is opened, in the Hub's cache."""
+    try:
+        return download(check_repo_id(repo), revision, [*_FETCHED, f"*/{CONFIG_FILE}", f"*/{WEIGHTS_FILE}"])
+    except HubError as error:
+        raise HubError(f"there is no folder {repo}, and on the Hub: {error}") from None
+
+
+def _recipe_of(saes: Mapping[str, TopKSAE], shown: str, like: Target | None) -> tuple[Recipe, bool]:
+    """A recipe for a suite that holds none, and whether it tells what the SAEs were trained on."""
+    published = load_recipe(PUBLISHED)
+    points = published.hook_points
+    is_published = all(
+        sae_id in points and (sae.dict_size, sae.k) == (points[sae_id].dict_size, points[sae_id].k)
+        for sae_id, sae in saes.items()
+    )
+    hooked = {
+        # No one trains by this recipe, so that its learning rate is of no account.
+        sae_id: HookPoint(layer=layer, dict_size=saes[sae_id].dict_size, k=saes[sae_id].k, lr=1.0)
+        for sae_id, layer in layers_of(saes).items()
+    }
+    if like is not None:
+        return like.recipe.model_copy(update={"hook_points": hooked}), like.own_recipe
+    models = {str(sae.config["model"]) for sae in saes.values() if "model" in sae.config}
+    if is_published and not models - {published.lm.model}:
+        return published.model_copy(update={"hook_points": {sae_id: points[sae_id] for sae_id in saes}}), True
+    if len(models) != 1:
+        named = " and ".join(sorted(models)) or "none"
+        raise FormatError(f"{shown}: its SAEs' config.json name no one language model ({named}); add the key model")
+    return published.model_copy(update={"lm": LMRecipe(model=models.pop()), "hook_points": hooked}), False

@@ -1,0 +1,1 @@
+"""What a recipe needs and how long it takes, before anyone rents a machine."""

@@ -1,0 +1,158 @@
+"""What a run holds in memory, and what to change so that it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from qwenscope.costs import layers_held, trained_bytes
+from qwenscope.lm.load import pick_dtype
+from qwenscope.planning.measure import BATCH_POSITIONS, batches_of
+from qwenscope.recipe import Recipe
+from qwenscope.training.parallel import owners
+from qwenscope.training.shards import Piece, shared
+
+GIB = 1 << 30
+Held = Sequence[Sequence[Piece]]
+"""What each card holds."""
+Change = tuple[str, int | str]
+"""(key of a recipe, value)"""
+
+_RESERVE = 0.92  # share of a card's memory that a run can really use
+
+
+def fitting(
+    recipe: Recipe, config: PretrainedConfig, parameters: int, gpus: int, card_bytes: float, process: int | None
+) -> dict[str, Any]:
+    """Of the fullest of `gpus` cards: memory_bytes {component: bytes}, memory_total_bytes, memory_card_bytes, fits, and
+    advice [sentence, ...]; arguments as for `memory_needs`.
+    """
+
+    def total(changed: Recipe) -> int:
+        return sum(memory_needs(changed, config, parameters, owners(changed, gpus), process).values())
+
+    room = card_bytes * _RESERVE
+    return {
+        "memory_bytes": memory_needs(recipe, config, parameters, owners(recipe, gpus), process),
+        "memory_total_bytes": total(recipe),
+        "memory_card_bytes": int(card_bytes),
+        "fits": total(recipe) <= room,
+        "advice": _advice(recipe, lambda changes: total(_changed(recipe, changes)) - room, room, gpus),
+    }
+
+
+def row_bytes(recipe: Recipe, config: PretrainedConfig) -> int:
+    """Of one row at one hook point, as the language model computes it."""
+    return int(config.hidden_size) * pick_dtype(recipe.lm, config).itemsize
+
+
+def memory_needs(
+    recipe: Recipe, config: PretrainedConfig, parameters: int, held: Held, process: int | None = None
+) -> dict[str, int]:
+    """Bytes of each component on the card that owns the most, at its fullest moment.
+
+    Args:
+        parameters: Of the truncated language model.
+        held: What each card holds of the SAEs.
+        process: On a CPU, what the process itself takes; None means a GPU.
+    """
+    training, hidden, cpu = recipe.training, config.hidden_size, process is not None
+    width = pick_dtype(recipe.lm, config).itemsize
+    fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
+    sizes = [piece.latents for piece in fullest]
+    layers, cards = len(layers_held(recipe, fullest)), len(held)
+    weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
+    trained = trained_bytes(recipe, sum(sizes), hidden)
+    shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
+    window = recipe.activations.window_tokens + recipe.corpus.max_length
+    # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
+    travelling = 1 if cards == 1 else layers + 2 * len(recipe.layers) // cards
+    overlap = recipe.activations.overlap and (cpu or not shared(held))  # GPUs that share an SAE take turns
+    needs = {
+        "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
+        "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
+        "windows": window * row_bytes(recipe, config) * (layers * (2 if overlap else 1) + travelling),
+        "saes": trained + shadows[training.precision],
+        # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
+        "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
+    }
+    return needs | {"checkpoint_copy": trained, "process": process} if cpu else needs
+
+
+def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: bool) -> int:
+    """Bytes per position of a language-model batch that live at once: caught streams and the widest part of a layer.
+
+    Fitted to traced allocations of one layer of each kind (docs/plan.md). Without fused kernels DeltaNet works on
+    float32 copies and on matrices of 64 x 64 positions per head; with them, its part is an estimate.
+    """
+    hidden = int(config.hidden_size)
+    heads = getattr(config, "linear_num_value_heads", 0)
+    value_dim = heads * getattr(config, "linear_value_head_dim", 0)
+    heads_dim = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    routed = getattr(config, "num_experts_per_tok", None)
+    parts = (
+        value_dim * 44 + heads * 64 * 16 if cpu else value_dim * 14 * width,
+        heads_dim * 7 * width,
+        (4 * routed + 1) * hidden * width if routed else 3 * config.intermediate_size * width,
+    )
+    return (len(recipe.layers) + 3) * hidden * width + int(max(parts))
+
+
+def _advice(recipe: Recipe, over: Callable[[Sequence[Change]], float], room: float, gpus: int) -> list[str]:
+    """What to change so that it fits, the cheapest first, no more than it takes; else what would feed all cards.
+
+    `over`: bytes beyond the `room` with some changes.
+    """
+    if over(()) <= 0:
+        return _feeding(recipe, gpus)
+    advice = [f"{over(()) / GIB:.1f} GiB more than the {room / GIB:.1f} that a run can use"]
+    changes: list[Change] = []
+    for change in _savings(recipe, gpus):
+        changes.append(change)
+        if over(changes) > 0:
+            continue
+        for earlier in reversed(changes[:-1]):
+            if over(without := [other for other in changes if other != earlier]) <= 0:
+                changes = without
+        return [*advice, f"fits with {' '.join(f'--set {key}={str(value).lower()}' for key, value in changes)}"]
+    return [
+        *advice,
+        "too large for this card whatever is set: take a card with more memory or an FP8 checkpoint, or spread the "
+        "model's layers over several cards (--set lm.device=cuda:0,cuda:1)",
+    ]
+
+
+def _feeding(recipe: Recipe, gpus: int) -> list[str]:
+    if gpus == 1 or (batches := batches_of(recipe).count) >= 2 * gpus:
+        return []
+    window = 4 * gpus * min(recipe.corpus.batch_tokens, BATCH_POSITIONS)
+    return [
+        f"a window holds about {batches} language-model batches for {gpus} cards: "
+        f"--set activations.window_tokens={1 << (window - 1).bit_length()} shares them evenly"
+    ]
+
+
+def _savings(recipe: Recipe, gpus: int) -> Iterator[Change]:
+    """Less memory at little or no cost."""
+    if (batch_tokens := max(recipe.corpus.max_length, 8192)) < recipe.corpus.batch_tokens:
+        yield "corpus.batch_tokens", batch_tokens
+    if recipe.activations.overlap:
+        yield "activations.overlap", False
+    window = recipe.activations.window_tokens
+    if (half := max(recipe.training.batch_size, window // 2)) < window:
+        yield "activations.window_tokens", half
+    widest = max(point.dict_size for point in recipe.hook_points.values())
+    share = max(64, -(-widest // (64 * gpus)) * 64)
+    if gpus > 1 and share < min(widest, recipe.training.latents_per_rank or widest):
+        yield "training.latents_per_rank", share
+    if recipe.training.moments == "float32":
+        yield "training.moments", "bfloat16"
+
+
+def _changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
+    for key, value in changes:
+        part, name = key.split(".")
+        recipe = recipe.model_copy(update={part: getattr(recipe, part).model_copy(update={name: value})})
+    return recipe
