@@ -93,6 +93,11 @@ class SourceRecipe(_Node):
     revision: str | None = None
     """Commit or tag of the Hub dataset; resolved once and recorded in the run."""
 
+    @property
+    def generated(self) -> bool:
+        """Whether the built-in generator writes its conversations."""
+        return self.name in ("tool_use", "chat") and self.path is None and self.repo is None
+
     @model_validator(mode="after")
     def _files_need_a_path(self) -> SourceRecipe:
         if self.name == "files" and self.path is None:

@@ -28,10 +28,11 @@ from qwenscope.corpus.tool_use import (
 )
 from qwenscope.corpus.tool_use.dialogue import Dialogue
 from qwenscope.corpus.tool_use.exchanges import KINDS
-from qwenscope.corpus.tool_use.schema import Wording, content
+from qwenscope.corpus.tool_use.schema import Wording
+from qwenscope.corpus.tool_use.schema import content as read_content
 from qwenscope.errors import CorpusError
 
-CONTENT = content()
+CONTENT = read_content()
 TOOLS, TASKS, CHAINS = CONTENT.tools, CONTENT.tasks, CONTENT.chains
 SPLITS = pytest.mark.parametrize("held_out", [False, True], ids=["train", "held-out"])
 FIRST_FIVE = {
@@ -220,9 +221,9 @@ def wordings() -> Iterator[Wording]:
 def test_no_skeleton_is_shared_between_the_splits() -> None:
     train = {sentence for words in wordings() for skeleton in words.train for sentence in expansions(skeleton)}
     held_out = {sentence for words in wordings() for skeleton in words.held_out for sentence in expansions(skeleton)}
-    assert not train & held_out
-    assert len(train) > 1000
-    assert len(held_out) > 400
+    assert not (train & held_out) - {""}  # a line of slots alone
+    assert len(train) > 1500
+    assert len(held_out) > 700
 
 
 def test_no_sentence_is_shared_between_the_splits(drawn: dict[bool, list[dict[str, Any]]]) -> None:

@@ -1,6 +1,7 @@
 """Conversations of our own, with tools and without: sentences are data (`content/`), the generator is code."""
 
 from qwenscope.corpus.tool_use.generate import (
+    GENERATORS,
     chat_conversation,
     conversation_families,
     generate_tool_use,
@@ -9,6 +10,7 @@ from qwenscope.corpus.tool_use.generate import (
 )
 
 __all__ = [
+    "GENERATORS",
     "chat_conversation",
     "conversation_families",
     "generate_tool_use",

@@ -14,13 +14,20 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from qwenscope.corpus.tool_use.dialogue import Dialogue
 from qwenscope.corpus.tool_use.exchanges import KINDS
 from qwenscope.corpus.tool_use.schema import Topic, content
 from qwenscope.errors import CorpusError
 from qwenscope.files import atomic_path
+
+
+class Generator(Protocol):
+    """What makes conversation number `index` of a seed."""
+
+    def __call__(self, seed: int, index: int, *, held_out: bool = False) -> dict[str, Any]: ...
+
 
 _NAMES, _WEIGHTS = tuple(KINDS), tuple(weight for _, weight in KINDS.values())
 _TALK = frozenset({"knowledge", "greeting", "unsafe"})
@@ -62,7 +69,7 @@ def chat_conversation(seed: int, index: int, *, held_out: bool = False) -> dict[
     if greeted := d.rng.random() < 0.1:
         d.user(d.say("chat_greetings"))
         d.assistant(d.say("chat_greeted"))
-    count = d.rng.choice((1, 1, 2, 2, 2, 3))
+    count = d.rng.choice((1, 2, 2, 2, 2, 3))
     for number, topic in enumerate(_topics(d, count)):
         frame = ("chat_switches", 0.6) if number else ("chat_openings", 0.0 if greeted else 0.25)
         _talk_about(d, topic, *frame, fewest=2 if count == 1 else 1)
@@ -70,6 +77,10 @@ def chat_conversation(seed: int, index: int, *, held_out: bool = False) -> dict[
         d.user(d.say("chat_thanks"))
         d.assistant(d.say("chat_welcome"))
     return {"messages": d.messages}
+
+
+GENERATORS: dict[str, Generator] = {"tool_use": tool_use_conversation, "chat": chat_conversation}
+"""Generators by the name of their corpus source."""
 
 
 def generate_tool_use(n: int, seed: int, *, start: int = 0, held_out: bool = False) -> Iterator[dict[str, Any]]:
@@ -139,8 +150,8 @@ def _tools(d: Dialogue) -> list[dict[str, Any]]:
 
 
 def _topics(d: Dialogue, count: int) -> list[Topic]:
-    """`count` different topics, each as often as its weight says; one alone has much that may follow."""
-    topics = [topic for topic in content().topics if count > 1 or len(topic.turns) > 3]
+    """`count` different topics, each as often as its weight says; one alone is never of a table, which has few rows."""
+    topics = [topic for topic in content().topics if count > 1 or topic.draws.table is None]
     chosen: dict[str, Topic] = {}
     while len(chosen) < count:
         (topic,) = d.rng.choices(topics, [topic.weight for topic in topics])
@@ -149,7 +160,7 @@ def _topics(d: Dialogue, count: int) -> list[Topic]:
 
 
 def _talk_about(d: Dialogue, topic: Topic, frame: str, framed: float, fewest: int) -> None:
-    """The first question of a topic, in a frame with probability `framed`, and at least `fewest` of those that follow."""
+    """The first question of a topic, in a frame with probability `framed`, and `fewest` or more that follow."""
     slots = d.draw(topic.draws)
     chosen = [d.rng.random() < 0.6 for _ in topic.turns[1:]]
     later = topic.turns[1 : 1 + fewest] if sum(chosen) < fewest else itertools.compress(topic.turns[1:], chosen)

@@ -15,8 +15,11 @@ from random import Random
 from types import CodeType
 from typing import Any
 
-_MONTHS = "January February March April May June July August September October November December".split()
-_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+_WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 _BUILTINS: dict[str, Any] = {
     f.__name__: f for f in (abs, bin, float, int, len, max, min, range, round, sorted, str, sum, zip)
 }
