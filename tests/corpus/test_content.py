@@ -88,8 +88,8 @@ def test_sums_products_and_shares_are_right(chats: dict[bool, list[dict[str, Any
     for pattern, check in {
         r"\b(\d+) (?:x|times) (\d+) (?:=|is) (\d+)": lambda a, b, c: a * b == c,
         r"\b(\d+) % of (\d+) is (\d+)[.,\s]": lambda a, b, c: a * b == 100 * c,
-        r"\b(\d+) divided by (\d+) is (\d+)[.,]": lambda a, b, c: a == b * c,
-        r"\b(\d+) °C is (-?\d+) °F()": lambda c, f, _: f == c * 9 / 5 + 32,
+        r"(?<!times )\b(\d+) divided by (\d+) is (\d+)[.,]": lambda a, b, c: a == b * c,
+        r"(-?\b\d+) °C is (-?\d+) °F()": lambda c, f, _: f == c * 9 / 5 + 32,
     }.items():
         for found in re.findall(pattern, text):
             assert check(*(int(number or 0) for number in found)), found

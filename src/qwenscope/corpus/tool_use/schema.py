@@ -251,8 +251,8 @@ class _Reader:
         """Skeletons of one meaning, which may use `slots` (not checked where None) and those of the world."""
         lines = self.lines(value)
         for line in lines:
-            for slot in _SLOT.findall(line) if slots is not None else ():
-                if slot not in slots and slot not in WORLD:
+            for slot in _SLOT.findall(line):
+                if slots is not None and slot not in slots and slot not in WORLD:
                     raise self.wrong(f"{line!r} uses the slot {slot}, which is not drawn")
         split = self.divide(lines, str)
         for held_out in (False, True):
@@ -294,7 +294,7 @@ class _Reader:
         name = entry.get("table")
         if name is not None and name not in self.tables:
             raise self.wrong(f"there is no table {name}")
-        table = self.tables.get(name)
+        table = self.tables[name] if name is not None else None
         slots = set(table.train[0]) if table else set()
         drawn = self.expressions(entry.get("draw") or {}, slots)
         cases = []
