@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+PAGE := src/qwenscope/features/browser/page
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -35,11 +36,15 @@ test-slow: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/oxfmt --check '$(PAGE)/*.js'
+	$(BIN)/oxlint --deny-warnings $(PAGE)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/oxfmt '$(PAGE)/*.js'
+	$(BIN)/oxlint --fix $(PAGE)
 
 clean:
 	rm -rf $(VENV) runs

@@ -7,7 +7,7 @@
 The public names, loaded when first used:
 
 - `TopKSAE`, `Codes`, `load_suite`: an SAE, its sparse codes, a whole suite from a folder or the Hub.
-- `SAETrainer`: one optimiser step at a time, on anyone's activations.
+- `SAETrainer`: one optimizer step at a time, on anyone's activations.
 - `Recipe`, `load_recipe`: everything a run depends on.
 - `train`, `evaluate`: a run and its measurements.
 - `QwenscopeError`: base class of every error a user can cause and cure.

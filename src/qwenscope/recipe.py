@@ -119,7 +119,7 @@ class PrivacyRecipe(_Node):
     drop_toxic: bool = True
     """Drop WildChat rows flagged as toxic."""
     scrub: bool = True
-    """Replace e-mail addresses, IBANs, card and phone numbers and IP addresses in WildChat by typed placeholders."""
+    """Replace structured identifiers in WildChat (docs/corpus.md lists their kinds) by typed placeholders."""
 
 
 class CorpusRecipe(_Node):

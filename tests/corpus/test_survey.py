@@ -85,4 +85,4 @@ def test_the_fixture_through_the_survey(shared_data: Path, tokenizer: PreTrained
     privacy = json.loads((tmp_path / "privacy_report.json").read_text(encoding="utf-8"))
     assert privacy["sources"]["wildchat"]["dropped_countries"]["Germany"] > 50
     assert privacy["sources"]["wildchat"]["revision"].startswith("sha256:")
-    assert privacy["filter_version"] == 1
+    assert privacy["filter_version"] == 2

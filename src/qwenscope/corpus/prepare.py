@@ -71,8 +71,9 @@ class Preparer:
         if not isinstance(row, dict):
             raise Dropped("malformed_row")
         if self.schema == "wildchat":
-            turns, outcome.scrubbed = self.privacy.apply(row)
-            return clean(turns, None)
+            messages, _ = clean(self.privacy.apply(row), None)
+            messages, outcome.scrubbed = self.privacy.scrub_all(messages)  # as rendered: text parts are joined by now
+            return messages, None
         return clean(row.get("messages"), row.get("tools"))
 
 

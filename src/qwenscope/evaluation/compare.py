@@ -17,7 +17,7 @@ import torch
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
 from qwenscope.evaluation.pairs import BOOTSTRAP, Pair, compare_split, overlap, unit_decoder
-from qwenscope.evaluation.run import fired
+from qwenscope.evaluation.run import counts, fired
 from qwenscope.opening import check_widths, open_target
 from qwenscope.sae.topk import TopKSAE
 
@@ -85,10 +85,7 @@ def compare(
     return {
         "language_model": {"name": lm.name, "revision": lm.revision},
         "suites": {"first": str(first), "second": str(second)},
-        "data": {
-            name: {"conversations": len(found), "tokens": sum(len(each.token_ids) for each in found)}
-            for name, found in splits.items()
-        },
+        "data": counts(splits),
         "bootstrap": BOOTSTRAP,
         "pairs": [_pair_result(pair, saes, hooked, measured, opened.recipe.seed) for pair in pairs],
     }

@@ -58,7 +58,9 @@ def evaluate(
     for split, conversations in splits.items():
         logger.info("measuring %d SAEs on %d conversations of %s", len(opened.saes), len(conversations), split)
         measured[split] = SplitMeter(lm, opened.saes, opened.layers, conversations, opened.recipe).run()
-    result = _result(opened, lm, measured, _describe_data(splits, data, budget))
+    origin = "held out by the recipe" if data is None else data.name
+    described = {"origin": origin, "tokens_per_split_at_most": budget, "splits": counts(splits)}
+    result = _result(opened, lm, measured, described)
     page = report_html(result, opened.folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", result)
@@ -96,17 +98,11 @@ def _result(
     }
 
 
-def _describe_data(splits: Mapping[str, list[Conversation]], data: Path | None, budget: int) -> dict[str, Any]:
+def counts(splits: Mapping[str, list[Conversation]]) -> dict[str, dict[str, int]]:
+    """How much was measured of each split."""
     return {
-        "origin": "held out by the recipe" if data is None else data.name,
-        "tokens_per_split_at_most": budget,
-        "splits": {
-            split: {
-                "conversations": len(conversations),
-                "tokens": sum(len(conversation.token_ids) for conversation in conversations),
-            }
-            for split, conversations in splits.items()
-        },
+        split: {"conversations": len(found), "tokens": sum(len(each.token_ids) for each in found)}
+        for split, found in splits.items()
     }
 
 

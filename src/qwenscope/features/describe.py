@@ -19,7 +19,7 @@ from torch import Tensor
 from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
 from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
-from qwenscope.features.token_text import Piece, alone, readable
+from qwenscope.features.token_text import TokenText, alone, readable
 from qwenscope.files import read_json
 from qwenscope.lm.forward import final_norm, unembedding
 from qwenscope.opening import SPLITS
@@ -52,7 +52,7 @@ class Latent:
 class Texts:
     """The tokens of a finished corpus pass by address, in memory-mapped files."""
 
-    def __init__(self, corpus_pass: CorpusPass, vocabulary: Sequence[Piece]) -> None:
+    def __init__(self, corpus_pass: CorpusPass, vocabulary: Sequence[TokenText]) -> None:
         self.vocabulary = vocabulary
         path = corpus_pass.work / "tokens.bin"
         starts = [0]

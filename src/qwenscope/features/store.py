@@ -20,7 +20,7 @@ import numpy as np
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
-from qwenscope.features.token_text import Piece, alone, readable
+from qwenscope.features.token_text import TokenText, alone, readable
 
 FILE = "index.sqlite"
 VERSION = 2
@@ -88,7 +88,7 @@ class Index:
         self.saes: dict[str, dict[str, Any]] = {id: json.loads(summary) for _, id, summary in rows}
         self._ordinals: dict[str, int] = {id: ordinal for ordinal, id, _ in rows}
         self._ids = {ordinal: id for id, ordinal in self._ordinals.items()}
-        self._pieces: dict[int, Piece] = {}
+        self._pieces: dict[int, TokenText] = {}
 
     def suite(self) -> dict[str, Any]:
         """What the overview shows: {"meta", "saes": {id: summary}}."""
@@ -222,7 +222,7 @@ class Index:
             "split": split,
         }
 
-    def _read_pieces(self, connection: sqlite3.Connection, ids: set[int]) -> dict[int, Piece]:
+    def _read_pieces(self, connection: sqlite3.Connection, ids: set[int]) -> dict[int, TokenText]:
         """Pieces of the vocabulary by id, `ids` among them; each is read once."""
         missing = sorted(ids - self._pieces.keys())
         for start in range(0, len(missing), 500):

@@ -11,25 +11,25 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-Piece = str | bytes
+TokenText = str | bytes
 """A token's text; its bytes where they are no whole characters."""
 REPLACEMENT = "\ufffd"
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> list[Piece]:
+def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> list[TokenText]:
     """The piece of each token; the replacement character where a tokenizer does not tell its bytes."""
     ids = list(token_ids)
     if not ids:
         return []
-    texts: list[Piece] = list(tokenizer.batch_decode([[id] for id in ids], clean_up_tokenization_spaces=False))
+    texts: list[TokenText] = list(tokenizer.batch_decode([[id] for id in ids], clean_up_tokenization_spaces=False))
     for place, (id, text) in enumerate(zip(ids, texts, strict=True)):
         if REPLACEMENT in text:
             texts[place] = _bytes_of(str(tokenizer.convert_ids_to_tokens(id))) or text
     return texts
 
 
-def readable(pieces: Sequence[Piece]) -> list[str]:
+def readable(pieces: Sequence[TokenText]) -> list[str]:
     """Texts of successive tokens, one each; what never becomes a character is the replacement character."""
     whole = [piece for piece in pieces if isinstance(piece, str)]
     if len(whole) == len(pieces):
@@ -51,7 +51,7 @@ def readable(pieces: Sequence[Piece]) -> list[str]:
     return texts
 
 
-def alone(piece: Piece) -> str:
+def alone(piece: TokenText) -> str:
     """A token's text without its neighbours."""
     return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
 

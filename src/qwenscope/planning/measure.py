@@ -2,7 +2,7 @@
 
 Timed are the parts that a run consists of, at the recipe's own shapes: reading a corpus that is here, one decoder layer
 of each kind with random weights on a batch like the run's own (a run passes each of them many times), calibrating each
-size of SAE and one optimiser step of it, and for comparison with data sheets one large product and one large copy.
+size of SAE and one optimizer step of it, and for comparison with data sheets one large product and one large copy.
 Nothing is downloaded.
 """
 
