@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from standin.model import standin_config
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
 
@@ -41,7 +42,6 @@ from qwenscope.doctor import examine
 from qwenscope.lm.load import cut_config, layer_kinds, pick_dtype
 from qwenscope.lm.model import LanguageModel, decoder_layers
 from qwenscope.lm.placement import pick_devices
-from qwenscope.lm.standin import standin_config
 from qwenscope.planning.measure import product_tflops
 from qwenscope.planning.plan import model_size
 from qwenscope.recipe import Recipe, load_recipe

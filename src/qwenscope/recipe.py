@@ -129,8 +129,9 @@ class HookPoint(_Node):
 class SourceRecipe(_Node):
     """One source of conversations."""
 
-    name: Literal["ultrachat", "wildchat", "tool_use", "files"]
-    """Which schema: ultrachat_200k, WildChat-1M, tool-use conversations, or files with `messages` rows."""
+    name: Literal["ultrachat", "wildchat", "tool_use", "chat", "files"]
+    """Which schema: ultrachat_200k, WildChat-1M, tool-use or plain conversations (generated unless a path or a repo is
+    given), or files with `messages` rows."""
     weight: Annotated[float, Field(ge=1e-9, le=1e9)]
     """Share of tokens, relative to the other sources' weights."""
     path: Path | None = None
@@ -139,6 +140,11 @@ class SourceRecipe(_Node):
     """Hub dataset instead of the source's own."""
     revision: str | None = None
     """Commit or tag of the Hub dataset; resolved once and recorded in the run."""
+
+    @property
+    def generated(self) -> bool:
+        """Whether the built-in generator writes its conversations."""
+        return self.name in ("tool_use", "chat") and self.path is None and self.repo is None
 
     @model_validator(mode="after")
     def _files_need_a_path(self) -> SourceRecipe:

@@ -153,9 +153,7 @@ def _conversations(recipe: Recipe) -> tuple[list[int], float]:
     """Lengths of conversations of sources on this machine (none where they are elsewhere), and seconds per token of
     reading them: 0 where other processes read ahead.
     """
-    generated_or_local = all(
-        source.path or (source.name == "tool_use" and not source.repo) for source in recipe.corpus.sources
-    )
+    generated_or_local = all(source.path or source.generated for source in recipe.corpus.sources)
     if not generated_or_local:
         return [], 0.0
     stream = CorpusStream(recipe.corpus, load_tokenizer(recipe.lm), seed=recipe.seed)
