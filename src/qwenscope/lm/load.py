@@ -93,7 +93,7 @@ def _check_tokenizer(lm: LanguageModel) -> None:
 
     Special tokens that no template writes may lie beyond: placeholders of images, or defaults of the tokenizer's class.
     """
-    rows, tokenizer = len(lm.model.get_input_embeddings().weight), lm.tokenizer  # type: ignore[arg-type]
+    rows, tokenizer = lm.known_tokens, lm.tokenizer
     unused = {token for token in tokenizer.all_special_tokens if token not in str(tokenizer.chat_template)}
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     if wanted := beyond.keys() - unused:
@@ -173,7 +173,7 @@ def check_hook_points(lm_or_kinds: LanguageModel | Sequence[Kind], hook_points: 
             names; RecipeError: a site's name is none. Both name the hook point.
     """
     lm = lm_or_kinds if isinstance(lm_or_kinds, LanguageModel) else None
-    kinds = lm.layer_kinds if lm else lm_or_kinds
+    kinds = lm_or_kinds.layer_kinds if isinstance(lm_or_kinds, LanguageModel) else lm_or_kinds
     sites = hooked_sites(hook_points)
     for name, point in hook_points.items():
         if point.layer >= len(kinds):
