@@ -39,12 +39,6 @@ class RowSource(Protocol):
             {site: x_CTD} in `dtype`, on `device`; what stands at the padding means nothing.
         """
 
-    @property
-    def known_tokens(self) -> int:
-        """Rows of the embedding."""
-        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
-        return len(weight)
-
     def digest(self, last_layer: int) -> str:
         """Hex digits that tell models whose rows differ apart: weights up to `last_layer`, and who computes."""
 
