@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from qwenscope.corpus.repair import Dropped
+from qwenscope.errors import QwenscopeError
 
 
 def damaged(files: Iterable[Path], flips: int, truncations: int, seed: int) -> Iterator[Path]:
@@ -21,3 +25,18 @@ def damaged(files: Iterable[Path], flips: int, truncations: int, seed: int) -> I
         victim.write_bytes(data)
         yield victim
         victim.write_bytes(sound[victim])
+
+
+def refusal(act: Callable[[], Any]) -> str | None:
+    """What `act` refuses with: one line that can be shown; None where it succeeds. Any other error goes through."""
+    try:
+        act()
+    except (QwenscopeError, Dropped) as error:
+        message = str(error)
+    else:
+        return None
+    assert message.isprintable()
+    assert message == message.strip()
+    assert message
+    assert not message.endswith(":")
+    return message

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
-FOUNDATION = ("errors", "files", "checksums", "seeds", "recipe", "hub", "costs", "machine")
+FOUNDATION = (
+    *("errors", "files", "checksums", "seeds", "strict_yaml", "recipe_keys", "recipe", "limits", "hub", "costs"),
+    "machine",
+)
 ROOMS = (
     *(frozenset({name}) for name in FOUNDATION),
     frozenset({"sae", "corpus"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,12 @@ def test_override_reaches_keys_lists_and_whole_trees() -> None:
         ("seed.deeper=1", "seed.deeper"),
         ("nonsense", "nonsense"),
         ("training.tokens=[", "training.tokens"),
+        ("training.tokens={a: 1, a: 2}", "a is given twice"),
+        ("training.tokens=2024-99-99", "training.tokens"),
+        ("corpus.sources.²=1", "no item of a list"),
+        ("corpus.sources." + "9" * 5000 + "=1", "no item of a list"),
+        ("lm.lm.lm=1", "lm.lm"),
+        ("seed=\udcff", "seed"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_its_key(override: str, culprit: str) -> None:
@@ -91,12 +98,122 @@ def test_a_bad_value_is_one_line_that_names_its_key(override: str, culprit: str)
     assert "\n" not in message
 
 
+def standin_tree() -> dict[str, Any]:
+    return dict(yaml.safe_load(load_recipe("standin").to_yaml()))
+
+
 @pytest.mark.parametrize("text", ["", "just a string", "a: [", "- list"])
 def test_a_file_that_is_no_recipe_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=r"broken\.yaml"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("corpus:", "  sae_attn_mid: {layer: 2}\ncorpus:", "hook_points.sae_attn_mid is given twice"),
+        ("seed: 42", "seed: 42\nseed: 43", r"seed is given twice, first in line 1 \(line 2\)"),
+        ("seed: 42", "seed: 2024-13-45", r"'2024-13-45' is not a possible timestamp \(line 1\)"),
+        ("seed: 42", "seed: 2024-01-01", "seed: Input should be a valid integer"),
+        ("seed: 42", "seed: " + "9" * 5000, r"is not a possible int \(line 1\)"),
+        ("seed: 42", "seed: 0x" + "f" * 5000, r"is not a possible int \(line 1\)"),
+        ("seed: 42", "seed: 1.0e400", "seed: "),
+        ("seed: 42", "seed: !!bool perhaps", "'perhaps' is not a possible bool"),
+        ("seed: 42", "seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("seed: 42", "seed: " + "[" * 40 + "]" * 40, "nested deeper than 32 levels"),
+        ("seed: 42", "seed: " + "[" * 5000, "nested too deeply"),
+        ("seed: 42", "seed: &x [*x]", "or itself"),
+        ("seed: 42", f"seed: &a [{'x,' * 99}]\nx: &b [{'*a,' * 99}]\ny: [{'*b,' * 99}]", "holds more than"),
+        ("seed: 42", "seed: 42\x00", "unacceptable character"),
+        ("seed: 42", "seed: \"\\e[31m\"", "seed: "),
+        ("lr: 0.006", "lr: 1.0e+308", r"hook_points\.sae_delta_early\.lr.*not 1e\+308"),
+        ("dict_size: 256", "dict_size: 1000000000000", "dict_size.*less than"),
+        ("window_tokens: 32768", "window_tokens: 1000000000000000000", "window_tokens.*less than"),
+        ("cache: null", "cache: nosuch://x", "nosuch:// is no scheme"),
+        ("cache: null", "cache: simplecache::nosuch://x", "nosuch:// is no scheme"),
+    ],
+)  # fmt: skip
+def test_what_a_file_cannot_mean_is_one_line(old: str, new: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    text = load_recipe("standin").to_yaml()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(RecipeError, match=f"recipe.yaml.*{said}") as caught:
+        load_recipe(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_aliases_and_merged_keys_may_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    points = "hook_points:\n  a: &shape {layer: 6, dict_size: 64, k: 4, lr: 0.1}\n  b: {<<: *shape, layer: 7}\n"
+    tree = {key: value for key, value in standin_tree().items() if key != "hook_points"}
+    path.write_text(points + yaml.safe_dump(tree))
+    assert {id: (point.layer, point.k) for id, point in load_recipe(path).hook_points.items()} == {
+        "a": (6, 4),
+        "b": (7, 4),
+    }
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_another_encoding_is_named_and_a_byte_order_mark_passes(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    text = "# für später\n" + load_recipe("standin").to_yaml()
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(RecipeError, match=r"recipe\.yaml is no recipe: .*(UTF-8|unacceptable character)"):
+        load_recipe(path)
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert load_recipe(path) == load_recipe("standin")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\x00b", "large.yaml", "."])
+def test_what_cannot_be_a_recipes_file_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("large.yaml").write_bytes(b"#" * (1 << 21))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "taken", ["config.json", "README.md", "evaluation.json", "SHA256SUMS", "Recipe.yaml", "saelens"]
+)
+def test_an_id_that_a_releases_own_file_has_is_refused(taken: str) -> None:
+    tree = standin_tree()
+    points = {taken: next(iter(tree["hook_points"].values()))}
+    with pytest.raises(ValueError, match=f"{taken} is the name of a release's own file"):
+        Recipe.model_validate({**tree, "hook_points": points})
+
+
+def test_too_few_tokens_name_the_key_that_cures_it() -> None:
+    few = "training.tokens=20000"
+    with pytest.raises(RecipeError, match=r"set training\.warmup_steps to \d+ \(\d+ at most\)") as caught:
+        load_recipe("standin", [few])
+    fitting, most = map(int, re.findall(r"to (\d+) \((\d+) at most", str(caught.value))[0])
+    for steps in (fitting, most):
+        assert load_recipe("standin", [few, f"training.warmup_steps={steps}"]).training.warmup_steps == steps
+    with pytest.raises(RecipeError, match="at most"):
+        load_recipe("standin", [few, f"training.warmup_steps={most + 1}"])
+
+
+def test_a_published_recipe_keeps_nothing_of_this_machine(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        "standin",
+        [
+            f"lm.model={tmp_path}/models/tiny",
+            f"corpus.sources=[{{name: files, path: {tmp_path}/chats, weight: 1}}]",
+            "activations.cache='s3://me:password@store.example/windows'",
+        ],
+    )
+    public = recipe.published()
+    assert public.lm.model == "tiny"
+    assert public.corpus.sources[0].path == Path("chats")
+    assert "password" not in public.to_yaml()
+    assert str(tmp_path) not in public.to_yaml()
+    assert recipe.published().published() == public
+    assert load_recipe("qwen3.5-35b-a3b").published() == load_recipe("qwen3.5-35b-a3b")
 
 
 def test_a_missing_recipe_lists_the_packaged_ones() -> None:

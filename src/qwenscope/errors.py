@@ -5,10 +5,34 @@ keeps its traceback. 2 is typer's own usage error, 130 and 143 are SIGINT and SI
 """
 
 
+def printable(text: str) -> str:
+    """`text` on one line that is safe to show: its lines are joined; control characters, marks that turn the writing
+    direction and lone surrogates become escapes such as \\x1b.
+
+    >>> printable("a\\n b\\x1b[31m")
+    'a b\\\\x1b[31m'
+    """
+    line = " ".join(filter(None, map(str.strip, text.expandtabs(1).splitlines())))
+    return line if line.isprintable() else "".join(map(_escaped, line))
+
+
+def reason(error: BaseException, most: int = 300) -> str:
+    """What an error says, on one line of at most so many characters; its type where it says nothing."""
+    return printable(str(error))[:most].rstrip(" :") or type(error).__name__
+
+
+def _escaped(sign: str) -> str:
+    return sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii")
+
+
 class QwenscopeError(ValueError):
     """Base class: something outside the code is wrong, and the message says what and how to cure it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message as one line that a terminal and a log can take."""
+        return printable(super().__str__())
 
 
 class RecipeError(QwenscopeError):

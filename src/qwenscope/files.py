@@ -6,15 +6,18 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from qwenscope.errors import FormatError, ResourceError
+from qwenscope.errors import FormatError, ResourceError, reason
 
 _CHUNK = 1 << 20
+_UMASK_LOCK = Lock()
 
 
 def sha256(path: Path) -> str:
@@ -36,13 +39,30 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Flush a file that another library wrote, and give it ordinary permissions (safetensors leaves 0600)."""
-    path.chmod(0o644)
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file that another library wrote, and give it the permissions of any new file (safetensors leaves 0600).
+
+    Raises:
+        OSError: `path` is a link, or whatever the disk says.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
+        os.fchmod(descriptor, 0o666 & ~_umask())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    """What the user keeps from others; the only way to read it is to set it for a moment."""
+    with _UMASK_LOCK:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask
+
+
+def _aside(path: Path) -> Path:
+    """A hidden sibling's name that nobody can have foreseen."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
 
 
 @contextmanager
@@ -64,9 +84,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _aside(path)
     try:
         with disk_full_named(path):
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
             yield temporary
             fsync_file(temporary)
             os.replace(temporary, path)
@@ -90,14 +111,16 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        FormatError: the file is missing or is not JSON.
+        FormatError: the file is missing, cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path} is not JSON ({error}); restore it or make it again") from None
+    except (ValueError, RecursionError) as error:  # not text, not JSON, numbers or nesting without measure
+        raise FormatError(f"{path} is not JSON ({reason(error)}); restore it or make it again") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({reason(error)})") from None
 
 
 @contextmanager
@@ -111,8 +134,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FormatError(f"{folder} exists and is not empty; choose another folder, or remove it")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _aside(folder.absolute())
     try:
         with disk_full_named(folder):
             temporary.mkdir()

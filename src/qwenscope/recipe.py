@@ -6,24 +6,31 @@ what was probably meant), an impossible value or a missing file is a RecipeError
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qwenscope.errors import RecipeError
+from qwenscope.errors import RecipeError, reason
+from qwenscope.recipe_keys import first_problem, keys_of
+from qwenscope.strict_yaml import YamlError, parse_yaml, read_yaml
 
 _SAE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_RELEASE_NAMES = (
+    *("readme.md", "config.json", "evaluation.json", "evaluation.parquet", "metrics.parquet", "recipe.yaml"),
+    *("run.json", "privacy_report.json", "notebook.ipynb", "sha256sums", "saelens", "license"),
+)
+"""What else stands in a release beside the SAEs' folders; no id may be one of them, upper or lower case."""
+_MOST = 10**15  # of anything that is counted
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=_MOST)]
+Count = Annotated[int, Field(ge=0, le=_MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -60,15 +67,15 @@ class LMRecipe(_Node):
 class HookPoint(_Node):
     """Where one SAE reads the residual stream, and that SAE's size."""
 
-    layer: Annotated[int, Field(ge=0)]
+    layer: Annotated[int, Field(ge=0, lt=1_000_000)]
     """Index of the decoder layer after which the residual stream is read."""
     kind: Literal["deltanet", "attention"] | None = None
     """Kind the layer must have; null for models without kinds."""
-    dict_size: Positive
+    dict_size: Annotated[int, Field(gt=0, lt=1 << 31)]
     """Number of latents."""
     k: Positive
     """Latents active per token."""
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0, le=1)]
     """Peak learning rate."""
 
     @model_validator(mode="after")
@@ -83,7 +90,7 @@ class SourceRecipe(_Node):
 
     name: Literal["ultrachat", "wildchat", "tool_use", "files"]
     """Which schema: ultrachat_200k, WildChat-1M, tool-use conversations, or files with `messages` rows."""
-    weight: Annotated[float, Field(gt=0)]
+    weight: Annotated[float, Field(ge=1e-9, le=1e9)]
     """Share of tokens, relative to the other sources' weights."""
     path: Path | None = None
     """Local .parquet, .jsonl or .jsonl.gz file, or a folder of them, instead of the Hub."""
@@ -123,13 +130,13 @@ class CorpusRecipe(_Node):
     """Where conversations come from; weights are shares of tokens."""
     privacy: PrivacyRecipe = PrivacyRecipe()
     """The filter's rules."""
-    max_length: Annotated[int, Field(ge=2)] = 2048
+    max_length: Annotated[int, Field(ge=2, le=_MOST)] = 2048
     """Tokens per conversation; longer ones are truncated and counted."""
     batch_tokens: Positive = 32_768
     """Token budget of one language-model batch, padding included."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of conversations kept for evaluation (by hash) where a source has no test split."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Count = 0
     """Processes that render and tokenise ahead of the model; 0 does it in the main process."""
 
     @model_validator(mode="after")
@@ -153,6 +160,18 @@ class ActivationsRecipe(_Node):
     overlap: bool = True
     """Harvest the next window while SAEs train on the current one; false holds one window in memory instead of two."""
 
+    @field_validator("cache")
+    @classmethod
+    def _a_known_place(cls, cache: str | None) -> str | None:
+        from fsspec.registry import available_protocols  # type: ignore[import-untyped]  # 0.2 s, and rarely needed
+
+        for scheme in re.findall(r"(?:^|::)([^:/]*)(?=://|::)", cache or ""):
+            if scheme not in available_protocols():
+                raise ValueError(
+                    f"{scheme}:// is no scheme that fsspec knows; use a folder, or s3://, gs://, az:// ..."
+                )
+        return cache
+
 
 class TrainingRecipe(_Node):
     """The SAE trainers' common settings; sizes and learning rates stand with the hook points."""
@@ -161,7 +180,7 @@ class TrainingRecipe(_Node):
     """Residual-stream rows each SAE is trained on, each used once."""
     batch_size: Positive = 4096
     """Rows per optimiser step."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    warmup_steps: Count = 1000
     """Steps of linear warmup."""
     decay_share: Share = 0.2
     """Last share of the run in which the learning rate falls linearly to zero."""
@@ -169,25 +188,25 @@ class TrainingRecipe(_Node):
     """Centre and scale rows by constants measured once; folded into the saved weights."""
     calibration_tokens: Positive = 50_000
     """First rows from which mean, scale and the encoder's initial scale are measured."""
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    aux_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 1 / 32
     """Weight of the auxiliary dead-latent loss; 0 turns it off."""
     aux_k: Positive | None = None
     """Dead latents that reconstruct the residual; null is half the hidden dimension."""
     dead_after_tokens: Positive | None = None
     """Tokens without a positive activation after which a latent is dead; null is 2 % of the run."""
-    resample_every_steps: Annotated[int, Field(ge=0)] = 0
+    resample_every_steps: Count = 0
     """Steps between resamplings of dead latents; 0 never resamples."""
     precision: Literal["auto", "exact", "fp32", "bf16"] = "auto"
     """Arithmetic of the step: exact selects in bf16 and certifies in fp32; auto decides by device."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam's decay rates."""
-    eps: Annotated[float, Field(gt=0)] = 6.25e-10
+    eps: Annotated[float, Field(gt=0, le=1)] = 6.25e-10
     """Adam's epsilon (Gao et al. 2024)."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm above which the gradient is scaled down; null never clips."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Storage of Adam's moments."""
-    latents_per_rank: Annotated[int, Field(ge=64)] | None = None
+    latents_per_rank: Annotated[int, Field(ge=64, le=_MOST)] | None = None
     """Under torchrun, an SAE with more latents is spread over as many ranks as it takes; null never spreads one."""
 
 
@@ -223,7 +242,7 @@ class TelemetryRecipe(_Node):
 class Recipe(_Node):
     """Everything a run depends on."""
 
-    seed: int = 42
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] = 42
     """Governs initialisation, order, shuffling and resampling."""
     lm: LMRecipe
     hook_points: Annotated[dict[str, HookPoint], Field(min_length=1)]
@@ -241,6 +260,8 @@ class Recipe(_Node):
         for sae_id in hook_points:
             if not _SAE_ID.fullmatch(sae_id):
                 raise ValueError(f"{sae_id!r} is not an SAE id: letters, digits, '_', '-' and '.', at most 64")
+            if sae_id.lower() in _RELEASE_NAMES:
+                raise ValueError(f"{sae_id} is the name of a release's own file; choose another id")
         return hook_points
 
     @model_validator(mode="after")
@@ -253,9 +274,11 @@ class Recipe(_Node):
             )
         warmup = training.warmup_steps * training.batch_size
         if warmup + training.decay_share * training.tokens > training.tokens:
+            fitting = int((1 - training.decay_share) * training.tokens) // training.batch_size
             raise ValueError(
                 f"training.warmup_steps {training.warmup_steps} x batch_size {training.batch_size} = {warmup:,} tokens "
-                f"and decay_share {training.decay_share} do not fit in training.tokens {training.tokens:,}"
+                f"and decay_share {training.decay_share} do not fit in training.tokens {training.tokens:,}; set "
+                f"training.warmup_steps to {fitting // 4} ({fitting} at most)"
             )
         return self
 
@@ -276,10 +299,30 @@ class Recipe(_Node):
         """The whole tree with every default written out; `load_recipe` reads it back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
+    def published(self) -> Recipe:
+        """The recipe without what belongs to this machine: folders and files by their last part, no cache."""
+        sources = tuple(
+            source if source.path is None else source.model_copy(update={"path": Path(source.path.name)})
+            for source in self.corpus.sources
+        )
+        return self.model_copy(
+            update={
+                "lm": self.lm.model_copy(update={"model": public_name(self.lm.model)}),
+                "corpus": self.corpus.model_copy(update={"sources": sources}),
+                "activations": self.activations.model_copy(update={"cache": None}),
+            }
+        )
+
     def fingerprint(self) -> str:
         """16 hex digits that change with every value in the tree."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def public_name(model: str) -> str:
+    """A model's name fit for publication: Hub ids as they are, folders by their last part."""
+    path = Path(model)
+    return path.name if path.is_absolute() or model.startswith((".", "~")) or path.is_dir() else model
 
 
 def packaged_recipes() -> list[str]:
@@ -300,23 +343,19 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{origin}: {_first_problem(error)}") from None
+        raise RecipeError(f"{origin}: {first_problem(error, Recipe)}") from None
 
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
     path = Path(name)
-    if name in packaged_recipes():
-        text = (files("qwenscope") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif name.removesuffix(".yaml") in packaged_recipes():
-        return _read(name.removesuffix(".yaml"))
-    else:
-        raise RecipeError(f"{name} is neither a file nor a packaged recipe ({', '.join(packaged_recipes())})")
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+        if (packaged := name.removesuffix(".yaml")) in packaged_recipes() and (name == packaged or not path.is_file()):
+            name, path = packaged, Path(str(files("qwenscope") / "recipes" / f"{packaged}.yaml"))
+        elif not path.is_file():
+            raise RecipeError(f"{name} is neither a file nor a packaged recipe ({', '.join(packaged_recipes())})")
+        tree = read_yaml(path)
+    except (YamlError, OSError) as error:
+        raise RecipeError(f"{name} is no recipe: {reason(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{name} holds no keys; see `qwenscope recipe standin` for a whole one")
     return tree, name
@@ -328,66 +367,28 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {override}: write key=value, such as training.tokens=1000000")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {key}: {text!r} is not a YAML value") from None
+        value = parse_yaml(text)
+    except YamlError as error:
+        raise RecipeError(f"--set {key}: {text[:60]!r} is not a YAML value: {error}") from None
     *parents, last = key.split(".")
     node: Any = tree
-    for part in [*parents, last]:
-        parent = node
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise RecipeError(f"--set {key}: {part!r} is no item of a list of {len(node)}")
-            node = node[int(part)]
-        elif isinstance(node, dict):
-            if part is not last:
-                node = node.setdefault(part, {})
-        else:
-            raise RecipeError(f"--set {key}: nothing can be set below a value at {part!r}")
-    parent[int(last) if isinstance(parent, list) else last] = value
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, key)[int(part)]
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _item(node, last, key)[int(last)] = value
+
+
+def _item(node: Any, part: str, key: str) -> list[Any]:
+    """`node` as a list that has an item of this number."""
+    if not isinstance(node, list):
+        raise RecipeError(f"--set {key}: nothing can be set below a value at {part!r}")
+    if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
+        raise RecipeError(f"--set {key}: {part!r} is no item of a list of {len(node)}")
+    return node
 
 
 def keys() -> dict[str, str]:
     """Every key of a recipe with its meaning; <id> stands for an SAE's id, <n> for a place in a list."""
-    return dict(_keys(Recipe, ""))
-
-
-def _keys(node: type[_Node], prefix: str) -> Iterator[tuple[str, str]]:
-    for name, field in node.model_fields.items():
-        inner, place = _node_in(field.annotation)
-        if inner is None:
-            yield f"{prefix}{name}", field.description or ""
-        else:
-            yield from _keys(inner, f"{prefix}{name}{place}.")
-
-
-def _node_in(annotation: Any) -> tuple[type[_Node] | None, str]:
-    """The part of the tree that a field holds, and how its key goes on: once, by id, or by place."""
-    if isinstance(annotation, type) and issubclass(annotation, _Node):
-        return annotation, ""
-    found = next((node for node, _ in map(_node_in, get_args(annotation)) if node), None)
-    return found, {dict: ".<id>", tuple: ".<n>"}.get(get_origin(annotation), "") if found else ""
-
-
-def _meant(key: str) -> str:
-    """What an unknown key was probably meant to be: one spelt like it beside it, or of its name elsewhere."""
-    template = re.sub(r"^hook_points\.[^.]+", "hook_points.<id>", re.sub(r"\.\d+", ".<n>", key))
-    place, _, name = template.rpartition(".")
-    paths = {path for leaf in keys() for path in accumulate(leaf.split("."), "{}.{}".format)}
-    known = [path.rpartition(".")[::2] for path in sorted(paths)]
-    close = difflib.get_close_matches(name, [last for where, last in known if where == place], n=1)
-    found = [(place, last) for last in close] or [pair for pair in known if pair[1] == name]
-    return " or ".join(".".join(filter(None, pair)) for pair in found)
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        meant = _meant(key)
-        return f"unknown key {key}; " + (f"did you mean {meant}?" if meant else "see qwenscope recipe --help-keys")
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict | list | BaseModel) else f", not {problem['input']!r}"
-    return f"{key}: {message}{given}" if key else message
+    return dict(keys_of(Recipe))

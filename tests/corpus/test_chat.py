@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import itertools
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +215,102 @@ def test_what_cannot_be_rendered_is_dropped_by_name(
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    import copy
-
-    bare = copy.copy(tokenizer)
-    bare.chat_template = None
     with pytest.raises(CorpusError, match="no chat template"):
-        render([{"role": "user", "content": "a"}], None, bare, 10)
+        render([{"role": "user", "content": "a"}], None, with_template(tokenizer, None), 10)
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: Any) -> PreTrainedTokenizerBase:
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages[0].content.index('z') }}", "template: ValueError"),
+        ("{{ '{x}'.format(y=1) }}", "template: KeyError"),
+        ("{{ 1 // (messages|length - 1) }}", "template: ZeroDivisionError"),
+        ("{% for i in range(10000000) %}{% endfor %}", "template: OverflowError"),
+        ("{{ messages[0].content.encode('ascii') }}", "template: UnicodeEncodeError"),
+        ("{{ messages[0].content + 1 }}", "template: TypeError"),
+        ("{{ messages[0].nothing.more }}", "template: .*no attribute 'nothing'"),
+        ("{{ raise_exception('a\n\x1b[31mb') }}", r"template: a \\x1b\[31mb$"),
+        ("{% for %}", "template: "),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "template: RecursionError"),
+    ],
+)
+def test_a_template_that_fails_drops_the_row(tokenizer: PreTrainedTokenizerBase, template: str, reason: str) -> None:
+    with pytest.raises(Dropped, match=reason):
+        render([{"role": "user", "content": "hé"}], None, with_template(tokenizer, template), 100)
+
+
+def test_a_template_that_refuses_marks_still_gives_roles(tokenizer: PreTrainedTokenizerBase) -> None:
+    strict = "{% for m in messages %}{{ m.role }}: {{ m.content.encode('ascii').decode() }}\n{% endfor %}"
+    found = by_role(with_template(tokenizer, strict), [{"role": "user", "content": "user"}])
+    assert found == [("user", "user"), ("template", ": user\n")]  # the first place where the content can stand
+
+
+def test_named_templates_need_a_default(tokenizer: PreTrainedTokenizerBase) -> None:
+    question = [{"role": "user", "content": "a"}]
+    with pytest.raises(CorpusError, match="chat templates rag, tool_use and none named default"):
+        render(question, None, with_template(tokenizer, {"tool_use": "x", "rag": "y"}), 100)
+    named = with_template(tokenizer, {"default": tokenizer.chat_template, "rag": "y"})
+    assert np.array_equal(
+        render(question, None, named, 100).token_ids, render(question, None, tokenizer, 100).token_ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("{% for t in tools %}{{ t | tojson }}\n{% endfor %}", json.dumps),
+        ("{% for t in tools %}{{ t | tojson(indent=4) }}\n\n{% endfor %}", lambda tool: json.dumps(tool, indent=4)),
+        ("[TOOLS]{{ tools | tojson(indent=2) }}\n", lambda tool: textwrap.indent(json.dumps(tool, indent=2), "  ")[2:]),
+        ("{{ tools | tojson(sort_keys=true) }}\n", lambda tool: json.dumps(tool, sort_keys=True)),
+        ("{% for t in tools %}{{ t.function | tojson }}\n{% endfor %}", lambda tool: json.dumps(tool["function"])),
+        ("{% for t in tools %}{{ t | tojson(separators=(',', ':')) }}\n{% endfor %}", None),
+    ],
+)
+def test_tools_are_the_systems_however_they_are_written(
+    tokenizer: PreTrainedTokenizerBase, written: str, wanted: Any
+) -> None:
+    template = written + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    other = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "b": [1, {}], "a": None}}}
+    messages = [{"role": "user", "content": 'say {"a": 1}'}, {"role": "assistant", "content": "{} no"}]
+    found = by_role(with_template(tokenizer, template), messages, [WEATHER, other])
+    wanted = wanted or (lambda tool: json.dumps(tool, separators=(",", ":")))
+    assert [text for role, text in found if role == "system"] == [wanted(WEATHER), wanted(other)]
+    assert [text for role, text in found if role == "user"] == ['say {"a": 1}']
+    assert [text for role, text in found if role == "assistant"] == ["{} no"]
+
+
+def test_a_conversation_beyond_all_bounds_is_dropped_before_it_costs_memory(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    long_call = {"role": "assistant", "content": "", "tool_calls": [call("f", {"x": "y" * 2_000_000})]}
+    for messages in (
+        [{"role": "user", "content": "x" * 2_000_001}],
+        [{"role": "user", "content": "x"}] * 10_001,
+        [{"role": "user", "content": "a"}, long_call],
+    ):
+        with pytest.raises(Dropped, match="too_long"):
+            render(messages, None, tokenizer, 100)
+
+
+def test_long_conversations_are_tokenised_in_groups_to_the_same_end(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwenscope.corpus.chat._MOST_CHARACTERS", 2000)
+    renderer = Renderer(tokenizer, 10**7)
+    layouts = [
+        renderer.layout([{"role": "user", "content": letter * size}], None)
+        for letter, size in zip("abcde", (900, 1200, 5, 1900, 7), strict=True)
+    ]
+    together = renderer.encode(layouts)
+    alone = [renderer.encode([layout])[0] for layout in layouts]
+    assert [len(one.token_ids) for one in together] == [len(one.token_ids) for one in alone]
+    assert all(np.array_equal(a.token_ids, b.token_ids) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +201,31 @@ def test_workers_return_the_same_and_their_state_is_of_what_was_returned(
     assert all(map(same, take(here, 30), take(again, 30)))
 
 
+SCRIPT = """
+from transformers import AutoTokenizer
+from qwenscope.corpus.stream import CorpusStream
+from qwenscope.lm.standin import STANDIN_FOLDER
+from qwenscope.recipe import CorpusRecipe, SourceRecipe
+
+class Mine:
+    pass
+
+corpus = CorpusRecipe(sources=(SourceRecipe(name="tool_use", weight=1),))
+stream = CorpusStream(corpus, AutoTokenizer.from_pretrained(STANDIN_FOLDER), seed=0, workers=2)
+print("read", len([next(stream) for _ in range(5)]))
+stream.close()
+"""
+
+
+@pytest.mark.parametrize("by", ["file", "stdin"])
+def test_a_script_without_a_main_guard_may_have_workers(by: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [sys.executable, str(tmp_path / "script.py")] if by == "file" else [sys.executable, "-"]
+    done = subprocess.run(words, input=SCRIPT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "read 5\n"
+
+
 def test_a_changed_file_is_named(mixed: CorpusRecipe, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     stream = CorpusStream(mixed, tokenizer, seed=0)
     next(stream)
@@ -274,6 +303,61 @@ def test_lines_that_are_not_rows_are_counted(tmp_path: Path, tokenizer: PreTrain
         "malformed_messages": 1,
         "lone_surrogate": 1,
     }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_template_that_takes_nothing_ends_an_endless_source(tokenizer: PreTrainedTokenizerBase, workers: int) -> None:
+    deaf = copy.copy(tokenizer)
+    deaf.chat_template = "{{ raise_exception('Not a word.') }}"
+    stream = CorpusStream(corpus(SourceRecipe(name="tool_use", weight=1)), deaf, seed=0, workers=workers)
+    with pytest.raises(CorpusError, match=r"source tool_use .*1,000 conversations .*\(template: Not a word\. 1000\)"):
+        next(stream)
+    stream.close()
+
+
+def test_reasons_that_differ_row_by_row_do_not_pile_up(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    talking = copy.copy(tokenizer)
+    talking.chat_template = "{{ raise_exception(messages[0].content) }}"
+    path = write_rows("rows.jsonl", [chat(f"row {i}") for i in range(300)])
+    stream = CorpusStream(corpus(files(path), held_out_share=1e-9), talking, seed=0)
+    with pytest.raises(CorpusError, match="keeps none of its 300 rows"):
+        list(stream)
+    dropped = stream.report()["sources"]["files"]["dropped"]
+    assert len(dropped) == 101
+    assert dropped["other"] == 200
+
+
+def test_a_line_beyond_all_bounds_is_counted_and_the_next_one_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    good = json.dumps(chat("x")).encode()
+    long = json.dumps(chat("y" * (3 << 24))).encode()
+    exact = json.dumps(chat("z")).encode()
+    exact += b" " * ((1 << 24) - 1 - len(exact))  # its line end is the last byte that is read
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([long, good, b"[" + b"{}," * 10**7, exact, long]))
+    stream = CorpusStream(corpus(files(tmp_path), held_out_share=1e-9), tokenizer, seed=0)
+    assert [c.messages[0]["content"] for c in stream] == ["x", "z"]
+    assert stream.report()["sources"]["files"]["dropped"] == {"too_long": 3}
+
+
+def test_a_file_name_that_is_no_text_is_read_like_any_other(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for number, name in enumerate((b"a\xff.jsonl", b"b\xfe.jsonl")):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_text(json.dumps(chat(f"x{number}")) + "\n")
+    stream = CorpusStream(corpus(files(tmp_path), held_out_share=1e-9), tokenizer, seed=0)
+    assert len(list(stream)) == 2
+
+
+def test_surrogates_leave_a_row_out_even_where_the_template_does_not_show_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    row = chat("x")
+    row["messages"][1]["tool_calls"] = [{"id": "\ud800", "function": {"name": "f", "arguments": {"\udfff": 1}}}]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(chat('y'))}\n")
+    stream = CorpusStream(corpus(files(tmp_path), held_out_share=1e-9), tokenizer, seed=0)
+    assert len(list(stream)) == 1
+    assert stream.report()["sources"]["files"]["dropped"] == {"lone_surrogate": 1}
 
 
 def test_parquet_arguments_lose_the_nulls_that_arrow_added(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

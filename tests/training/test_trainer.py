@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +327,26 @@ def test_learning_recovers_known_features() -> None:
     cosine = (truth @ trainer.sae().decoder.weight.detach()).max(1).values
     assert float((cosine > 0.9).double().mean()) >= 0.9
     assert metrics.lr == pytest.approx(1e-2 / 120)
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.usefixtures("default_dtype")
+def test_the_default_dtype_changes_nothing(options: dict[str, Any], dtype: torch.dtype) -> None:
+    batches = [rows(BATCH, seed) for seed in range(14)]
+    states = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        trainer = make_trainer(**options)
+        if options.get("normalise"):
+            trainer.calibrate(batches[0])
+        for x_BD in batches:
+            trainer.step(x_BD)
+        states.append(trainer)
+    assert same_state(*states)

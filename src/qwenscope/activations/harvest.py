@@ -112,7 +112,7 @@ def _forward(
         starts[member] = total
         total += length
     rows = {layer: torch.empty(total, lm.hidden_dim, dtype=lm.dtype, device=lm.device) for layer in layers}
-    norms = {layer: torch.empty(total, device=lm.device) for layer in layers}
+    norms = {layer: torch.empty(total, device=lm.device, dtype=torch.float32) for layer in layers}
     for batch in batches:
         streams = lm.streams(batch.input_ids_CT, batch.lengths_C, layers)
         for layer, x_CTD in streams.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import typer
+from rich.markup import escape
 
 from qwenscope.cli.options import Data, Out, TargetName, err, out
 from qwenscope.cli.progress import phases
@@ -95,7 +96,9 @@ def steer(
     lm = opened.language_model()
     for piece in side_by_side(lm, prompt_tokens(lm, prompt), pushes, max_new_tokens=max_new_tokens):
         if piece.effect is not None:
-            out.print(f"\n[bold]{piece.run}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False)
+            out.print(
+                f"\n[bold]{escape(piece.run)}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False
+            )
         out.print(piece.text, end="", markup=False, highlight=False)
     out.print()
 

@@ -6,7 +6,6 @@ and its own exit code; with `--debug` the traceback is shown as well.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from qwenscope.cli.options import (
     export_format,
     import_format,
     out,
+    set_up_output,
     show,
 )
 from qwenscope.cli.progress import phases, run_demo, train_with_progress
@@ -188,7 +188,7 @@ def generate(
     from qwenscope.corpus.tool_use import write_tool_use
 
     write_tool_use(path, n, seed, held_out=held_out)
-    err.print(f"{n:,} conversations in {path}")
+    err.print(f"{n:,} conversations in {path}", markup=False)
 
 
 @standin_app.command("train")
@@ -301,7 +301,7 @@ def release(
     build_release(run, path, repo=push)
     if push is not None:
         for line in push_folder(path, push, tag=tag, dry_run=dry_run):
-            out.print(line)
+            out.print(line, markup=False)
 
 
 @app.command(rich_help_panel="Share")
@@ -329,12 +329,12 @@ def main() -> None:
     """Entry point of the console script and of `python -m qwenscope`."""
     debug = _take_debug_flag()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")  # `doctor` names missing kernels
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    set_up_output(debug)
     try:
         app()
     except QwenscopeError as error:
         if debug:
             raise
         label = "error" if _RANK is None else f"error on rank {_RANK}"
-        err.print(f"[bold red]{label}[/]:", escape(" ".join(str(error).split())), highlight=False)
+        err.print(f"[bold red]{label}[/]:", escape(str(error)), highlight=False)
         sys.exit(error.exit_code)

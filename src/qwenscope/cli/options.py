@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from typer.core import TyperCommand
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal would obey instead of showing it: control characters but line ends and tabs, turns of the writing
+direction; and lone surrogates, which no encoding has."""
+
+
+def visible(text: str) -> str:
+    """`text` with an escape in place of each character that a terminal would obey."""
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _Console(Console):
+    """Shows what it is given: texts of corpora, models, labels and names move no cursor and change no color."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+out = _Console(soft_wrap=True)
+err = _Console(stderr=True, soft_wrap=True)
+
+
+def set_up_output(debug: bool) -> None:
+    """Log to stderr, and write escapes for what an output's encoding lacks (a pipe's may be ASCII)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+
+
+def write_json(value: Any) -> None:
+    """One JSON object on stdout, in any encoding."""
+    plain = not sys.stdout.encoding.lower().startswith("utf")
+    text = json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False)
+    sys.stdout.write(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Packaged recipe (e.g. standin) or a YAML file.")]
 Overrides = Annotated[
@@ -35,7 +80,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 def show(report: Any, as_json: bool, tables: Callable[[Any], Table | Iterable[Table]]) -> None:
     """A result on stdout, as one JSON object or as tables."""
     if as_json:
-        sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(report)
     else:
         shown = tables(report)
         for table in [shown] if isinstance(shown, Table) else shown:

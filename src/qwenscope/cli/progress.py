@@ -43,6 +43,7 @@ def train_with_progress(recipe: Recipe, run: Path, resume: bool, console: Consol
     console.print(
         f"{len(recipe.hook_points)} SAEs in {run / 'saes'}, {recipe.training.tokens:,} tokens each, {_clock(seconds)}",
         highlight=False,
+        markup=False,
     )
 
 
@@ -70,7 +71,9 @@ def run_demo(run: Path, console: Console, out: Console) -> None:
     package = run / "release"
     if not package.exists():
         release(run, package)
-    out.print(f"SAEs      {run / 'saes'}\nreport    {run / 'report.html'}\nrelease   {package}", highlight=False)
+    out.print(
+        f"SAEs      {run / 'saes'}\nreport    {run / 'report.html'}\nrelease   {package}", highlight=False, markup=False
+    )
 
 
 @contextmanager

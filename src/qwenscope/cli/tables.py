@@ -72,7 +72,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """`compare`'s object: per layer and split, both suites' numbers side by side."""
-    table = _plain("{first} against {second}".format(**result["suites"]))
+    table = _plain(escape("{first} against {second}".format(**result["suites"])))
     table.caption = "shared: latents of the first with a decoder direction in the second above cosine 0.7"
     for heading in ("layer", "split", "FVU", "", "L0", "", "CE mean", "", "shared"):
         table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
@@ -112,7 +112,7 @@ def doctor_table(report: Mapping[str, Any]) -> Table:
             f"{missing['package']}: {missing['buys']}; {missing['get'].replace('[', chr(92) + '[')}",
         )
     for problem in report["problems"]:
-        table.add_row("[red]problem[/]", problem)
+        table.add_row("[red]problem[/]", escape(problem))
     if (test := report.get("self_test")) is not None:
         verdict = "[green]same bits after a kill[/]" if test["identical"] else "[red]different bits after a kill[/]"
         table.add_row("self-test", f"{verdict}: {test['detail']}")
@@ -140,7 +140,7 @@ def survey_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     rules.add_column("count", justify="right")
     for name, cell in report["sources"].items():
         for reason, count in sorted(cell["dropped"].items()):
-            rules.add_row(f"{name}: {reason}", f"{count:,}")
+            rules.add_row(escape(f"{name}: {reason}"), f"{count:,}")
     for kind, count in sorted(report["scrubbed"].items()):
         rules.add_row(f"scrubbed: {kind}", f"{count:,}")
     if rules.row_count:

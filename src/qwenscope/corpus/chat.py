@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, decoders
 
 from qwenscope.corpus.repair import Dropped, Message, clean, split_of
-from qwenscope.errors import CorpusError
+from qwenscope.errors import CorpusError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +35,10 @@ ROLES = ("system", "user", "assistant", "tool_call", "tool_result", "think", "te
 
 _SYSTEM, _USER, _ASSISTANT, _TOOL_CALL, _TOOL_RESULT, _THINK, _TEMPLATE = range(len(ROLES))
 _CODES = {"system": _SYSTEM, "user": _USER, "assistant": _ASSISTANT, "tool": _TOOL_RESULT}
+_MOST_CHARACTERS = 2_000_000
+"""Of one conversation, and of what is tokenised at a time: the tokenizer takes some 130 bytes for each."""
+_MOST_MESSAGES = 10_000
+_MOST_OBJECTS = 10_000  # of JSON that are looked at in one rendered text
 _OPEN, _CLOSE = 0xFDD0, chr(0xFDDF)
 _MARKERS = re.compile("([\ufdd0-\ufddf])")
 _Roles = NDArray[np.uint8]
@@ -117,9 +123,15 @@ class Renderer:
     """Renders conversations with one tokenizer; holds what can be worked out once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        """Raises CorpusError if the tokenizer has no chat template or is not a fast one."""
-        if not getattr(tokenizer, "chat_template", None):
+        """Raises CorpusError if the tokenizer has no chat template, several without a default, or is not a fast one."""
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
             raise CorpusError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use a chat model's")
+        if isinstance(template, dict) and "default" not in template:
+            raise CorpusError(
+                f"the tokenizer of {tokenizer.name_or_path} has the chat templates {', '.join(sorted(template))} and "
+                "none named default; name one of them so in its tokenizer_config.json"
+            )
         if not tokenizer.is_fast:
             raise CorpusError(
                 f"the tokenizer of {tokenizer.name_or_path} has no tokenizer.json; only fast ones are read"
@@ -145,37 +157,53 @@ class Renderer:
         """Render cleaned messages to text with a role for each character.
 
         Raises:
-            Dropped: the template refuses, or the text cannot be encoded.
+            Dropped: the template refuses, the text cannot be encoded, or is too long to be looked at.
         """
+        if len(messages) > _MOST_MESSAGES or sum(len(message["content"]) for message in messages) > _MOST_CHARACTERS:
+            raise Dropped("too_long")
         text = self._apply(messages, tools)
+        if len(text) > _MOST_CHARACTERS:
+            raise Dropped("too_long")
         if not text.isascii():
             _check_characters(text)
             if self._normalise is not None and self._normalise(text) != text:  # the tokenizer would do it unseen
-                messages, tools = _map_strings(self._normalise, messages), _map_strings(self._normalise, tools)
+                try:
+                    messages, tools = _map_strings(self._normalise, messages), _map_strings(self._normalise, tools)
+                except RecursionError:
+                    raise Dropped("not_json") from None
                 text = self._apply(messages, tools)
         roles = self._character_roles(text, messages, tools)
         return Layout(text, roles, messages, tools)
 
     def encode(self, layouts: Sequence[Layout]) -> list[Rendered]:
         """Tokenise, truncate and carry roles from characters to tokens."""
+        self._backend.no_truncation()  # a tokenizer may have been saved, or called elsewhere, with either
+        self._backend.no_padding()
         encode = self._backend.encode_batch if self._bytes_V is None else self._backend.encode_batch_fast  # no offsets
-        encodings = encode([layout.text for layout in layouts], add_special_tokens=False)
-        return [self._rendered(layout, encoding) for layout, encoding in zip(layouts, encodings, strict=True)]
+        rendered: list[Rendered] = []
+        for group in _groups(layouts):
+            encodings = encode([layout.text for layout in group], add_special_tokens=False)
+            rendered += map(self._rendered, group, encodings)
+        return rendered
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tools=list(tools or ()) or None, tokenize=False))
         except TemplateError as error:
-            raise Dropped(f"template: {' '.join(str(error).split())[:80]}") from None
-        except (TypeError, RecursionError) as error:
+            raise Dropped(f"template: {reason(error, 80)}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program, and may fail like one; its words may hold the content
             raise Dropped(f"template: {type(error).__name__}") from None
 
     def _character_roles(self, text: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> _Roles:
         roles = np.full(len(text), _TEMPLATE, dtype=np.uint8)
         marked, cores = _mark(messages)
         starts = _only_placement(text, cores)
+        pieces: list[str] = []
         if starts is None:
-            pieces = _MARKERS.split(self._apply(marked, tools))
+            with suppress(Dropped):  # a template that looks into the content may refuse the marks
+                pieces = _MARKERS.split(self._apply(marked, tools))
             if "".join(pieces[::2]) == text:
                 _fill_between_markers(roles, pieces)
             else:  # the template looks into the content and treats marked text differently
@@ -184,13 +212,8 @@ class Renderer:
             for start, (code, core) in zip(starts, cores, strict=True):
                 if start >= 0:
                     roles[start : start + len(core)] = code
-        end = 0
-        for tool in tools or ():
-            schema = json.dumps(tool, ensure_ascii=False)  # as transformers' tojson writes it
-            start = text.find(schema, end)
-            if start >= 0:
-                end = start + len(schema)
-                roles[start:end] = _SYSTEM
+        for start, end in _tool_places(text, roles, tools or ()):
+            roles[start:end] = _SYSTEM
         return roles
 
     def _rendered(self, layout: Layout, encoding: Encoding) -> Rendered:
@@ -231,6 +254,58 @@ def renderer_for(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Rendere
         CorpusError: the tokenizer has no chat template or is not a fast one.
     """
     return Renderer(tokenizer, max_length)
+
+
+def _groups(layouts: Sequence[Layout]) -> Iterator[list[Layout]]:
+    """All layouts in their order, in groups of at most _MOST_CHARACTERS."""
+    group: list[Layout] = []
+    characters = 0
+    for layout in layouts:
+        if group and characters + len(layout.text) > _MOST_CHARACTERS:
+            yield group
+            group, characters = [], 0
+        group.append(layout)
+        characters += len(layout.text)
+    if group:
+        yield group
+
+
+def _tool_places(text: str, roles: _Roles, tools: Sequence[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each tool's schema: as transformers' tojson writes it by default, else any JSON of its value.
+
+    Raises:
+        Dropped: not_json.
+    """
+    end = 0
+    objects: list[tuple[int, int, Any]] | None = None
+    for tool in tools:
+        try:
+            schema = json.dumps(tool, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            raise Dropped("not_json") from None
+        start = text.find(schema, end)
+        place = (start, start + len(schema)) if start >= 0 else None
+        if place is None:
+            objects = _objects(text, roles) if objects is None else objects
+            wanted = (tool, tool.get("function", tool))
+            place = next(((first, last) for first, last, value in objects if first >= end and value in wanted), None)
+        if place is not None:
+            end = place[1]
+            yield place
+
+
+def _objects(text: str, roles: _Roles) -> list[tuple[int, int, Any]]:
+    """(start, end, value) of the JSON objects that the template wrote, nested ones too."""
+    decoder = json.JSONDecoder()
+    objects = []
+    braces = (match.start() for match in re.finditer(r"\{", text) if roles[match.start()] == _TEMPLATE)
+    for start in islice(braces, _MOST_OBJECTS):
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        objects.append((start, end, value))
+    return objects
 
 
 def _check_characters(text: str) -> None:

@@ -15,6 +15,10 @@ from qwenscope.corpus.sources import Chunk, Source
 from qwenscope.corpus.workers import prepare_in_worker
 from qwenscope.errors import CorpusError
 
+_MOST_REFUSED = 1_000
+"""Rows of an endless source that may be left out one after another: a finite one ends by itself."""
+_MOST_REASONS = 100
+"""Reasons that are counted apart: a chat template's may hold a row's own words."""
 _Prepared = tuple[int, list[Outcome]]  # shard number and what became of its rows
 
 
@@ -35,7 +39,8 @@ class Counts:
         """Count one row."""
         self.rows_in += 1
         if outcome.dropped is not None:
-            _increase(self.dropped, outcome.dropped)
+            known = outcome.dropped in self.dropped or len(self.dropped) < _MOST_REASONS
+            _increase(self.dropped, outcome.dropped if known else "other")
             if outcome.country is not None:
                 _increase(self.dropped_countries, outcome.country)
         elif outcome.conversation is None:
@@ -65,6 +70,7 @@ class Feed:
         self.used_up = False
         self._shard = 0
         self._row = 0
+        self._refused = 0  # rows left out since the last that was kept
         self._ready: Iterator[tuple[int, Outcome]] | None = None
         self._reader: ThreadPoolExecutor | None = None
 
@@ -76,7 +82,8 @@ class Feed:
             ahead: chunks kept in flight in the pool.
 
         Raises:
-            CorpusError: the source died, a worker died, or the whole source kept nothing.
+            CorpusError: the source died, a worker died, the whole source kept nothing, or an endless one nothing of
+                many rows.
         """
         if self._ready is None:
             chunks = self.source.chunks(self._shard, self._row)
@@ -86,8 +93,15 @@ class Feed:
         for shard, outcome in self._ready:
             self._shard, self._row = shard, outcome.row + 1
             self.counts.add(outcome)
+            self._refused += outcome.dropped is not None
             if outcome.conversation is not None:
+                self._refused = 0
                 return outcome.conversation
+            if self._refused == _MOST_REFUSED and not self.source.finite:
+                raise CorpusError(
+                    f"{self.source.where}: {_MOST_REFUSED:,} conversations one after another were left out "
+                    f"({self._reasons()}); take it out of corpus.sources, or another model's template"
+                )
         self.used_up = True
         self._ready = None
         self._check_not_empty()
@@ -139,11 +153,13 @@ class Feed:
         if counts.rows_in == 0:
             raise CorpusError(f"{self.source.where} has no rows; correct the source's path")
         if counts.conversations == 0 and counts.other_split == 0:
-            reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts.dropped.items()))
             raise CorpusError(
-                f"{self.source.where} keeps none of its {counts.rows_in} rows ({reasons}); "
+                f"{self.source.where} keeps none of its {counts.rows_in} rows ({self._reasons()}); "
                 "correct its schema or corpus.privacy"
             )
+
+    def _reasons(self) -> str:
+        return ", ".join(f"{reason} {number}" for reason, number in sorted(self.counts.dropped.items()))
 
 
 def _rows(prepared: Iterator[_Prepared]) -> Iterator[tuple[int, Outcome]]:

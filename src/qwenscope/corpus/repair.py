@@ -71,13 +71,16 @@ def conversation_id(messages: list[Message], tools: list[dict[str, Any]] | None)
     """16 hex digits of the content's hash: the same in every run and under every tokenizer.
 
     Raises:
-        Dropped: not_json, for arguments or tools that hold values JSON cannot.
+        Dropped: not_json, for arguments or tools that hold values JSON cannot; lone_surrogate.
     """
     try:
         text = json.dumps([messages, tools], sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError):  # values that only parquet can hold: NaN, bytes, timestamps
         raise Dropped("not_json") from None
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    try:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    except UnicodeEncodeError:
+        raise Dropped("lone_surrogate") from None
 
 
 def split_of(messages: list[Message], tools: list[dict[str, Any]] | None) -> str:

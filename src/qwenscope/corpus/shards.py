@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwenscope.corpus.repair import parse_json
-from qwenscope.errors import CorpusError
+from qwenscope.errors import CorpusError, reason
 from qwenscope.hub import retrying
 
 CHUNK_ROWS = 128
@@ -33,8 +33,14 @@ WILDCHAT_TURN = frozenset({"content", "role", "country", "redacted", "toxic"})
 Rows = list[tuple[int, Any]]
 
 
+_MOST_BYTES = 1 << 24  # of a line: more than the longest conversation that is kept
+
+
+@dataclass(frozen=True, slots=True)
 class Malformed:
-    """Stands in for a line that is not JSON; it is counted as a drop."""
+    """Stands in for a line that is not JSON or too long to be read; it is counted as a drop."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -162,15 +168,8 @@ def _jsonl(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterat
     with closing(retrying(shard.open, where)) as raw:
         rows: Rows = []
         for index, line in enumerate(_lines(shard, raw)):
-            if index < row or not line.strip():
-                continue
-            try:
-                item = parse_json(line)
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    raise CorpusError(f"{where} ends in the middle of line {index + 1}; fetch it again") from error
-                item = Malformed()
-            rows.append((index, item))
+            if index >= row and (line is None or line.strip()):
+                rows.append((index, _item(line, f"{where} ends in the middle of line {index + 1}")))
             if len(rows) == CHUNK_ROWS:
                 yield rows
                 rows = []
@@ -178,13 +177,26 @@ def _jsonl(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterat
             yield rows
 
 
-def _lines(shard: Shard, raw: IO[bytes]) -> Iterable[bytes]:
-    return gzip.GzipFile(fileobj=raw) if shard.name.endswith(".gz") else raw
+def _item(line: bytes | None, cut: str) -> Any:
+    if line is None:
+        return Malformed("too_long")
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        if not line.endswith(b"\n"):
+            raise CorpusError(f"{cut}; fetch it again") from error
+        return Malformed("malformed_row")
+
+
+def _lines(shard: Shard, raw: IO[bytes]) -> Iterator[bytes | None]:
+    """Line by line; None for one that is too long."""
+    file: Any = gzip.GzipFile(fileobj=raw) if shard.name.endswith(".gz") else raw
+    while line := file.readline(_MOST_BYTES):
+        too_long = False
+        while len(line) == _MOST_BYTES and not line.endswith(b"\n"):
+            too_long, line = True, file.readline(_MOST_BYTES)
+        yield None if too_long else line
 
 
 def _unreadable(shard: Shard, where: str, error: BaseException) -> CorpusError:
-    return CorpusError(f"{where}: {shard.name} cannot be read ({_one_line(error)}); restore the file")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return CorpusError(f"{where}: {shard.name} cannot be read ({reason(error)}); restore the file")

@@ -7,6 +7,7 @@ revision pins the content: the Hub's commit, a digest of local files, or the gen
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -180,7 +181,7 @@ def _local_shards(path: Path, where: str) -> tuple[str, list[Shard]]:
         raise CorpusError(f"{where} holds no {', '.join(SUFFIXES)} file")
     text = "\n".join(f"{name} {sha256(root / name)}" for name in names)
     shards = [Shard(name, partial(_open_local, root / name)) for name in names]
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}", shards
+    return f"sha256:{hashlib.sha256(os.fsencode(text)).hexdigest()}", shards
 
 
 def _generator_revision() -> str:

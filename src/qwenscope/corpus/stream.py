@@ -21,6 +21,7 @@ from qwenscope.corpus.privacy import PrivacyFilter, privacy_report
 from qwenscope.corpus.sources import open_source, source_ids
 from qwenscope.corpus.workers import worker_pool
 from qwenscope.errors import CorpusError
+from qwenscope.limits import check_workers
 from qwenscope.recipe import CorpusRecipe
 from qwenscope.seeds import derive_seed
 
@@ -58,7 +59,9 @@ class CorpusStream:
 
         Raises:
             CorpusError: a source is missing, empty or not what `revisions` say; names it.
+            RecipeError: more workers than the machine can use.
         """
+        check_workers(workers)
         renderer = renderer_for(tokenizer, corpus.max_length)
         privacy = PrivacyFilter(corpus.privacy)
         self._rules = corpus.privacy

@@ -66,11 +66,13 @@ class _Padding:
     def __init__(self, window_tokens: int, budget: int) -> None:
         self._window_tokens, self._budget = window_tokens, budget
         self._window: list[int] = []
+        self._tokens = 0  # of the window
         self._kept = self._filled = 0
 
     def add(self, length: int) -> None:
         self._window.append(length)
-        if sum(self._window) >= self._window_tokens:
+        self._tokens += length
+        if self._tokens >= self._window_tokens:
             self._close()
 
     def share(self) -> float:
@@ -80,9 +82,9 @@ class _Padding:
 
     def _close(self) -> None:
         lengths = self._window
-        self._kept += sum(lengths)
+        self._kept += self._tokens
         self._filled += sum(len(members) * lengths[members[0]] for members in cut(lengths, self._budget))
-        self._window = []
+        self._window, self._tokens = [], 0
 
 
 def _write(file: TextIO | None, conversation: Conversation) -> None:

@@ -5,20 +5,39 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 from typing import Any
 
 from qwenscope.corpus.prepare import Outcome, Preparer
 
 _preparers: dict[str, Preparer] = {}
+_MAIN_LOCK = threading.Lock()
+
+
+class _Worker(SpawnProcess):
+    """A process that does not import the script it was started from: one without a main guard would run again there."""
+
+    def start(self) -> None:
+        with _MAIN_LOCK:
+            script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:
+                super().start()
+            finally:
+                sys.modules["__main__"] = script
+
+
+class _Context(SpawnContext):
+    Process = _Worker  # type: ignore[assignment]
 
 
 def worker_pool(workers: int, preparers: Mapping[str, Preparer]) -> ProcessPoolExecutor:
     """Fresh processes (never forks of one that may hold threads or a GPU), each with every source's preparer."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(dict(preparers),))
+    return ProcessPoolExecutor(workers, mp_context=_Context(), initializer=_start, initargs=(dict(preparers),))
 
 
 def prepare_in_worker(source: str, rows: list[tuple[int, Any]]) -> list[Outcome]:

@@ -144,7 +144,7 @@ def matched_latents(first: TopKSAE, second: TopKSAE) -> dict[str, Any]:
         second, cosine], ...] of the closest 20}.
     """
     a_ND, b_MD = unit_decoder(first).cpu(), unit_decoder(second).cpu()
-    best_M = torch.full((len(b_MD),), -torch.inf)
+    best_M = torch.full((len(b_MD),), -torch.inf, dtype=torch.float32)
     owner_M = torch.zeros(len(b_MD), dtype=torch.int64)
     cosine_N, partner_N = torch.empty(len(a_ND)), torch.empty(len(a_ND), dtype=torch.int64)
     for start in range(0, len(a_ND), _CHUNK):

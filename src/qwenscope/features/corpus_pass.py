@@ -215,7 +215,7 @@ def _context(conversations: Sequence[Conversation], token_R: Tensor, conversatio
     """One-hot split and role of each row: float32 [R, len(SPLITS) + len(ROLES)]."""
     split_C = torch.tensor([SPLITS.index(conversation.split) for conversation in conversations])
     role_T = torch.from_numpy(np.concatenate([conversation.roles for conversation in conversations]).astype(np.int64))
-    columns_RF = torch.zeros(len(token_R), CONTEXT_COLUMNS)
+    columns_RF = torch.zeros(len(token_R), CONTEXT_COLUMNS, dtype=torch.float32)
     columns_RF.scatter_(1, split_C[conversation_R].unsqueeze(1), 1.0)
     return columns_RF.scatter_(1, len(SPLITS) + role_T[token_R].unsqueeze(1), 1.0)
 
@@ -253,7 +253,7 @@ def _experts(
     router: nn.Module,
 ) -> Tensor:
     """float32 [T, E]: 1 where the router chose the expert; `batches` are the members of each pass, as harvest cuts."""
-    chosen_TE = torch.zeros(int(starts[-1]), len(router.weight))  # type: ignore[arg-type]
+    chosen_TE = torch.zeros(int(starts[-1]), len(router.weight), dtype=torch.float32)  # type: ignore[arg-type]
     for members, indices in zip(batches, passes, strict=True):
         indices_CTk = indices.view(len(members), -1, indices.shape[-1])
         for c, member in enumerate(members):

@@ -27,7 +27,7 @@ from qwenscope.features.corpus_pass import CorpusPass, OnProgress
 from qwenscope.features.describe import Describer, Latent, Texts, summary_of
 from qwenscope.features.parquet import ParquetFiles
 from qwenscope.features.store import FILE, SCHEMA, VERSION, key_of, pack
-from qwenscope.features.token_text import Piece, pieces_of
+from qwenscope.features.token_text import Piece, vocabulary_pieces
 from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
 from qwenscope.lm.load import LanguageModel
@@ -137,7 +137,7 @@ def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) 
 
 def _write_vocabulary(database: sqlite3.Connection, lm: LanguageModel) -> list[Piece]:
     """Every token's text, or bytes where it writes a part of a character."""
-    pieces = pieces_of(lm.tokenizer, range(len(unembedding(lm))))
+    pieces = vocabulary_pieces(lm.tokenizer, len(unembedding(lm)))
     database.executemany("INSERT INTO vocabulary VALUES (?, ?)", enumerate(pieces))
     return pieces
 

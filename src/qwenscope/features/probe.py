@@ -82,7 +82,7 @@ def probe_direction(
 def _folds(labels_R: Tensor, groups_R: Tensor, folds: int, seed: int) -> Tensor:
     """Fold of each row: groups shuffled, then dealt out in turn, those with positive rows first."""
     names, place_R = torch.unique(groups_R, return_inverse=True)
-    positive_G = torch.zeros(len(names)).index_add_(0, place_R, labels_R.float()) > 0
+    positive_G = torch.zeros(len(names), dtype=torch.float32).index_add_(0, place_R, labels_R.float()) > 0
     order_G = torch.randperm(len(names), generator=generator(seed, "probe folds"))
     order_G = order_G[torch.sort(positive_G[order_G].int(), descending=True, stable=True).indices]
     fold_G = torch.empty(len(names), dtype=torch.int64)

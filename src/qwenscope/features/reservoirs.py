@@ -60,8 +60,8 @@ class LatentTable(Tensors):
     }
 
     def __init__(self, latents: int, entries: int, window: int) -> None:
-        self.keys_NM = torch.full((latents, entries), -torch.inf)
-        self.values_NM = torch.zeros(latents, entries)
+        self.keys_NM = torch.full((latents, entries), -torch.inf, dtype=torch.float32)
+        self.values_NM = torch.zeros(latents, entries, dtype=torch.float32)
         self.addresses_NM = torch.full((latents, entries), -1, dtype=torch.int64)
         self.windows_NMW = torch.zeros(latents, entries, window, dtype=torch.float16)
 
@@ -109,7 +109,7 @@ class Sample(Tensors):
     SAVED: ClassVar = {"keys": "keys_S", "addresses": "addresses_S", "latents": "latents_S"}
 
     def __init__(self, size: int, shape: tuple[int, ...]) -> None:
-        self.keys_S = torch.full((size,), -torch.inf)
+        self.keys_S = torch.full((size,), -torch.inf, dtype=torch.float32)
         self.addresses_S = torch.full((size,), -1, dtype=torch.int64)
         self.latents_S = torch.full((size, *shape), -1, dtype=torch.int32)
 

@@ -97,7 +97,7 @@ class LatentStatistics(Tensors):
 
         self.firings.offer(
             latent_P,
-            torch.rand(len(latent_P), generator=random),
+            torch.rand(len(latent_P), generator=random, dtype=torch.float32),
             value_P,
             address_P,
             lambda chosen_S: windows(latent_P, address_P, chosen_S),
@@ -124,10 +124,10 @@ class LatentStatistics(Tensors):
 
     def _sample(self, latents_RK: Tensor, chunk: Chunk, random: torch.Generator) -> None:
         """Offer every row to the two samples of text."""
-        keys_R = torch.rand(len(latents_RK), generator=random)
+        keys_R = torch.rand(len(latents_RK), generator=random, dtype=torch.float32)
         fresh, places = self.coactive.enter(keys_R)
         self.coactive.put(places, keys_R[fresh], chunk.token_R[fresh] + chunk.start, latents_RK[fresh])
-        keys_R = torch.rand(len(latents_RK), generator=random)
+        keys_R = torch.rand(len(latents_RK), generator=random, dtype=torch.float32)
         fresh, places = self.background.enter(keys_R)
         token_S = chunk.token_R[fresh]
         rows_SW = _window_rows(token_S, chunk)
@@ -182,7 +182,7 @@ def _windows(latents_RK: Tensor, values_RK: Tensor, latent_S: Tensor, token_S: T
         mine_SWK = latents_RK[rows_SW.clamp(min=0)] == latent_s.to(torch.int32).view(-1, 1, 1)
         mine_SWK &= rows_SW.unsqueeze(2) >= 0
         s, w, k = mine_SWK.nonzero(as_tuple=True)
-        window_SW = torch.zeros(rows_SW.shape)
+        window_SW = torch.zeros(rows_SW.shape, dtype=torch.float32)
         window_SW[s, w] = values_RK[rows_SW[s, w], k]
         parts.append(window_SW)
     return torch.cat(parts)

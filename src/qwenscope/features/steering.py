@@ -79,7 +79,9 @@ class Steering:
     def push(self, x_CTD: Tensor) -> Tensor:
         """What is added to the residual stream at steered positions: float32 [C, T, D]."""
         x_CTD = x_CTD.float()
-        unit_CT = x_CTD.norm(dim=-1) if self.unit == "norm" else torch.full(x_CTD.shape[:-1], self.unit)
+        unit_CT = (
+            x_CTD.norm(dim=-1) if self.unit == "norm" else torch.full(x_CTD.shape[:-1], self.unit, dtype=torch.float32)
+        )
         amount_CT = self.strength * unit_CT.to(x_CTD.device)
         if self.mode != "add":
             assert self.sae is not None
@@ -167,7 +169,8 @@ def controls(
         pools = alive or [range(steering.sae.dict_size) for steering in steerings if steering.sae is not None]
         found["random latent"] = [_other(*pair, random) for pair in zip(steerings, pools, strict=True)]
     found["random direction"] = [
-        replace(steering, along=torch.randn(len(steering.direction_D), generator=random)) for steering in steerings
+        replace(steering, along=torch.randn(len(steering.direction_D), generator=random, dtype=torch.float32))
+        for steering in steerings
     ]
     return found
 

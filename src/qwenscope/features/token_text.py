@@ -18,15 +18,49 @@ _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> list[Piece]:
-    """The piece of each token; the replacement character where a tokenizer does not tell its bytes."""
+    """The piece of each token of a whole text: together they are what the tokenizer decodes the text to."""
     ids = list(token_ids)
     if not ids:
         return []
-    texts: list[Piece] = list(tokenizer.batch_decode([[id] for id in ids], clean_up_tokenization_spaces=False))
-    for place, (id, text) in enumerate(zip(ids, texts, strict=True)):
-        if REPLACEMENT in text:
-            texts[place] = _bytes_of(str(tokenizer.convert_ids_to_tokens(id))) or text
-    return texts
+    pieces = _inner_pieces(tokenizer, ids)  # many decoders drop a space where a text begins, or add none where it ends
+    pieces[:1] = _inner_pieces(tokenizer, ids[:1], begins=True, ends=len(ids) == 1)
+    if len(ids) > 1:
+        pieces[-1:] = _inner_pieces(tokenizer, ids[-1:], ends=True)
+    return pieces
+
+
+def vocabulary_pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> list[Piece]:
+    """The piece of each of the first `size` ids, as it is between other tokens."""
+    return _inner_pieces(tokenizer, range(size))
+
+
+def _inner_pieces(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], begins: bool = False, ends: bool = False
+) -> list[Piece]:
+    """What each token adds to a text, decoded between two others, or where the text begins or ends with it.
+
+    The replacement character stands where a tokenizer does not tell a token's bytes.
+    """
+    anchor, before, after = _anchor(tokenizer)
+    head, tail = ([] if begins or anchor is None else [anchor]), ([] if ends or anchor is None else [anchor])
+    texts = tokenizer.batch_decode([[*head, id, *tail] for id in ids], clean_up_tokenization_spaces=False)
+    pieces: list[Piece] = [text[len(before) * len(head) : len(text) - len(after) * len(tail)] for text in texts]
+    for place, (id, text) in enumerate(zip(ids, pieces, strict=True)):
+        if REPLACEMENT in str(text):
+            pieces[place] = _bytes_of(str(tokenizer.convert_ids_to_tokens(id))) or text
+    return pieces
+
+
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str, str]:
+    """A token that leaves its neighbours alone, its text where a text begins, and after other tokens."""
+    names = [form.format(sign) for form in ("##{}", "{}", "\u2581{}") for sign in ("a", "e", "0", "!")]
+    for id in tokenizer.convert_tokens_to_ids(names):
+        if id is not None:
+            one, two, three = tokenizer.batch_decode([[id], [id] * 2, [id] * 3], clean_up_tokenization_spaces=False)
+            after = two[len(one) :]
+            if after and REPLACEMENT not in two and two.startswith(one) and three == two + after:
+                return id, one, after
+    return None, "", ""
 
 
 def readable(pieces: Sequence[Piece]) -> list[str]:

@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from qwenscope.errors import ModelError, ResourceError
+from qwenscope.errors import ModelError, ResourceError, reason
 from qwenscope.lm.forward import residual_streams
 from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.recipe import HookPoint, LMRecipe
@@ -127,7 +127,7 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
         model = _build(cut, slices, dtype, devices, lm_head)
         if lm_head and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = _tokenizer(lm.model, folder)
     model.requires_grad_(False)
     model.train(False)
     return LanguageModel(
@@ -157,11 +157,23 @@ def load_tokenizer(lm: LMRecipe) -> Tokenizer:
     """The language model's tokenizer alone; reads no weights.
 
     Raises:
-        ModelError: no such model, or no tokenizer beside it.
+        ModelError: no such model, or no tokenizer beside it that transformers reads without code of the checkpoint's.
     """
     folder, _ = resolve(lm)
-    with _model_errors(lm.model):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    return _tokenizer(lm.model, folder)
+
+
+def _tokenizer(name: str, folder: Path) -> Tokenizer:
+    """Never asks for, nor runs, code of the checkpoint; truncation and padding that it was saved with are off."""
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself, transformers whatever a foreign file leads to
+        raise ModelError(f"the tokenizer of {name} cannot be loaded: {reason(error)}") from error
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
     return tokenizer
 
 

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qwenscope.corpus.hub import REPOSITORIES
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.compare import NUMBERS, SPECIAL
 from qwenscope.files import read_json, write_json, write_text
-from qwenscope.recipe import Recipe, SourceRecipe, load_recipe
+from qwenscope.recipe import Recipe, SourceRecipe, load_recipe, public_name
 
 
 @dataclass(frozen=True)
@@ -100,22 +98,6 @@ def dataset_of(source: SourceRecipe) -> str | None:
     return source.repo or REPOSITORIES[source.name]
 
 
-def public_name(name: str) -> str:
-    """A model's name fit for publication: Hub ids as they are, folders by their last part."""
-    path = Path(name)
-    return path.name if path.is_absolute() or name.startswith((".", "~")) or path.is_dir() else name
-
-
-def public_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, with folders and files by their last part."""
-    tree = recipe.model_dump(mode="json")
-    tree["lm"]["model"] = public_name(recipe.lm.model)
-    for source in tree["corpus"]["sources"]:
-        if source["path"] is not None:
-            source["path"] = Path(source["path"]).name
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
-
-
 def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
     """What run.json says of the training that others need: machine, versions, commit, revisions, precision, seed."""
     machine = run.get("machine", {})
@@ -140,7 +122,7 @@ def copy_facts(run: Path, out: Path, recipe: Recipe) -> None:
     evaluation = read_json(run / "evaluation.json")
     check_numbers(evaluation, recipe, run / "evaluation.json")
     write_json(out / "evaluation.json", public_evaluation(evaluation))
-    write_text(out / "recipe.yaml", public_recipe(recipe))
+    write_text(out / "recipe.yaml", recipe.published().to_yaml())
     write_json(out / "run.json", public_run(read_json(run / "run.json") if (run / "run.json").is_file() else {}))
     if (run / "privacy_report.json").is_file():
         write_json(out / "privacy_report.json", read_json(run / "privacy_report.json"))

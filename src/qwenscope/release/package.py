@@ -16,9 +16,9 @@ from qwenscope.errors import FormatError
 from qwenscope.files import read_json, whole_folder, write_json, write_text
 from qwenscope.hub import check_repo_id
 from qwenscope.opening import check_size
-from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.recipe import Recipe, load_recipe, public_name
 from qwenscope.release.card import example_sae, model_card
-from qwenscope.release.facts import copy_facts, public_name, read_facts
+from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
 from qwenscope.release.parquet import write_evaluation, write_training
 from qwenscope.sae.formats import saelens

@@ -46,7 +46,7 @@ class EightBit:
         self.values_ND = torch.empty_like(weight_ND, dtype=torch.int8)
         self.scale_N = weight_ND.new_empty(len(weight_ND))
         self._integers = torch.empty(CHUNK_ROWS, len(weight_ND), dtype=torch.int32)
-        self._scores = torch.empty(SLICE_ROWS, len(weight_ND))
+        self._scores = torch.empty(SLICE_ROWS, len(weight_ND), dtype=torch.float32)
         self[slice(0, len(weight_ND))] = weight_ND
 
     def __setitem__(self, latents: slice | Tensor, weight_LD: Tensor) -> None:

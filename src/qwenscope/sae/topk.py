@@ -51,7 +51,7 @@ def random_directions(hidden_dim: int, dict_size: int, seed: int | None, start: 
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     blocks = []
     for begin in range(0, stop, _BLOCK):
-        block = torch.randn(min(_BLOCK, dict_size - begin), hidden_dim, generator=generator)
+        block = torch.randn(min(_BLOCK, dict_size - begin), hidden_dim, generator=generator, dtype=torch.float32)
         if begin + _BLOCK > start:
             blocks.append(block[max(0, start - begin) : stop - begin])
     return nn.functional.normalize(torch.cat(blocks), dim=1)
@@ -85,11 +85,11 @@ class TopKSAE(nn.Module):
         decoder_ND = random_directions(hidden_dim, dict_size, seed, 0, dict_size)
         self.encoder = nn.Linear(hidden_dim, dict_size, device="meta")
         self.encoder.weight = nn.Parameter(decoder_ND.clone())
-        self.encoder.bias = nn.Parameter(torch.zeros(dict_size))
+        self.encoder.bias = nn.Parameter(torch.zeros(dict_size, dtype=torch.float32))
         self.decoder = nn.Linear(dict_size, hidden_dim, bias=False, device="meta")
         # A transposed view: [D, N] to the outside, one contiguous row per latent in memory for the sparse decode.
         self.decoder.weight = nn.Parameter(decoder_ND.T)
-        self.pre_bias = nn.Parameter(torch.zeros(hidden_dim))
+        self.pre_bias = nn.Parameter(torch.zeros(hidden_dim, dtype=torch.float32))
 
     @classmethod
     def of(cls, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> TopKSAE:

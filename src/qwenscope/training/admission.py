@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError, RecipeError
+from qwenscope.limits import check_memory, check_workers
 from qwenscope.lm.forward import RowSource
-from qwenscope.lm.load import load_language_model, load_tokenizer
+from qwenscope.lm.load import load_config, load_language_model, load_tokenizer
 from qwenscope.lm.parity import check_parity, sample_rows
 from qwenscope.lm.vllm_engine import VllmModel, check_vllm
 from qwenscope.recipe import LMRecipe, Recipe
@@ -45,8 +46,11 @@ def open_source(
         ModelError: vLLM is missing, cannot run the model, or computes other rows.
         RecipeError: vLLM in several processes.
         CorpusError: the corpus holds no conversation.
+        ResourceError: windows or SAEs that no memory here holds.
     """
     layers, corpus = recipe.layers, recipe.corpus
+    check_workers(corpus.workers)  # before minutes of loading
+    check_memory(recipe, int(load_config(lm).hidden_size), ranks)
     if lm.backend == "transformers":
         return load_language_model(lm, last_layer=layers[-1]), None
     if ranks > 1:

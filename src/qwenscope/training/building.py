@@ -68,9 +68,9 @@ def untrained(hidden_dim: int, shard: Shard, seed: int) -> TopKSAE:
         {"hidden_dim": hidden_dim, "dict_size": latents, "k": min(shard.k, latents)},
         {
             "encoder.weight": decoder_ND.clone(),
-            "encoder.bias": torch.zeros(latents),
+            "encoder.bias": torch.zeros(latents, dtype=torch.float32),
             "decoder.weight": decoder_ND.T,
-            "pre_bias": torch.zeros(hidden_dim),
+            "pre_bias": torch.zeros(hidden_dim, dtype=torch.float32),
         },
     )
 

@@ -46,8 +46,8 @@ class ResamplingPool:
     """
 
     def __init__(self, size: int, hidden_dim: int, per_step: int, device: torch.device) -> None:
-        self.rows_PD = torch.zeros(size, hidden_dim, device=device)
-        self.loss_P = torch.zeros(size, device=device)
+        self.rows_PD = torch.zeros(size, hidden_dim, device=device, dtype=torch.float32)
+        self.loss_P = torch.zeros(size, device=device, dtype=torch.float32)
         self.per_step = per_step
         self.cursor = 0
 
@@ -55,7 +55,9 @@ class ResamplingPool:
         """Put up to `per_step` distinct rows of this batch into the ring, drawn by loss without replacement."""
         loss_B = torch.where(torch.isfinite(loss_B), loss_B, 0)
         # Exponential race (Efraimidis & Spirakis 2006): the smallest Exp(1) / weight are a weighted draw.
-        race_B = torch.empty(loss_B.shape).exponential_(generator=generator).to(loss_B.device) / loss_B
+        race_B = (
+            torch.empty(loss_B.shape, dtype=torch.float32).exponential_(generator=generator).to(loss_B.device) / loss_B
+        )
         picks = race_B.topk(min(self.per_step, len(loss_B)), largest=False).indices
         slots = (self.cursor + torch.arange(len(picks), device=picks.device)) % len(self.loss_P)
         self.rows_PD[slots] = torch.where(loss_B[picks, None] > 0, rows_BD[picks], 0).to(self.rows_PD.dtype)
@@ -66,7 +68,7 @@ class ResamplingPool:
         """At most `count` unit directions [R, D], pairwise distinct, drawn by loss without replacement."""
         directions = torch.nn.functional.normalize(self.rows_PD, dim=1)
         weights = self.loss_P.cpu()
-        race = torch.empty(weights.shape).exponential_(generator=generator) / weights
+        race = torch.empty(weights.shape, dtype=torch.float32).exponential_(generator=generator) / weights
         order = race.argsort()[: int((weights > 0).sum())]
         chosen = directions[order.to(directions.device)]
         self.loss_P.zero_()  # no row serves twice

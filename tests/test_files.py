@@ -1,0 +1,116 @@
+"""Files appear whole, with the permissions the user asked for, and never through somebody else's link."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from damage import refusal
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenscope.errors import FormatError, QwenscopeError, printable, reason
+from qwenscope.files import atomic_path, read_json, whole_folder, write_json, write_text
+from qwenscope.sae.topk import TopKSAE
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002, 0o027], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_modes_are_what_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {})
+    with whole_folder(tmp_path / "folder") as folder:
+        (folder / "inner").mkdir()
+        write_text(folder / "inner" / "b.txt", "b")
+        (folder / "c.txt").write_text("c")
+        TopKSAE(8, 16, 2).save(folder / "sae")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {mode(path) for path in files} == {0o666 & ~umask}
+    assert {mode(path) for path in tmp_path.rglob("*") if path.is_dir()} == {0o777 & ~umask}
+    assert os.umask(umask) == umask
+
+
+def test_what_is_not_finished_is_the_owners_alone(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a") as temporary:
+        assert mode(temporary) == 0o600
+        temporary.write_text("x")
+
+
+def test_temporary_names_differ_and_end_with_the_work(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(3):
+        with atomic_path(tmp_path / "a") as temporary:
+            names.add(temporary.name)
+            temporary.write_text("x")
+    assert len(names) == 3
+    assert all(name.startswith(".a.") and name.endswith(".tmp") for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    """Whoever can write into the folder may swap the file under way for a link: its target keeps bytes and mode."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    victim.chmod(0o600)
+
+    def write() -> None:
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.unlink()
+            temporary.symlink_to(victim)
+
+    with pytest.raises(OSError, match="symbolic links"):
+        write()
+    assert (victim.read_text(), mode(victim)) == ("mine", 0o600)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_link_at_the_target_is_replaced_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "a").symlink_to(victim)
+    write_text(tmp_path / "a", "new")
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a"):
+        raise RuntimeError
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "b"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"9" * 5000, b'{"a": 1}}', b"\x00"])
+def test_what_is_no_json_is_one_line(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    assert "x.json is not JSON (" in str(refusal(lambda: read_json(tmp_path / "x.json")))
+    assert "cannot be read (" in str(refusal(lambda: read_json(tmp_path)))
+
+
+@given(st.text())
+def test_every_message_is_one_line_that_can_be_shown(text: str) -> None:
+    assert printable(text).isprintable()
+    assert str(QwenscopeError(text)) == printable(text)
+    assert reason(ValueError(text)) == (printable(text)[:300].rstrip(" :") or "ValueError")
+    assert printable(printable(text)) == printable(text)
+
+
+def test_messages_keep_what_can_be_read() -> None:
+    assert str(FormatError("a\n  b\tc  d é 日本 🙂")) == "a b c  d é 日本 🙂"
+    assert str(FormatError("\x1b[31mred\x07 \u202eevil \udcff")) == r"\x1b[31mred\x07 \u202eevil \udcff"
+    assert reason(KeyError()) == "KeyError"
+    assert reason(torch.OutOfMemoryError("no\nroom")) == "no room"
