@@ -13,7 +13,7 @@ from damage import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenscope.errors import FormatError, QwenscopeError, printable, reason
+from qwenscope.errors import FormatError, QwenscopeError, ResourceError, printable, reason
 from qwenscope.files import atomic_path, read_json, whole_folder, write_json, write_text
 from qwenscope.sae.topk import TopKSAE
 
@@ -71,7 +71,7 @@ def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -
             temporary.unlink()
             temporary.symlink_to(victim)
 
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(ResourceError, match="symbolic links"):
         write()
     assert (victim.read_text(), mode(victim)) == ("mine", 0o600)
     assert not (tmp_path / "a").exists()

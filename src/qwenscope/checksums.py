@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from qwenscope.errors import FormatError
@@ -13,10 +13,10 @@ CHECKSUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def write_checksums(root: Path) -> None:
-    """List every file below `root` with its digest in `root/SHA256SUMS`."""
+def write_checksums(root: Path, without: Collection[str] = ()) -> None:
+    """List every file below `root` with its digest in `root/SHA256SUMS`, but for those `without` it."""
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    lines = [f"{sha256(root / name)}  {name}\n" for name in names if name != CHECKSUMS_FILE]
+    lines = [f"{sha256(root / name)}  {name}\n" for name in names if name not in (CHECKSUMS_FILE, *without)]
     write_text(root / CHECKSUMS_FILE, "".join(lines))
 
 

@@ -28,7 +28,7 @@ from qwenscope.features.describe import Describer, Latent, Texts, summary_of
 from qwenscope.features.parquet import ParquetFiles
 from qwenscope.features.store import FILE, SCHEMA, VERSION, key_of, pack
 from qwenscope.features.token_text import Piece, vocabulary_pieces
-from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
+from qwenscope.files import disk_errors_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
 from qwenscope.lm.load import LanguageModel
 from qwenscope.opening import SPLITS, Target, open_target
@@ -67,15 +67,16 @@ def build_index(
     report = on_progress or (lambda phase, done, total: None)
     if tokens < 1:
         raise FormatError(f"an index needs at least 1 token, not {tokens}")
+    work = out / ".work"
     if (out / FILE).exists():
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed at the very end
         raise FormatError(f"{out} holds a finished index; choose another folder, or remove it")
-    if out.exists() and any(path.name != ".work" for path in out.iterdir()):
+    if out.exists() and not work.is_dir() and any(out.iterdir()):
         raise FormatError(f"{out} exists and is not an index; choose another folder")
     report("loading model", 0, tokens)
     opened = open_target(target)
     lm = opened.language_model(truncated=True)
-    work = out / ".work"
-    with disk_full_named(out):
+    with disk_errors_named(out):
         corpus_pass = CorpusPass(opened, lm, data, tokens, work)
         corpus_pass.run(report)
         _finish(corpus_pass, out, work, report)
