@@ -20,6 +20,7 @@ class File:
     """An inode with bytes."""
 
     number: int
+    inode: str = ""
     memory: bytearray = field(default_factory=bytearray)
     disk: bytes = b""
 
@@ -33,6 +34,7 @@ class Folder:
     """An inode with names."""
 
     number: int
+    inode: str = ""
     memory: dict[str, File | Folder] = field(default_factory=dict)
     disk: dict[str, File | Folder] = field(default_factory=dict)
 
@@ -120,10 +122,19 @@ class Disk:
         if new:
             self._made += 1
             folder.memory[name] = File(self._made)
+        self._follow(folder, name, call.second)
         inode = self._open[call.descriptor] = folder.memory[name]
         if isinstance(inode, File) and call.number & os.O_TRUNC:
             inode.memory.clear()
         return new or bool(call.number & os.O_TRUNC)
+
+    def _follow(self, folder: Folder, name: str, inode: str) -> None:
+        """Make good for a rename that the shim has not seen: safetensors asks the kernel for it without libc."""
+        there = folder.memory[name]
+        there.inode = there.inode or inode
+        if there.inode != inode:
+            (other,) = (other for other, known in folder.memory.items() if known.inode == inode)
+            folder.memory[name] = folder.memory.pop(other)
 
     def _parent(self, path: str) -> tuple[Folder, str]:
         """The folder that holds the last name; (top, "") for the root."""

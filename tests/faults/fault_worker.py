@@ -98,9 +98,9 @@ def _serve() -> None:
     import ctypes
     import tempfile
 
+    import tiny_run  # noqa: F401
     import torch
     import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe  # noqa: F401 - once, before the forks
-    import tiny_run  # noqa: F401
 
     torch.set_num_threads(1)
     shim = ctypes.CDLL(None)

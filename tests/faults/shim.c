@@ -3,7 +3,7 @@
 Calls count that concern `prefix`, what lies below it, or the folder that it stands in. Call number `nth` gets its fault:
 an errno, half a write (SHORT) or SIGKILL (KILL). With `sticky`, so does every changing call after it: a disk that has
 turned read-only, or full. Changes that succeed are written to `trace_fd`, one at a time, in the order they took:
-a line "what\tfd\tfirst path\tsecond path\tnumber\tbytes\n", then the bytes. */
+a line "what\tfd\tfirst path\tsecond path\tnumber\tbytes\n", then the bytes; an open has its inode for a second path. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -87,7 +87,11 @@ static void trace(const char *what, int fd, const char *first, const char *secon
 
 static int opened(int fd, const char *where, int flags) {
     if (fd >= 0 && fd < FDS) { free(paths[fd]); paths[fd] = strdup(where); }
-    trace("open", fd, where, "", flags, 0, 0);
+    struct stat found;
+    char inode[32];
+    fstat(fd, &found);
+    snprintf(inode, sizeof inode, "%lu", (unsigned long)found.st_ino);
+    trace("open", fd, where, inode, flags, 0, 0);
     return fd;
 }
 
