@@ -102,6 +102,16 @@ class RunFolder:
             return False
         return True
 
+    def write(self, name: str, value: Any) -> None:
+        """Replace one of its JSON files.
+
+        Raises:
+            CheckpointError: the folder was moved or deleted under way.
+            ResourceError: the operating system refuses.
+        """
+        check_held(self.path)
+        write_json(self.path / name, value)
+
     def still_running(self) -> None:
         """Refresh a running status every few seconds (fsync is not free); a full disk makes it wait, not the run."""
         if time.monotonic() - self._written < _STATUS_SECONDS:
@@ -113,17 +123,11 @@ class RunFolder:
             logger.error("%s", error)
 
     def write_status(self, state: str, error: str | None = None) -> None:
-        """Replace status.json.
-
-        Raises:
-            CheckpointError: the folder was moved or deleted under way.
-            ResourceError: the operating system refuses.
-        """
+        """Replace status.json, as `write`."""
         if not self._writes:
             return
-        check_held(self.path)
-        write_json(
-            self.path / "status.json",
+        self.write(
+            "status.json",
             {
                 "state": state,
                 "tokens_trained": self.tokens,
@@ -189,13 +193,13 @@ class RunFolder:
                 "ranks": ranks,
             }
         )
-        write_json(self.path / "run.json", run)
+        self.write("run.json", run)
         self.write_status("running")
 
     def record(self, **facts: Any) -> None:
         """Add top-level facts (revisions, precision ...) to run.json."""
         if self._writes:
-            write_json(self.path / "run.json", {**self.recorded(), **facts})
+            self.write("run.json", {**self.recorded(), **facts})
 
     def recorded(self) -> dict[str, Any]:
         """run.json as it stands, or an empty dict in a new folder."""

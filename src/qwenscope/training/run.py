@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from qwenscope.errors import CheckpointError, CorpusError, ResourceError
-from qwenscope.files import disk_errors_named, write_json
+from qwenscope.files import disk_errors_named
 from qwenscope.parallel.agreement import Agreement, Decision
 from qwenscope.parallel.group import RankLostError
 from qwenscope.parallel.launch import joined, restarted
@@ -258,9 +258,7 @@ class Run:
     def _finish(self) -> None:
         self._show("saving")
         if self._saved_step() != self.step:  # a session that only has the ending left to do has not read the corpus
-            self.group.broadcast_object(
-                lambda: write_json(self.folder.path / "privacy_report.json", self.session.windows.report())
-            )
+            self.group.broadcast_object(lambda: self.folder.write("privacy_report.json", self.session.windows.report()))
         self._save_and_wait()
         self.group.broadcast_object(self.folder.check_there)
         hidden = self.session.hidden_dim
