@@ -140,7 +140,8 @@ def depth_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
                 if evaluation["saes"][sae_id][split][key] is not None
             ]
             title = f"{name}, {SPLIT_NAMES.get(split, split)}"
-            figures.append(plots.dots(title, values, "layer", "", include=include))
+            if values:
+                figures.append(plots.dots(title, values, "layer", "", include=include))
     return figures
 
 
@@ -160,7 +161,8 @@ def difference_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
                 label = f"{'control ' if control else ''}{above} \N{MINUS SIGN} {below}"
                 style = "control" if control else "attention" if cell["difference"] > 0 else "deltanet"
                 rows.append(plots.Row(label, cell["difference"], style, cell["interval"]))
-            figures.append(plots.forest(f"{title}, {SPLIT_NAMES.get(split, split)}", rows, ""))
+            if rows:
+                figures.append(plots.forest(f"{title}, {SPLIT_NAMES.get(split, split)}", rows, ""))
     return figures
 
 
