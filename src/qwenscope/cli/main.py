@@ -43,6 +43,7 @@ from qwenscope.cli.tables import (
     survey_tables,
 )
 from qwenscope.errors import FormatError, QwenscopeError, RecipeError
+from qwenscope.files import refused
 
 
 class _DefaultGroup(TyperGroup):
@@ -318,8 +319,9 @@ def main() -> None:
     set_up_output(debug)
     try:
         app()
-    except QwenscopeError as error:
-        if debug:
+    except (QwenscopeError, OSError) as unknown:
+        error = unknown if isinstance(unknown, QwenscopeError) else refused(unknown)
+        if debug or error is None:
             raise
         label = "error" if _RANK is None else f"error on rank {_RANK}"
         err.print(f"[bold red]{label}[/]:", escape(str(error)), highlight=False)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from qwenscope.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, write_checksums
 from qwenscope.errors import FormatError
-from qwenscope.files import read_json, whole_folder, write_json, write_text
+from qwenscope.files import folder_aside, read_json, whole_folder, write_json, write_text
 from qwenscope.hub import check_repo_id
 from qwenscope.lm.sites import Site
 from qwenscope.opening import check_size
@@ -84,10 +83,10 @@ def _build(run: Path, out: Path) -> None:
 def _check_same(run: Path, out: Path) -> None:
     """FormatError unless `out` is, to the byte, what a build from `run` gives: a release that is to be pushed again."""
     verify_folder(out)
-    with TemporaryDirectory(prefix=".qwenscope-", dir=out.absolute().parent) as folder:
-        _build(run, Path(folder))
-        bind(Path(folder), read_json(out / "config.json").get("repo"))
-        if read_checksums(Path(folder)) != read_checksums(out):
+    with folder_aside(out) as folder:
+        _build(run, folder)
+        bind(folder, read_json(out / "config.json").get("repo"))
+        if read_checksums(folder) != read_checksums(out):
             raise FormatError(f"{out} holds another release than {run} gives; choose another folder, or remove it")
 
 
