@@ -40,13 +40,20 @@ def test_features_activations_and_explanations_are_the_indexs(indexed: tuple[Pat
         path = run / "saes" / sae_id / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "org/Tiny"}))
     export_with_index(run, folder, tmp_path / "out")
-    source = tmp_path / "out/v1/tiny/3-qwenscope-sae_attn"
+    (source,) = (tmp_path / "out/v1/tiny").glob("3-run-sae_attn-*")
+    model = json.loads((source / "model.jsonl").read_text())
+    assert model["layers"] == len(index.meta["language_model"]["layers"]) > 3
     features, activations = lines(source / "features"), lines(source / "activations")
     assert [feature["index"] for feature in features] == [str(latent) for latent in range(192)]
     for latent in (0, 7, 150):
         page = index.latent("sae_attn", latent)
         assert features[latent]["frac_nonzero"] == page["density"]
         assert features[latent]["pos_str"] == [token for token, _ in page["promoted"]]
+        assert features[latent]["pos_values"] == [score * page["logit_spread"] for _, score in page["promoted"]]
+        bars = [features[latent][f"freq_hist_data_bar_{what}"] for what in ("heights", "values")]
+        assert len(bars[0]) == len(bars[1])
+        assert sum(bars[0]) == page["fired"]
+        assert all(low < page["max"] * 1.2 for low in bars[1])
         mine = [row for row in activations if row["index"] == str(latent)]
         firing = [example for example in page["examples"] if any(example["activations"])]
         assert [(row["tokens"], row["values"]) for row in mine] == [(e["tokens"], e["activations"]) for e in firing]
@@ -55,6 +62,7 @@ def test_features_activations_and_explanations_are_the_indexs(indexed: tuple[Pat
             assert row["maxValue"] == max(row["values"]) == row["values"][row["maxValueTokenIndex"]] > 0
     assert len({row["id"] for row in activations}) == len(activations)
     (explanation,) = lines(source / "explanations")
+    assert all(row["id"].startswith(f"tiny-{source.name}-") for row in [*activations, explanation])
     assert (explanation["index"], explanation["description"]) == ("7", "the word seven")
 
 

@@ -178,17 +178,21 @@ def test_a_topk_dictionary_with_a_trained_threshold_is_a_topk_sae(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("hook", "layer"),
+    ("hook", "layer", "site"),
     [
-        ("blocks.3.hook_resid_post", 3),
-        ("model.layers.22", 22),
-        ("model.language_model.layers.7", 7),
-        ("layers.5", 5),
-        ("blocks.3.hook_mlp_out", None),
-        ("model.layers.22.mlp", None),
+        ("blocks.3.hook_resid_post", 3, None),
+        ("model.layers.22", 22, None),
+        ("model.language_model.layers.7", 7, None),
+        ("layers.5", 5, None),
+        ("blocks.3.hook_mlp_out", 3, "layers.3.mlp"),
+        ("blocks.3.hook_attn_out", 3, "layers.3.mixer"),
+        ("model.layers.22.mlp", 22, "layers.22.mlp"),
+        ("model.layers.22.linear_attn", 22, "layers.22.mixer"),
+        ("blocks.3.hook_resid_pre", None, None),
+        ("model.layers.22.mlp.gate", None, None),
     ],
 )
-def test_saelens_hook_names_give_the_layer(tmp_path: Path, hook: str, layer: int | None) -> None:
+def test_saelens_hook_names_give_layer_and_site(tmp_path: Path, hook: str, layer: int | None, site: str | None) -> None:
     exact_sae().save(tmp_path / "suite/sae_a")
     export_suite(tmp_path / "suite", "saelens", tmp_path / "there")
     path = tmp_path / "there/sae_a/cfg.json"
@@ -196,7 +200,7 @@ def test_saelens_hook_names_give_the_layer(tmp_path: Path, hook: str, layer: int
     path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": metadata}))
     import_suite(tmp_path / "there", "saelens", tmp_path / "back")
     config = SAE.from_pretrained(tmp_path / "back", sae_id="sae_a").config
-    assert config.get("layer") == layer
+    assert (config.get("layer"), config.get("site")) == (layer, site)
     assert config.get("hook_name") == (None if layer is not None else hook)
 
 

@@ -138,7 +138,7 @@ def test_saelens_refusals(tmp_path: Path, changes: dict[str, Any], complaint: st
 )
 def test_sparsify_refusals(suite: Path, tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     export_suite(suite, "sparsify", tmp_path / "there")
-    edit_json(tmp_path / "there/sae_b/cfg.json", **changes)
+    edit_json(tmp_path / "there/layers.7/cfg.json", **changes)
     with pytest.raises(FormatError, match=complaint):
         import_suite(tmp_path / "there", "sparsify", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -146,7 +146,7 @@ def test_sparsify_refusals(suite: Path, tmp_path: Path, changes: dict[str, Any],
 
 def test_sparsify_width_from_the_expansion_factor(suite: Path, tmp_path: Path) -> None:
     export_suite(suite, "sparsify", tmp_path / "there")
-    (tmp_path / "there/sae_b").rename(tmp_path / "layers.9")
+    (tmp_path / "there/layers.7").rename(tmp_path / "layers.9")
     edit_json(tmp_path / "layers.9/cfg.json", num_latents=0, expansion_factor=4, qwenscope=None)
     import_suite(tmp_path / "layers.9", "sparsify", tmp_path / "out")
     (loaded,) = load_suite(tmp_path / "out").values()
@@ -157,7 +157,7 @@ def test_sparsify_width_from_the_expansion_factor(suite: Path, tmp_path: Path) -
 
 def test_sparsify_skip_weights_are_refused(suite: Path, tmp_path: Path) -> None:
     export_suite(suite, "sparsify", tmp_path / "there")
-    path = tmp_path / "there/sae_a/sae.safetensors"
+    path = tmp_path / "there/layers.6/sae.safetensors"
     save_file(load_file(path) | {"W_skip": torch.zeros(HIDDEN_DIM, HIDDEN_DIM)}, path)
     with pytest.raises(FormatError, match="tensor W_skip cannot be represented"):
         import_suite(tmp_path / "there", "sparsify", tmp_path / "out")
@@ -274,7 +274,7 @@ def test_the_published_layout_in_half_precision_is_converted(tmp_path: Path) -> 
 
 def test_neuronpedia_names_every_latent_and_its_nearest(suite: Path, tmp_path: Path) -> None:
     export_suite(suite, "neuronpedia", tmp_path / "np")
-    folder = tmp_path / "np/v1/model/6-qwenscope-sae_a"
+    folder = next((tmp_path / "np/v1/model").glob("6-suite-sae_a-*"))
     (source,) = [json.loads(line) for line in (folder / "source.jsonl").read_text().splitlines()]
     assert source["id"] == folder.name
     assert source["modelId"] == "model"
@@ -288,6 +288,82 @@ def test_neuronpedia_names_every_latent_and_its_nearest(suite: Path, tmp_path: P
         best = cosine_NN[index].sort(descending=True).values[:10].tolist()
         assert feature["topkCosSimValues"] == pytest.approx(best, abs=1e-5)
         assert cosine_NN[index, feature["topkCosSimIndices"]].tolist() == pytest.approx(best, abs=1e-5)
+
+
+def test_neuronpedia_records_have_what_its_tables_demand(suite: Path, tmp_path: Path) -> None:
+    export_suite(suite, "neuronpedia", tmp_path / "np")
+    folder = next((tmp_path / "np/v1/model").glob("6-suite-sae_a-*"))
+    found = {name: json.loads((folder / f"{name}.jsonl").read_text()) for name in NEURONPEDIA_REQUIRED}
+    for name, required in NEURONPEDIA_REQUIRED.items():
+        assert required <= set(found[name])
+        assert found[name]["visibility"] == "PUBLIC"  # private where it is absent
+    assert (found["model"]["owner"], found["model"]["layers"]) == ("org", 7)
+    assert found["release"]["name"] == found["sourceset"]["releaseName"] == "suite"
+    assert found["source"]["setName"] == found["sourceset"]["name"]
+
+
+NEURONPEDIA_REQUIRED = {
+    "model": {"id", "creatorId", "layers", "neuronsPerLayer", "owner"},
+    "release": {"name", "description", "creatorName", "creatorId", "urls"},
+    "sourceset": {"modelId", "name", "description", "creatorName", "creatorId", "urls"},
+    "source": {"id", "modelId", "setName", "creatorId"},
+}
+
+
+def test_two_suites_of_one_name_keep_their_own_sources(tmp_path: Path) -> None:
+    for seed, place in enumerate(("one", "two")):
+        exact_sae(seed, layer=6, model="org/model").save(tmp_path / place / "run/saes/sae_a")
+        export_suite(tmp_path / place / "run", "neuronpedia", tmp_path / f"np-{place}")
+    sources = [path.name for place in ("one", "two") for path in (tmp_path / f"np-{place}/v1/model").iterdir()]
+    assert [source.rpartition("-")[0] for source in sources] == ["6-run-sae_a"] * 2
+    assert len(set(sources)) == 2
+
+
+SITES: list[tuple[dict[str, Any], str, str]] = [
+    ({"layer": 22}, "layers.22", "blocks.22.hook_resid_post"),
+    ({"layer": 22, "site": "layers.22.mlp"}, "layers.22.mlp", "blocks.22.hook_mlp_out"),
+    ({"layer": 22, "site": "layers.22.mixer", "kind": "deltanet"}, "layers.22.linear_attn", "blocks.22.hook_attn_out"),
+    ({"layer": 23, "site": "layers.23.mixer", "kind": "attention"}, "layers.23.self_attn", "blocks.23.hook_attn_out"),
+]
+
+
+@pytest.mark.parametrize(("config", "module", "hook"), SITES)
+def test_sites_are_named_in_each_librarys_words(tmp_path: Path, config: dict[str, Any], module: str, hook: str) -> None:
+    exact_sae(model="org/model", **config).save(tmp_path / "suite/sae_a")
+    for name in ("saelens", "sparsify", "neuronpedia"):
+        export_suite(tmp_path / "suite", name, tmp_path / name)
+    metadata = json.loads((tmp_path / "saelens/sae_a/cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == metadata["hf_hook_name"] == f"model.{module}"
+    assert (tmp_path / "sparsify" / module / "sae.safetensors").is_file()
+    (features,) = (tmp_path / "neuronpedia").rglob("features/batch-0.jsonl.gz")
+    assert json.loads(gzip.decompress(features.read_bytes()).splitlines()[0])["hookName"] == hook
+
+
+def test_a_second_sae_at_a_site_is_a_sparsify_checkpoint_of_its_own(tmp_path: Path) -> None:
+    for seed, sae_id in enumerate(("sae_a", "sae_b", "sae_c")):
+        exact_sae(seed, sae_id=sae_id, layer=6 if seed < 2 else 7).save(tmp_path / "suite" / sae_id)
+    export_suite(tmp_path / "suite", "sparsify", tmp_path / "there")
+    folders = {path.parent.relative_to(tmp_path / "there").as_posix() for path in tmp_path.rglob("there/**/cfg.json")}
+    assert folders == {"layers.6", "sae_b/layers.6", "layers.7"}
+    import_suite(tmp_path / "there", "sparsify", tmp_path / "back")
+    for seed, sae in enumerate(load_suite(tmp_path / "back").values()):
+        assert same(sae, exact_sae(seed), exact_rows())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_saelens_is_told_of_unit_norms_where_they_are_units(tmp_path: Path, trained: bool) -> None:
+    sae = TopKSAE(24, 80, 5, seed=3)
+    with torch.no_grad():
+        sae.decoder.weight[:, 7] *= 1 if trained else 1.0001
+    sae.save(tmp_path / "sae")
+    export_suite(tmp_path / "sae", "saelens", tmp_path / "there")
+    (path,) = (tmp_path / "there").rglob("cfg.json")
+    assert json.loads(path.read_text())["rescale_acts_by_decoder_norm"] is trained
+    metadata = {"sae_lens_version": "6.54.12"}  # as of another's SAE: the rule reads the weights
+    edit_json(path, metadata=metadata)
+    import_suite(tmp_path / "there", "saelens", tmp_path / "back")
+    (loaded,) = load_suite(tmp_path / "back").values()
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in sae.state_dict().items())
 
 
 def test_neuronpedia_needs_model_and_layer(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         check_size(run / "saes" / sae_id, sae, point)
         sae.config |= {"sae_id": sae_id, **Site(point.site).described(), "model": public_name(recipe.lm.model)}
         sae.save(out / sae_id)
-        export_sae(sae, sae_id, "saelens", out / "saelens")
+        export_sae(sae, sae_id, "saelens", out / "saelens", run)
         index[sae_id] = {
             "sae_id": sae_id,
             **Site(point.site).described(),

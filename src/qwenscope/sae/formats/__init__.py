@@ -33,8 +33,8 @@ class Format:
     """Names (or glob patterns) of one SAE's files; the first tells where an SAE is."""
     read: Callable[[Path, str], Parts] | None = None
     """(path of the first file, name of the folder or repository) -> the SAE; None: not to be imported from."""
-    write: Callable[[SAE, str, Path], object] | None = None
-    """(SAE, its id, the export's folder); None: not to be exported to."""
+    write: Callable[[SAE, str, Path, str | Path], object] | None = None
+    """(SAE, its id, the export's folder, the suite it is of); None: not to be exported to."""
     activations: tuple[str, ...] | None = None
     """Those that can be written in it; None: any."""
 
@@ -43,19 +43,19 @@ FORMATS: dict[str, Format] = {
     "saelens": Format(
         (saelens.WEIGHTS, saelens.CONFIG),
         lambda path, _: saelens.read(path.parent),
-        lambda sae, sae_id, out: saelens.write(sae, join_below(out, sae_id)),
+        lambda sae, sae_id, out, _: saelens.write(sae, join_below(out, sae_id)),
         tuple(saelens.ARCHITECTURES),
     ),
     "sparsify": Format(
         (sparsify.WEIGHTS, sparsify.CONFIG),
         lambda path, _: sparsify.read(path.parent),
-        lambda sae, sae_id, out: sparsify.write(sae, join_below(out, sae_id)),
+        lambda sae, sae_id, out, _: sparsify.write(sae, sae_id, out),
         sparsify.ACTIVATIONS,
     ),
     "dictionary_learning": Format(
         (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG),
         lambda path, _: dictionary_learning.read(path.parent),
-        lambda sae, sae_id, out: dictionary_learning.write(sae, join_below(out, sae_id)),
+        lambda sae, sae_id, out, _: dictionary_learning.write(sae, join_below(out, sae_id)),
         dictionary_learning.ACTIVATIONS,
     ),
     "neuronpedia": Format(write=neuronpedia.write),
@@ -66,8 +66,8 @@ EXPORTS = tuple(name for name, known in FORMATS.items() if known.write)
 IMPORTS = tuple(name for name, known in FORMATS.items() if known.read)
 
 
-def export_sae(sae: SAE, sae_id: str, to: str, out: Path) -> None:
-    """Write one SAE in another library's format, below `out`.
+def export_sae(sae: SAE, sae_id: str, to: str, out: Path, suite: str | Path) -> None:
+    """Write one SAE of `suite` in another library's format, below `out`.
 
     Raises:
         FormatError: no such format, an activation that it does not have, or names that would lead out of `out`.
@@ -76,7 +76,7 @@ def export_sae(sae: SAE, sae_id: str, to: str, out: Path) -> None:
     assert write is not None
     if known is not None and sae.activation.name not in known:
         raise FormatError(f"{sae_id}: {to} has no activation {sae.activation.name}, only {', '.join(known)}")
-    write(sae, sae_id, out)
+    write(sae, sae_id, out, suite)
 
 
 def export_suite(target: str | Path, to: str, out: Path) -> None:
@@ -94,7 +94,7 @@ def export_suite(target: str | Path, to: str, out: Path) -> None:
     with whole_folder(out) as temporary:
         for sae_id, sae in iterate_suite(target):
             sae.config.setdefault("sae_id", sae_id)
-            export_sae(sae, sae_id, to, temporary)
+            export_sae(sae, sae_id, to, temporary, target)
 
 
 def import_suite(source: str | Path, origin: str, out: Path) -> None:

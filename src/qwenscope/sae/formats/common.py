@@ -23,6 +23,7 @@ from qwenscope.sae.files import check_config, check_finite
 from qwenscope.sae.sae import SAE
 
 _UNIT_TOLERANCE = 1e-4
+_ROUNDING = 1e-6
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -59,6 +60,11 @@ def subtract_pre_bias(parts: Parts) -> None:
     product_N = parts.encoder_ND.double() @ parts.pre_bias_D.double()
     parts.bias_N = (parts.bias_N.double() + product_N).float()
     parts.changed.append("encoder bias takes in encoder @ pre_bias, as the input was not centred before the encoder")
+
+
+def has_unit_norms(decoder_ND: Tensor) -> bool:
+    """Whether all decoder norms are 1 but for float32 rounding, so that multiplying by them changes nothing else."""
+    return bool(((decoder_ND.detach().double().norm(dim=1) - 1).abs() < _ROUNDING).all())
 
 
 def fold_decoder_norms(parts: Parts) -> None:

@@ -9,7 +9,9 @@ Legend: N latents, R rows of a block.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch.nn.functional import normalize
 from qwenscope.errors import FormatError
 from qwenscope.files import atomic_path
 from qwenscope.sae.files import join_below
+from qwenscope.sae.formats.hooks import transformer_lens_name
 from qwenscope.sae.sae import SAE
 
 BATCH = 1024  # features per file, as in Neuronpedia's own exports
@@ -29,7 +32,12 @@ _CREATOR = "clkht01d40000jv08hvalcvly"  # the default creator of Neuronpedia's p
 
 
 def write(
-    sae: SAE, sae_id: str, exports: Path, describe: Callable[[int], dict[str, Any]] | None = None
+    sae: SAE,
+    sae_id: str,
+    exports: Path,
+    suite: str | Path,
+    layers: int | None = None,
+    describe: Callable[[int], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write one SAE below `exports/v1`.
 
@@ -37,6 +45,8 @@ def write(
         sae: the SAE.
         sae_id: its id.
         exports: folder of the export.
+        suite: the folder or repository that it is of; its name becomes the release's.
+        layers: of the language model; None: unknown, and taken for as many as the SAE's own proves.
         describe: further keys of a latent's feature record, by its number.
 
     Returns:
@@ -48,28 +58,58 @@ def write(
     config = sae.config
     if "model" not in config or "layer" not in config:
         raise FormatError(f"{sae_id}: Neuronpedia needs the keys model and layer in its {sorted(config)}; add them")
-    model, source_set = str(config["model"]).rsplit("/", 1)[-1].lower(), f"qwenscope-{sae_id}"
+    owner, _, name = str(config["model"]).rpartition("/")
+    model = name.lower()
+    release = _release_name(suite)
+    source_set = f"{release}-{sae_id}-{_digest(sae)}"
     source = f"{config['layer']}-{source_set}"
     folder = join_below(exports, "v1", model, source)
     (folder / "features").mkdir(parents=True)
-    owner = {"modelId": model, "creatorId": _CREATOR}
-    write_lines(folder / "model.jsonl", [{"id": model, "creatorId": _CREATOR, "displayName": config["model"]}])
-    release = {"name": "qwenscope", "description": "TopK SAEs trained with qwenscope", "creatorName": "qwenscope"}
-    write_lines(folder / "release.jsonl", [{**release, "creatorId": _CREATOR}])
-    kind, layer = type(sae.activation).__name__, config["layer"]
-    about = f"{kind}, {sae.dict_size:,} latents, k={sae.k}, residual stream after layer {layer}"
+    common = {"creatorId": _CREATOR, "visibility": "PUBLIC"}
+    write_lines(
+        folder / "model.jsonl",
+        [{
+            **common,
+            "id": model,
+            "displayName": name,
+            "owner": owner if owner and "/" not in owner else "unknown",
+            "layers": layers if layers is not None else config["layer"] + 1,
+            "neuronsPerLayer": 0,  # none of the model's own neurons are shown
+        }],
+    )  # fmt: skip
+    by = {"creatorName": "qwenscope", "urls": []}
+    about = f"SAEs of {release}, trained with qwenscope"
+    write_lines(folder / "release.jsonl", [{**common, **by, "name": release, "description": about}])
+    where = transformer_lens_name(config)
+    about = f"{type(sae.activation).__name__}, {sae.dict_size:,} latents, k={sae.k}, {where or config['site']}"
+    owned = {**common, "modelId": model}
     write_lines(
         folder / "sourceset.jsonl",
-        [{**owner, "name": source_set, "description": about, "releaseName": "qwenscope", "creatorName": "qwenscope"}],
+        [{**owned, **by, "name": source_set, "description": about, "releaseName": release}],
     )
     write_lines(
-        folder / "source.jsonl", [{**owner, "id": source, "setName": source_set, "hfFolderId": f"saelens/{sae_id}"}]
+        folder / "source.jsonl", [{**owned, "id": source, "setName": source_set, "hfFolderId": f"saelens/{sae_id}"}]
     )
-    named = {**owner, "layer": source}
-    shared = {"sourceSetName": source_set, "hookName": f"blocks.{config['layer']}.hook_resid_post", "hasVector": False}
+    named = {"modelId": model, "creatorId": _CREATOR, "layer": source}
+    shared = {"sourceSetName": source_set, "hookName": where, "hasVector": False}
     for number, features in enumerate(batches(_features(sae, named | shared, describe))):
         write_lines(folder / "features" / f"batch-{number}.jsonl.gz", features)
     return named
+
+
+def _release_name(suite: str | Path) -> str:
+    """A suite's folder or repository by its own name; a run's is the run's."""
+    path = Path(suite).resolve()
+    name = path.parent.name if path.name == "saes" else path.name
+    return re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-_.")[:64] or "qwenscope"
+
+
+def _digest(sae: SAE) -> str:
+    """Eight hex digits of the weights: the importer skips what has a known name, so that no two SAEs may share one."""
+    digest = hashlib.sha256()
+    for value in sae.state_dict().values():
+        digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _features(

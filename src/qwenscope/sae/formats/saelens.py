@@ -1,13 +1,13 @@
 """SAELens 6: `cfg.json` and `sae_weights.safetensors` per SAE, with W_enc [D, N], b_enc, W_dec [N, D], b_dec.
 
-Its "topk" is ours to the bit when apply_b_dec_to_input is true and rescale_acts_by_decoder_norm is false; SAEs with
-other settings of these two are re-parametrised on import. A BatchTopK SAE is there, as in SAELens' own saves, the
-"jumprelu" that it is once trained; what is above 0 alone is called "standard". https://github.com/decoderesearch/SAELens
+Its "topk" is ours when apply_b_dec_to_input is true; other SAEs are re-parametrised on import. Decoder norms of 1 are
+said with rescale_acts_by_decoder_norm, for its fold_W_dec_norm and what stands on it refuse a TopK SAE without. A
+BatchTopK SAE is there, as in SAELens' own saves, the "jumprelu" that it is once trained; what is above 0 alone is
+called "standard". https://github.com/decoderesearch/SAELens
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from qwenscope.sae.formats.common import (
     Parts,
     carried_config,
     fold_decoder_norms,
+    has_unit_norms,
     read_tensors,
     refuse_unless,
     subtract_pre_bias,
     whole_number,
     write_tensors,
 )
+from qwenscope.sae.formats.hooks import module_name, site_of, transformer_lens_name
 from qwenscope.sae.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -35,9 +37,9 @@ ARCHITECTURES = {
 }
 """What an activation is called."""
 _READ = {"topk": TopK.name, "jumprelu": JumpReLU.name, "standard": ReLU.name}
-_RESIDUAL = re.compile(r"(?:blocks\.(?=\d+\.hook_resid_post$)|(?:.*\.)?layers\.)(\d+)(?:\.hook_resid_post)?")
-"""The stream after a layer: TransformerLens' name for it, or the layer's own in a transformers model."""
 _SCHEMA_VERSION = "6.0.0"  # the first whose loader reads this cfg.json as it stands
+_CONTEXT = 1024
+"""Tokens of a sequence that SAELens evaluates on; it takes a whole number and no other sign of what rows were."""
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -67,7 +69,7 @@ def write(sae: SAE, folder: Path) -> None:
             "dtype": "float32",
             "device": "cpu",
             "apply_b_dec_to_input": True,
-            **({"rescale_acts_by_decoder_norm": False} if is_topk else {}),
+            **({"rescale_acts_by_decoder_norm": has_unit_norms(sae.decoder.weight.T)} if is_topk else {}),
             "normalize_activations": "none",
             "reshape_activations": "none",
             "metadata": _metadata(sae.config),
@@ -76,13 +78,15 @@ def write(sae: SAE, folder: Path) -> None:
 
 
 def _metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What SAELens' loaders of models and of activations take: a transformers model, and a module of it by name."""
     metadata: dict[str, Any] = {"sae_lens_version": _SCHEMA_VERSION, "sae_lens_training_version": None}
     if "model" in config:
-        metadata["model_name"] = config["model"]
-    if "layer" in config:
-        metadata["hook_name"] = f"blocks.{config['layer']}.hook_resid_post"
-        metadata["hf_hook_name"] = f"model.layers.{config['layer']}"
-    return {**metadata, "prepend_bos": False, "qwenscope": config}
+        metadata |= {"model_name": config["model"], "model_class_name": "AutoModelForCausalLM"}
+    if module := module_name(config):
+        metadata |= {"hook_name": f"model.{module}", "hf_hook_name": f"model.{module}"}
+    elif hook := transformer_lens_name(config):
+        metadata["hook_name"] = hook
+    return {**metadata, "context_size": _CONTEXT, "prepend_bos": False, "qwenscope": config}
 
 
 def read(folder: Path) -> Parts:
@@ -121,7 +125,7 @@ def read(folder: Path) -> Parts:
     parts.config = carried_config(parts, metadata.get("qwenscope")) or _describe(metadata)
     if not config.get("apply_b_dec_to_input", True):
         subtract_pre_bias(parts)
-    if config.get("rescale_acts_by_decoder_norm", False):
+    if config.get("rescale_acts_by_decoder_norm", False) and not has_unit_norms(parts.decoder_ND):
         fold_decoder_norms(parts)
     return parts
 
@@ -131,8 +135,4 @@ def _describe(metadata: dict[str, Any]) -> dict[str, Any]:
     if isinstance(metadata.get("model_name"), str) and metadata["model_name"]:
         config["model"] = metadata["model_name"]
     hook = str(metadata.get("hook_name") or "")
-    if match := _RESIDUAL.fullmatch(hook):
-        config["layer"] = int(match[1])
-    elif hook:
-        config["hook_name"] = hook
-    return config
+    return config | (site_of(hook) or ({"hook_name": hook} if hook else {}))

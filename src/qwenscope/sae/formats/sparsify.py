@@ -1,17 +1,21 @@
 """EleutherAI sparsify (package eai-sparsify): `cfg.json` and `sae.safetensors` in one folder per hook point.
 
+The folder is named by the module that is read, as sparsify and delphi look for it: `layers.22`. A checkpoint has one
+SAE per module, so that further ones become checkpoints of their own, `<sae_id>/layers.22`. An SAE whose configuration
+names no layer lies in a folder of its id.
+
 encoder.weight [N, D], encoder.bias, W_dec [N, D], b_dec, which is subtracted before the encoder unless the coder is a
 transcoder. https://github.com/EleutherAI/sparsify
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from qwenscope.errors import FormatError
 from qwenscope.files import read_json, write_json
 from qwenscope.sae.activation import TopK
+from qwenscope.sae.files import join_below
 from qwenscope.sae.formats.common import (
     Parts,
     carried_config,
@@ -20,16 +24,21 @@ from qwenscope.sae.formats.common import (
     whole_number,
     write_tensors,
 )
+from qwenscope.sae.formats.hooks import module_name, site_of
 from qwenscope.sae.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 ACTIVATIONS = (TopK.name,)
 
 
-def write(sae: SAE, folder: Path) -> None:
-    """Write one SAE so that `sparsify.SparseCoder.load_from_disk(folder)` gives the same codes and reconstructions."""
+def write(sae: SAE, sae_id: str, out: Path) -> None:
+    """Write one SAE so that `sparsify.SparseCoder.load_from_disk` gives the same codes and reconstructions."""
+    module = module_name(sae.config)
+    folder = join_below(out, module or sae_id)
+    if folder.exists():
+        folder = join_below(out, sae_id, module or sae_id)
     state = sae.state_dict()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     write_tensors(
         folder / WEIGHTS,
         {
@@ -79,7 +88,5 @@ def read(folder: Path) -> Parts:
     if tuple(parts.encoder_ND.shape) != (dict_size, hidden_dim):
         shape = list(parts.encoder_ND.shape)
         raise FormatError(f"{folder / WEIGHTS}: encoder.weight has shape {shape}, not [{dict_size}, {hidden_dim}]")
-    parts.config = carried_config(parts, config.get("qwenscope"))
-    if not parts.config and (match := re.fullmatch(r"(?:model[._])?layers[._](\d+)", folder.name)):
-        parts.config = {"layer": int(match[1])}
+    parts.config = carried_config(parts, config.get("qwenscope")) or site_of(folder.name)
     return parts
