@@ -43,7 +43,7 @@ def test_saelens_loads_a_pushed_release(released: Path, hub: WritableHub, tmp_pa
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("Qwen/Qwen3.5-35B-A3B blocks.23.hook_resid_post")
+    assert done.stdout.strip().endswith("Qwen/Qwen3.5-35B-A3B model.layers.23")
     result, sae = torch.load(tmp_path / "result.pt", weights_only=True), exact_sae(list(POINTS).index("sae_attn_mid"))
     assert torch.equal(result["codes"], sae.encode(exact_rows()).dense())
     assert torch.equal(result["reconstruction"], sae(exact_rows()))

@@ -32,7 +32,8 @@ def through_peer(
     torch.save(x_BD, tmp_path / "rows.pt")
     export_suite(tmp_path / "suite", name, tmp_path / "there")
     # Without our key in its configuration the peer's file alone has to suffice.
-    command = [python, SCRIPT, name, tmp_path / "there/sae_a", tmp_path / "rows.pt", tmp_path / "result.pt"]
+    (folder_there,) = {path.parent for path in (tmp_path / "there").rglob("c*.json")}
+    command = [python, SCRIPT, name, folder_there, tmp_path / "rows.pt", tmp_path / "result.pt"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command, tmp_path / "resaved/sae_a"],
