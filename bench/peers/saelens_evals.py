@@ -1,6 +1,6 @@
 """SAELens' own run_evals on an export of ours, in SAELens' environment; imports nothing of qwenscope.
 
-python saelens_evals.py SAE_FOLDER MODEL TEXTS.json OUT.pt; bench/peers/evals.py starts this and puts our figures beside.
+python saelens_evals.py SAE_FOLDER MODEL TEXTS.json OUT.pt; bench/peers/evals.py starts this, with our figures beside.
 """
 
 from __future__ import annotations

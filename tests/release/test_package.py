@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -380,6 +381,22 @@ def test_the_cards_usage_runs_and_encodes(standin_release: Path, tmp_path: Path)
     assert re.search(r"strongest latent of the last token: \d+", shown)
     assert re.search(r"fraction of variance unexplained here: \d\.\d{3}", shown)
     assert "torch.Size([4, 64]) torch.Size([4, 64])" in shown
+
+
+def test_card_and_notebook_install_from_a_checkout(built: Path) -> None:
+    """No index of packages holds qwenscope, so that `pip install qwenscope` would fail, or fetch something else."""
+    texts = [card(built), (built / "notebook.ipynb").read_text()]
+    assert all("pip install ." in text and "pip install qwenscope" not in text for text in texts)
+
+
+def test_a_revision_is_named_where_it_can_be_given(built: Path, tmp_path: Path) -> None:
+    """SAELens' from_pretrained takes none."""
+    folder = shutil.copytree(built, tmp_path / "release")
+    bind(folder, "org/saes")
+    shown = card(folder)
+    assert "revision" in inspect.signature(TopKSAE.from_pretrained).parameters
+    assert shown.count('revision="v1"') == shown.count('`TopKSAE.from_pretrained(..., revision="v1")`') == 1
+    assert shown.index('revision="v1"') < shown.index("With SAELens")
 
 
 def test_the_notebook_is_well_formed(built: Path) -> None:
