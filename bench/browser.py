@@ -3,8 +3,8 @@
     python bench/browser.py INDEX [--against SRC] [--rounds 6]
 
 Each client keeps one connection, as a web browser does, and asks for a page and the suite in turn, 20 ms after the last
-answer. `--against` is the `src` of another checkout, whose server is asked in turn with this one. Prints one JSON object:
-milliseconds until an answer was there whole, p50 and p99 of each round, the quickest round first.
+answer. `--against` is the `src` of another checkout, whose server is asked in turn with this one. Prints one JSON
+object: milliseconds until an answer was there whole, p50 and p99 of each round, the quickest round first.
 """
 
 from __future__ import annotations

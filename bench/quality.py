@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from quality_data import HELD_OUT, KINDS, Data, Splicer, standin, synthetic
 from quality_table import markdown
+from truth import cross_seed_stability, recovery
 
 from qwenscope.evaluation.fidelity import Fidelity
-from qwenscope.evaluation.truth import cross_seed_stability, recovery
 from qwenscope.files import read_json, write_json
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import TopKSAE

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,19 @@ import torch
 from damage import refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from qwenscope.errors import FormatError, QwenscopeError, printable, reason
-from qwenscope.files import atomic_path, read_json, whole_folder, write_json, write_text
+from qwenscope.errors import FormatError, QwenscopeError, ResourceError, printable, reason
+from qwenscope.files import (
+    atomic_path,
+    disk_errors_named,
+    read_json,
+    refused,
+    remove_leftovers,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from qwenscope.sae.sae import TopKSAE
 
 
@@ -71,7 +84,7 @@ def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -
             temporary.unlink()
             temporary.symlink_to(victim)
 
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(ResourceError, match="symbolic links"):
         write()
     assert (victim.read_text(), mode(victim)) == ("mine", 0o600)
     assert not (tmp_path / "a").exists()
@@ -92,6 +105,85 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), whole_folder(tmp_path / "b"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def killed(act: Callable[[], object]) -> None:
+    """`act` in a process that is killed by what it writes with."""
+    if not (pid := os.fork()):
+        act()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_what_a_killed_process_left_goes_with_the_next_of_the_same_name(tmp_path: Path) -> None:
+    def die_in_a_file() -> None:
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_in_a_folder() -> None:
+        with whole_folder(tmp_path / "b") as temporary:
+            (temporary / "inner").mkdir()
+            write_text(temporary / "inner" / "c", "half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for _ in range(2):
+        killed(die_in_a_file)
+        killed(die_in_a_folder)
+    assert len(list(tmp_path.iterdir())) == 2  # the second of each removed the first's
+    (tmp_path / ".a.tmp").write_text("somebody else's")
+    write_text(tmp_path / "a", "whole")
+    with whole_folder(tmp_path / "b") as temporary:
+        write_text(temporary / "c", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.tmp", "a", "b"]
+    killed(lambda: die_in_a_file())
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.tmp", "a", "b"]
+
+
+def test_what_a_living_process_writes_is_no_leftover(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a") as mine, whole_folder(tmp_path / "b") as folder:
+        mine.write_text("first")
+        remove_leftovers(tmp_path)
+        write_text(tmp_path / "a", "second")
+        assert mine.read_text() == "first"
+        assert folder.is_dir()
+    assert (tmp_path / "a").read_text() == "first"
+    assert (tmp_path / "b").is_dir()
+
+
+def test_of_two_that_make_one_folder_the_slower_says_so(tmp_path: Path) -> None:
+    def slower() -> None:
+        with whole_folder(tmp_path / "out") as mine:
+            (mine / "x").write_text("slow")
+            with whole_folder(tmp_path / "out") as other:
+                (other / "x").write_text("fast")
+
+    with pytest.raises(FormatError, match="out exists and is not empty"):
+        slower()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "x").read_text() == "fast"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENOSPC, errno.EDQUOT])
+def test_what_the_system_refuses_is_one_line(number: int, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError) as caught, disk_errors_named(tmp_path / "a", 1234):
+        raise OSError(number, "x", str(tmp_path / "b"))
+    line = str(caught.value)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        assert line == f"no space left for {tmp_path / 'a'} (1,234 bytes needed); free some disk and run again"
+    else:
+        assert line.startswith(f"{tmp_path / 'a'}: {os.strerror(number)} at {tmp_path / 'b'}; see to")
+
+
+def test_libraries_that_write_by_themselves_are_understood(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="a: No such file or directory"), disk_errors_named(tmp_path / "a"):
+        save_file({"x": torch.zeros(2)}, tmp_path / "missing" / "a")
+    with pytest.raises(ResourceError, match="a: Input/output error"), disk_errors_named(tmp_path / "a"):
+        sqlite3.connect(tmp_path / "missing" / "a").execute("CREATE TABLE t (x)")
+    with pytest.raises(sqlite3.OperationalError), disk_errors_named(tmp_path / "a"):
+        sqlite3.connect(":memory:").execute("SELECT no")
+    assert refused(OSError("a server said no")) is None
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"9" * 5000, b'{"a": 1}}', b"\x00"])

@@ -1,7 +1,7 @@
 """Errors that a user can cause and cure: one line each, naming the culprit and what to do.
 
 The command line prints the message and exits with the class's `exit_code`; anything else is a bug of ours and
-keeps its traceback. 2 is typer's own usage error, 130 and 143 are SIGINT and SIGTERM.
+keeps its traceback. 2 is typer's own usage error, 129, 130 and 143 are SIGHUP, SIGINT and SIGTERM.
 """
 
 
@@ -78,7 +78,7 @@ class FormatError(QwenscopeError):
 
 
 class ResourceError(QwenscopeError):
-    """Disk or memory does not suffice; the message says how many bytes are needed."""
+    """Disk or memory does not suffice (the message says how many bytes are needed), or the system refuses otherwise."""
 
     exit_code = 10
 

@@ -1,23 +1,34 @@
-"""Files that are either whole or absent: write aside, fsync, rename once; checksums in one place."""
+"""Files that are either whole or absent: write aside, fsync, rename once; checksums in one place.
+
+Whatever is written aside has a hidden name of one pattern and is locked by its writer: `remove_leftovers` tells by the
+lock, which the kernel drops, what a killed process has left.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+from safetensors import SafetensorError
 
 from qwenscope.errors import FormatError, ResourceError, reason
 
 _CHUNK = 1 << 20
 _UMASK_LOCK = Lock()
+_ASIDE = re.compile(r"\.(.+)\.\d+-[0-9a-f]{16}\.tmp")
+_SQLITE_REFUSALS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
 
 def sha256(path: Path) -> str:
@@ -60,21 +71,103 @@ def _umask() -> int:
     return mask
 
 
-def _aside(path: Path) -> Path:
-    """A hidden sibling's name that nobody can have foreseen."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its missing parents, so that their names survive a power cut."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new or [folder]:
+        with suppress(PermissionError):  # a parent that may be entered and not read
+            fsync_folder(path.absolute().parent)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left of `atomic_path` and `whole_folder` in `folder` (of the target `name` alone).
+
+    What a living process writes stays: it holds a lock. So does what cannot be opened or removed.
+    """
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            match = _ASIDE.fullmatch(path.name)
+            if match and name in (None, match[1]):
+                with suppress(OSError):
+                    _remove_unless_locked(path)
+
+
+def _remove_unless_locked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
-def disk_full_named(target: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn "no space left" into a ResourceError that names `target` and the bytes needed (if known)."""
+def _aside(path: Path, make: Callable[[Path], int]) -> Iterator[Path]:
+    """A hidden sibling of `path` that nobody can have foreseen, made, opened and locked; gone in the end."""
+    remove_leftovers(path.parent, path.name)
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        descriptor = make(temporary)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():
+            break
+        os.close(descriptor)  # taken for a leftover in the moment before it was locked
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink()
+        os.close(descriptor)
+
+
+def _make_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+
+
+def _make_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def refused(error: Exception, target: Path | None = None, needed: int | None = None) -> ResourceError | None:
+    """What the operating system refused, as one line that names `target` and the bytes needed (if known).
+
+    Libraries that write by themselves are asked too. None where `error` is of another kind.
+    """
+    number, where = None, None
+    if isinstance(error, OSError):
+        number, where = error.errno, error.filename
+    elif isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+        number = int(match[1])
+    elif isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _SQLITE_REFUSALS:
+        number = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+    if number is None:
+        return None
+    file = os.fsdecode(where) if isinstance(where, str | bytes) else None
+    named = str(target or file or "a file")
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        size = f" ({needed:,} bytes needed)" if needed is not None else ""
+        return ResourceError(f"no space left for {named}{size}; free some disk and run again")
+    at = f" at {file}" if file not in (None, named) else ""
+    return ResourceError(f"{named}: {os.strerror(number)}{at}; see to disk, permissions and limits, and run again")
+
+
+@contextmanager
+def disk_errors_named(target: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn whatever the operating system refuses while `target` is written into a ResourceError (see `refused`)."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
+        if (known := refused(error, target, needed)) is None:
             raise
-        size = f" ({needed:,} bytes needed)" if needed is not None else ""
-        raise ResourceError(f"no space left for {target}{size}; free some disk and run again with --resume") from error
+        raise known from error
 
 
 @contextmanager
@@ -82,18 +175,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; on success fsync it and rename it to `path`, on error remove it.
 
     Raises:
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or the operating system refuses otherwise.
     """
-    temporary = _aside(path)
-    try:
-        with disk_full_named(path):
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
-            yield temporary
-            fsync_file(temporary)
-            os.replace(temporary, path)
-            fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk_errors_named(path), _aside(path, _make_file) as temporary:
+        yield temporary
+        fsync_file(temporary)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,28 +212,41 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside `path`; what is left of it when the block ends goes.
+
+    Raises:
+        ResourceError: the disk is full, or the operating system refuses otherwise.
+    """
+    path = path.absolute()
+    with disk_errors_named(path):
+        make_folder(path.parent)
+        with _aside(path, _make_folder) as temporary:
+            yield temporary
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success it becomes `folder` in one rename, on error it is removed.
 
     Raises:
-        FormatError: `folder` exists and is not empty.
-        ResourceError: the disk is full.
+        FormatError: `folder` exists and is not empty, at the start or by the end.
+        ResourceError: the disk is full, or the operating system refuses otherwise.
     """
+    _check_empty(folder)
+    with folder_aside(folder) as temporary:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                fsync_file(path)
+            else:
+                fsync_folder(path)
+        fsync_folder(temporary)
+        _check_empty(folder)
+        os.replace(temporary, folder.absolute())
+        fsync_folder(folder.absolute().parent)
+
+
+def _check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FormatError(f"{folder} exists and is not empty; choose another folder, or remove it")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = _aside(folder.absolute())
-    try:
-        with disk_full_named(folder):
-            temporary.mkdir()
-            yield temporary
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    fsync_file(path)
-                else:
-                    fsync_folder(path)
-            fsync_folder(temporary)
-            os.replace(temporary, folder.absolute())
-            fsync_folder(folder.absolute().parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

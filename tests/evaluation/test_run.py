@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 from evaluation_cases import conversation
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from qwenscope.checksums import verify_folder, write_checksums
-from qwenscope.errors import CorpusError, FormatError, QwenscopeError
+from qwenscope.errors import CorpusError, FormatError, ModelError, QwenscopeError
 from qwenscope.evaluation.report import report_html
 from qwenscope.evaluation.run import evaluate
 from qwenscope.lm.standin import STANDIN_FOLDER
@@ -199,6 +200,62 @@ def test_a_release_is_verified_before_and_listed_anew_after(run_folder: Path, tm
         file.write("\n")
     with pytest.raises(FormatError, match=r"recipe\.yaml is damaged"):
         evaluate(target, data=tmp_path / "d.jsonl", tokens=60)
+
+
+def no_page(*_: object) -> str:
+    raise RuntimeError("cannot draw")
+
+
+def test_a_page_that_cannot_be_drawn_loses_no_measurement(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "release"
+    shutil.copytree(run_folder / "saes", target)
+    shutil.copy(run_folder / "recipe.yaml", target)
+    write_checksums(target)
+    data = write_data(tmp_path / "d.jsonl")
+    evaluate(target, data=data, tokens=60)
+    older = json.loads((target / "evaluation.json").read_text(encoding="utf-8"))
+    with monkeypatch.context() as patch:
+        patch.setattr("qwenscope.evaluation.run.report_html", no_page)
+        with pytest.raises(RuntimeError, match="cannot draw"):
+            evaluate(target, data=data, tokens=90)
+    newer = json.loads((target / "evaluation.json").read_text(encoding="utf-8"))
+    assert newer["data"] != older["data"]
+    assert not (target / "report.html").exists(), "the old page would stand beside new numbers"
+    verify_folder(target)  # and the release is whole, so that it can be measured again
+    assert evaluate(target, data=data, tokens=90) == newer
+    assert (target / "report.html").exists()
+    verify_folder(target)
+
+
+def test_a_line_of_metrics_that_was_cut_off_costs_one_point(run_folder: Path, tmp_path: Path, measured: dict) -> None:
+    target = shutil.copytree(run_folder, tmp_path / "run")
+    whole = report_html(measured, target)
+    with (target / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 400, "tok')
+    assert report_html(measured, target) == whole
+
+
+def test_figures_that_are_not_finite_are_named_and_the_rest_is_kept(
+    run_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][7] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    target = shutil.copytree(run_folder, tmp_path / "run")
+    recipe = yaml.safe_load((target / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["lm"]["model"] = str(model)
+    (target / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"are not finite.*saes/sae_delta/chat/ce_clean.* and \d+ more are null"):
+        evaluate(target, data=write_data(tmp_path / "d.jsonl"), tokens=60)
+    written = json.loads((target / "evaluation.json").read_text(encoding="utf-8"), parse_constant=no_constants)
+    cell = written["saes"]["sae_delta"]["chat"]
+    assert cell["ce_clean"] is None
+    assert cell["kl"] is None
+    assert cell["fvu"] > 0
+    assert "FVU" in (target / "report.html").read_text(encoding="utf-8")
 
 
 def broken(run_folder: Path, tmp_path: Path, breakage: str) -> Path:

@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import torch
+from truth import FAMILY, GROUP, cross_seed_stability, ground_truth, match, recovery
 
 from qwenscope.evaluation.pairs import unit_decoder
-from qwenscope.evaluation.truth import FAMILY, GROUP, cross_seed_stability, ground_truth, match, recovery
 from qwenscope.sae.sae import TopKSAE
 
 

@@ -35,7 +35,7 @@ def until(child: Child, tokens: int) -> None:
     raise AssertionError("the child ended early")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_stop_signal_saves_and_the_rest_is_exact(
     tiny_model: Path, reference: Reference, tmp_path: Path, number: int, code: int
 ) -> None:
@@ -119,6 +119,18 @@ def test_handlers_are_the_callers_own_again_afterwards_and_threads_have_none() -
     def enter() -> None:
         with SignalWatch():
             seen.append(signal.getsignal(signal.SIGTERM))
+
+    with SignalWatch() as watch:
+        for _ in range(3):  # a closing terminal may say so more than once
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert watch.stop == signal.SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with SignalWatch() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert watch.stop is None
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     thread = threading.Thread(target=enter)
     thread.start()

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qwenscope.activations.windows import Windows
 from qwenscope.lm.load import load_language_model
+from qwenscope.lm.sites import sites_of
 from qwenscope.parallel.group import Group
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.parallel.owners import Piece, cut, overlaps, owners, state_of
@@ -271,7 +272,7 @@ def test_gpus_that_share_an_sae_take_turns(model: Path) -> None:
 
     for in_turn in (True, False):
         threads.clear()
-        alone = dataclasses.replace(HarvestPlan.alone(recipe.layers), in_turn=in_turn)
+        alone = dataclasses.replace(HarvestPlan.alone(sites_of(recipe)), in_turn=in_turn)
         with closing(Windows(lm, Stream(), recipe, alone)) as windows:  # type: ignore[arg-type]
             windows.next_batch(10)
         assert (threads == {threading.get_ident()}) == in_turn

@@ -12,7 +12,7 @@ from qwenscope.corpus.chat import Conversation, Layout, Renderer
 from qwenscope.corpus.privacy import PrivacyFilter
 from qwenscope.corpus.repair import Dropped, Message, clean, conversation_id
 from qwenscope.corpus.shards import Malformed
-from qwenscope.corpus.tool_use import tool_use_conversation
+from qwenscope.corpus.tool_use import GENERATORS
 
 
 @dataclass(slots=True)
@@ -67,8 +67,8 @@ class Preparer:
         return outcomes
 
     def _messages(self, row: Any, outcome: Outcome) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        if self.schema == "generated":
-            row = tool_use_conversation(self.seed, row, held_out=self.held_out)
+        if generate := GENERATORS.get(self.schema):
+            row = generate(self.seed, row, held_out=self.held_out)
         if isinstance(row, Malformed):
             raise Dropped(row.reason)
         if not isinstance(row, dict):

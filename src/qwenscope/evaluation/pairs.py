@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import HookPoint
 from qwenscope.sae.sae import SAE
 from qwenscope.seeds import derive_seed, generator
@@ -62,7 +63,8 @@ def find_pairs(hook_points: Mapping[str, HookPoint]) -> list[Pair]:
     for first, below in hook_points.items():
         for second, above in hook_points.items():
             kind = names.get((below.kind or "", above.kind or ""))
-            if kind and above.layer == below.layer + 1:
+            same_part = Site(below.site).part == Site(above.site).part
+            if kind and same_part and above.layer == below.layer + 1:
                 pairs.append(Pair(kind, first, second))
     return sorted(pairs, key=lambda pair: hook_points[pair.first].layer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -108,7 +109,9 @@ def headlines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("ce_recovered_mean", "CE recovered (mean ablation)", ".1%"),
         ("kl", "KL to the clean model, nats", ".3f"),
     ):
-        values = sorted(cell[key] for cell in cells)
+        values = sorted(cell[key] for cell in cells if cell[key] is not None)
+        if not values:
+            continue
         span = f"{format(values[0], form)} to {format(values[-1], form)}"
         rows.append((format(values[len(values) // 2], form), name, span))
     dead = sorted(entry["dead_fraction"] for entry in evaluation["dead"].values())
@@ -134,9 +137,11 @@ def depth_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
                     interval=evaluation["comparison"]["splits"][split]["intervals"][sae_id][key],
                 )
                 for sae_id, point in evaluation["hook_points"].items()
+                if evaluation["saes"][sae_id][split][key] is not None
             ]
             title = f"{name}, {SPLIT_NAMES.get(split, split)}"
-            figures.append(plots.dots(title, values, "layer", "", include=include))
+            if values:
+                figures.append(plots.dots(title, values, "layer", "", include=include))
     return figures
 
 
@@ -149,12 +154,15 @@ def difference_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
             rows = []
             for pair in sorted(comparison["pairs"], key=lambda pair: pair["kind"] != "matched"):
                 cell = found["differences"][f"{pair['first']} -> {pair['second']}"][metric]
+                if cell["difference"] is None:
+                    continue
                 below, above = pair["layers"]
                 control = pair["kind"] != "matched"
                 label = f"{'control ' if control else ''}{above} \N{MINUS SIGN} {below}"
                 style = "control" if control else "attention" if cell["difference"] > 0 else "deltanet"
                 rows.append(plots.Row(label, cell["difference"], style, cell["interval"]))
-            figures.append(plots.forest(f"{title}, {SPLIT_NAMES.get(split, split)}", rows, ""))
+            if rows:
+                figures.append(plots.forest(f"{title}, {SPLIT_NAMES.get(split, split)}", rows, ""))
     return figures
 
 
@@ -200,9 +208,11 @@ def downstream_plots(evaluation: Mapping[str, Any], section: str, key: str, grou
 
 def curve_plots(evaluation: Mapping[str, Any], groups: Groups, metrics: Path) -> list[Markup]:
     """Training FVU over tokens, thinned; none where the run's metrics are not at hand."""
-    records = []
+    records: list[dict[str, Any]] = []
     if metrics.is_file():
-        records = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
+        for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):  # a line that was cut off costs the curve one point
+                records.append(json.loads(text))
     records = records[:: max(1, math.ceil(len(records) / CURVE_POINTS))]
     figures = []
     for group in groups:

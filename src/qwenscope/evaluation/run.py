@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
 from qwenscope.corpus.chat import Conversation
-from qwenscope.errors import FormatError
+from qwenscope.errors import FormatError, ModelError
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
 from qwenscope.evaluation.pairs import BOOTSTRAP, compare_split, find_pairs, overlap
 from qwenscope.evaluation.report import report_html
-from qwenscope.files import write_json, write_text
-from qwenscope.lm.load import LanguageModel
+from qwenscope.files import disk_errors_named, fsync_folder, make_folder, write_json, write_text
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target, open_target
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,10 @@ def evaluate(
 
     Raises:
         FormatError, HubError: as `open_target`; or `target` is on the Hub and there is no `out`.
-        ModelError: the language model cannot be loaded, or does not have the hook points.
+        ModelError: the language model cannot be loaded, or does not have the hook points. Or figures are not finite:
+            the others are written, these are null.
         CorpusError: no conversations, or too few to measure.
+        ResourceError: the files cannot be written.
     """
     opened = open_target(target)
     if opened.on_hub and out is None:
@@ -57,17 +60,50 @@ def evaluate(
     measured = {}
     for split, conversations in splits.items():
         logger.info("measuring %d SAEs on %d conversations of %s", len(opened.saes), len(conversations), split)
-        measured[split] = SplitMeter(lm, opened.saes, opened.layers, conversations, opened.recipe).run()
+        measured[split] = SplitMeter(lm, opened.saes, opened.sites, conversations, opened.recipe).run()
     origin = "held out by the recipe" if data is None else data.name
     described = {"origin": origin, "tokens_per_split_at_most": budget, "splits": counts(splits)}
-    result = _result(opened, lm, measured, described)
-    page = report_html(result, opened.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "evaluation.json", result)
-    write_text(folder / "report.html", page)
-    if (folder / CHECKSUMS_FILE).is_file():  # a release: list the new files
-        write_checksums(folder)
+    odd: list[str] = []
+    result: dict[str, Any] = _finite(_result(opened, lm, measured, described), "", odd)
+    with disk_errors_named(folder):
+        _publish(folder, result, opened.folder)
+    odd = [name for name in odd if name.startswith("saes/")]  # a comparison may lack a value in honest data
+    if odd:
+        named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        raise ModelError(
+            f"logits or rows of {lm.name} are not finite, with or without an SAE in it: {named} are null in "
+            f"{folder / 'evaluation.json'}; try lm.dtype: float32"
+        )
     return result
+
+
+def _publish(folder: Path, result: Mapping[str, Any], run: Path) -> None:
+    """Write the measurement, then its page: ended at any instant, no page stands beside numbers of another measurement,
+    and a release lists none but whole files."""
+    evaluation, report = folder / "evaluation.json", folder / "report.html"
+    make_folder(folder)
+    listed = (folder / CHECKSUMS_FILE).is_file()  # a release
+    if listed:
+        write_checksums(folder, without=(evaluation.name, report.name))
+    if report.exists():
+        report.unlink()
+        fsync_folder(folder)
+    write_json(evaluation, result)
+    write_text(report, report_html(result, run))
+    if listed:
+        write_checksums(folder)
+
+
+def _finite(value: Any, name: str, odd: list[str]) -> Any:
+    """JSON has no NaN: a number that is not finite becomes null, and its name goes to `odd`."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item, f"{name}/{key}".strip("/"), odd) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, name, odd) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        odd.append(name)
+        return None
+    return value
 
 
 def fired(measured: Mapping[str, SplitMeasurement], sae_id: str) -> Tensor:
@@ -85,12 +121,12 @@ def _result(
         "data": data,
         "hook_points": {
             sae_id: {
-                "layer": layer,
-                "kind": lm.layer_kinds[layer],
+                **site.described(),
+                "kind": lm.layer_kinds[site.layer],
                 "dict_size": target.saes[sae_id].dict_size,
                 "k": target.saes[sae_id].k,
             }
-            for sae_id, layer in target.layers.items()
+            for sae_id, site in target.sites.items()
         },
         "saes": {sae_id: {split: found.figures[sae_id] for split, found in measured.items()} for sae_id in target.saes},
         "dead": {sae_id: _dead(sae_id, measured) for sae_id in target.saes},
@@ -126,7 +162,7 @@ def _comparison(target: Target, measured: Mapping[str, SplitMeasurement]) -> dic
                 "kind": pair.kind,
                 "first": pair.first,
                 "second": pair.second,
-                "layers": [target.layers[pair.first], target.layers[pair.second]],
+                "layers": [target.sites[pair.first].layer, target.sites[pair.second].layer],
                 "overlap": overlap(saes[pair.first], saes[pair.second], alive[pair.first], alive[pair.second], seed),
             }
             for pair in pairs

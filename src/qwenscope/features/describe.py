@@ -211,15 +211,15 @@ class Describer:
 def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any]]) -> dict[str, Any]:
     """What overview and SAE page show of one SAE besides its table."""
     sae, statistics = corpus_pass.target.saes[sae_id], corpus_pass.statistics[sae_id]
-    layer = corpus_pass.target.recipe.hook_points[sae_id].layer
+    site = corpus_pass.target.sites[sae_id]
     density = np.array(columns["density"])
     alive = density[density > 0]
     bins = (DENSITY_DECADES[1] - DENSITY_DECADES[0]) * DENSITY_BINS_PER_DECADE
     places = ((np.log10(alive) - DENSITY_DECADES[0]) * DENSITY_BINS_PER_DECADE).astype(int).clip(0, bins - 1)
     rows = max(statistics.rows, 1)
     return {
-        "layer": layer,
-        "kind": corpus_pass.lm.layer_kinds[layer],
+        **site.described(),
+        "kind": corpus_pass.lm.layer_kinds[site.layer],
         "dict_size": sae.dict_size,
         "k": sae.k,
         "tokens": statistics.rows,

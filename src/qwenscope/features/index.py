@@ -32,9 +32,9 @@ from qwenscope.features.integrity import FILE, FILES, PEAKS_BY_TOKEN, SCHEMA
 from qwenscope.features.parquet import ParquetFiles
 from qwenscope.features.store import VERSION, key_of
 from qwenscope.features.token_text import TokenText, vocabulary_pieces
-from qwenscope.files import disk_full_named, fsync_file, fsync_folder, read_json, write_json
+from qwenscope.files import disk_errors_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import SPLITS, Target, open_target
 from qwenscope.training.lock import run_lock
 
@@ -76,9 +76,9 @@ def build_index(
     work = out / ".work"
     _check_unfinished(out)
     opened = open_target(target)
-    with disk_full_named(out):
+    with disk_errors_named(out):
         work.mkdir(parents=True, exist_ok=True)
-    with run_lock(work), disk_full_named(out):
+    with run_lock(work), disk_errors_named(out):
         _check_unfinished(out)  # another one may have finished it meanwhile
         report("loading model", 0, tokens)
         lm = opened.language_model(truncated=True)
@@ -89,6 +89,7 @@ def build_index(
 
 def _check_unfinished(out: Path) -> None:
     if (out / FILE).exists():
+        shutil.rmtree(out / ".work", ignore_errors=True)  # of a process that was killed at the very end
         raise FormatError(f"{out} holds a finished index; choose another folder, or remove it")
     if out.exists() and any(path.name not in (".work", CHECKSUMS_FILE, *FILES) for path in out.iterdir()):
         raise FormatError(f"{out} exists and is not an index; choose another folder")

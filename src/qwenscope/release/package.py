@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from qwenscope.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, write_checksums
 from qwenscope.errors import FormatError
-from qwenscope.files import read_json, whole_folder, write_json, write_text
+from qwenscope.files import folder_aside, read_json, whole_folder, write_json, write_text
 from qwenscope.hub import check_repo_id
+from qwenscope.lm.sites import Site
 from qwenscope.opening import check_size
 from qwenscope.recipe import Recipe, load_recipe, public_name
 from qwenscope.release.card import example_sae, model_card
@@ -83,10 +83,10 @@ def _build(run: Path, out: Path) -> None:
 def _check_same(run: Path, out: Path) -> None:
     """FormatError unless `out` is, to the byte, what a build from `run` gives: a release that is to be pushed again."""
     verify_folder(out)
-    with TemporaryDirectory(prefix=".qwenscope-", dir=out.absolute().parent) as folder:
-        _build(run, Path(folder))
-        bind(Path(folder), read_json(out / "config.json").get("repo"))
-        if read_checksums(Path(folder)) != read_checksums(out):
+    with folder_aside(out) as folder:
+        _build(run, folder)
+        bind(folder, read_json(out / "config.json").get("repo"))
+        if read_checksums(folder) != read_checksums(out):
             raise FormatError(f"{out} holds another release than {run} gives; choose another folder, or remove it")
 
 
@@ -127,12 +127,12 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         _check_unit_norm(sae_id, sae)
         point = recipe.hook_points[sae_id]
         check_size(run / "saes" / sae_id, sae, point)
-        sae.config |= {"sae_id": sae_id, "layer": point.layer, "model": public_name(recipe.lm.model)}
+        sae.config |= {"sae_id": sae_id, **Site(point.site).described(), "model": public_name(recipe.lm.model)}
         sae.save(out / sae_id)
         export_sae(sae, sae_id, "saelens", out / "saelens")
         index[sae_id] = {
             "sae_id": sae_id,
-            "layer": point.layer,
+            **Site(point.site).described(),
             "kind": point.kind,
             "hidden_dim": sae.hidden_dim,
             "dict_size": sae.dict_size,

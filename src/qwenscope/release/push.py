@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from qwenscope.checksums import CHECKSUMS_FILE, verify_folder
 from qwenscope.errors import FormatError, HubError
-from qwenscope.files import disk_full_named, fsync_folder, read_json, sha256
+from qwenscope.files import disk_errors_named, fsync_folder, read_json, sha256
 from qwenscope.hub import asked, check_repo_id
 from qwenscope.release.package import bind
 from qwenscope.sae.loading import suite_ids
@@ -110,7 +110,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> None:
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     for _ in range(_ATTEMPTS):
-        with disk_full_named(out, sum(entry.size for entry in entries.values())):
+        with disk_errors_named(out, sum(entry.size for entry in entries.values())):
             asked(lambda: _fetch(repo, commit, partial), what)
         wrong = _wrong_files(partial, entries)
         if not wrong:

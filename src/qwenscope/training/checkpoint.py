@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from qwenscope.errors import CheckpointError, ResourceError
-from qwenscope.files import disk_full_named, fsync_folder
+from qwenscope.files import disk_errors_named, fsync_folder
 from qwenscope.parallel.group import ALONE, Group
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def save(
         group: all write, or none has.
 
     Raises:
-        ResourceError: not enough disk; names the bytes needed. The temporary folder is removed.
-        CheckpointError: the folder cannot be written (permissions, read-only or failing disk).
+        ResourceError: not enough disk (names the bytes needed), or the operating system refuses otherwise. The
+            temporary folder is removed.
         RankLostError: a rank is gone; what was written stays hidden, and goes with the next save.
     """
     final = folder / f"step-{step:08d}"
@@ -100,12 +100,12 @@ def save(
     needed = sum(group.all_gather_object(lambda: checkpoint_bytes(tensors)))
 
     def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # never its parents: a run folder that was deleted under way stays so
+        fsync_folder(folder.parent)
         _remove(temporary)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise ResourceError(
-                f"no space left for {final}: {needed:,} bytes needed, {free:,} free; "
-                "free some disk and run again with --resume"
+                f"no space left for {final}: {needed:,} bytes needed, {free:,} free; free some disk and run again"
             )
         temporary.mkdir()
 
@@ -116,11 +116,8 @@ def save(
         fsync_folder(folder)
 
     def named(act: Callable[[], T]) -> T:
-        try:
-            with disk_full_named(final, needed):
-                return act()
-        except OSError as error:
-            raise CheckpointError(f"cannot write {final}: {error.strerror or error}") from error
+        with disk_errors_named(final, needed):
+            return act()
 
     try:
         group.broadcast_object(lambda: named(prepare))
@@ -207,8 +204,7 @@ def set_aside_newer(folder: Path, good: Path) -> None:
 
 def rotate(folder: Path, keep: int) -> None:
     """Remove all but the last `keep` checkpoints and the snapshots; leftovers of killed saves go too."""
-    for path in folder.glob(".step-*"):
-        _remove(path)
+    remove_unfinished(folder)
     for path in list_checkpoints(folder)[:-keep]:
         try:
             if _read_manifest(path / _MANIFEST)["snapshot"]:
@@ -218,7 +214,14 @@ def rotate(folder: Path, keep: int) -> None:
             continue
         doomed = path.with_name(f".{path.name}.old")  # a half-removed folder must not look like a checkpoint
         os.replace(path, doomed)
+        fsync_folder(folder)  # or a cut could bring back the name without the files
         _remove(doomed)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of saves and removals; the caller holds the run's lock."""
+    for path in folder.glob(".step-*"):
+        _remove(path)
 
 
 def _load_into(loaded: list[Checkpoint], path: Path, wanted: Callable[[str], bool]) -> None:

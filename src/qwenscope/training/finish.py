@@ -12,10 +12,12 @@ import torch
 
 from qwenscope.checksums import write_checksums
 from qwenscope.errors import TrainingError
-from qwenscope.files import disk_full_named, fsync_folder
+from qwenscope.files import disk_errors_named, fsync_folder
 from qwenscope.parallel.group import ALONE, Group
 from qwenscope.sae.sae import SAE
 
+UNPUBLISHED = ".saes.tmp"
+"""Name of the folder, beside its target, in which the final SAEs are written; all ranks know it."""
 _UNIT_TOLERANCE = 1e-5
 
 
@@ -30,23 +32,24 @@ def publish(saes: Iterable[tuple[str, SAE | None]], target: Path, needed: int, g
 
     Raises:
         ResourceError: the disk is full; names the bytes needed.
+            Or the operating system refuses otherwise.
         TrainingError: a weight is not finite, or what was written does not read back to the bit.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(UNPUBLISHED)
 
-    @disk_full_named(target, needed)
+    @disk_errors_named(target, needed)
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
-    @disk_full_named(target, needed)
+    @disk_errors_named(target, needed)
     def write(sae_id: str, sae: SAE | None) -> None:
         if sae is not None:
             sae.save(temporary / sae_id)
             _check(sae_id, sae, temporary / sae_id)
             write_checksums(temporary / sae_id)
 
-    @disk_full_named(target, needed)
+    @disk_errors_named(target, needed)
     def put_in_place() -> None:
         fsync_folder(temporary)
         if target.exists():  # of a session that was killed before it could say "complete"

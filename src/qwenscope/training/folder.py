@@ -22,12 +22,15 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from qwenscope.errors import CheckpointError, LockError, QwenscopeError, RecipeError, ResourceError
-from qwenscope.files import read_json, write_json, write_text
+from qwenscope.checksums import verify_folder
+from qwenscope.errors import CheckpointError, FormatError, LockError, QwenscopeError, RecipeError, ResourceError
+from qwenscope.files import disk_errors_named, make_folder, read_json, remove_leftovers, write_json, write_text
 from qwenscope.machine import describe_machine
 from qwenscope.parallel.group import ALONE, Group, RankLostError
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.training.lock import LOCK_NAME, run_lock
+from qwenscope.training.checkpoint import remove_unfinished
+from qwenscope.training.finish import UNPUBLISHED
+from qwenscope.training.lock import LOCK_NAME, check_held, run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,44 @@ class RunFolder:
         path = self.path / "status.json"
         return dict(read_json(path)) if path.exists() else {}
 
+    def check_there(self) -> None:
+        """Refuse to go on where the folder, or the checkpoints in it, are no longer those of this run.
+
+        Raises:
+            CheckpointError: they were moved or deleted under way.
+        """
+        if not self._writes:
+            return
+        check_held(self.path)
+        if self.checkpoint is not None and not (self.checkpoints / self.checkpoint).is_dir():
+            raise CheckpointError(
+                f"{self.checkpoints / self.checkpoint} was moved or deleted under way; bring it back and go on by "
+                "--resume"
+            )
+
+    def is_complete(self, recipe: Recipe) -> bool:
+        """Whether the run says that it is complete, and every SAE is there and verifies."""
+        if self.status.get("state") != "complete":
+            return False
+        try:
+            with disk_errors_named(self.path):
+                for sae_id in recipe.hook_points:
+                    verify_folder(self.path / "saes" / sae_id)
+        except FormatError as error:
+            logger.warning("%s is not complete though it says so (%s): ending it again", self.path, error)
+            return False
+        return True
+
+    def write(self, name: str, value: Any) -> None:
+        """Replace one of its JSON files.
+
+        Raises:
+            CheckpointError: the folder was moved or deleted under way.
+            ResourceError: the operating system refuses.
+        """
+        check_held(self.path)
+        write_json(self.path / name, value)
+
     def still_running(self) -> None:
         """Refresh a running status every few seconds (fsync is not free); a full disk makes it wait, not the run."""
         if time.monotonic() - self._written < _STATUS_SECONDS:
@@ -82,11 +123,11 @@ class RunFolder:
             logger.error("%s", error)
 
     def write_status(self, state: str, error: str | None = None) -> None:
-        """Replace status.json."""
+        """Replace status.json, as `write`."""
         if not self._writes:
             return
-        write_json(
-            self.path / "status.json",
+        self.write(
+            "status.json",
             {
                 "state": state,
                 "tokens_trained": self.tokens,
@@ -112,7 +153,7 @@ class RunFolder:
                 (self.path / _LAST_WORDS.format(group.rank)).write_text(f"rank {group.rank}: {describe(error)}")
             else:
                 self._write_for_rank_0(describe(error))
-        except (OSError, ResourceError) as second:
+        except (OSError, QwenscopeError) as second:
             logger.error("cannot write status.json: %s", second)
 
     def _write_for_rank_0(self, error: str) -> None:
@@ -152,13 +193,13 @@ class RunFolder:
                 "ranks": ranks,
             }
         )
-        write_json(self.path / "run.json", run)
+        self.write("run.json", run)
         self.write_status("running")
 
     def record(self, **facts: Any) -> None:
         """Add top-level facts (revisions, precision ...) to run.json."""
         if self._writes:
-            write_json(self.path / "run.json", {**self.recorded(), **facts})
+            self.write("run.json", {**self.recorded(), **facts})
 
     def recorded(self) -> dict[str, Any]:
         """run.json as it stands, or an empty dict in a new folder."""
@@ -174,12 +215,13 @@ def open_run(recipe: Recipe, out: Path, resume: bool, group: Group = ALONE) -> I
         RecipeError: `out` holds something else, or a run while `resume` is off, or one of another recipe.
             Or the ranks were started with unlike recipes.
         LockError: another process works in it.
-        ResourceError: a rank sees another folder under this name.
+        ResourceError: it cannot be written; or a rank sees another folder under this name.
     """
     if len(set(group.all_gather_object(recipe.fingerprint))) > 1:
         raise RecipeError("the ranks were started with unlike recipes; give all machines the same file and --set")
     with ExitStack() as held:
-        holder = group.broadcast_object(lambda: _enter(recipe, out, resume, held))
+        with disk_errors_named(out):
+            holder = group.broadcast_object(lambda: _enter(recipe, out, resume, held))
         group.all_gather_object(lambda: _check_shared(out, holder))
         yield RunFolder(out, recipe.training.tokens, group.leads)
 
@@ -189,7 +231,7 @@ def _enter(recipe: Recipe, out: Path, resume: bool, held: ExitStack) -> Any:
     present = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if present and "recipe.yaml" not in present:
         raise RecipeError(f"{out} is not empty and holds no run; choose a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     held.enter_context(run_lock(out))
     _remove_leftovers(out)
     if (out / "recipe.yaml").exists():
@@ -256,12 +298,12 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Temporary files and folders of a killed session (we hold the lock: nobody else writes here)."""
-    for path in out.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """What killed sessions left, and killed commands that wrote beside them (we hold the lock: nobody else trains)."""
+    remove_leftovers(out)
+    remove_unfinished(out / "checkpoints")
+    shutil.rmtree(out / UNPUBLISHED, ignore_errors=True)
+    for path in out.glob(_LAST_WORDS.format("*")):
+        path.unlink()
 
 
 def _now() -> str:

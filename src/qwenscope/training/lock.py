@@ -8,10 +8,10 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwenscope.errors import LockError
+from qwenscope.errors import CheckpointError, LockError
 
 LOCK_NAME = ".lock"
 _held: set[int] = set()
@@ -33,6 +33,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         LockError: another process (or another call in this one) holds it; the message names its pid and host.
+        OSError: the lock file cannot be made, or the file system has no locks.
     """
     path = folder / LOCK_NAME
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -55,6 +56,19 @@ def run_lock(folder: Path) -> Iterator[None]:
         if descriptor in _held:  # not in a child that was forked inside the block
             _held.discard(descriptor)
             os.close(descriptor)
+
+
+def check_held(folder: Path) -> None:
+    """Refuse to go on in a folder that is no longer the one that was locked (it was moved, deleted or replaced).
+
+    Raises:
+        CheckpointError: this process does not hold what stands under this name now.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        there = os.stat(folder / LOCK_NAME)
+        if any(os.path.samestat(there, os.fstat(descriptor)) for descriptor in _held):
+            return
+    raise CheckpointError(f"{folder} was moved or deleted under way; bring it back and go on by --resume")
 
 
 def _holder(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from qwenscope.errors import CheckpointError, CorpusError, ResourceError
-from qwenscope.files import write_json
+from qwenscope.files import disk_errors_named
 from qwenscope.parallel.agreement import Agreement, Decision
 from qwenscope.parallel.group import RankLostError
 from qwenscope.parallel.launch import joined, restarted
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnProgress | None = None) -> None:
     """Train every SAE of `recipe` into the run folder `out`.
 
-    SIGTERM and SIGINT finish the step and save; SIGUSR1 saves and goes on (all in the main thread only). Under torchrun
-    this is one rank of several: all call it alike, rank 0 keeps the folder and reports progress.
+    SIGTERM, SIGINT and SIGHUP finish the step and save; SIGUSR1 saves and goes on (all in the main thread only). Under
+    torchrun this is one rank of several: all call it alike, rank 0 keeps the folder and reports progress.
 
     Raises:
         Stopped: a signal ended the run; it carries the exit code.
@@ -47,13 +47,12 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnPro
         open_run(recipe, Path(out), resume or restarted(), group) as folder,
         SignalWatch(launched=group.size > 1) as watch,
     ):
-        if group.broadcast_object(lambda: folder.status.get("state")) == "complete":
+        if group.broadcast_object(lambda: folder.is_complete(recipe)):
             logger.warning("%s is complete: every token was trained; nothing to do", folder.path)
             return
-        if on_progress is None or not group.leads:
-            on_progress = _unseen
+        on_progress = _while_it_lasts(on_progress) if on_progress is not None and group.leads else _unseen
         try:
-            with ExitStack() as closing:
+            with disk_errors_named(folder.path), ExitStack() as closing:
                 Run(set_up(recipe, folder, group, on_progress, closing), watch, on_progress).go()
         except Stopped:
             raise
@@ -213,6 +212,7 @@ class Run:
         self._saved_at = time.monotonic()
 
     def _make_ready(self) -> None:
+        self.folder.check_there()
         self.session.suite.check_finite()
         if self.session.telemetry is not None:
             self.session.telemetry.file.flush()
@@ -258,10 +258,9 @@ class Run:
     def _finish(self) -> None:
         self._show("saving")
         if self._saved_step() != self.step:  # a session that only has the ending left to do has not read the corpus
-            self.group.broadcast_object(
-                lambda: write_json(self.folder.path / "privacy_report.json", self.session.windows.report())
-            )
+            self.group.broadcast_object(lambda: self.folder.write("privacy_report.json", self.session.windows.report()))
         self._save_and_wait()
+        self.group.broadcast_object(self.folder.check_there)
         hidden = self.session.hidden_dim
         needed = sum(
             4 * (2 * hidden * point.dict_size + point.dict_size + hidden) for point in self.recipe.hook_points.values()
@@ -277,6 +276,20 @@ class Run:
     def _seconds(self) -> float:
         """Of this session and those before it."""
         return self.session.seconds + time.monotonic() - self.session.began
+
+
+def _while_it_lasts(on_progress: OnProgress) -> OnProgress:
+    """The display, until its terminal is gone: that must not cost the run."""
+
+    def show(progress: Progress) -> None:
+        nonlocal on_progress
+        try:
+            on_progress(progress)
+        except OSError as error:
+            on_progress = _unseen
+            logger.error("progress is shown no longer (%s)", error.strerror)
+
+    return show
 
 
 def _unseen(progress: Progress) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwenscope.files import disk_errors_named
 from qwenscope.parallel.group import ALONE, Group
 from qwenscope.training import checkpoint
 
@@ -70,7 +71,8 @@ class Saver:
                     copied.synchronize()
             self.newest = checkpoint.save(self.folder, step, state, self._copies, snapshot, self.group)
             if self.group.leads:
-                checkpoint.rotate(self.folder, self.keep)
+                with disk_errors_named(self.folder):
+                    checkpoint.rotate(self.folder, self.keep)
         except BaseException as error:  # whatever it is, it belongs to the training thread
             self._error = error
 

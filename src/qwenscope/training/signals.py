@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_STOP = (signal.SIGTERM, signal.SIGINT)
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818 - an ending that was asked for, not an error
@@ -22,10 +22,12 @@ class Stopped(Exception):  # noqa: N818 - an ending that was asked for, not an e
 
 
 class SignalWatch:
-    """While the block runs, SIGTERM and SIGINT set `stop`, SIGUSR1 sets `checkpoint`; the old handlers come back after.
+    """While the block runs, SIGTERM, SIGINT and SIGHUP (a closed terminal; unless it was ignored before, as by nohup)
+    set `stop`, SIGUSR1 sets `checkpoint`; the old handlers come back after.
 
-    The first stop signal hands both back to the kernel's default, so that a second one ends the process at once, even
-    in the middle of a long call into native code. Outside the main thread nothing is installed and nothing is seen.
+    The first stop signal hands SIGTERM and SIGINT back to the kernel's default, so that a second one ends the process
+    at once, even in the middle of a long call into native code; of SIGHUP a closing terminal may send several, and
+    further ones do nothing. Outside the main thread nothing is installed and nothing is seen.
 
     Args:
         launched: by torchrun, which hands on a signal that its workers may have got from the scheduler already, and
@@ -41,7 +43,8 @@ class SignalWatch:
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for number in _STOP:
-                self._before[number] = signal.signal(number, self._on_stop)
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._on_stop)
             self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_checkpoint)
         return self
 
@@ -55,7 +58,7 @@ class SignalWatch:
     def _on_stop(self, signum: int, frame: FrameType | None) -> None:
         self.stop = signum
         if not self._launched:
-            for number in _STOP:
+            for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
 
     def _on_checkpoint(self, signum: int, frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qwenscope.errors import RecipeError
-from qwenscope.files import disk_full_named, write_text
+from qwenscope.files import disk_errors_named, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class MetricsFile:
         Raises:
             ResourceError: the disk is still full.
         """
-        with disk_full_named(self._path, sum(map(len, self._waiting))):
+        with disk_errors_named(self._path, sum(map(len, self._waiting))):
             self._write()
             os.fsync(self._file.fileno())
 

@@ -16,7 +16,7 @@ from qwenscope.features.index import ORIGIN, open_origin
 from qwenscope.features.read import Reading, read
 from qwenscope.features.steering import Mode, Steering, prompt_tokens, side_by_side
 from qwenscope.features.store import Index
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target
 
 MAX_CHARACTERS = 8000
@@ -56,7 +56,7 @@ class Runner:
 
         def work() -> Iterator[str]:
             target, lm = self._open()
-            yield _reading_json(read(lm, lm.tokenizer, given, target.saes, layers=target.layers, max_length=MAX_TOKENS))
+            yield _reading_json(read(lm, lm.tokenizer, given, target.saes, sites=target.sites, max_length=MAX_TOKENS))
 
         return self._thread.submit(work)
 
@@ -115,7 +115,7 @@ class Runner:
     def _steering(self, target: Target, push: dict[str, Any]) -> Steering:
         sae_id, latent = push["sae"], push["latent"]
         return Steering(
-            layer=target.recipe.hook_points[sae_id].layer,
+            site=target.sites[sae_id],
             strength=float(push["strength"]),
             sae=target.saes[sae_id],
             latent=latent,
