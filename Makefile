@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+PAGE := src/qwenscope/features/browser/page
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow test-bounds check format clean
 help:
 	@echo "make demo       set up .venv, then train, evaluate and package nine SAEs on the stand-in -> $(RUN)"
 	@echo "make test       set up .venv, then run the fast tests"
 	@echo "make test-slow  the slow tests as well"
+	@echo "make test-bounds  the fast tests beside the oldest and the newest libraries that pyproject.toml allows"
 	@echo "make check      format, lint and types"
 
 # torch comes first and from the lock: packages that depend on it would otherwise choose a build of their own.
@@ -32,14 +34,29 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+# Two environments beside .venv: the floors of pyproject.toml, and the newest that its ranges take. torch is the lock's.
+BOUNDS := pytest pytest-xdist hypothesis playwright axe-playwright-python triton accelerate tensorboard matplotlib hatchling editables
+test-bounds:
+	for bound in oldest newest; do \
+	  $(PYTHON) -m venv .venv-$$bound && pip="$$PWD/.venv-$$bound/bin/python -m pip --disable-pip-version-check --quiet" && \
+	  $$pip install $$(grep '^torch==' requirements.lock) && \
+	  if [ $$bound = oldest ]; then $$pip install -r requirements.oldest.txt $(BOUNDS); \
+	  else $$pip install --upgrade . $$(grep '^torch==' requirements.lock) $(BOUNDS); fi && \
+	  $$pip install --no-deps --no-build-isolation --editable . && \
+	  .venv-$$bound/bin/python -m pytest -n 2 || exit 1; done
+
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/oxfmt --check '$(PAGE)/*.js'
+	$(BIN)/oxlint --deny-warnings $(PAGE)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/oxfmt '$(PAGE)/*.js'
+	$(BIN)/oxlint --fix $(PAGE)
 
 clean:
 	rm -rf $(VENV) runs

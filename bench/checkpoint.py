@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training import checkpoint
 from qwenscope.training.saver import Saver
 from qwenscope.training.trainer import SAETrainer

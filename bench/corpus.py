@@ -20,9 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core each
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwenscope.corpus.batches import make_batches
 from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
+from qwenscope.lm.batches import make_batches
 from qwenscope.recipe import CorpusRecipe, SourceRecipe
 
 WINDOW_TOKENS = 131_072

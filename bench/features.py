@@ -33,11 +33,13 @@ from starlette.testclient import TestClient
 from qwenscope.activations.harvest import harvest
 from qwenscope.features.browser.server import make_app
 from qwenscope.features.corpus_pass import CorpusPass
-from qwenscope.features.store import FILE, Index
+from qwenscope.features.integrity import FILE
+from qwenscope.features.store import Index
 from qwenscope.lm.load import load_language_model
+from qwenscope.lm.sites import sites_of
 from qwenscope.opening import Target
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 ROUTES = {"suite": "#/", "sae": "#/sae/sae_attn_mid", "latent": "#/sae/sae_attn_mid/40"}
 WHEN_READY = """
@@ -56,7 +58,7 @@ def rate(tokens: int) -> dict[str, Any]:
     """CPU seconds of reading the corpus, of indexing each chunk, and of the bare forward pass over the same chunk."""
     recipe = load_recipe("standin")
     saes = {name: TopKSAE(64, point.dict_size, point.k, seed=point.layer) for name, point in recipe.hook_points.items()}
-    lm = load_language_model(recipe.lm, last_layer=max(recipe.layers), lm_head=True)
+    lm = load_language_model(recipe.lm, last_layer=recipe.last_layer, lm_head=True)
     seconds: dict[str, list[float]] = {"corpus": [], "index": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
         target = Target(folder, Path(folder), recipe, saes, {})
@@ -68,7 +70,7 @@ def rate(tokens: int) -> dict[str, Any]:
                 marks.append(time.process_time())
                 corpus_pass._add(conversations)
                 marks.append(time.process_time())
-                harvest(lm, conversations, recipe.layers, recipe.activations, recipe.corpus.batch_tokens)
+                harvest(lm, conversations, sites_of(recipe), recipe.activations, recipe.corpus.batch_tokens)
                 marks.append(time.process_time())
                 for name, taken in zip(seconds, np.diff(marks), strict=True):
                     seconds[name].append(float(taken))

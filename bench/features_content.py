@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from qwenscope.corpus.chat import ROLES
-from qwenscope.features.store import FILE, SCHEMA, VERSION, key_of, pack
+from qwenscope.features.form import pack
+from qwenscope.features.integrity import FILE, PEAKS_BY_TOKEN, SCHEMA
+from qwenscope.features.store import VERSION, key_of
 from qwenscope.recipe import load_recipe
 
 RECIPE = "qwen3.5-35b-a3b"
@@ -40,7 +42,7 @@ def random_index(folder: Path, latents: int) -> list[str]:
         for ordinal, (sae_id, point) in enumerate(load_recipe(RECIPE).hook_points.items()):
             summary = {"layer": point.layer, "kind": point.kind, "k": point.k, **_summary(latents)}
             _add_sae(database, choose, ordinal, sae_id, summary, words)
-        database.execute("CREATE INDEX peaks_by_token ON peaks (token, share DESC)")
+        database.execute(PEAKS_BY_TOKEN)
     return words
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from standin.model import standin_config
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
 
@@ -38,9 +39,9 @@ from qwenscope.activations.windows import Windows
 from qwenscope.corpus.chat import Conversation
 from qwenscope.costs import GPUS
 from qwenscope.doctor import examine
-from qwenscope.lm.load import LanguageModel, cut_config, decoder_layers, layer_kinds, pick_dtype
+from qwenscope.lm.load import cut_config, layer_kinds, pick_dtype
+from qwenscope.lm.model import LanguageModel, decoder_layers
 from qwenscope.lm.placement import pick_devices
-from qwenscope.lm.standin import standin_config
 from qwenscope.planning.measure import product_tflops
 from qwenscope.planning.plan import model_size
 from qwenscope.recipe import Recipe, load_recipe
@@ -158,7 +159,7 @@ def published(overrides: list[str]) -> Recipe:
 
 def random_model(recipe: Recipe, config: PretrainedConfig) -> LanguageModel:
     """The model up to the last hooked layer, with random weights made where it runs."""
-    device, dtype, depth = pick_devices(recipe.lm.device)[0], pick_dtype(recipe.lm, config), recipe.layers[-1] + 1
+    device, dtype, depth = pick_devices(recipe.lm.device)[0], pick_dtype(recipe.lm, config), recipe.last_layer + 1
     torch.manual_seed(recipe.seed)
     with device:
         model: Any = AutoModel.from_config(cut_config(config, depth), dtype=dtype)

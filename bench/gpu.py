@@ -60,7 +60,7 @@ def graphed(trainer: Any, x: torch.Tensor) -> Callable[[], None]:
 
 def make_trainer(latents: int, k: int, x: torch.Tensor) -> Any:
     """Our trainer in bfloat16 on the device."""
-    from qwenscope.sae.topk import TopKSAE
+    from qwenscope.sae.sae import TopKSAE
     from qwenscope.training.trainer import SAETrainer
 
     trainer = SAETrainer(TopKSAE(HIDDEN, latents, k, seed=0).to(x.device), 1e-4, precision="bf16")

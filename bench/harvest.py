@@ -41,12 +41,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwenscope.activations.source import WindowSource
 from qwenscope.activations.windows import Windows
-from qwenscope.corpus.batches import Batch, make_batches
 from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
-from qwenscope.lm.forward import final_hidden, logits, residual_streams
-from qwenscope.lm.load import LanguageModel, load_language_model
-from qwenscope.lm.vllm_engine import VllmModel, vllm_version
+from qwenscope.lm.batches import Batch, make_batches
+from qwenscope.lm.forward import final_hidden, logits, site_rows
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import sites_of
+from qwenscope.lm.vllm.engine import VllmModel, vllm_version
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.building import build_trainer
 
@@ -91,7 +93,7 @@ def main() -> None:
     recipe = load_recipe(options.recipe, overrides)
 
     full = load_language_model(recipe.lm, lm_head=True)
-    truncated = load_language_model(recipe.lm, last_layer=recipe.layers[-1])
+    truncated = load_language_model(recipe.lm, last_layer=recipe.last_layer)
     conversations = draw(recipe, full, options.tokens)
     batches = in_windows(conversations, recipe)
     tokens = sum(len(conversation.token_ids) for conversation in conversations)
@@ -101,7 +103,7 @@ def main() -> None:
         "plain": lambda: each(batches, lambda ids_CT: full.model(ids_CT.to(full.device))),
         "full": lambda: each(batches, lambda ids_CT: logits(full, final_hidden(full, ids_CT))),
         "decoder": lambda: each(batches, lambda ids_CT: final_hidden(full, ids_CT)),
-        "truncated": lambda: each(batches, lambda ids_CT: residual_streams(truncated, ids_CT, recipe.layers[-1:])),
+        "truncated": lambda: each(batches, lambda ids_CT: site_rows(truncated, ids_CT, sites_of(recipe)[-1:])),
         "harvest": lambda: steps.walk(overlap=False, train=False),
         "steps": steps.alone,
         "in_turn": lambda: steps.walk(overlap=False),
@@ -109,9 +111,9 @@ def main() -> None:
     }
     if options.vllm:
         sizes = {"max_length": recipe.corpus.max_length, "batch_tokens": recipe.corpus.batch_tokens}
-        engine = VllmModel(recipe.lm, recipe.layers, **sizes, weights="")
+        engine = VllmModel(recipe.lm, sites_of(recipe), **sizes, weights="")
         contestants["vllm"] = lambda: [
-            engine.streams(batch.input_ids_CT, batch.lengths_C, recipe.layers) for batch in batches
+            engine.streams(batch.input_ids_CT, batch.lengths_C, sites_of(recipe)) for batch in batches
         ]
     cpu, wall = take_turns(contestants, options.rounds, full.device)
     seconds = wall if full.device.type == "cuda" else cpu
@@ -122,7 +124,7 @@ def main() -> None:
         "dtype": options.dtype,
         "threads": options.threads,
         "torch": torch.__version__,
-        "hook_points": len(recipe.layers),
+        "hook_points": len(recipe.sites),
         "layers": {"full": len(full.layers), "truncated": len(truncated.layers)},
         "tokens": tokens,
         "padding_share": round(1 - tokens / sum(batch.input_ids_CT.numel() for batch in batches), 4),
@@ -213,7 +215,7 @@ class Steps:
         return Windows(self._lm, Replay(self._conversations), recipe)  # type: ignore[arg-type]
 
     def _each_batch(self, windows: Windows) -> Iterator[dict[int, torch.Tensor]]:
-        while len((batch := windows.next_batch(self._recipe.training.batch_size))[self._recipe.layers[0]]):
+        while len((batch := windows.next_batch(self._recipe.training.batch_size))[sites_of(self._recipe)[0]]):
             yield batch
 
 

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from quality_data import HELD_OUT, KINDS, Data, Splicer, standin, synthetic
 from quality_table import markdown
+from truth import cross_seed_stability, recovery
 
 from qwenscope.evaluation.fidelity import Fidelity
-from qwenscope.evaluation.truth import cross_seed_stability, recovery
 from qwenscope.files import read_json, write_json
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.seeds import derive_seed
 from qwenscope.training.trainer import SAETrainer
 

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from truth import GroundTruth, Kind, ground_truth
 
 from qwenscope.activations.harvest import harvest
 from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.evaluation.measure import SplitMeter
-from qwenscope.evaluation.truth import GroundTruth, Kind, ground_truth
-from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import fill_splits
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 HELD_OUT = 32_768
 CE_TOKENS = 4096

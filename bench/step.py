@@ -49,7 +49,7 @@ def dead_latents(latents: int, share: float) -> Tensor:
 def ours(precision: str, latents: int, k: int, dead: Tensor, x: Tensor) -> tuple[Step, dict[str, Step]]:
     """Our trainer, and its phases by name."""
     from qwenscope.sae import ops
-    from qwenscope.sae.topk import TopKSAE
+    from qwenscope.sae.sae import TopKSAE
     from qwenscope.training.optimizer import BLOCK_ROWS
     from qwenscope.training.trainer import SAETrainer
 
@@ -64,7 +64,7 @@ def ours(precision: str, latents: int, k: int, dead: Tensor, x: Tensor) -> tuple
         trainer.step(rows)
 
     def select(rows: Tensor) -> Any:
-        return trainer._selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"])
+        return trainer.active.selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"])
 
     found = select(x - weights["pre_bias"])
     pairs = ops.Pairs.of(found.indices, latents)

@@ -7,14 +7,15 @@ import random
 from pathlib import Path
 
 import torch
+from by_layer import residual_streams
 from safetensors.torch import load_file, save_file
 from tiny_run import make_language_model, tiny_recipe
 from transformers import AutoTokenizer
 
 from qwenscope.files import write_text
-from qwenscope.lm.forward import residual_streams
-from qwenscope.lm.load import LanguageModel, load_language_model
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
+from qwenscope.sae.sae import TopKSAE
 
 PLANTED = " that"
 PLANTED_LATENT = 7

@@ -28,7 +28,7 @@ from qwenscope.files import (
     write_json,
     write_text,
 )
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002, 0o027], ids=oct)

@@ -141,3 +141,10 @@ def test_overrides_are_taken_or_refused(given_overrides: list[str]) -> None:
 @given(st.lists(overrides | st.text(max_size=20), max_size=3))
 def test_two_thousand_overrides_are_taken_or_refused(given_overrides: list[str]) -> None:
     refusal(lambda: load_recipe("standin", given_overrides))
+
+
+@pytest.mark.parametrize("listed", ["a\0b", "x" * 5000, "circle/x", "../outside", "/etc/passwd", "a" * 300])
+def test_a_listed_name_that_no_file_has_is_named(listed: str, tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / CHECKSUMS_FILE).write_text(f"{'0' * 64}  {listed}\n")
+    assert "is listed in SHA256SUMS and missing" in str(refusal(lambda: verify_folder(tmp_path)))

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, Qwen3_5MoeTextConfig
 
-from qwenscope.corpus.batches import cut
 from qwenscope.costs import GPUS
 from qwenscope.errors import ModelError, RecipeError, ResourceError
-from qwenscope.lm.forward import residual_streams
+from qwenscope.lm.batches import cut
+from qwenscope.lm.forward import site_rows
 from qwenscope.lm.load import load_language_model
 from qwenscope.parallel.owners import owners
 from qwenscope.planning import measure as measuring
@@ -244,10 +244,10 @@ class LiveBytes(TorchDispatchMode):
 
 def test_activation_memory_is_what_a_forward_pass_holds_at_once() -> None:
     recipe = load_recipe("standin", ["corpus.batch_tokens=1024"])
-    lm = load_language_model(recipe.lm, last_layer=recipe.layers[-1])
+    lm = load_language_model(recipe.lm, last_layer=recipe.last_layer)
     needs = memory_needs(recipe, lm.model.config, 0, owners(recipe, 1), process=0)
     with LiveBytes(lm.model) as live:
-        residual_streams(lm, torch.zeros(2, 512, dtype=torch.int64), recipe.layers)
+        site_rows(lm, torch.zeros(2, 512, dtype=torch.int64), recipe.sites)
     assert needs["language_model_activations"] == pytest.approx(live.peak, rel=0.1)
 
 

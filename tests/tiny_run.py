@@ -27,10 +27,8 @@ from transformers import Qwen3_5MoeForCausalLM
 from qwenscope.corpus.tool_use import tool_use_conversation
 from qwenscope.errors import QwenscopeError
 from qwenscope.files import write_text
-from qwenscope.lm.standin import standin_config
-from qwenscope.lm.standin_data import train_tokenizer
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.run import train
 from qwenscope.training.signals import Stopped
 from qwenscope.training.telemetry import WALL_CLOCK_FIELDS, Progress
@@ -51,6 +49,9 @@ def start_server() -> None:
 
 def make_language_model(folder: Path) -> Path:
     """A random 4-layer Qwen3.5-MoE (DeltaNet, DeltaNet, DeltaNet, attention) with a chat tokenizer of 512 ids."""
+    from standin.data import train_tokenizer  # here: processes that only train do not have bench/ on their path
+    from standin.model import standin_config
+
     texts = [json.dumps(tool_use_conversation(7, index)["messages"]) for index in range(60)]
     tokenizer = train_tokenizer(texts, 512)
     torch.manual_seed(3)

@@ -6,8 +6,9 @@
 
 The public names, loaded when first used:
 
-- `TopKSAE`, `Codes`, `load_suite`: an SAE, its sparse codes, a whole suite from a folder or the Hub.
-- `SAETrainer`: one optimiser step at a time, on anyone's activations.
+- `TopKSAE`, `Codes`, `load_suite`: an SAE, its sparse codes, a whole suite from a folder or the Hub. `SAE` is the same
+  with any activation (BatchTopK, JumpReLU, ReLU).
+- `SAETrainer`: one optimizer step at a time, on anyone's activations.
 - `Recipe`, `load_recipe`: everything a run depends on.
 - `train`, `evaluate`: a run and its measurements.
 - `QwenscopeError`: base class of every error a user can cause and cure.
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from qwenscope.evaluation.run import evaluate
     from qwenscope.recipe import Recipe, load_recipe
     from qwenscope.sae.loading import load_suite
-    from qwenscope.sae.topk import Codes, TopKSAE
+    from qwenscope.sae.sae import SAE, Codes, TopKSAE
     from qwenscope.training.run import train
     from qwenscope.training.trainer import SAETrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAE",
     "Codes",
     "QwenscopeError",
     "Recipe",
@@ -43,8 +45,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Codes": "sae.topk",
-    "TopKSAE": "sae.topk",
+    "SAE": "sae.sae",
+    "Codes": "sae.sae",
+    "TopKSAE": "sae.sae",
     "load_suite": "sae.loading",
     "SAETrainer": "training.trainer",
     "Recipe": "recipe",

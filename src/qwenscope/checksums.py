@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from qwenscope.errors import FormatError
@@ -13,10 +13,11 @@ CHECKSUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def write_checksums(root: Path, without: Collection[str] = ()) -> None:
-    """List every file below `root` with its digest in `root/SHA256SUMS`, but for those `without` it."""
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    lines = [f"{sha256(root / name)}  {name}\n" for name in names if name not in (CHECKSUMS_FILE, *without)]
+def write_checksums(root: Path, only: Iterable[str] | None = None) -> None:
+    """List every file below `root` (or those of `only` that are there) with its digest in `root/SHA256SUMS`."""
+    paths = root.rglob("*") if only is None else (root / name for name in only)
+    names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
+    lines = [f"{sha256(root / name)}  {name}\n" for name in names if name != CHECKSUMS_FILE]
     write_text(root / CHECKSUMS_FILE, "".join(lines))
 
 
@@ -71,6 +72,10 @@ def verify_folder(root: Path) -> None:
     if digests is None:
         raise FormatError(f"{root / CHECKSUMS_FILE} is missing; {root} is no whole release")
     for name in digests:
-        if not (root / name).resolve().is_relative_to(root.resolve()) or not (root / name).is_file():
+        try:
+            inside = (root / name).resolve().is_relative_to(root.resolve()) and (root / name).is_file()
+        except (OSError, ValueError, RuntimeError):  # no name that a file can have, or links in a circle
+            inside = False
+        if not inside:
             raise FormatError(f"{root / name} is listed in {CHECKSUMS_FILE} and missing; pull the release again")
     verify_listed(root, [root / name for name in digests])

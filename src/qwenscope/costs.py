@@ -171,16 +171,16 @@ def _moment_bytes(recipe: Recipe) -> int:
 # -- rows on their way ------------------------------------------------------------------------------------------------
 
 
-def layers_held(recipe: Recipe, held: Sequence[Part]) -> set[int]:
-    """Hooked layers whose rows a card needs for what it holds."""
-    return {recipe.hook_points[part.sae_id].layer for part in held}
+def sites_held(recipe: Recipe, held: Sequence[Part]) -> set[str]:
+    """Hooked sites whose rows a card needs for what it holds."""
+    return {recipe.hook_points[part.sae_id].site for part in held}
 
 
 def bytes_moved(recipe: Recipe, held: Sequence[Sequence[Part]], hidden: int, row_bytes: int) -> int:
     """Bytes that all cards together send per step: rows that their owner did not harvest, four bytes per token and hook
     point to everyone else (the norms that decide which rows are left out), and what ranks that share an SAE say.
     """
-    norms = 4 * recipe.training.batch_size * len(recipe.layers) * (len(held) - 1)
+    norms = 4 * recipe.training.batch_size * len(recipe.sites) * (len(held) - 1)
     shards = sum(shard_bytes(recipe, part, hidden) for parts in held for part in parts)
     return norms + sum(_received(recipe, parts, len(held), row_bytes) for parts in held) + round(shards)
 
@@ -198,4 +198,4 @@ def link_bytes(card: Card, cards: int) -> float:
 
 
 def _received(recipe: Recipe, held: Sequence[Part], cards: int, row_bytes: int) -> int:
-    return len(layers_held(recipe, held)) * (recipe.training.batch_size * (cards - 1) // cards) * row_bytes
+    return len(sites_held(recipe, held)) * (recipe.training.batch_size * (cards - 1) // cards) * row_bytes

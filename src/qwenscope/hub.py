@@ -147,13 +147,22 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that says most: the first with the Hub's response, else the innermost."""
+    chain = list(_chain(error))
+    return next((link for link in chain if getattr(link, "response", None) is not None), chain[-1])
+
+
 def _status(error: BaseException) -> int | None:
-    """HTTP status of the first error in the chain that has one."""
-    for link in _chain(error):
-        response = getattr(link, "response", None)
-        if response is not None:
-            return int(response.status_code)
-    return None
+    """HTTP status of the Hub's response, if there was one."""
+    response = getattr(_root_cause(error), "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that the server asked to wait, at most a minute."""
+    seconds = str(getattr(getattr(_root_cause(error), "response", None), "headers", {}).get("retry-after", ""))
+    return min(float(seconds), 60.0) if seconds.isdigit() else 0.0
 
 
 def _transient(error: BaseException) -> bool:
@@ -166,18 +175,3 @@ def _transient(error: BaseException) -> bool:
         isinstance(link, HTTPError | ConnectionError | TimeoutError | hub_errors.LocalEntryNotFoundError)
         for link in links
     )
-
-
-def _retry_after(error: BaseException) -> float:
-    """Seconds that the server asked to wait, at most a minute."""
-    for link in _chain(error):
-        headers = getattr(getattr(link, "response", None), "headers", {})
-        if str(headers.get("retry-after", "")).isdigit():
-            return min(float(headers["retry-after"]), 60.0)
-    return 0.0
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The error that says most: the first with an HTTP status, else the innermost."""
-    chain = list(_chain(error))
-    return next((link for link in chain if getattr(link, "response", None) is not None), chain[-1])

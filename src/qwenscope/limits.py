@@ -37,7 +37,7 @@ def check_memory(recipe: Recipe, hidden_dim: int, ranks: int = 1) -> None:
     """
     present = psutil.virtual_memory().total
     present += sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    window = 2 * hidden_dim * len(recipe.layers) * recipe.activations.window_tokens
+    window = 2 * hidden_dim * len(recipe.sites) * recipe.activations.window_tokens
     latents = {sae_id: point.dict_size for sae_id, point in recipe.hook_points.items()}
     largest = max(latents, key=lambda sae_id: latents[sae_id])
     needs = {

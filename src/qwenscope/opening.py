@@ -22,13 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from qwenscope.checksums import CHECKSUMS_FILE, verify_folder
 from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
-from qwenscope.errors import CorpusError, FormatError, HubError
+from qwenscope.errors import CorpusError, FormatError, HubError, ModelError
 from qwenscope.files import read_json
 from qwenscope.hub import check_repo_id, download
-from qwenscope.lm.load import LanguageModel, check_hook_points, load_language_model
+from qwenscope.lm.load import check_hook_points, load_language_model
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site, hooked_sites
 from qwenscope.recipe import HookPoint, LMRecipe, Recipe, SourceRecipe, load_recipe
-from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, iterate_suite, load_sae
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE
+from qwenscope.sae.loading import iterate_suite
+from qwenscope.sae.sae import SAE
 
 SPLITS = ("chat", "tool_use")
 PUBLISHED = "qwen3.5-35b-a3b"
@@ -46,7 +49,7 @@ class Target:
     folder: Path
     """Where it lies; for a repository, in the Hub's cache, which is not to be written to."""
     recipe: Recipe
-    saes: dict[str, TopKSAE]
+    saes: dict[str, SAE]
     revisions: Mapping[str, Any]
     """Of language model and corpus, where a run resolved them."""
     own_recipe: bool = True
@@ -54,9 +57,9 @@ class Target:
     on_hub: bool = False
 
     @property
-    def layers(self) -> dict[str, int]:
-        """The hooked layer of each SAE."""
-        return {sae_id: point.layer for sae_id, point in self.recipe.hook_points.items()}
+    def sites(self) -> dict[str, Site]:
+        """Where each SAE reads."""
+        return hooked_sites(self.recipe.hook_points)
 
     def language_model(self, *, truncated: bool = False) -> LanguageModel:
         """Load the language model that the SAEs were made for, with its LM head; the SAEs move to its device.
@@ -70,7 +73,7 @@ class Target:
         """
         revision = self.revisions.get("model") or self.recipe.lm.revision
         recipe = self.recipe.lm.model_copy(update={"revision": revision})
-        lm = load_language_model(recipe, last_layer=self.recipe.layers[-1] if truncated else None, lm_head=True)
+        lm = load_language_model(recipe, last_layer=self.recipe.last_layer if truncated else None, lm_head=True)
         check_hook_points(lm, self.recipe.hook_points)
         check_widths(self.saes, lm)
         for sae in self.saes.values():
@@ -153,43 +156,46 @@ def open_target(target: Path | str, *, revision: str | None = None, like: Target
         recipe, published = _recipe_of(saes, str(target), like)
         return Target(str(target), folder, recipe, saes, like.revisions if like else {}, published, on_hub)
     recipe = load_recipe(folder / _RECIPE)
-    saes = {sae_id: load_sae(root, sae_id) for sae_id in recipe.hook_points}
+    saes = {sae_id: SAE.from_pretrained(root, sae_id) for sae_id in recipe.hook_points}
     for sae_id, point in recipe.hook_points.items():
         check_size(root / sae_id, saes[sae_id], point)
     revisions = read_json(folder / _RUN).get("revisions") if (folder / _RUN).is_file() else None
     return Target(str(target), folder, recipe, saes, revisions or {}, on_hub=on_hub)
 
 
-def check_size(where: Path, sae: TopKSAE, point: HookPoint) -> None:
+def check_size(where: Path, sae: SAE, point: HookPoint) -> None:
     """FormatError unless the SAE at `where` has the size that its recipe gives it."""
     if (sae.dict_size, sae.k) != (point.dict_size, point.k):
         sizes = f"dict_size {sae.dict_size} and k {sae.k}; recipe.yaml says {point.dict_size} and {point.k}"
         raise FormatError(f"{where} has {sizes}")
 
 
-def check_widths(saes: Mapping[str, TopKSAE], lm: LanguageModel) -> None:
+def check_widths(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
     """FormatError naming the first SAE that is not as wide as the language model."""
     for sae_id, sae in saes.items():
         if sae.hidden_dim != lm.hidden_dim:
             raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}")
 
 
-def layers_of(suite: Mapping[str, TopKSAE]) -> dict[str, int]:
-    """The hooked layer of each SAE: `layer` in its configuration, or the published suite's layer for its id.
+def sites_of_suite(suite: Mapping[str, SAE]) -> dict[str, Site]:
+    """Where each SAE reads: `site` or `layer` in its configuration, or the published suite's layer for its id.
 
     Raises:
         FormatError: neither says; names the SAE.
     """
     published = load_recipe(PUBLISHED).hook_points
-    layers = {}
+    sites = {}
     for sae_id, sae in suite.items():
-        layer = sae.config.get("layer")
-        if layer is None and sae_id in published:
-            layer = published[sae_id].layer
-        if not isinstance(layer, int) or isinstance(layer, bool):
+        where = sae.config.get("site", sae.config.get("layer"))
+        if where is None and sae_id in published:
+            where = published[sae_id].site
+        if not isinstance(where, int | str) or isinstance(where, bool):
             raise FormatError(f"{sae_id}/config.json does not say its layer; add the key layer")
-        layers[sae_id] = layer
-    return layers
+        try:
+            sites[sae_id] = Site.of(where)
+        except ModelError as error:
+            raise FormatError(f"{sae_id}: {error}") from None
+    return sites
 
 
 def fill_splits(
@@ -225,7 +231,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         raise HubError(f"there is no folder {repo}, and on the Hub: {error}") from None
 
 
-def _recipe_of(saes: Mapping[str, TopKSAE], shown: str, like: Target | None) -> tuple[Recipe, bool]:
+def _recipe_of(saes: Mapping[str, SAE], shown: str, like: Target | None) -> tuple[Recipe, bool]:
     """A recipe for a suite that holds none, and whether it tells what the SAEs were trained on."""
     published = load_recipe(PUBLISHED)
     points = published.hook_points
@@ -235,8 +241,8 @@ def _recipe_of(saes: Mapping[str, TopKSAE], shown: str, like: Target | None) -> 
     )
     hooked = {
         # No one trains by this recipe, so that its learning rate is of no account.
-        sae_id: HookPoint(layer=layer, dict_size=saes[sae_id].dict_size, k=saes[sae_id].k, lr=1.0)
-        for sae_id, layer in layers_of(saes).items()
+        sae_id: HookPoint(site=site.name, dict_size=saes[sae_id].dict_size, k=saes[sae_id].k, lr=1.0)  # type: ignore[call-arg]
+        for sae_id, site in sites_of_suite(saes).items()
     }
     if like is not None:
         return like.recipe.model_copy(update={"hook_points": hooked}), like.own_recipe

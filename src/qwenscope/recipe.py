@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from qwenscope.errors import RecipeError, reason
 from qwenscope.recipe_keys import first_problem, keys_of
 from qwenscope.strict_yaml import YamlError, parse_yaml, read_yaml
 
+_SITE = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.|$)")
 _SAE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RELEASE_NAMES = (
     *("readme.md", "config.json", "evaluation.json", "evaluation.parquet", "metrics.parquet", "recipe.yaml"),
@@ -65,10 +75,13 @@ class LMRecipe(_Node):
 
 
 class HookPoint(_Node):
-    """Where one SAE reads the residual stream, and that SAE's size."""
+    """Where one SAE reads, and that SAE's size."""
 
     layer: Annotated[int, Field(ge=0, lt=1_000_000)]
-    """Index of the decoder layer after which the residual stream is read."""
+    """Index of the decoder layer after which the residual stream is read; short for the site layers.N."""
+    site: str
+    """Where in the model, instead of layer: layers.22 (the residual stream after layer 22), layers.22.mlp (what its MLP
+    or mixture of experts returns) or layers.22.mixer (what its attention or DeltaNet returns)."""
     kind: Literal["deltanet", "attention"] | None = None
     """Kind the layer must have; null for models without kinds."""
     dict_size: Annotated[int, Field(gt=0, lt=1 << 31)]
@@ -77,6 +90,34 @@ class HookPoint(_Node):
     """Latents active per token."""
     lr: Annotated[float, Field(gt=0, le=1)]
     """Peak learning rate."""
+    activation: Literal["topk", "batch_topk"] = "topk"
+    """Which latents are active: the k largest of each token, or the k largest per token of the whole batch together,
+    and afterwards those above a threshold that training estimates."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layer_or_site(cls, given: Any) -> Any:
+        """Either key says where; both attributes are filled."""
+        if not isinstance(given, dict):
+            return given
+        if ("layer" in given) == ("site" in given):
+            raise ValueError("give one of the keys layer and site" + (", not both" if "layer" in given else ""))
+        if "layer" in given:
+            whole = str(given["layer"]).removesuffix(".0")
+            return {**given, "site": f"layers.{whole}"}
+        found = _SITE.match(str(given["site"]))
+        if found is None:
+            raise ValueError(
+                f"site {given['site']!r} names no place; write layers.22, layers.22.mlp or layers.22.mixer"
+            )
+        return {**given, "layer": int(found[1])}
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With `layer` alone for the residual stream, with `site` alone for other sites."""
+        tree: dict[str, Any] = serialise(self)
+        del tree["site" if self.site == f"layers.{self.layer}" else "layer"]
+        return tree
 
     @model_validator(mode="after")
     def _k_fits(self) -> HookPoint:
@@ -88,8 +129,9 @@ class HookPoint(_Node):
 class SourceRecipe(_Node):
     """One source of conversations."""
 
-    name: Literal["ultrachat", "wildchat", "tool_use", "files"]
-    """Which schema: ultrachat_200k, WildChat-1M, tool-use conversations, or files with `messages` rows."""
+    name: Literal["ultrachat", "wildchat", "tool_use", "chat", "files"]
+    """Which schema: ultrachat_200k, WildChat-1M, tool-use or plain conversations (generated unless a path or a repo is
+    given), or files with `messages` rows."""
     weight: Annotated[float, Field(ge=1e-9, le=1e9)]
     """Share of tokens, relative to the other sources' weights."""
     path: Path | None = None
@@ -98,6 +140,11 @@ class SourceRecipe(_Node):
     """Hub dataset instead of the source's own."""
     revision: str | None = None
     """Commit or tag of the Hub dataset; resolved once and recorded in the run."""
+
+    @property
+    def generated(self) -> bool:
+        """Whether the built-in generator writes its conversations."""
+        return self.name in ("tool_use", "chat") and self.path is None and self.repo is None
 
     @model_validator(mode="after")
     def _files_need_a_path(self) -> SourceRecipe:
@@ -120,7 +167,7 @@ class PrivacyRecipe(_Node):
     drop_toxic: bool = True
     """Drop WildChat rows flagged as toxic."""
     scrub: bool = True
-    """Replace e-mail addresses, IBANs, card and phone numbers and IP addresses in WildChat by typed placeholders."""
+    """Replace structured identifiers in WildChat (docs/corpus.md lists their kinds) by typed placeholders."""
 
 
 class CorpusRecipe(_Node):
@@ -283,17 +330,14 @@ class Recipe(_Node):
         return self
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """The hooked layers, ascending, each once."""
-        return tuple(sorted({point.layer for point in self.hook_points.values()}))
+    def sites(self) -> tuple[str, ...]:
+        """Names of the hooked sites, each once, by layer."""
+        return tuple(dict.fromkeys(p.site for p in sorted(self.hook_points.values(), key=lambda p: p.layer)))
 
     @property
-    def layer_names(self) -> dict[int, str]:
-        """{layer: its hook point, or its hook points joined by "and"}, for messages."""
-        names: dict[int, str] = {}
-        for name, point in self.hook_points.items():
-            names[point.layer] = " and ".join(filter(None, (names.get(point.layer), name)))
-        return names
+    def last_layer(self) -> int:
+        """The last layer that any of them needs."""
+        return max(point.layer for point in self.hook_points.values())
 
     def to_yaml(self) -> str:
         """The whole tree with every default written out; `load_recipe` reads it back to an equal recipe."""

@@ -114,7 +114,7 @@ def _described(error: yaml.YAMLError) -> str:
 
 
 def _shown(node: yaml.Node) -> str:
-    return repr(_cut(node.value)) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+    return repr(_cut(node.value)) if isinstance(node, yaml.ScalarNode) else f"a {node.tag.rpartition(':')[2]}"
 
 
 def _cut(text: str) -> str:

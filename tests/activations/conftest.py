@@ -12,10 +12,12 @@ import torch
 from lm.tiny_models import save
 
 from qwenscope.corpus.chat import Conversation
-from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import LMRecipe, Recipe
 
-LAYERS = (2, 3, 5)
+LAYERS = tuple(map(Site.of, (2, 3, 5)))
 BROKEN, LOUD = 94, 95  # tokens whose rows are not finite after the last layer, or a thousand times as long as others
 
 
@@ -60,7 +62,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lm(tiny_folder: Path) -> LanguageModel:
-    loaded = load_language_model(LMRecipe(model=str(tiny_folder)), last_layer=max(LAYERS))
+    loaded = load_language_model(LMRecipe(model=str(tiny_folder)), last_layer=max(LAYERS).layer)
     embedding = loaded.model.get_input_embeddings().weight
     embedding[BROKEN] *= 1e6
     embedding[LOUD] *= 1000
@@ -79,7 +81,7 @@ def recipe(tiny_folder: Path) -> Callable[..., Recipe]:
     def make(
         *, seed: int = 42, tokens: int = 1000, batch_size: int = 128, calibration_tokens: int = 64, **activations: Any
     ) -> Recipe:
-        points = {f"sae_{layer}": {"layer": layer, "dict_size": 64, "k": 4, "lr": 1e-3} for layer in LAYERS}
+        points = {f"sae_{site.layer}": {"site": site.name, "dict_size": 64, "k": 4, "lr": 1e-3} for site in LAYERS}
         tree = {
             "seed": seed,
             "lm": {"model": str(tiny_folder)},

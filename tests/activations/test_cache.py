@@ -20,7 +20,7 @@ from torch import Tensor
 from qwenscope.activations.cache import WindowCache, cache_bytes
 from qwenscope.activations.windows import Windows
 from qwenscope.errors import FormatError, ResourceError
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]

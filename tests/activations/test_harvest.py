@@ -9,17 +9,18 @@ from activations.conftest import BROKEN, LAYERS, LOUD, conversation
 from qwenscope.activations.harvest import harvest
 from qwenscope.corpus.chat import Conversation
 from qwenscope.errors import CorpusError, TrainingError
-from qwenscope.lm.forward import residual_streams
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import site_rows
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import ActivationsRecipe
 
 PLAIN = [conversation(i, length) for i, length in enumerate([5, 64, 1, 33, 2, 64, 17, 40])]
 KEEP_ALL = ActivationsRecipe(outlier_factor=None)
 
 
-def alone(lm: LanguageModel, conversations: list[Conversation], layer: int) -> torch.Tensor:
+def alone(lm: LanguageModel, conversations: list[Conversation], layer: Site) -> torch.Tensor:
     """The rows by brute force: each conversation by itself."""
-    rows = [residual_streams(lm, torch.tensor(c.token_ids[None]).long(), [layer])[layer][0] for c in conversations]
+    rows = [site_rows(lm, torch.tensor(c.token_ids[None]).long(), [layer])[layer][0] for c in conversations]
     return torch.cat(rows)
 
 
@@ -49,7 +50,7 @@ def test_outliers_and_broken_rows_go_at_all_hook_points(lm: LanguageModel) -> No
     many += [conversation(30, 40, BROKEN), conversation(31, 20, LOUD), conversation(32, 9, LOUD, 3)]
     got = harvest(lm, many, LAYERS, ActivationsRecipe(outlier_factor=3.0), 400)
     norms = {layer: alone(lm, many, layer).norm(dim=1) for layer in LAYERS}
-    finite = [all(bool(norms[layer][r].isfinite()) for layer in LAYERS) for r in range(len(norms[2]))]
+    finite = [all(bool(norms[layer][r].isfinite()) for layer in LAYERS) for r in range(len(norms[LAYERS[0]]))]
     medians = {layer: norms[layer][torch.tensor(finite)].median() for layer in LAYERS}
     loud = [f and any(bool(norms[layer][r] > 3 * medians[layer]) for layer in LAYERS) for r, f in enumerate(finite)]
     keep = torch.tensor([f and not o for f, o in zip(finite, loud, strict=True)])
@@ -90,10 +91,10 @@ def test_outlier_factor_null_keeps_loud_rows(lm: LanguageModel) -> None:
 
 def test_too_many_broken_rows_name_the_hook_point(lm: LanguageModel) -> None:
     many = [conversation(0, 60), conversation(1, 40, BROKEN, BROKEN)]
-    with pytest.raises(TrainingError, match="2 of 100 rows at hook point layer 5 are not finite"):
+    with pytest.raises(TrainingError, match=r"2 of 100 rows at hook point layers\.5 are not finite"):
         harvest(lm, many, LAYERS, KEEP_ALL, 256)
     with pytest.raises(TrainingError, match="at hook point sae_late are not finite"):
-        harvest(lm, many, LAYERS, KEEP_ALL, 256, {2: "sae_early", 5: "sae_late"})
+        harvest(lm, many, LAYERS, KEEP_ALL, 256, {LAYERS[0]: "sae_early", LAYERS[-1]: "sae_late"})
 
 
 def test_conversation_above_the_budget(lm: LanguageModel) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from qwenscope.activations.harvest import harvest
 from qwenscope.activations.windows import Windows
 from qwenscope.errors import CorpusError, TrainingError
-from qwenscope.lm.forward import residual_streams
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.forward import site_rows
+from qwenscope.lm.model import LanguageModel
 from qwenscope.recipe import Recipe
 from qwenscope.training.run import train
 from qwenscope.training.telemetry import Progress
@@ -156,14 +156,14 @@ def test_restore_and_report_in_the_middle_of_a_harvest(lm: LanguageModel, recipe
 
 def test_another_pass_of_the_language_model_meanwhile_disturbs_no_row(lm: LanguageModel, recipe: MakeRecipe) -> None:
     ids_CT = torch.arange(40).remainder(90).unsqueeze(0)
-    alone = residual_streams(lm, ids_CT, LAYERS)
+    alone = site_rows(lm, ids_CT, LAYERS)
     with closing(Windows(lm, ListStream(CORPUS), recipe(overlap=False))) as plain:
         want = [plain.next_batch(100) for _ in range(10)]
     with closing(Windows(lm, ListStream(CORPUS), recipe())) as source:
         for batch in want:
             assert same([source.next_batch(100)], [batch])
             for _ in range(5):
-                assert all(x_CTD.equal(alone[layer]) for layer, x_CTD in residual_streams(lm, ids_CT, LAYERS).items())
+                assert all(x_CTD.equal(alone[layer]) for layer, x_CTD in site_rows(lm, ids_CT, LAYERS).items())
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -16,8 +16,9 @@ from qwenscope.activations.harvest import Harvest, harvest
 from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError, TrainingError
-from qwenscope.lm.forward import residual_streams
-from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.forward import site_rows
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
 from qwenscope.recipe import LMRecipe, Recipe
 from qwenscope.seeds import generator
 
@@ -48,17 +49,19 @@ def test_each_token_once(lm: LanguageModel, recipe: MakeRecipe, size: int) -> No
     source = Windows(lm, ListStream(CORPUS), recipe())
     batches, tokens = drain(source, size)
     assert sorted(tokens) == sorted((c.id, t) for c in CORPUS for t in range(len(c.token_ids)))
-    assert [len(batch[2]) for batch in batches] == [size] * (TOKENS // size) + [TOKENS % size] * (TOKENS % size > 0)
+    assert [len(batch[LAYERS[0]]) for batch in batches] == [size] * (TOKENS // size) + [TOKENS % size] * (
+        TOKENS % size > 0
+    )
     assert source.tokens_read == TOKENS
     assert source.state()["window"] > 3
     assert source.report() == {"conversations": 60}
-    assert source.next_batch(size)[2].shape == (0, 32)
+    assert source.next_batch(size)[LAYERS[0]].shape == (0, 32)
 
 
 def test_rows_belong_to_their_tokens_at_every_hook_point(lm: LanguageModel, recipe: MakeRecipe) -> None:
     """Each row against its own conversation run alone: layers, shuffle and tokens fit together."""
     source = Windows(lm, ListStream(CORPUS), recipe())
-    alone = {c.id: residual_streams(lm, torch.tensor(c.token_ids[None]).long(), LAYERS) for c in CORPUS}
+    alone = {c.id: site_rows(lm, torch.tensor(c.token_ids[None]).long(), LAYERS) for c in CORPUS}
     for _ in range(4):
         batch = source.next_batch(100)
         for layer in LAYERS:

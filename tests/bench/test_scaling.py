@@ -40,4 +40,4 @@ def test_rows_hang_together_and_stand_in_the_documentation(scaling: ModuleType) 
 
 def test_one_sae_per_layer(scaling: ModuleType) -> None:
     recipe = scaling.every_layer(load_recipe("qwen3.5-35b-a3b"))
-    assert recipe.layers == tuple(range(40))
+    assert recipe.sites == tuple(f"layers.{layer}" for layer in range(40))

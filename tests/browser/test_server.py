@@ -14,11 +14,13 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from qwenscope.errors import FormatError
+from qwenscope.features.browser.edge import BODY_LIMIT
 from qwenscope.features.browser.export import export_site
-from qwenscope.features.browser.server import BODY_LIMIT, make_app, page_files, serve
+from qwenscope.features.browser.server import make_app, page_files, serve
+from qwenscope.features.form import unpack
 from qwenscope.features.index import open_origin
 from qwenscope.features.steering import Steering, generate, prompt_tokens
-from qwenscope.features.store import Index, unpack
+from qwenscope.features.store import Index
 
 JSON = {"Content-Type": "application/json"}
 PUSH = {"sae": "sae_delta", "latent": PLANTED_LATENT, "strength": 1.0, "mode": "add", "unit": "max", "where": "all"}
@@ -240,3 +242,40 @@ def test_an_export_holds_no_path_of_this_machine_and_overwrites_nothing(
     (tmp_path / "kept").touch()
     with pytest.raises(FormatError, match="not empty"):
         export_site(index, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("headers", "path", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}, "/", 200),
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate"}, "/", 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}, "/", 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, "/api/suite", 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, "/", 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Host": "evil.example"}, "/", 403),
+    ],
+)
+def test_links_from_other_pages_open_the_page_and_nothing_else(
+    client: TestClient, headers: dict[str, str], path: str, status: int
+) -> None:
+    assert client.get(path, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "a\\udfffb", "\\u0000"])
+def test_text_that_is_none_is_refused_at_the_edge(client: TestClient, text: str) -> None:
+    push = json.dumps(PUSH)
+    for method, path, body in (
+        ("PUT", "/api/notes/sae_delta/3", f'{{"note": "{text}", "bookmarked": true}}'),
+        ("POST", "/api/read", f'{{"text": "{text}"}}'),
+        ("POST", "/api/steer", f'{{"prompt": "{text}", "pushes": [{push}]}}'),
+        ("POST", "/api/steer", f'{{"prompt": "a", "{text}": 1, "pushes": [{push}]}}'),
+        ("POST", "/api/read", '{"text": "a", "chat": NaN}'),
+        ("POST", "/api/read", '{"text": "a", "chat": 1e999}'),
+    ):
+        response = client.request(method, path, content=body.encode(), headers=JSON)
+        assert response.status_code == 400
+        assert "\n" not in response.json()["error"]
+    assert client.get("/api/search?q=%00").status_code == 400
+    assert client.get("/api/search?q=%ED%A0%80").status_code == 200
+    assert client.get("/api/search", params={"q": "a" * 1001}).status_code == 400
+    assert client.get(f"/api/latent/sae_delta/{'9' * 5000}").status_code == 404

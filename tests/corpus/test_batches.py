@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenscope.corpus.batches import BATCH_OVERHEAD, cut, make_batches
 from qwenscope.errors import CorpusError
+from qwenscope.lm.batches import BATCH_OVERHEAD, cut, make_batches
 
 
 @settings(deadline=None)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import privacy_set
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
+from qwenscope.corpus.chat import Renderer
 from qwenscope.corpus.countries import is_protected
-from qwenscope.corpus.identifiers import find_identifiers
+from qwenscope.corpus.identifiers import KINDS, RULES, find_identifiers
+from qwenscope.corpus.identifiers.folding import fold
+from qwenscope.corpus.identifiers.rules import MARGIN, Rule, numbers
+from qwenscope.corpus.prepare import Preparer
 from qwenscope.corpus.privacy import PrivacyFilter
 from qwenscope.corpus.repair import Dropped
 from qwenscope.recipe import PrivacyRecipe
@@ -28,6 +35,7 @@ REASON = {
     "redacted": "redacted",
     "toxic": "toxic",
 }
+REPOSITORY = Path(__file__).resolve().parents[2]
 PLANTED = {
     "EMAIL_ADDRESS": "maria.rossi@posta-esempio.it",
     "IBAN_CODE": "DE89370400440532013000",
@@ -61,7 +69,7 @@ def test_every_planted_identifier_goes_and_nothing_else(
     for row, expected in fixture_rows:
         if STRICT.decide(row) is not None:
             continue
-        turns, counts = STRICT.apply(row)
+        turns, counts = STRICT.scrub_all(STRICT.apply(row))
         kind = expected["pii"]
         assert counts == ({kind: 1} if kind else {})
         scrubbed += bool(kind)
@@ -117,8 +125,33 @@ def test_a_row_that_cannot_be_judged_is_dropped(broken: dict[str, Any]) -> None:
 def test_scrubbing_can_be_switched_off() -> None:
     row = wildchat()
     row["conversation"][0]["content"] = "bo@firm.de"
-    assert STRICT.apply(row)[0][0]["content"] == "<EMAIL_ADDRESS>"
-    assert PrivacyFilter(PrivacyRecipe(scrub=False)).apply(row)[0][0]["content"] == "bo@firm.de"
+    assert STRICT.scrub_all(STRICT.apply(row))[0][0]["content"] == "<EMAIL_ADDRESS>"
+    assert PrivacyFilter(PrivacyRecipe(scrub=False)).scrub_all(STRICT.apply(row))[0][0]["content"] == "bo@firm.de"
+
+
+def test_every_string_that_is_rendered_is_scrubbed() -> None:
+    calls = [
+        {"type": "function", "function": {"name": "mail", "arguments": {"bo@firm.de": ["+49 228 731234", 3, None]}}}
+    ]
+    messages = [
+        {"role": "assistant", "content": "", "reasoning_content": "DE89370400440532013000", "tool_calls": calls},
+        {"role": "tool", "name": "mail", "content": '{"ip": "81.2.69.142", "ok": true}'},
+    ]
+    scrubbed, counts = STRICT.scrub_all(messages)
+    assert scrubbed[0]["tool_calls"][0]["function"]["arguments"] == {"<EMAIL_ADDRESS>": ["<PHONE_NUMBER>", 3, None]}
+    assert scrubbed[0]["reasoning_content"] == "<IBAN_CODE>"
+    assert scrubbed[1] == {"role": "tool", "name": "mail", "content": '{"ip": "<IP_ADDRESS>", "ok": true}'}
+    assert counts == dict.fromkeys(("EMAIL_ADDRESS", "PHONE_NUMBER", "IBAN_CODE", "IP_ADDRESS"), 1)
+
+
+def test_an_identifier_cut_into_text_parts_goes(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = wildchat()
+    row["conversation"][0]["content"] = [{"type": "text", "text": "mail bo@fi"}, {"type": "text", "text": "rm.de"}]
+    preparer = Preparer("wildchat", "wildchat", Renderer(tokenizer, 64), STRICT, 0, held_out=False, hash_share=0)
+    (outcome,) = preparer([(0, row)])
+    assert outcome.conversation is not None
+    assert "mail <EMAIL_ADDRESS>" in outcome.conversation.text
+    assert outcome.scrubbed == {"EMAIL_ADDRESS": 1}
 
 
 PROTECTED = re.findall(
@@ -154,6 +187,22 @@ def test_other_countries(name: str) -> None:
         ("phone: (650) 253-0000", ["(650) 253-0000"]),
         ("seen from 81.2.69.142 and 2001:4860:4860::8844", ["81.2.69.142", "2001:4860:4860::8844"]),
         ("he logged in from 192.168.1.7", ["192.168.1.7"]),
+        ("li.na@foxmail-test.com，tanaka@docomo-test.jpまで", ["li.na@foxmail-test.com", "tanaka@docomo-test.jp"]),
+        ("राम@उदाहरण.भारत, иван@почта-тест.рф", ["राम@उदाहरण.भारत", "иван@почта-тест.рф"]),
+        ("https://anna.b@firm-test.com/x eva%40firm-test.com", ["anna.b@firm-test.com", "eva%40firm-test.com"]),
+        (
+            "IBANDE89370400440532013000, de89 3704\n0044 0532 0130 00",
+            ["DE89370400440532013000", "de89 3704\n0044 0532 0130 00"],
+        ),
+        ("1,4539148803436467,卡4539–1488–0343–6467。", ["4539148803436467", "4539–1488–0343–6467"]),
+        ("phone=+14155552671,+1\t415 555 2671 ext. 12", ["+14155552671", "+1\t415 555 2671 ext. 12"]),
+        ("телефон 8 (916) 123-45-67, 电话13812345678", ["8 (916) 123-45-67", "13812345678"]),
+        ("host-203.0.114.77-x ec2-203-0-114-77.test", ["203.0.114.77", "203-0-114-77"]),
+        ("地址2a00:1450:4001:81b::200e. addr:2a00:1450:4001:81b::200e", ["2a00:1450:4001:81b::200e"] * 2),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow", ["-----BEGIN RSA PRIVATE KEY-----\nMIIEow"]),
+        ("postgres://bob:S3cr3tPw9@db/x", ["S3cr3tPw9"]),
+        ("passport C01X00T47, IdNr 86095742719", ["C01X00T47", "86095742719"]),
+        ("github.com/mariakovacs but github.com/pytorch/pytorch", ["mariakovacs"]),
     ],
 )
 def test_identifiers_are_found_whole(text: str, expected: list[str]) -> None:
@@ -195,7 +244,56 @@ def test_scrubbing_replaces_spans_and_touches_nothing_else(text: str) -> None:
     assert sum(counts.values()) == len(found)
 
 
-def test_long_digit_text_is_read_in_linear_time() -> None:
-    assert STRICT.scrub("1 " * 200_000)[0]
-    assert STRICT.scrub("a@" * 200_000)[0]
-    assert STRICT.scrub("a." * 200_000 + "@")[0]
+@given(st.text(alphabet=st.sampled_from("aé1１٣@＠.-–\u00a0\u200b\u200d\u0301我я ि"), max_size=60))
+def test_spans_of_folded_text_name_the_characters_they_came_from(text: str) -> None:
+    folded = fold(text)
+    for place, char in enumerate(folded.text):
+        start, end = folded.span(place, place + 1)
+        assert end == start + 1
+        assert fold(text[start:end]).text == char
+    assert all(start < end for start, end in itertools.pairwise(folded.origins or []))
+
+
+HOSTILE = (
+    """1_ |a@|a.|1.|2a00:|+1_|00_1|(((1|DE89_|4539_|4539148803436467_|sk-a1|eyJa1.|://a:b|x@x.x|@a_|(at)|[at]a[dot]|%40|我@|
+follow_@a_|phone_12345678_|ssn_123456789_|passport_1234567_|key=a1B2c3D4e5F6g7H8i9J0k1_|1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNb_|
+t.me/a|00:1b:|0x1|-----BEGIN_PRIVATE_KEY-----|1-1-|aaaaaaaaa1|\u200b1""".replace("\n", "")
+    .replace("_", " ")
+    .split("|")
+)
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_hostile_text_is_read_in_linear_time(unit: str) -> None:
+    """Anything worse than linear would not come back from so long a text while somebody waits."""
+    assert STRICT.scrub((unit * 30_000)[:30_000])[0]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.kind}-{rule.literal}")
+def test_every_candidate_is_bounded(rule: Rule) -> None:
+    _, longest = re._parser.parse(rule.pattern.pattern, rule.pattern.flags).getwidth()
+    assert longest <= 13_500  # a JSON web token
+    if rule.gate is numbers:
+        assert longest <= MARGIN
+
+
+def test_the_privacy_set_is_found_and_the_docs_say_so() -> None:
+    """docs/corpus.md holds what `python tests/corpus/privacy_set.py` prints."""
+    sentences = privacy_set.privacy_set()
+    assert len({sentence.text for sentence in sentences}) > 2_000
+    kinds, languages, errors = privacy_set.scores(sentences)
+    assert set(kinds) == set(KINDS)
+    for name, score in (kinds | languages).items():
+        assert score.planted >= 100, name
+        assert score.right / score.planted >= 0.98, (name, errors)
+        assert score.right / score.found >= 0.98, (name, errors)
+    assert privacy_set.table() in (REPOSITORY / "docs" / "corpus.md").read_text(encoding="utf-8")
+
+
+def test_real_text_loses_little(shared_data: Path) -> None:
+    """Of 17,000 real messages, few hold an identifier; a rule gone wild shows here."""
+    counts: Counter[str] = Counter()
+    for path in sorted((shared_data / "train").glob("*.parquet")):
+        for messages in pq.read_table(path, columns=["messages"])["messages"].to_pylist():
+            counts.update(STRICT.scrub_all([message["content"] for message in messages])[1])
+    assert 10 <= sum(counts.values()) <= 40, counts

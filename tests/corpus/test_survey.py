@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwenscope.corpus.survey import survey, write_privacy_report
 from qwenscope.errors import CorpusError
+from qwenscope.lm.batches import cut
 from qwenscope.recipe import Recipe, load_recipe
 
 WriteRows = Callable[[str, list[Any]], Path]
@@ -33,7 +34,7 @@ def test_a_local_corpus_is_surveyed_whole(
 ) -> None:
     path = write_rows("rows.jsonl", [*chats(400), {"messages": []}])
     dump = tmp_path / "dump.jsonl"
-    report = survey(recipe({"name": "files", "path": path, "weight": 1}), tokenizer, dump=dump)
+    report = survey(recipe({"name": "files", "path": path, "weight": 1}), tokenizer, cut, dump=dump)
     rows = [json.loads(line) for line in dump.read_text(encoding="utf-8").splitlines()]
     source = report["sources"]["files"]
     assert (source["rows_in"], source["rows_kept"], source["conversations"], len(rows)) == (401, 400, 400, 400)
@@ -48,13 +49,13 @@ def test_a_local_corpus_is_surveyed_whole(
 
 
 def test_an_endless_corpus_is_surveyed_as_far_as_a_run_goes(tokenizer: PreTrainedTokenizerBase) -> None:
-    report = survey(recipe({"name": "tool_use", "weight": 1}), tokenizer)
+    report = survey(recipe({"name": "tool_use", "weight": 1}), tokenizer, cut)
     assert 60_000 <= report["tokens"] < 60_000 + 128
 
 
 def test_a_limit_counts_conversations(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     dump = tmp_path / "dump.jsonl"
-    report = survey(recipe({"name": "tool_use", "weight": 1}), tokenizer, limit=7, dump=dump)
+    report = survey(recipe({"name": "tool_use", "weight": 1}), tokenizer, cut, limit=7, dump=dump)
     assert report["sources"]["tool_use"]["conversations"] == len(dump.read_text(encoding="utf-8").splitlines()) == 7
 
 
@@ -66,13 +67,15 @@ def test_a_dying_source_leaves_no_dump(
     dump = tmp_path / "dumps" / "dump.jsonl"
     dump.parent.mkdir()
     with pytest.raises(CorpusError, match="middle of line 100"):
-        survey(recipe({"name": "files", "path": path, "weight": 1}), tokenizer, dump=dump)
+        survey(recipe({"name": "files", "path": path, "weight": 1}), tokenizer, cut, dump=dump)
     assert list(dump.parent.iterdir()) == []
 
 
 def test_the_fixture_through_the_survey(shared_data: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     fixture = shared_data / "fixtures" / "wildchat_schema_SYNTHETIC_META.parquet"
-    report = survey(recipe({"name": "wildchat", "path": fixture, "weight": 1}), tokenizer, dump=tmp_path / "dump.jsonl")
+    report = survey(
+        recipe({"name": "wildchat", "path": fixture, "weight": 1}), tokenizer, cut, dump=tmp_path / "dump.jsonl"
+    )
     source = report["sources"]["wildchat"]
     assert (source["rows_in"], source["rows_kept"]) == (600, 250)
     assert source["dropped"] == {"country": 200, "unknown_country": 50, "redacted": 50, "toxic": 50}
@@ -85,4 +88,4 @@ def test_the_fixture_through_the_survey(shared_data: Path, tokenizer: PreTrained
     privacy = json.loads((tmp_path / "privacy_report.json").read_text(encoding="utf-8"))
     assert privacy["sources"]["wildchat"]["dropped_countries"]["Germany"] > 50
     assert privacy["sources"]["wildchat"]["revision"].startswith("sha256:")
-    assert privacy["filter_version"] == 1
+    assert privacy["filter_version"] == 2

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,12 +26,14 @@ from qwenscope.corpus.tool_use import (
     tool_use_conversation,
     write_tool_use,
 )
-from qwenscope.corpus.tool_use.chains import CHAINS
-from qwenscope.corpus.tool_use.dialogues import KINDS
-from qwenscope.corpus.tool_use.model import WORDINGS, Wording, fill, wording
-from qwenscope.corpus.tool_use.tasks import TASKS, TOOLS
+from qwenscope.corpus.tool_use.dialogue import Dialogue
+from qwenscope.corpus.tool_use.exchanges import KINDS
+from qwenscope.corpus.tool_use.schema import Wording
+from qwenscope.corpus.tool_use.schema import content as read_content
 from qwenscope.errors import CorpusError
 
+CONTENT = read_content()
+TOOLS, TASKS, CHAINS = CONTENT.tools, CONTENT.tasks, CONTENT.chains
 SPLITS = pytest.mark.parametrize("held_out", [False, True], ids=["train", "held-out"])
 FIRST_FIVE = {
     "web_search": {"query"},
@@ -187,7 +190,7 @@ def test_every_kind_of_exchange_occurs(held_out: bool) -> None:
     subjects = {family.split("/", 2)[2] for row in families for family in row}
     for chain in CHAINS:
         assert chain.name in subjects
-        assert (f"{chain.name}-stopped" in subjects) == (chain.otherwise is not None)
+        assert (f"{chain.name}-stopped" in subjects) == (chain.stop is not None)
     assert any(subject.endswith("-given-up") for subject in subjects)
     assert any(subject.endswith("-withdrawn") for subject in subjects)
 
@@ -199,12 +202,28 @@ def test_families_name_their_split_and_the_splits_are_disjoint() -> None:
     assert all(family.startswith("held-out/") for family in held_out)
 
 
+def wordings() -> Iterator[Wording]:
+    """Every wording of the content."""
+    yield from CONTENT.wordings.values()
+    for task in TASKS:
+        yield from (task.clauses, task.answers)
+        if task.gap:
+            yield from (task.gap.vague, task.gap.question)
+    for chain in CHAINS:
+        yield from (chain.clauses, chain.links, chain.answers)
+        if chain.stop:
+            yield chain.stop.answers
+    for topic in CONTENT.topics:
+        for turn in topic.turns:
+            yield from turn
+
+
 def test_no_skeleton_is_shared_between_the_splits() -> None:
-    train = {sentence for words in WORDINGS for skeleton in words.train for sentence in expansions(skeleton)}
-    held_out = {sentence for words in WORDINGS for skeleton in words.held_out for sentence in expansions(skeleton)}
-    assert not train & held_out
-    assert len(train) > 700
-    assert len(held_out) > 300
+    train = {sentence for words in wordings() for skeleton in words.train for sentence in expansions(skeleton)}
+    held_out = {sentence for words in wordings() for skeleton in words.held_out for sentence in expansions(skeleton)}
+    assert not (train & held_out) - {""}  # a line of slots alone
+    assert len(train) > 1500
+    assert len(held_out) > 700
 
 
 def test_no_sentence_is_shared_between_the_splits(drawn: dict[bool, list[dict[str, Any]]]) -> None:
@@ -216,24 +235,23 @@ def test_no_sentence_is_shared_between_the_splits(drawn: dict[bool, list[dict[st
 
 @SPLITS
 def test_every_wording_can_be_filled_from_its_own_case(held_out: bool) -> None:
-    rng = Random(0)
+    d = Dialogue(Random(0), held_out)
     for task in TASKS:
         for _ in range(20):
-            slots = task.sample(rng).slots
-            blocks = [task.clauses, task.answers] + ([task.gap.vague, task.gap.question] if task.gap else [])
-            for words in blocks:
+            slots = d.sample(task).slots
+            for words in (task.clauses, task.answers, *((task.gap.vague, task.gap.question) if task.gap else ())):
                 for skeleton in words.of(held_out):
-                    assert fill(rng, skeleton, slots)
+                    assert d.say(Wording((skeleton,), (skeleton,)), slots)
             assert task.gap is None or task.gap.slot in slots
     for chain in CHAINS:
         for _ in range(40):
-            steps, slots = chain.sample(rng)
-            ending = chain.otherwise if "stopped" in slots else chain.answers
-            assert ending is not None
-            assert [name for name, _ in steps] == list(chain.tools[: len(steps)])
-            for words in (chain.clauses, ending) + ((chain.links,) if "stopped" not in slots else ()):
+            slots = d.draw(chain.draws)
+            stopped = chain.stop is not None and d.evaluate(chain.stop.when, slots)
+            ending = chain.stop.answers if stopped and chain.stop else chain.answers
+            assert all(d.case(step, slots).content for step in chain.steps)
+            for words in (chain.clauses, ending, chain.links):
                 for skeleton in words.of(held_out):
-                    assert fill(rng, skeleton, slots)
+                    assert d.say(Wording((skeleton,), (skeleton,)), slots)
 
 
 @SPLITS
@@ -388,11 +406,3 @@ def test_write_refuses_what_it_cannot_do_and_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(CorpusError, match="missing does not exist"):
         write_tool_use(tmp_path / "missing" / "a.jsonl", 3, 1)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_wording_needs_two_disjoint_sides() -> None:
-    assert wording("a\n---\nb") == Wording(("a",), ("b",))
-    WORDINGS.pop()
-    for text in ("a\nb", "a\n---\n", "---\nb", "a\nb\n---\nb"):
-        with pytest.raises(ValueError, match="distinct skeletons"):
-            wording(text)

@@ -8,7 +8,8 @@ from evaluation_cases import DIM, LAYER_OF, LAYERS, VOCABULARY, conversation, ti
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from qwenscope.corpus.chat import Conversation
-from qwenscope.lm.load import LanguageModel, layer_kinds
+from qwenscope.lm.load import layer_kinds
+from qwenscope.lm.model import LanguageModel
 from qwenscope.recipe import Recipe
 
 

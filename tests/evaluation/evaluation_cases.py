@@ -8,11 +8,13 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import Recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 DIM, VOCABULARY, LAYERS = 16, 61, 8
 LAYER_OF = {"sae_delta": 2, "sae_attn": 3, "sae_delta_late": 6}
+SITE_OF = {sae_id: Site.of(layer) for sae_id, layer in LAYER_OF.items()}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwenscope.evaluation.fidelity import Fidelity
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 evals = pytest.importorskip("sae_lens.evals")
 

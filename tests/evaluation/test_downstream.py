@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import LAYER_OF, conversation, identity_sae
+from evaluation_cases import LAYER_OF, SITE_OF, conversation, identity_sae
 
-from qwenscope.evaluation.downstream import find_routers, recurrent_states
+from qwenscope.evaluation.downstream import recurrent_states
 from qwenscope.evaluation.measure import SplitMeter
-from qwenscope.lm.intervene import intervene
+from qwenscope.lm.hooks import find_routers, intervene
 
 
 def route(lm, token_ids, edits=None):
@@ -38,7 +38,7 @@ def test_every_layer_of_the_mixture_has_its_router(lm) -> None:
 
 def test_routing_shift_equals_single_conversations(lm, recipe, conversations) -> None:
     saes = {sae_id: identity_sae(0.6) for sae_id in LAYER_OF}
-    routing = SplitMeter(lm, saes, LAYER_OF, conversations, recipe).run().routing
+    routing = SplitMeter(lm, saes, SITE_OF, conversations, recipe).run().routing
     clean = [route(lm, c.token_ids) for c in conversations]
     for sae_id, layer in LAYER_OF.items():
         found = routing[sae_id]
@@ -96,7 +96,7 @@ def test_recurrent_states_follow_the_delta_rule(lm) -> None:
 def test_state_shift_equals_the_delta_rule_with_and_without_the_splice(lm, recipe) -> None:
     conversations = [conversation(20, seed) for seed in range(3)]
     saes = {sae_id: identity_sae(0.6) for sae_id in LAYER_OF}
-    states = SplitMeter(lm, saes, LAYER_OF, conversations, recipe).run().states
+    states = SplitMeter(lm, saes, SITE_OF, conversations, recipe).run().states
     assert states["sae_delta"]["layers"] == [4, 5, 6]
     assert "sae_delta_late" not in states, "no DeltaNet layer stands above it"
     shifts = []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenscope.evaluation.fidelity import DENSITY_LOG10_EDGES, Fidelity, Moments, density_histogram
-from qwenscope.sae.topk import Codes
+from qwenscope.sae.sae import Codes
 
 ROLES = ("system", "user", "assistant")
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from truth import ground_truth
 
 from qwenscope.evaluation.fidelity import Fidelity
-from qwenscope.evaluation.truth import ground_truth
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import Codes, TopKSAE
+from qwenscope.sae.sae import Codes, TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 DIM, LATENTS, K, BATCH, STEPS = 16, 64, 4, 128, 150

@@ -18,7 +18,7 @@ from qwenscope.evaluation.pairs import (
     unit_decoder,
 )
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 
 def random_sums(conversations: int, seed: int, harm: float = 0.5) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from qwenscope.evaluation.report import report_html
 from qwenscope.evaluation.run import evaluate
 from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.opening import fill_splits
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 CONTRACT = {
     "tokens", "mse", "fvu", "explained_variance", "explained_variance_per_dim", "cosine", "l0", "dead_fraction",

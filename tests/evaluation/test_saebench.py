@@ -22,7 +22,7 @@ from qwenscope.evaluation.measure import SplitMeter
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 BENCH = Path(__file__).parents[2] / "bench"
 SAE_ID, LAYER, CONTEXT, BATCHES, PROMPTS = "sae_delta_mid", 22, 64, 2, 4

@@ -10,18 +10,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import DIM, LAYER_OF, constant_sae, conversation, identity_sae, with_rows_left_out
+from evaluation_cases import DIM, LAYER_OF, SITE_OF, constant_sae, conversation, identity_sae, with_rows_left_out
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwenscope.corpus.batches import make_batches
 from qwenscope.errors import CorpusError, ModelError
 from qwenscope.evaluation.measure import SplitMeter
-from qwenscope.evaluation.splice import LEAST_ROWS, CleanPass, clean_pass, losses, restarted, variant_pass
+from qwenscope.evaluation.splice import LEAST_ROWS, CleanPass, clean_pass, losses, variant_pass
+from qwenscope.lm.batches import make_batches
 from qwenscope.lm.forward import final_hidden
-from qwenscope.lm.intervene import intervene
-from qwenscope.lm.load import LanguageModel
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.lm.hooks import Recording, intervene, record, restart
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
+from qwenscope.sae.sae import TopKSAE
+
+SITE = Site("layers.3")
 
 
 def batch_of(conversations, budget=1000):
@@ -46,13 +49,14 @@ def stream_of(lm, token_ids, layer) -> torch.Tensor:
 @pytest.mark.parametrize("layer", [0, 2, 3, 7])
 def test_restarting_above_a_layer_is_bit_identical_to_editing_a_whole_pass(lm, conversations, layer) -> None:
     batch = batch_of(conversations)
-    clean = clean_pass(lm, batch, [layer])
-    edited = clean.streams[layer] * 0.5 + 0.1
+    site = Site.of(layer)
+    clean = clean_pass(lm, batch, [site])
+    edited = clean.recording.rows[site] * 0.5 + 0.1
     with intervene(lm, {layer: lambda x: x * 0.5 + 0.1}):
         whole = final_hidden(lm, batch.input_ids_CT)
     ran = []
     handles = [block.mlp.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(lm.layers)]
-    with restarted(lm, layer, edited):
+    with restart(lm, clean.recording, site, edited):
         assert torch.equal(final_hidden(lm, batch.input_ids_CT), whole)
     for handle in handles:
         handle.remove()
@@ -63,14 +67,16 @@ def test_restarting_above_a_layer_is_bit_identical_to_editing_a_whole_pass(lm, c
 def test_layers_come_back_after_an_error(lm, conversations) -> None:
     batch = batch_of(conversations)
     before = final_hidden(lm, batch.input_ids_CT)
-    with pytest.raises(RuntimeError, match="midway"), restarted(lm, 3, before):
+    with record(lm, [SITE]) as recording:
+        final_hidden(lm, batch.input_ids_CT)
+    with pytest.raises(RuntimeError, match="midway"), restart(lm, recording, SITE, before):
         raise RuntimeError("midway")
     assert torch.equal(final_hidden(lm, batch.input_ids_CT), before)
 
 
 def test_layers_that_return_tuples_are_spliced_alike(lm, conversations) -> None:
     batch = batch_of(conversations)
-    expected = variant_pass(lm, clean := clean_pass(lm, batch, [3]), 3, clean.streams[3] + 1)
+    expected = variant_pass(lm, clean := clean_pass(lm, batch, [SITE]), SITE, clean.recording.rows[SITE] + 1)
 
     class InTuple(torch.nn.Module):
         def __init__(self, inner):
@@ -89,16 +95,15 @@ def test_layers_that_return_tuples_are_spliced_alike(lm, conversations) -> None:
     lm = copy.deepcopy(lm)
     lm.layers = [InTuple(layer) for layer in lm.layers]
     lm.model.model.layers = torch.nn.ModuleList(FirstOf(layer) for layer in lm.layers)
-    clean = clean_pass(lm, batch, [3])
-    assert clean.layers_return_tuple
-    assert torch.equal(variant_pass(lm, clean, 3, clean.streams[3] + 1), expected)
+    clean = clean_pass(lm, batch, [SITE])
+    assert torch.equal(variant_pass(lm, clean, SITE, clean.recording.rows[SITE] + 1), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, None])
 def test_losses_equal_one_conversation_at_a_time(lm, conversations, chunk) -> None:
     batch = batch_of(conversations)
-    clean = clean_pass(lm, batch, [3])
-    hidden = variant_pass(lm, clean, 3, clean.streams[3] * 0.7)
+    clean = clean_pass(lm, batch, [SITE])
+    hidden = variant_pass(lm, clean, SITE, clean.recording.rows[SITE] * 0.7)
     ce_clean, scored = losses(lm, clean, {"shrunk": hidden}, chunk)
     expected_ce, expected_spliced, expected_kl = [], [], []
     for member in batch.members:
@@ -115,8 +120,8 @@ def test_losses_equal_one_conversation_at_a_time(lm, conversations, chunk) -> No
 
 
 def test_losses_from_the_same_logits_are_exact_to_1e_9(lm, conversations) -> None:
-    clean = clean_pass(lm, batch_of(conversations), [3])
-    hidden = variant_pass(lm, clean, 3, clean.streams[3] * 0.7)
+    clean = clean_pass(lm, batch_of(conversations), [SITE])
+    hidden = variant_pass(lm, clean, SITE, clean.recording.rows[SITE] * 0.7)
     ce_clean, scored = losses(lm, clean, {0: hidden}, 11)
     p = lm.model.lm_head(clean.hidden_PD).double().log_softmax(1).numpy()
     q = lm.model.lm_head(hidden).double().log_softmax(1).numpy()
@@ -127,9 +132,9 @@ def test_losses_from_the_same_logits_are_exact_to_1e_9(lm, conversations) -> Non
 
 
 def test_logits_are_never_made_for_more_rows_than_a_chunk(lm, conversations) -> None:
-    clean = clean_pass(lm, batch_of(conversations), [3])
+    clean = clean_pass(lm, batch_of(conversations), [SITE])
     rows = []
-    handle = lm.model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(len(out)))
+    handle = lm.model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[-2]))
     losses(lm, clean, {"a": clean.hidden_PD, "b": clean.hidden_PD}, chunk=5)
     handle.remove()
     assert max(rows) == 5
@@ -157,7 +162,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_exceeds_a_chunk_at_the_real_vocabulary(lm, conversations) -> None:
-    clean = clean_pass(lm, batch_of(conversations), [3])
+    clean = clean_pass(lm, batch_of(conversations), [SITE])
     with LargestTensor() as largest:
         losses(vocabulary_of(lm, 248_320), clean, {0: clean.hidden_PD, 1: clean.hidden_PD})
     assert len(clean.target_P) > LEAST_ROWS, "several chunks"
@@ -169,7 +174,9 @@ def test_memory_does_not_grow_with_chunks(lm, conversations) -> None:
     rows, variants, vocabulary = 4096, 12, 4096
     hidden_PD = torch.randn(rows, DIM)
     none = torch.zeros(0)
-    clean = CleanPass(batch_of(conversations), {}, none, hidden_PD, torch.zeros(rows, dtype=torch.int64), none, False)
+    clean = CleanPass(
+        batch_of(conversations), Recording({}, {}), none, hidden_PD, torch.zeros(rows, dtype=torch.int64), none
+    )
     wide = vocabulary_of(lm, vocabulary)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     losses(wide, clean, dict.fromkeys(range(variants), hidden_PD))
@@ -179,7 +186,7 @@ def test_memory_does_not_grow_with_chunks(lm, conversations) -> None:
 
 def measure(lm, recipe, conversations, sae_of) -> dict:
     saes = {sae_id: sae_of(sae_id) for sae_id in LAYER_OF}
-    return SplitMeter(lm, saes, LAYER_OF, conversations, recipe).run()
+    return SplitMeter(lm, saes, SITE_OF, conversations, recipe).run()
 
 
 def test_a_perfect_sae_changes_nothing(lm, recipe, conversations) -> None:
@@ -229,7 +236,7 @@ def test_a_harmful_sae_goes_below_zero_and_is_not_clipped(lm, recipe, conversati
 
 def test_figures_equal_a_plain_computation_over_single_conversations(lm, recipe, conversations) -> None:
     saes = {sae_id: TopKSAE(16, 32, 5, seed=layer) for sae_id, layer in LAYER_OF.items()}
-    result = SplitMeter(lm, saes, LAYER_OF, conversations, recipe).run()
+    result = SplitMeter(lm, saes, SITE_OF, conversations, recipe).run()
     for sae_id, layer in LAYER_OF.items():
         clean, spliced, rows, hats = [], [], [], []
         with torch.no_grad():
@@ -289,5 +296,5 @@ def test_two_tokens_are_enough(lm, recipe) -> None:
 
 def test_an_unused_layer_has_no_ce_recovered(lm, recipe, conversations, monkeypatch) -> None:
     monkeypatch.setattr(lm.model.model.norm, "forward", torch.zeros_like)
-    with pytest.raises(ModelError, match="zero ablation at layer 2"):
+    with pytest.raises(ModelError, match=r"zero ablation at layers\.2"):
         measure(lm, recipe, conversations, lambda _: identity_sae())

@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
+from truth import FAMILY, GROUP, cross_seed_stability, ground_truth, match, recovery
 
 from qwenscope.evaluation.pairs import unit_decoder
-from qwenscope.evaluation.truth import FAMILY, GROUP, cross_seed_stability, ground_truth, match, recovery
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 
 def sae_of(directions_FD: torch.Tensor, k: int) -> TopKSAE:

@@ -13,7 +13,7 @@ import pytest
 
 from qwenscope.files import write_text
 from qwenscope.recipe import load_recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 TEXT = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
 

@@ -13,14 +13,15 @@ from planted_suite import PLANTED, PLANTED_LATENT
 
 from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.errors import CorpusError, FormatError
-from qwenscope.evaluation.downstream import find_routers, watch_routers
 from qwenscope.features import corpus_pass
 from qwenscope.features.geometry import CoActivation
 from qwenscope.features.index import build_index
 from qwenscope.features.statistics import AFTER, BEFORE, FIRINGS, TOP, bin_of
 from qwenscope.features.store import Index, MissingLatentError
-from qwenscope.lm.forward import final_norm, residual_streams, unembedding
-from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.forward import final_norm, site_rows, unembedding
+from qwenscope.lm.hooks import find_routers, watch_routers
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target, open_target
 
 TOKENS = 2500  # as the index of conftest
@@ -43,12 +44,14 @@ class Plain:
         for conversation in self.conversations:
             ids = torch.from_numpy(conversation.token_ids.astype(np.int64))[None]
             routers = find_routers(self.lm)
-            with watch_routers(routers) as seen:
-                streams = residual_streams(self.lm, ids, self.target.recipe.layers)
+            seen: dict[int, torch.Tensor] = {}
+            with watch_routers(routers, seen.__setitem__):
+                streams = site_rows(self.lm, ids, self.target.recipe.sites)
             for sae_id, sae in self.target.saes.items():
-                layer = self.target.recipe.hook_points[sae_id].layer
+                site = self.target.sites[sae_id]
+                layer = site.layer
                 with torch.no_grad():
-                    dense = sae.encode(streams[layer][0]).dense()
+                    dense = sae.encode(streams[site][0]).dense()
                 dense[0] = 0  # the first position is left out
                 self.codes[sae_id].append(dense)
                 self.experts[sae_id].append(seen[layer].topk(routers[layer].top_k, dim=1).indices)

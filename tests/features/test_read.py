@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwenscope.errors import CorpusError, FormatError, ModelError
 from qwenscope.features.probe import probe_direction
-from qwenscope.features.read import as_language_model, read
+from qwenscope.features.read import read
 from qwenscope.lm.load import load_language_model
-from qwenscope.opening import Target, layers_of, open_target
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.lm.model import as_language_model
+from qwenscope.lm.sites import Site
+from qwenscope.opening import Target, open_target, sites_of_suite
+from qwenscope.sae.sae import TopKSAE
 
 LAYERS = {"sae_delta": 1, "sae_attn": 3}
 
@@ -28,7 +30,7 @@ def test_a_bare_model_reads_like_a_loaded_one(target: Target) -> None:
     folder = target.recipe.lm.model
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     text = f"order{PLANTED} status"
-    reading = read(model, tokenizer, text, target.saes, layers=LAYERS)
+    reading = read(model, tokenizer, text, target.saes, sites=LAYERS)
     assert "".join(reading.tokens) == text
     assert reading.roles is None
     with torch.no_grad():
@@ -40,35 +42,35 @@ def test_a_bare_model_reads_like_a_loaded_one(target: Target) -> None:
             torch.testing.assert_close(reading.codes[sae_id].dense(), expected.dense())
     at = reading.tokens.index(PLANTED)
     assert PLANTED_LATENT in reading.codes["sae_delta"].indices[at]
-    loaded = read(load_language_model(target.recipe.lm, last_layer=3), tokenizer, text, target.saes, layers=LAYERS)
+    loaded = read(load_language_model(target.recipe.lm, last_layer=3), tokenizer, text, target.saes, sites=LAYERS)
     torch.testing.assert_close(loaded.codes["sae_attn"].dense(), reading.codes["sae_attn"].dense())
 
 
 def test_messages_come_with_roles(target: Target) -> None:
     lm = load_language_model(target.recipe.lm, last_layer=3)
     messages = [{"role": "user", "content": "order"}, {"role": "assistant", "content": "status"}]
-    reading = read(lm, lm.tokenizer, messages, target.saes, layers=LAYERS)
+    reading = read(lm, lm.tokenizer, messages, target.saes, sites=LAYERS)
     assert reading.roles is not None
     assert dict(zip(reading.tokens, reading.roles, strict=True))["order"] == "user"
     assert {"user", "assistant", "template"} == set(reading.roles)
     with pytest.raises(CorpusError, match="cannot be rendered"):
-        read(lm, lm.tokenizer, [{"role": "nobody", "content": "x"}], target.saes, layers=LAYERS)
+        read(lm, lm.tokenizer, [{"role": "nobody", "content": "x"}], target.saes, sites=LAYERS)
     with pytest.raises(CorpusError, match="no text"):
-        read(lm, lm.tokenizer, "", target.saes, layers=LAYERS)
+        read(lm, lm.tokenizer, "", target.saes, sites=LAYERS)
 
 
 def test_layers_come_from_the_configuration_or_the_published_suite(target: Target) -> None:
     sae = TopKSAE(8, 16, 2, seed=0)
-    assert layers_of({"sae_attn_mid": sae}) == {"sae_attn_mid": 23}
+    assert sites_of_suite({"sae_attn_mid": sae}) == {"sae_attn_mid": Site("layers.23")}
     sae.config["layer"] = 2
-    assert layers_of({"mine": sae}) == {"mine": 2}
+    assert sites_of_suite({"mine": sae}) == {"mine": Site("layers.2")}
     with pytest.raises(FormatError, match="sae_delta"):
-        layers_of(target.saes)
+        sites_of_suite(target.saes)
     lm = load_language_model(target.recipe.lm, last_layer=1)
     with pytest.raises(FormatError, match="hidden_dim 8"):
         read(lm, lm.tokenizer, "order", {"mine": sae})
     with pytest.raises(ModelError, match="layer 3"):
-        read(lm, lm.tokenizer, "order", target.saes, layers=LAYERS)
+        read(lm, lm.tokenizer, "order", target.saes, sites=LAYERS)
     with pytest.raises(ModelError, match="decoder layers"):
         as_language_model(_NoLayers())  # type: ignore[arg-type]
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from standin.model import standin_config
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5MoeForCausalLM
 
 from qwenscope.errors import FormatError, ModelError
 from qwenscope.features.steering import Piece, Steering, controls, generate, prompt_tokens, side_by_side, steer
-from qwenscope.lm.load import LanguageModel, load_language_model
-from qwenscope.lm.standin import standin_config
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import open_target
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 
 D, LAYER, LATENT = 32, 2, 5
 

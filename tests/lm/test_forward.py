@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from by_layer import residual_streams
 from lm.conftest import Checkpoint
 from lm.tiny_models import FAMILIES
 from torch import Tensor, nn
 
-from qwenscope.corpus.batches import make_batches
 from qwenscope.errors import ModelError
-from qwenscope.lm.forward import final_hidden, logits, residual_streams, unembedding
-from qwenscope.lm.load import LanguageModel, load_language_model
+from qwenscope.lm.batches import make_batches
+from qwenscope.lm.forward import final_hidden, logits, unembedding
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
 from qwenscope.recipe import LMRecipe
 
 LENGTHS = [1, 2, 3, 5, 17, 63, 64, 65, 127, 128, 129, 300, 511, 512, 777, 1024, 1500, 2047, 2048]

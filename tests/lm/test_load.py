@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_layer import residual_streams
 from lm.conftest import Checkpoint
 from lm.tiny_models import FAMILIES, LAYERS
 from safetensors import safe_open
@@ -18,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from qwenscope.errors import ModelError
 from qwenscope.lm import load
-from qwenscope.lm.forward import final_norm, residual_streams, unembedding
+from qwenscope.lm.forward import final_norm, unembedding
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, load_language_model
 from qwenscope.recipe import HookPoint, LMRecipe
 
 IDS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 QWEN_KINDS = ("deltanet", "deltanet", "deltanet", "attention") * 2
-KINDS = {"text": QWEN_KINDS, "multimodal": QWEN_KINDS, "gemma": ("attention",) * 4}
+KINDS = {"text": QWEN_KINDS, "multimodal": QWEN_KINDS}
 
 
 def point(layer: int, kind: Any) -> HookPoint:
@@ -46,7 +47,7 @@ def test_hidden_states_are_the_full_models(
     built = len(lm.layer_kinds) if last_layer is None else last_layer + 1
     assert len(lm.layers) == built
     assert lm.truncated == (last_layer is not None)
-    assert lm.layer_kinds == KINDS.get(family, (None,) * 4)
+    assert lm.layer_kinds == KINDS.get(family, ("attention",) * 4)
     assert (lm.hidden_dim, lm.dtype, lm.device) == (32, torch.float32, torch.device("cpu"))
     assert not lm.model.training
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())

@@ -13,14 +13,20 @@ from torch import Tensor
 
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import ModelError
-from qwenscope.lm.forward import final_norm, residual_streams
-from qwenscope.lm.load import LanguageModel, load_language_model
-from qwenscope.lm.parity import FLOAT32, HALF, check_parity, distance, sample_rows
+from qwenscope.lm.forward import final_norm, site_rows
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
+from qwenscope.lm.vllm.parity import FLOAT32, HALF, check_parity, distance, sample_rows
 from qwenscope.recipe import LMRecipe, load_recipe
 
-LAYERS = (6, 7, 15, 35)
-NAMES = {layer: f"sae_{layer}" for layer in LAYERS}
-Rows = dict[int, Tensor]
+LAYERS = tuple(map(Site.of, (6, 7, 15, 35)))
+NAMES = {site: f"sae_{site.layer}" for site in LAYERS}
+Rows = dict[Site, Tensor]
+
+
+def _above(site: Site) -> Site:
+    return Site.of(site.layer + 1)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def lm() -> LanguageModel:
 @pytest.fixture(scope="module")
 def reference(lm: LanguageModel, conversations: list[NDArray[np.int32]]) -> Rows:
     """At the hook points and at the layers behind them."""
-    return sample_rows(lm, conversations, sorted({*LAYERS, *(layer + 1 for layer in LAYERS)}), 700)
+    return sample_rows(lm, conversations, sorted({*LAYERS, *map(_above, LAYERS)}), 700)
 
 
 def verdict(reference: Rows, rows: Rows, dtype: torch.dtype) -> object:
@@ -49,7 +55,7 @@ def verdict(reference: Rows, rows: Rows, dtype: torch.dtype) -> object:
 def test_sampled_rows_are_each_conversations_own(
     lm: LanguageModel, conversations: list[NDArray[np.int32]], reference: Rows
 ) -> None:
-    alone = [residual_streams(lm, torch.from_numpy(ids).long()[None], LAYERS) for ids in conversations]
+    alone = [site_rows(lm, torch.from_numpy(ids).long()[None], LAYERS) for ids in conversations]
     for layer in LAYERS:
         want_RD = torch.cat([streams[layer][0] for streams in alone])
         torch.testing.assert_close(reference[layer], want_RD, rtol=1e-4, atol=1e-4)
@@ -89,7 +95,7 @@ def _zeros(rows: Rows, lm: LanguageModel) -> Rows:
 
 
 def _next_layer(rows: Rows, lm: LanguageModel) -> Rows:
-    return {layer: rows[layer + 1] for layer in LAYERS}
+    return {layer: rows[_above(layer)] for layer in LAYERS}
 
 
 def _next_position(rows: Rows, lm: LanguageModel) -> Rows:
@@ -128,14 +134,14 @@ def test_wrong_rows_are_refused(
         verdict(reference, wrong(reference, lm), dtype)
     message = str(refused.value)
     assert "engine 1.0" in message
-    assert "hook point sae_6 (layer 6)" in message
+    assert "hook point sae_6 (layers.6)" in message
     assert "set lm.backend to transformers" in message
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_one_wrong_hook_point_suffices_and_is_named(layer: int, reference: Rows) -> None:
-    rows = {at: reference[at] for at in LAYERS} | {layer: reference[layer + 1]}
-    with pytest.raises(ModelError, match=rf"hook point sae_{layer} \(layer {layer}\)"):
+def test_one_wrong_hook_point_suffices_and_is_named(layer: Site, reference: Rows) -> None:
+    rows = {at: reference[at] for at in LAYERS} | {layer: reference[_above(layer)]}
+    with pytest.raises(ModelError, match=rf"hook point sae_{layer.layer} \({layer}\)"):
         verdict(reference, rows, torch.bfloat16)
 
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from by_layer import residual_streams
 from lm.conftest import Checkpoint
 from lm.tiny_models import FAMILIES, LAYERS
 from torch import Tensor, nn
 
 from qwenscope.errors import ModelError
 from qwenscope.lm import load, placement
-from qwenscope.lm.forward import residual_streams
-from qwenscope.lm.intervene import intervene
-from qwenscope.lm.load import LanguageModel, decoder_layers, load_language_model
+from qwenscope.lm.hooks import intervene
+from qwenscope.lm.load import load_language_model
+from qwenscope.lm.model import LanguageModel, decoder_layers
 from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.recipe import LMRecipe
 

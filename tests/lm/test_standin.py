@@ -13,13 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from qwenscope.corpus.tool_use import generate_tool_use
-from qwenscope.errors import CorpusError
-from qwenscope.files import read_json
-from qwenscope.lm.standin import STANDIN_FOLDER, Stage, StandinPlan, grow, measure, standin_config, train_standin
-from qwenscope.lm.standin_data import (
+from standin.data import (
     FILES,
     MARKERS,
     SPECIAL,
@@ -30,7 +24,14 @@ from qwenscope.lm.standin_data import (
     render,
     rows_of,
 )
-from qwenscope.lm.standin_optimizer import orthogonalise
+from standin.model import grow, measure, standin_config
+from standin.train import Optimizer, Stage, StandinPlan, train_standin
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwenscope.corpus.tool_use import generate_tool_use
+from qwenscope.errors import CorpusError
+from qwenscope.files import read_json
+from qwenscope.lm.standin import STANDIN_FOLDER
 
 HOOKED = {
     6: "linear",
@@ -259,17 +260,21 @@ def test_ngram_tables_are_distributions_and_match_a_naive_count() -> None:
     assert sum(math.exp(-tables.losses([[0, b]])[0]) for b in range(size)) == pytest.approx(1)
 
 
-def test_orthogonalise_flattens_the_singular_values() -> None:
+def test_experts_in_one_tensor_are_updated_as_matrices_of_their_own() -> None:
     torch.manual_seed(0)
-    for shape in ((3, 64, 32), (2, 32, 64), (1, 48, 48)):
-        matrices = torch.randn(shape)
-        flat = orthogonalise(matrices)
-        values = torch.linalg.svdvals(flat)
-        assert flat.shape == matrices.shape
+    model = torch.nn.Module()
+    model.experts, model.gain = torch.nn.Parameter(torch.zeros(3, 64, 32)), torch.nn.Parameter(torch.ones(8))
+    model.experts.grad, model.gain.grad = torch.randn(3, 64, 32) * 1e-3, torch.full((8,), 1e-3)
+    gradients = model.experts.grad.clone()
+    Optimizer(model).step(1.0)
+    for update, gradient in zip(-model.experts.detach(), gradients, strict=True):
+        values = torch.linalg.svdvals(update) / (0.2 * 64**0.5)
         assert values.max() < 1.4
         assert (values > 0.5).float().mean() > 0.9
-        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-        assert torch.nn.functional.cosine_similarity(flat.flatten(), (u @ vh).flatten(), dim=0) > 0.95
+        u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
+        assert torch.nn.functional.cosine_similarity(update.flatten(), (u @ vh).flatten(), dim=0) > 0.95
+    assert torch.allclose(model.gain, torch.zeros(8), atol=1e-4)  # Adam's first step has the size of the rate
+    assert model.experts.grad is None
 
 
 TINY: dict[str, Any] = {

@@ -29,10 +29,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qwenscope.corpus.batches import make_batches
 from qwenscope.files import read_json
+from qwenscope.lm.batches import make_batches
+from qwenscope.lm.forward import site_rows
 from qwenscope.lm.load import load_language_model
-from qwenscope.lm.parity import check_parity, sample_rows
+from qwenscope.lm.sites import Site
+from qwenscope.lm.vllm.parity import check_parity, sample_rows
 from qwenscope.recipe import LMRecipe
 
 pytestmark = pytest.mark.slow
@@ -110,8 +112,8 @@ def check_rows(model: Path, dtype: str, layers: list[int], vocabulary: int, tmp_
 
     lm = load_language_model(LMRecipe.model_validate({"model": str(model), "dtype": dtype, "device": "cpu"}))
     assert lm.dtype == next(iter(found.values())).dtype
-    reference = sample_rows(lm, token_ids, layers, BATCH_TOKENS)
-    check_parity(reference, found, lm.dtype, {layer: f"layer_{layer}" for layer in layers}, "vllm")
+    reference = sample_rows(lm, token_ids, [Site.of(layer) for layer in layers], BATCH_TOKENS)
+    check_parity(reference, found, lm.dtype, {Site.of(layer): f"layer_{layer}" for layer in layers}, "vllm")
     batches = make_batches(LENGTHS, token_ids, BATCH_TOKENS, 0)
     steps = [step for step in json.loads((tmp_path / "rows.json").read_text()) if step]
     assert steps == 2 * [sum(batch.lengths_C) for batch in batches]
@@ -140,8 +142,8 @@ def test_the_padded_standin_computes_what_the_standin_does(padded: Path) -> None
         load_language_model(LMRecipe(model=name, dtype="float32", device="cpu"), last_layer=35)
         for name in (str(padded), "standin")
     )
-    for layer, x_CTD in wide.streams(ids_CT, [100, 100], [6, 21, 35]).items():
-        want_CTD = narrow.streams(ids_CT, [100, 100], [layer])[layer]
+    for layer, x_CTD in site_rows(wide, ids_CT, [6, 21, 35]).items():
+        want_CTD = site_rows(narrow, ids_CT, [layer])[layer]
         assert float((x_CTD - want_CTD).norm() / want_CTD.norm()) < 1e-4
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from qwenscope.lm.parity import sample_rows
-from qwenscope.lm.vllm_engine import VllmModel
+from qwenscope.lm.sites import Site
+from qwenscope.lm.vllm.engine import VllmModel
+from qwenscope.lm.vllm.parity import sample_rows
 from qwenscope.recipe import LMRecipe
 
 MAX_LENGTH, BATCH_TOKENS = 200, 400
@@ -23,7 +24,7 @@ MAX_LENGTH, BATCH_TOKENS = 200, 400
 
 def main(model: str, dtype: Any, layers: str, conversations: str, out: str) -> None:
     lm = LMRecipe(model=model, dtype=dtype, device="cpu")
-    hooked = json.loads(layers)
+    hooked = [Site.of(layer) for layer in json.loads(layers)]
     source = VllmModel(lm, hooked, max_length=MAX_LENGTH, batch_tokens=BATCH_TOKENS, weights="")
     scheduler = source._engine.llm_engine.engine_core.engine_core.scheduler
     schedule, steps = scheduler.schedule, []
@@ -38,7 +39,7 @@ def main(model: str, dtype: Any, layers: str, conversations: str, out: str) -> N
     first, again = (sample_rows(source, token_ids, hooked, BATCH_TOKENS) for _ in range(2))
     assert all(torch.equal(first[layer], again[layer]) for layer in hooked), "the same batches gave other bits"
     assert not source._connector.rows, "rows were left behind"
-    save_file({str(layer): rows for layer, rows in first.items()}, out)
+    save_file({str(site.layer): rows for site, rows in first.items()}, out)
     Path(out).with_suffix(".json").write_text(json.dumps(steps))
     source.close()
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from qwenscope import TopKSAE, load_suite
 from qwenscope.errors import FormatError
-from qwenscope.sae.formats import EXPORTERS, IMPORTERS, export_suite, import_suite
+from qwenscope.sae.formats import EXPORTS, IMPORTS, export_suite, import_suite
 
-ROUND_TRIPS = sorted(EXPORTERS.keys() & IMPORTERS.keys())
+ROUND_TRIPS = sorted(set(EXPORTS) & set(IMPORTS))
 
 
 @pytest.fixture
@@ -105,7 +105,8 @@ def test_saelens_flags_are_kept_or_folded(tmp_path: Path, subtract: bool, rescal
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"architecture": "jumprelu"}, "architecture 'jumprelu'"),
+        ({"architecture": "gated"}, "architecture 'gated'"),
+        ({"architecture": "jumprelu"}, "tensor threshold is missing"),
         ({"architecture": "batchtopk"}, "architecture 'batchtopk'"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z'"),
@@ -178,15 +179,16 @@ def test_dictionary_learning_refusals(suite: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         return str(caught.value)
 
-    edit_state(path, lambda state: state.update(threshold=torch.tensor(0.5)))
-    assert "threshold 0.5 cannot be represented" in refused()
-    edit_state(path, lambda state: state.update(threshold=torch.tensor(-1.0), k=torch.tensor(7)))
+    edit_state(path, lambda state: state.update(k=torch.tensor(7)))
     assert "k is missing, or differs from the 6" in refused()
     edit_state(path, lambda state: state.update(k=torch.tensor(6), W_gate=torch.zeros(2)))
     assert "W_gate cannot be represented" in refused()
     config = tmp_path / "there/sae_a/config.json"
+    edit_json(config, trainer={"dict_class": "GatedAutoEncoder"})
+    assert "'GatedAutoEncoder' is refused" in refused()
+    edit_state(path, lambda state: state.pop("W_gate"))
     edit_json(config, trainer={"dict_class": "BatchTopKSAE"})
-    assert "'BatchTopKSAE' is refused" in refused()
+    assert "threshold is missing or unset" in refused()
     config.write_text("{}")
     assert "no trainer section" in refused()
 

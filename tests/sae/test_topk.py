@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwenscope.errors import FormatError
-from qwenscope.sae.topk import Codes, TopKSAE
+from qwenscope.sae.sae import Codes, TopKSAE
 
 
 def make_sae(hidden: int = 6, latents: int = 20, k: int = 3) -> TopKSAE:
@@ -51,7 +51,7 @@ def test_seed_decides_the_start() -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 4, 1), (4, 0, 1), (4, 8, 0), (4, 8, 9), (4, -8, 1)])
 def test_impossible_sizes(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(FormatError, match="no TopK SAE"):
+    with pytest.raises(FormatError, match="no SAE has"):
         TopKSAE(*sizes)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.sae.selection import Selector
-from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 

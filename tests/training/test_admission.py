@@ -11,7 +11,7 @@ from tiny_run import make_language_model, status, tiny_recipe
 
 from qwenscope.errors import ModelError, RecipeError
 from qwenscope.files import read_json
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.recipe import load_recipe
 from qwenscope.training.admission import open_source
 from qwenscope.training.run import train

@@ -16,9 +16,9 @@ from tiny_ranks import complete, ranks, three_saes
 from tiny_run import BATCH, STEPS, final_hashes, metrics, status
 
 from qwenscope.activations import cache
-from qwenscope.corpus.batches import cut
 from qwenscope.costs import GPUS, ModelSize, position_seconds, step_seconds
 from qwenscope.errors import FormatError, RecipeError, ResourceError
+from qwenscope.lm.batches import cut
 from qwenscope.parallel.group import Group
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.parallel.launch import joined
@@ -234,7 +234,7 @@ def test_dealing_takes_any_number_of_ranks() -> None:
 
 def test_each_layer_has_one_rank_that_speaks_for_it() -> None:
     layers = ((1, 3), (1,), (), (3, 5), (5,))
-    assert [HarvestPlan(Group(rank, 5), layers, (0.0,) * 5).first_layers for rank in range(5)] == [
+    assert [HarvestPlan(Group(rank, 5), layers, (0.0,) * 5).first_sites for rank in range(5)] == [
         (1, 3),
         (),
         (),

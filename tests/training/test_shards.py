@@ -27,12 +27,13 @@ from torch import Tensor
 
 from qwenscope.activations.windows import Windows
 from qwenscope.lm.load import load_language_model
+from qwenscope.lm.sites import sites_of
 from qwenscope.parallel.group import Group
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.parallel.owners import Piece, cut, overlaps, owners, state_of
 from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.sae.topk import TopKSAE, random_directions
+from qwenscope.sae.sae import SAE, TopKSAE, random_directions
 from qwenscope.training import checkpoint
 from qwenscope.training.building import plan_harvest, untrained
 from qwenscope.training.sharded import ShardedTrainer
@@ -111,14 +112,16 @@ OPTIONS: list[dict[str, Any]] = [
     {"resample_every_steps": 6, "normalise": True},
     {"clip_norm": 0.01, "resample_every_steps": 7},
     {"aux_coefficient": 0.0},
+    {"activation": "batch_topk", "aux_k": 3, "normalise": True},
 ]
 
 
 def train_shard(folder: Path, bounds: tuple[int, ...], options: dict[str, Any], group: Group) -> None:
     """Thirty steps in float64 of one SAE over all ranks; each leaves its state and metrics, rank 0 the SAE."""
     shard = Shard(bounds, K, group)
+    options = dict(options)
     trainer = ShardedTrainer(
-        untrained(HIDDEN, shard, 2).double(),
+        untrained(HIDDEN, shard, 2, options.pop("activation", "topk")).double(),
         3e-3,
         tokens=100 * BATCH,
         warmup_tokens=5 * BATCH,
@@ -269,7 +272,7 @@ def test_gpus_that_share_an_sae_take_turns(model: Path) -> None:
 
     for in_turn in (True, False):
         threads.clear()
-        alone = dataclasses.replace(HarvestPlan.alone(recipe.layers), in_turn=in_turn)
+        alone = dataclasses.replace(HarvestPlan.alone(sites_of(recipe)), in_turn=in_turn)
         with closing(Windows(lm, Stream(), recipe, alone)) as windows:  # type: ignore[arg-type]
             windows.next_batch(10)
         assert (threads == {threading.get_ident()}) == in_turn
@@ -304,7 +307,7 @@ def test_training_is_that_of_one_process(options: dict[str, Any], tmp_path: Path
         folder = tmp_path / str(size)
         folder.mkdir()
         on_ranks(size, partial(train_shard, folder, bounds, options))
-        saes[size] = TopKSAE.from_pretrained(folder).state_dict()
+        saes[size] = SAE.from_pretrained(folder).state_dict()
         tensors = {path.stem: load_file(path) for path in folder.glob("a*.safetensors")}
         assert len(tensors) == size
         states[size] = state_of(Piece("a", 0, LATENTS, LATENTS), tensors)

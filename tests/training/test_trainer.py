@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwenscope.errors import CheckpointError, TrainingError
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 HIDDEN, LATENTS, K, BATCH = 24, 128, 5, 64

@@ -10,7 +10,7 @@ from dense_autograd import DenseTrainer, support_of
 from torch import Tensor
 
 from qwenscope.errors import TrainingError
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.optimizer import stochastic_bfloat16
 from qwenscope.training.trainer import SAETrainer
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from qwenscope.activations.harvest import Harvest
 from qwenscope.errors import FormatError, ResourceError
 from qwenscope.files import atomic_path
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,12 @@ class WindowCache:
             ResourceError: a local disk that cannot hold what is still to be written of the run.
         """
         self._lm = lm
-        self._layers = recipe.layers
         self._files = _Files(f"{root.rstrip('/')}/{_fingerprint(lm, recipe)}")
-        total = cache_bytes(recipe.training.tokens, len(recipe.layers), lm.hidden_dim, lm.dtype)
+        total = cache_bytes(recipe.training.tokens, len(recipe.sites), lm.hidden_dim, lm.dtype)
         self._files.make_room(total)
         logger.info("activation cache %s: %.1f GB when whole", self._files.root, total / 1e9)
 
-    def read(self, index: int, cursor: dict[str, Any], layers: Sequence[int]) -> Window | None:
+    def read(self, index: int, cursor: dict[str, Any], layers: Sequence[Site]) -> Window | None:
         """Window `index` with the rows of `layers`, or None if it is not there.
 
         Args:
@@ -102,8 +102,8 @@ class WindowCache:
         )
         return Window(kept, manifest["conversation_ids"], manifest["tokens"], manifest["next_cursor"])
 
-    def write_rows(self, index: int, rows: Mapping[int, Tensor]) -> dict[str, Any]:
-        """Write {layer: x_RD} of window `index` -> {file: bytes and sha256} for `finish`.
+    def write_rows(self, index: int, rows: Mapping[Site, Tensor]) -> dict[str, Any]:
+        """Write {site: x_RD} of window `index` -> {file: bytes and sha256} for `finish`.
 
         Raises:
             ResourceError: the disk is full.
@@ -236,8 +236,8 @@ class _Files:
             temporary.write_bytes(data)
 
 
-def _layer_file(layer: int) -> str:
-    return f"layer-{layer:02d}.safetensors"
+def _layer_file(site: Site) -> str:
+    return "-".join(filter(None, (f"layer-{site.layer:02d}", site.part))) + ".safetensors"
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -247,8 +247,8 @@ def _digest(manifest: dict[str, Any]) -> str:
 def _fingerprint(lm: RowSource, recipe: Recipe) -> str:
     parts = {
         "seed": recipe.seed,
-        "model": [lm.name, lm.revision, str(lm.dtype), lm.digest(recipe.layers[-1])],
-        "layers": recipe.layers,
+        "model": [lm.name, lm.revision, str(lm.dtype), lm.digest(recipe.last_layer)],
+        "layers": [int(name.removeprefix("layers.")) if name.count(".") == 1 else name for name in recipe.sites],
         "corpus": recipe.corpus.model_dump(mode="json", exclude={"workers"}),
         "activations": recipe.activations.model_dump(mode="json", exclude={"cache", "overlap"}),
     }

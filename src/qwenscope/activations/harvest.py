@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwenscope.corpus.batches import Batch, make_batches
 from qwenscope.errors import TrainingError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.batches import Batch, make_batches
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.recipe import ActivationsRecipe
 
@@ -36,8 +37,8 @@ class Harvest:
     R: kept tokens in canonical order (by conversation, then by position); D: hidden dimension.
     """
 
-    rows: dict[int, Tensor]
-    """{layer: x_RD} in the language model's dtype, on its device; of several ranks, at the layers this one owns."""
+    rows: dict[Site, Tensor]
+    """{site: x_RD} in the language model's dtype, on its device; of several ranks, at the sites this one owns."""
     conversation_R: Tensor
     """int32 on the CPU: position in the list of conversations."""
     position_R: Tensor
@@ -51,31 +52,31 @@ class Harvest:
 def harvest(
     lm: RowSource,
     conversations: Sequence[HasTokens],
-    layers: Sequence[int],
+    sites: Sequence[Site],
     activations: ActivationsRecipe,
     batch_tokens: int,
-    names: Mapping[int, str] | None = None,
-    plan: HarvestPlan | None = None,
+    names: Mapping[Site, str] | None = None,
+    plan: HarvestPlan[Site] | None = None,
 ) -> Harvest:
-    """Residual-stream rows of every token of `conversations` after each of `layers`.
+    """Rows of every token of `conversations` at each of `sites`.
 
     Left out, at all hook points together and counted: rows with a non-finite value at any hook point; rows whose
     norm exceeds `outlier_factor` times the median norm at that hook point over these very conversations (attention
     sinks reach 100 times it); each first position, if the recipe says so.
 
     Args:
-        lm: Built up to `max(layers)`.
+        lm: Built up to the last of `sites`.
         conversations: One row each; nothing leaks between them.
-        layers: Hooked layers.
+        sites: Hooked ones.
         activations: Which rows are left out.
         batch_tokens: Token budget of one language-model batch, padding included.
-        names: {layer: hook point} for messages.
+        names: {site: hook point} for messages.
         plan: Among several ranks, which all call this with the same conversations; None is one process alone.
 
     Raises:
         TrainingError: more than 1 % non-finite rows; names the hook point.
     """
-    plan = plan or HarvestPlan.alone(layers)
+    plan = plan or HarvestPlan.alone(sites)
     rank = plan.group.rank
     lengths = [len(conversation.token_ids) for conversation in conversations]
     pad_id = lm.tokenizer.pad_token_id or 0  # any id does: padding reaches no token before it
@@ -87,7 +88,7 @@ def harvest(
         rank_C[batch.members] = one
     own = [batch for batch, one in zip(batches, dealt, strict=True) if one == rank]
     own_lengths = {c: lengths[c] for c in (rank_C == rank).nonzero().squeeze(1).tolist()}
-    rows, norms = _forward(lm, own, own_lengths, layers)
+    rows, norms = _forward(lm, own, own_lengths, sites)
 
     lengths_C = torch.tensor(lengths)
     conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths_C)
@@ -96,37 +97,37 @@ def harvest(
     keep_R, left_out = _kept(plan.norms_of_all(norms, rank_R), position_R, activations, names or {})
     if not bool(keep_R.all()):
         index = keep_R[rank_R == rank].nonzero().squeeze(1).to(lm.device)
-        for layer in layers:  # one hook point at a time: the peak is one window and one layer
-            rows[layer] = rows[layer][index]
+        for site in sites:  # one hook point at a time: the peak is one window and one site
+            rows[site] = rows[site][index]
         conversation_R, position_R, rank_R = conversation_R[keep_R], position_R[keep_R], rank_R[keep_R]
     rows = plan.rows_to_owners(rows, rank_R)
     return Harvest(rows, conversation_R, position_R, left_out, 1 - sum(lengths) / sum(positions))
 
 
 def _forward(
-    lm: RowSource, batches: Sequence[Batch], lengths: Mapping[int, int], layers: Sequence[int]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """{layer: rows} and {layer: norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
+    lm: RowSource, batches: Sequence[Batch], lengths: Mapping[int, int], sites: Sequence[Site]
+) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+    """{site: rows} and {site: norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
     total, starts = 0, {}
     for member, length in lengths.items():
         starts[member] = total
         total += length
-    rows = {layer: torch.empty(total, lm.hidden_dim, dtype=lm.dtype, device=lm.device) for layer in layers}
-    norms = {layer: torch.empty(total, device=lm.device, dtype=torch.float32) for layer in layers}
+    rows = {site: torch.empty(total, lm.hidden_dim, dtype=lm.dtype, device=lm.device) for site in sites}
+    norms = {site: torch.empty(total, device=lm.device, dtype=torch.float32) for site in sites}
     for batch in batches:
-        streams = lm.streams(batch.input_ids_CT, batch.lengths_C, layers)
-        for layer, x_CTD in streams.items():
+        streams = lm.streams(batch.input_ids_CT, batch.lengths_C, sites)
+        for site, x_CTD in streams.items():
             norms_CT = torch.linalg.vector_norm(x_CTD, dim=-1, dtype=torch.float32)
             for c, member in enumerate(batch.members):
                 length = lengths[member]
                 there = slice(starts[member], starts[member] + length)
-                rows[layer][there] = x_CTD[c, :length]
-                norms[layer][there] = norms_CT[c, :length]
+                rows[site][there] = x_CTD[c, :length]
+                norms[site][there] = norms_CT[c, :length]
     return rows, norms
 
 
 def _kept(
-    norms: Mapping[int, Tensor], position_R: Tensor, activations: ActivationsRecipe, names: Mapping[int, str]
+    norms: Mapping[Site, Tensor], position_R: Tensor, activations: ActivationsRecipe, names: Mapping[Site, str]
 ) -> tuple[Tensor, dict[str, int]]:
     """Mask of rows kept at all hook points (bool on the CPU), and how many were left out for which reason.
 
@@ -137,11 +138,11 @@ def _kept(
         candidate_R = position_R > 0
     total = int(candidate_R.sum())
     finite_R = candidate_R.clone()
-    cpu_norms = {layer: norm_R.cpu() for layer, norm_R in norms.items()}
-    for layer, norm_R in cpu_norms.items():
+    cpu_norms = {site: norm_R.cpu() for site, norm_R in norms.items()}
+    for site, norm_R in cpu_norms.items():
         bad_R = candidate_R & ~norm_R.isfinite()
         if (bad := int(bad_R.sum())) > NON_FINITE_LIMIT * total:
-            name = names.get(layer, f"layer {layer}")
+            name = names.get(site, str(site))
             raise TrainingError(
                 f"{bad:,} of {total:,} rows at hook point {name} are not finite; "
                 "check the model's weights, or set lm.dtype to float32"

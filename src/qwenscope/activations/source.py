@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from qwenscope.activations.cache import Window, WindowCache
 from qwenscope.activations.harvest import harvest
 from qwenscope.errors import CorpusError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site, site_names, sites_of
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.recipe import Recipe
 
@@ -42,7 +43,7 @@ class WindowSource:
         ResourceError: `activations.cache` is set and its disk cannot hold the run's rows.
     """
 
-    def __init__(self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, plan: HarvestPlan) -> None:
+    def __init__(self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, plan: HarvestPlan[Site]) -> None:
         self._lm, self._corpus, self._recipe = lm, stream, recipe
         self._plan, self._group = plan, plan.group
         self._cache: WindowCache | None = None
@@ -80,7 +81,7 @@ class WindowSource:
         found: list[Window] = []
 
         def read() -> bool:
-            window = cache.read(index, cursor, self._plan.own_layers)
+            window = cache.read(index, cursor, self._plan.own_sites)
             found.extend([window] if window else [])
             return window is not None
 
@@ -96,10 +97,10 @@ class WindowSource:
         rows = harvest(
             self._lm,
             conversations,
-            recipe.layers,
+            sites_of(recipe),
             recipe.activations,
             recipe.corpus.batch_tokens,
-            recipe.layer_names,
+            site_names(recipe),
             self._plan,
         )
         window = Window(
@@ -114,7 +115,7 @@ class WindowSource:
 
     def _write(self, cache: WindowCache, index: int, window: Window, cursor: dict[str, Any]) -> None:
         """Write each hook point from the first rank that holds it; the manifest only when all have written theirs."""
-        rows = {layer: window.harvest.rows[layer] for layer in self._plan.first_layers}
+        rows = {layer: window.harvest.rows[layer] for layer in self._plan.first_sites}
         parts = self._group.all_gather_object(lambda: cache.write_rows(index, rows))
         files = {file: entry for part in parts for file, entry in part.items()}
         self._group.broadcast_object(lambda: cache.finish(index, window, cursor, files))

@@ -26,7 +26,8 @@ from qwenscope.activations.cache import Window
 from qwenscope.activations.prefetch import Prefetcher
 from qwenscope.activations.source import WindowSource
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site, sites_of
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.recipe import Recipe
 from qwenscope.seeds import generator
@@ -45,7 +46,7 @@ class Windows:
     """
 
     def __init__(
-        self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, plan: HarvestPlan | None = None
+        self, lm: RowSource, stream: CorpusStream | None, recipe: Recipe, plan: HarvestPlan[Site] | None = None
     ) -> None:
         """
         Args:
@@ -60,8 +61,8 @@ class Windows:
         """
         self._lm = lm
         self._recipe = recipe
-        plan = plan or HarvestPlan.alone(recipe.layers)
-        self._layers = plan.own_layers
+        plan = plan or HarvestPlan.alone(sites_of(recipe))
+        self._layers = plan.own_sites
         self._check_size(recipe.training.batch_size)
         self._prefetcher: Prefetcher | None = None
         if recipe.activations.overlap and not plan.in_turn:
@@ -77,7 +78,7 @@ class Windows:
         self._expected: str | None = None  # digest of the window that a restored state was in
         self._last: list[tuple[list[str], Tensor, Tensor]] = []  # ids, conversation_B, position_B per part of the batch
 
-    def next_batch(self, size: int) -> dict[int, Tensor]:
+    def next_batch(self, size: int) -> dict[Site, Tensor]:
         """The next `size` rows at every own hook point: {layer: x_BD} in the language model's dtype, on its device.
 
         Fewer rows, in the end none, only when the corpus is used up; `batch_rows` says how many.
@@ -89,7 +90,7 @@ class Windows:
         """
         self._check_size(size)
         self._last = []
-        parts: list[dict[int, Tensor]] = []
+        parts: list[dict[Site, Tensor]] = []
         while (missing := size - self.batch_rows) and (part := self._take(missing)) is not None:
             parts.append(part)
         if len(parts) == 1:
@@ -102,7 +103,7 @@ class Windows:
         """Rows of the last batch, also where this rank owns no hook point."""
         return sum(len(position_B) for _, _, position_B in self._last)
 
-    def calibration_rows(self) -> dict[int, Tensor]:
+    def calibration_rows(self) -> dict[Site, Tensor]:
         """The first `training.calibration_tokens` rows of window 0 (all of it if it has fewer), in training order.
 
         They are handed out again by `next_batch`. A resumed run takes its calibration from the checkpoint instead.
@@ -202,7 +203,7 @@ class Windows:
         if self._prefetcher is not None and handed_out + len(self._order_R) < self._recipe.training.tokens:
             self._prefetcher.begin(partial(self._source.window, self._index + 1, window.next_cursor))
 
-    def _take(self, most: int) -> dict[int, Tensor] | None:
+    def _take(self, most: int) -> dict[Site, Tensor] | None:
         """Up to `most` further rows, all of one window, which is let go with its last row; None at the corpus's end."""
         window = self._current()
         if window is None:
@@ -215,7 +216,7 @@ class Windows:
             self._leave(window)
         return self._gather(window, index)
 
-    def _gather(self, window: Window, index: Tensor) -> dict[int, Tensor]:
+    def _gather(self, window: Window, index: Tensor) -> dict[Site, Tensor]:
         index = index.to(self._lm.device, non_blocking=True)
         return {layer: rows_RD[index] for layer, rows_RD in window.harvest.rows.items()}
 

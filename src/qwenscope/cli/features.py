@@ -90,9 +90,18 @@ def steer(
     for id, number, amount in zip(saes, latent, strengths, strict=True):
         if id not in opened.saes:
             raise FormatError(f"--sae {id} is not in {target}; it holds {', '.join(opened.saes)}")
-        layer = opened.layers[id]
         unit: float | Literal["norm"] = "norm" if opened_index is None else opened_index.latent(id, number)["max"]
-        pushes.append(Steering(layer, amount, opened.saes[id], number, mode.value, unit=unit, where=where.value))
+        pushes.append(
+            Steering(
+                site=opened.sites[id],
+                strength=amount,
+                sae=opened.saes[id],
+                latent=number,
+                mode=mode.value,
+                unit=unit,
+                where=where.value,
+            )
+        )
     lm = opened.language_model()
     for piece in side_by_side(lm, prompt_tokens(lm, prompt), pushes, max_new_tokens=max_new_tokens):
         if piece.effect is not None:

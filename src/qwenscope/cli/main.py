@@ -33,7 +33,7 @@ from qwenscope.cli.options import (
     set_up_output,
     show,
 )
-from qwenscope.cli.progress import phases, run_demo, train_with_progress
+from qwenscope.cli.progress import run_demo, train_with_progress
 from qwenscope.cli.tables import (
     comparison_table,
     doctor_table,
@@ -73,9 +73,7 @@ data_app = typer.Typer(
     context_settings={"ignore_unknown_options": True},
     help="Look at a recipe's corpus (`data RECIPE`), or generate tool-use conversations (`data generate`).",
 )
-standin_app = typer.Typer(no_args_is_help=True, help="The packaged stand-in language model.")
 app.add_typer(data_app, name="data", rich_help_panel="Before training")
-app.add_typer(standin_app, name="standin", rich_help_panel="Before training")
 
 
 @app.command(rich_help_panel="Start here")
@@ -168,11 +166,12 @@ def survey(
 ) -> None:
     """The corpus as it will be trained on: counts per source, token shares, padding, privacy report."""
     from qwenscope.corpus.survey import survey as run_survey
+    from qwenscope.lm.batches import cut
     from qwenscope.lm.load import load_tokenizer
     from qwenscope.recipe import load_recipe
 
     loaded = load_recipe(name, overrides or ())
-    report = run_survey(loaded, load_tokenizer(loaded.lm), limit=limit, dump=dump)
+    report = run_survey(loaded, load_tokenizer(loaded.lm), cut, limit=limit, dump=dump)
     show(report, as_json, survey_tables)
 
 
@@ -190,19 +189,6 @@ def generate(
 
     write_tool_use(path, n, seed, held_out=held_out)
     err.print(f"{n:,} conversations in {path}", markup=False)
-
-
-@standin_app.command("train")
-def standin_train(
-    path: Out,
-    data: Annotated[Path | None, typer.Option(help="Folder of chat and tool-use files to add.")] = None,
-    seed: Annotated[int, typer.Option(help="Governs data order and initialisation.")] = 0,
-) -> None:
-    """Train the stand-in language model anew (about an hour of CPU)."""
-    from qwenscope.lm.standin import train_standin
-
-    with phases(err) as on_progress:
-        train_standin(data, path, seed=seed, progress=lambda done, total, loss: on_progress("tokens", done, total))
 
 
 @app.command(rich_help_panel="Train and measure")

@@ -101,9 +101,9 @@ class FormatCommand(TyperCommand):
 
 def format_names(option: str) -> list[str]:
     """The formats SAEs can be written `to`, or of which `origin` they can be read."""
-    from qwenscope.sae.formats import EXPORTERS, IMPORTERS
+    from qwenscope.sae.formats import EXPORTS, IMPORTS
 
-    return list(EXPORTERS if option == "to" else IMPORTERS)
+    return list(EXPORTS if option == "to" else IMPORTS)
 
 
 def export_format(text: str) -> str:

@@ -12,7 +12,7 @@ from qwenscope.corpus.chat import Conversation, Layout, Renderer
 from qwenscope.corpus.privacy import PrivacyFilter
 from qwenscope.corpus.repair import Dropped, Message, clean, conversation_id
 from qwenscope.corpus.shards import Malformed
-from qwenscope.corpus.tool_use import tool_use_conversation
+from qwenscope.corpus.tool_use import GENERATORS
 
 
 @dataclass(slots=True)
@@ -67,15 +67,16 @@ class Preparer:
         return outcomes
 
     def _messages(self, row: Any, outcome: Outcome) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        if self.schema == "generated":
-            row = tool_use_conversation(self.seed, row, held_out=self.held_out)
+        if generate := GENERATORS.get(self.schema):
+            row = generate(self.seed, row, held_out=self.held_out)
         if isinstance(row, Malformed):
             raise Dropped(row.reason)
         if not isinstance(row, dict):
             raise Dropped("malformed_row")
         if self.schema == "wildchat":
-            turns, outcome.scrubbed = self.privacy.apply(row)
-            return clean(turns, None)
+            messages, _ = clean(self.privacy.apply(row), None)
+            messages, outcome.scrubbed = self.privacy.scrub_all(messages)  # as rendered: text parts are joined by now
+            return messages, None
         return clean(row.get("messages"), row.get("tools"))
 
 

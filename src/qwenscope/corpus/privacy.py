@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,9 @@ from qwenscope.corpus.identifiers import find_identifiers
 from qwenscope.corpus.repair import Dropped
 from qwenscope.recipe import PrivacyRecipe
 
-FILTER_VERSION = 1
+FILTER_VERSION = 2
 """Counts up when the same row could get another decision."""
-NOT_DETECTED = "names of persons, postal addresses, national identity numbers, dates of birth, anything in free prose"
+NOT_DETECTED = "names of persons, postal addresses, dates of birth, anything in free prose"
 REASONS = ("country", "unknown_country", "redacted", "toxic")
 
 
@@ -40,8 +41,8 @@ class PrivacyFilter:
             return "toxic"
         return None
 
-    def apply(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Role and scrubbed content of each turn (nothing else leaves here), and how many identifiers went, by kind.
+    def apply(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Role and content of each turn of a row that stays; nothing else leaves here. The text is yet to be scrubbed.
 
         Raises:
             Dropped: by a rule, with the country where that is the rule; or wildchat_schema.
@@ -52,16 +53,28 @@ class PrivacyFilter:
             raise Dropped(reason, country)
         if reason is not None:
             raise Dropped(reason)
-        counts: dict[str, int] = {}
-        turns = []
-        for turn in row["conversation"]:
-            content = turn.get("content")
-            if self.rules.scrub and isinstance(content, str):
-                content, found = self.scrub(content)
-                for kind, number in found.items():
-                    counts[kind] = counts.get(kind, 0) + number
-            turns.append({"role": turn.get("role"), "content": content})
-        return turns, counts
+        return [{"role": turn.get("role"), "content": turn.get("content")} for turn in row["conversation"]]
+
+    def scrub_all(self, value: Any) -> tuple[Any, dict[str, int]]:
+        """`value` with every string in it scrubbed, keys of mappings too, and the counts per kind over all.
+
+        Args:
+            value: what JSON can hold: messages with their tool calls and results, or tools.
+        """
+        if not self.rules.scrub:
+            return value, {}
+        counts: Counter[str] = Counter()
+
+        def walk(value: Any) -> Any:
+            if isinstance(value, str):
+                text, found = self.scrub(value)
+                counts.update(found)
+                return text
+            if isinstance(value, dict):
+                return {walk(key): walk(item) for key, item in value.items()}
+            return [walk(item) for item in value] if isinstance(value, list) else value
+
+        return walk(value), dict(counts)
 
     def scrub(self, text: str) -> tuple[str, dict[str, int]]:
         """`text` with each identifier replaced by its kind in angle brackets, and the counts per kind.

@@ -21,7 +21,7 @@ from qwenscope.corpus.hub import REPOSITORIES, hub_shards
 from qwenscope.corpus.mixing import MIXED_SHARDS, read_mixed
 from qwenscope.corpus.repair import conversation_id
 from qwenscope.corpus.shards import CHUNK_ROWS, SUFFIXES, Shard
-from qwenscope.corpus.tool_use import tool_use_conversation
+from qwenscope.corpus.tool_use import GENERATORS
 from qwenscope.errors import CorpusError
 from qwenscope.files import sha256
 from qwenscope.recipe import SourceRecipe
@@ -49,7 +49,7 @@ class Source(Protocol):
 
     @property
     def schema(self) -> str:
-        """What a row is: `messages`, `wildchat`, or `generated` (a number)."""
+        """What a row is: `messages`, `wildchat`, or the name of a generator (a row is a number)."""
 
     @property
     def own_split(self) -> bool:
@@ -89,13 +89,13 @@ class FileSource:
 
 @dataclass(frozen=True)
 class GeneratedSource:
-    """The built-in tool-use generator, endless: row i is the number i."""
+    """The built-in generator, endless: row i is the number i."""
 
     id: str
     revision: str
-    schema: str = "generated"
+    schema: str
+    where: str
     own_split: bool = True
-    where: str = "corpus source tool_use (the built-in generator)"
     finite: bool = False
 
     def chunks(self, shard: int, row: int) -> Iterator[Chunk]:
@@ -133,9 +133,9 @@ def open_source(recipe: SourceRecipe, id: str, seed: int, held_out: bool, pinned
     if recipe.path is not None:
         where = f"corpus source {id} ({recipe.path})"
         revision, shards = _local_shards(recipe.path, where)
-    elif recipe.name == "tool_use" and recipe.repo is None:
+    elif recipe.generated:
         where = f"corpus source {id} (the built-in generator)"
-        revision, shards = _generator_revision(), []
+        revision, shards = _generator_revision(recipe.name), []
     else:
         repo = recipe.repo or REPOSITORIES[recipe.name]
         where = f"corpus source {id} ({repo})"
@@ -143,7 +143,7 @@ def open_source(recipe: SourceRecipe, id: str, seed: int, held_out: bool, pinned
     if pinned is not None and pinned != revision:
         raise CorpusError(f"{where} is not what the run began with; restore it, or start a new run")
     if not shards:
-        return GeneratedSource(id, revision)
+        return GeneratedSource(id, revision, recipe.name, where)
     chosen, own_split = choose_split(recipe.name, shards, held_out)
     schema = "wildchat" if recipe.name == "wildchat" else "messages"
     together = 1 if recipe.path is None else MIXED_SHARDS  # shards of one Hub dataset are alike, and each is a stream
@@ -184,9 +184,10 @@ def _local_shards(path: Path, where: str) -> tuple[str, list[Shard]]:
     return f"sha256:{hashlib.sha256(os.fsencode(text)).hexdigest()}", shards
 
 
-def _generator_revision() -> str:
+def _generator_revision(name: str) -> str:
     """Changes with the generator's wording: a resumed run must not go on with other sentences."""
-    digests = (conversation_id(**tool_use_conversation(0, index)) for index in range(3))
+    rows = (GENERATORS[name](0, index) for index in range(3))
+    digests = (conversation_id(row["messages"], row.get("tools")) for row in rows)
     return "generator:" + "-".join(digests)
 
 

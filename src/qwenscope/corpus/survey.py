@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qwenscope.corpus.batches import cut
 from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.files import atomic_path, write_json
@@ -16,15 +16,19 @@ from qwenscope.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Cut = Callable[[Sequence[int], int], list[list[int]]]
+"""Maps the lengths of conversations and a budget of tokens to the members of each batch."""
+
 
 def survey(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, dump: Path | None = None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cut: Cut, *, limit: int | None = None, dump: Path | None = None
 ) -> dict[str, Any]:
     """Read the corpus and measure it; held-out conversations are part of it.
 
     Args:
         recipe: corpus, seed and window size are used.
         tokenizer: the language model's.
+        cut: how a window's conversations become batches, of which padding is a share.
         limit: conversations to read. By default all of a finite local corpus, and as many as a run trains on otherwise.
         dump: write each kept conversation there as a JSON line {source, messages, tools, text, n_tokens}, whole or not
             at all.
@@ -40,7 +44,7 @@ def survey(
     stream = CorpusStream(corpus, tokenizer, seed=recipe.seed, workers=corpus.workers)
     local = stream.finite and all(source.path is not None for source in corpus.sources)
     token_limit = None if local else recipe.training.tokens
-    padding = _Padding(recipe.activations.window_tokens, corpus.batch_tokens)
+    padding = _Padding(recipe.activations.window_tokens, corpus.batch_tokens, cut)
     count = tokens = 0
     with ExitStack() as stack:
         stack.callback(stream.close)
@@ -63,8 +67,8 @@ def write_privacy_report(path: Path, report: dict[str, Any]) -> None:
 class _Padding:
     """Padding share of the batches that windows of conversations are cut into."""
 
-    def __init__(self, window_tokens: int, budget: int) -> None:
-        self._window_tokens, self._budget = window_tokens, budget
+    def __init__(self, window_tokens: int, budget: int, cut: Cut) -> None:
+        self._window_tokens, self._budget, self._cut = window_tokens, budget, cut
         self._window: list[int] = []
         self._tokens = 0  # of the window
         self._kept = self._filled = 0
@@ -83,7 +87,7 @@ class _Padding:
     def _close(self) -> None:
         lengths = self._window
         self._kept += self._tokens
-        self._filled += sum(len(members) * lengths[members[0]] for members in cut(lengths, self._budget))
+        self._filled += sum(len(members) * lengths[members[0]] for members in self._cut(lengths, self._budget))
         self._window, self._tokens = [], 0
 
 

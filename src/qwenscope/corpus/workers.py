@@ -32,7 +32,7 @@ class _Worker(SpawnProcess):
 
 
 class _Context(SpawnContext):
-    Process = _Worker  # type: ignore[assignment]
+    Process = _Worker
 
 
 def worker_pool(workers: int, preparers: Mapping[str, Preparer]) -> ProcessPoolExecutor:

@@ -17,9 +17,10 @@ import torch
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
 from qwenscope.evaluation.pairs import BOOTSTRAP, Pair, compare_split, overlap, unit_decoder
-from qwenscope.evaluation.run import fired
+from qwenscope.evaluation.run import counts, fired
+from qwenscope.lm.sites import Site
 from qwenscope.opening import check_widths, open_target
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 NUMBERS = (
     "tokens",
@@ -66,48 +67,45 @@ def compare(
         {"first", "second" (numbers of evaluation.json), "differences"}}, "latents"}]}.
 
     Raises:
-        FormatError: no layer is in both suites, an SAE does not say its layer, or sizes do not fit.
+        FormatError: no site is in both suites, an SAE does not say its layer, or sizes do not fit.
         ModelError, CorpusError, HubError: as `evaluate`.
     """
     opened = open_target(first)
     other = open_target(second, revision=revision, like=opened)
     sides = {"first": opened, "second": other}
-    layers = {f"{side}:{id}": layer for side, target in sides.items() for id, layer in target.layers.items()}
-    pairs = _pairs(layers, first, second)
+    sites = {f"{side}:{id}": site for side, target in sides.items() for id, site in target.sites.items()}
+    pairs = _pairs(sites, first, second)
     used = {sae_id for pair in pairs for sae_id in (pair.first, pair.second)}
     lm = opened.language_model()
     saes = {f"{side}:{id}": sae for side, target in sides.items() for id, sae in target.saes.items()}
     saes = {sae_id: sae.to(lm.device).eval() for sae_id, sae in saes.items() if sae_id in used}
     check_widths(saes, lm)
     splits = opened.splits(lm.tokenizer, tokens or opened.recipe.evaluation.tokens, data)
-    hooked = {sae_id: layers[sae_id] for sae_id in saes}
+    hooked = {sae_id: sites[sae_id] for sae_id in saes}
     measured = {name: SplitMeter(lm, saes, hooked, found, opened.recipe).run() for name, found in splits.items()}
     return {
         "language_model": {"name": lm.name, "revision": lm.revision},
         "suites": {"first": str(first), "second": str(second)},
-        "data": {
-            name: {"conversations": len(found), "tokens": sum(len(each.token_ids) for each in found)}
-            for name, found in splits.items()
-        },
+        "data": counts(splits),
         "bootstrap": BOOTSTRAP,
         "pairs": [_pair_result(pair, saes, hooked, measured, opened.recipe.seed) for pair in pairs],
     }
 
 
-def _pairs(layers: Mapping[str, int], first: str | Path, second: str | Path) -> list[Pair]:
-    """Every SAE of the first suite with every one of the second at the same layer."""
-    sides = [[sae_id for sae_id in layers if sae_id.startswith(side)] for side in ("first:", "second:")]
-    pairs = [Pair("same_layer", a, b) for a in sides[0] for b in sides[1] if layers[a] == layers[b]]
+def _pairs(sites: Mapping[str, Site], first: str | Path, second: str | Path) -> list[Pair]:
+    """Every SAE of the first suite with every one of the second at the same site."""
+    sides = [[sae_id for sae_id in sites if sae_id.startswith(side)] for side in ("first:", "second:")]
+    pairs = [Pair("same_layer", a, b) for a in sides[0] for b in sides[1] if sites[a] == sites[b]]
     if not pairs:
-        there = [", ".join(map(str, sorted({layers[sae_id] for sae_id in side}))) for side in sides]
-        raise FormatError(f"no layer is in both suites: {first} has {there[0]}, {second} has {there[1]}")
-    return sorted(pairs, key=lambda pair: layers[pair.first])
+        there = [", ".join(map(str, sorted({sites[sae_id] for sae_id in side}))) for side in sides]
+        raise FormatError(f"no site is in both suites: {first} has {there[0]}, {second} has {there[1]}")
+    return sorted(pairs, key=lambda pair: sites[pair.first])
 
 
 def _pair_result(
     pair: Pair,
-    saes: Mapping[str, TopKSAE],
-    layers: Mapping[str, int],
+    saes: Mapping[str, SAE],
+    sites: Mapping[str, Site],
     measured: Mapping[str, SplitMeasurement],
     seed: int,
 ) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def _pair_result(
             "differences": compared["differences"][f"{pair.first} -> {pair.second}"],
         }
     return {
-        "layer": layers[pair.first],
+        **sites[pair.first].described(),
         **names,
         "sizes": {side: [sae.dict_size, sae.k] for side, sae in (("first", a), ("second", b))},
         "splits": splits,
@@ -136,7 +134,7 @@ def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def matched_latents(first: TopKSAE, second: TopKSAE) -> dict[str, Any]:
+def matched_latents(first: SAE, second: SAE) -> dict[str, Any]:
     """Latents that are each other's nearest by cosine of decoder directions.
 
     Returns:

@@ -1,52 +1,22 @@
-"""What a splice does to the layers above it: expert routing and Gated DeltaNet's recurrent state.
+"""What a splice does above it: expert routing and Gated DeltaNet's recurrent state.
 
 Legend: C conversations of a batch, T positions, D hidden, R rows of real (unpadded) tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qwenscope.evaluation.splice import recorded, restarted
-from qwenscope.lm.load import LanguageModel
-
-
-def find_routers(lm: LanguageModel) -> dict[int, nn.Module]:
-    """{layer: router} of the layers that choose `top_k` of several experts; empty for dense models."""
-    routers = {}
-    for layer, block in enumerate(lm.layers):
-        for module in block.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(getattr(module, "top_k", None), int) and isinstance(weight, Tensor) and weight.ndim == 2:
-                routers[layer] = module
-    return routers
-
-
-@contextmanager
-def watch_routers(routers: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Collect router logits [C * T, E] by layer from the passes inside the block; a later pass replaces an earlier."""
-    seen: dict[int, Tensor] = {}
-
-    def watch(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, _output: Any) -> None:
-            rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-            seen[layer] = nn.functional.linear(rows, module.weight).float()  # type: ignore[arg-type]
-
-        return hook
-
-    handles = [router.register_forward_hook(watch(layer)) for layer, router in routers.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+from qwenscope.lm.hooks import record, restart
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
 
 
 @dataclass
@@ -69,12 +39,12 @@ class RoutingShift:
         Args:
             routers: {layer: router}, for each router's `top_k`.
             clean: {layer: logits [C * T, E]} of the clean pass.
-            spliced: the same of the spliced pass, at the layers above the splice.
+            spliced: the same of the spliced pass, above the splice.
             rows_R: indices of real tokens among the C * T.
         """
         self.tokens += len(rows_R)
         for layer, logits in spliced.items():
-            before_RE, after_RE = clean[layer][rows_R], logits[rows_R]
+            before_RE, after_RE = clean[layer].float()[rows_R], logits.float()[rows_R]
             k = int(routers[layer].top_k)  # type: ignore[arg-type]
             shared_R = (_chosen(before_RE, k) & _chosen(after_RE, k)).sum(1)
             before_RE, after_RE = before_RE.double().log_softmax(1), after_RE.double().log_softmax(1)
@@ -102,10 +72,12 @@ def _chosen(logits_RE: Tensor, k: int) -> Tensor:
 def recurrent_states(lm: LanguageModel, input_ids_CT: Tensor) -> dict[int, Tensor]:
     """Gated DeltaNet's recurrent state after the last position, {layer: [C, heads, d_k, d_v]}; unpadded rows only.
 
-    Layers that a `restarted` block skips are absent.
+    Layers that a `restart` skips are absent.
     """
     cache = DynamicCache(config=lm.model.config.get_text_config(decoder=True))
-    lm.decoder(input_ids=input_ids_CT.to(lm.device), past_key_values=cache, use_cache=True)
+    taken = signature(lm.decoder.forward).parameters
+    name = "cache" if "cache" in taken else "past_key_values"  # until transformers 5.23
+    lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=True, **{name: cache})
     states = {}
     for layer, held in enumerate(cache.layers):
         state = getattr(held, "recurrent_states", None)
@@ -137,7 +109,7 @@ class StateShift:
 def add_state_shifts(
     lm: LanguageModel,
     input_ids_CT: Tensor,
-    layers: Mapping[str, int],
+    sites: Mapping[str, Site],
     splice: Callable[[str, Tensor], Tensor],
     into: Mapping[str, StateShift],
 ) -> None:
@@ -147,13 +119,14 @@ def add_state_shifts(
         lm: the language model.
         input_ids_CT: int64 token ids without padding, which would go on writing into the state: conversations cut to
             the length of their shortest, which changes nothing before the cut, as no layer looks ahead.
-        layers: {sae_id: hooked layer}.
-        splice: maps (sae_id, x_CTD) to the spliced stream.
+        sites: {sae_id: hooked site}.
+        splice: maps (sae_id, x_CTD) to the spliced rows.
         into: {sae_id: running sums}.
     """
-    with recorded(lm, layers.values()) as streams:
+    with record(lm, sites.values()) as recording:
         clean = recurrent_states(lm, input_ids_CT)
-    for sae_id, layer in layers.items():
-        with restarted(lm, layer, splice(sae_id, streams[layer])):
+    for sae_id, site in sites.items():
+        with restart(lm, recording, site, splice(sae_id, recording.rows[site])):
             spliced = recurrent_states(lm, input_ids_CT)
-        into[sae_id].update(clean, {above: state for above, state in spliced.items() if above > layer})
+        # The mixer of its own layer, which holds that layer's state, is not behind any site.
+        into[sae_id].update(clean, {above: state for above, state in spliced.items() if above > site.layer})

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwenscope.sae.topk import Codes
+from qwenscope.sae.sae import Codes
 
 DENSITY_LOG10_EDGES = tuple(round(-6 + 0.25 * step, 2) for step in range(25))
 

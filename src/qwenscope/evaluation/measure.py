@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from qwenscope.activations.harvest import harvest
-from qwenscope.corpus.batches import Batch, make_batches
 from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.errors import CorpusError, ModelError
-from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_shifts, find_routers, watch_routers
+from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_shifts
 from qwenscope.evaluation.fidelity import Fidelity, Moments
 from qwenscope.evaluation.splice import CleanPass, clean_pass, losses, variant_pass
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.batches import Batch, make_batches
+from qwenscope.lm.hooks import find_routers, watch_routers
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import Recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 ENCODE_ROWS = 8192  # rows encoded at once: 0.5 GB of pre-activations at 16,384 latents
 STATE_BATCHES, STATE_ROWS = 4, 8  # the recurrent state is followed on this many conversations of this many batches
@@ -56,7 +58,7 @@ class SplitMeter:
     Args:
         lm: the whole language model, with its LM head.
         saes: {sae_id: SAE} on the model's device.
-        layers: {sae_id: hooked layer}.
+        sites: {sae_id: hooked site}.
         conversations: the split; at least two different tokens.
         recipe: which rows are left out, and how batches are cut.
     """
@@ -64,14 +66,14 @@ class SplitMeter:
     def __init__(
         self,
         lm: LanguageModel,
-        saes: Mapping[str, TopKSAE],
-        layers: Mapping[str, int],
+        saes: Mapping[str, SAE],
+        sites: Mapping[str, Site],
         conversations: Sequence[Conversation],
         recipe: Recipe,
     ):
-        self.lm, self.saes, self.layers, self.conversations, self.recipe = lm, saes, layers, conversations, recipe
-        self.hooked = sorted(set(layers.values()))
-        self.routers = {layer: router for layer, router in find_routers(lm).items() if layer > self.hooked[0]}
+        self.lm, self.saes, self.sites, self.conversations, self.recipe = lm, saes, sites, conversations, recipe
+        self.hooked = sorted(set(sites.values()))
+        self.routers = {layer: router for layer, router in find_routers(lm).items() if _before(self.hooked[0], layer)}
         added = lm.tokenizer.get_added_vocab().values()
         self.special_ids = torch.tensor(sorted(added), dtype=torch.int64, device=lm.device)
         self.fidelity = {
@@ -106,20 +108,20 @@ class SplitMeter:
             states={sae_id: shift.figures() for sae_id, shift in self.states.items() if shift.shifts},
         )
 
-    def _first_pass(self) -> tuple[list[Tensor], dict[int, Tensor], dict[str, int]]:
-        """Which tokens of each conversation are kept, each hooked layer's mean over them, and what was left out."""
+    def _first_pass(self) -> tuple[list[Tensor], dict[Site, Tensor], dict[str, int]]:
+        """Which tokens of each conversation are kept, each hooked site's mean over them, and what was left out."""
         kept = [torch.zeros(len(conversation.token_ids), dtype=torch.bool) for conversation in self.conversations]
-        moments = {layer: Moments(self.lm.hidden_dim, self.lm.device) for layer in self.hooked}
+        moments = {site: Moments(self.lm.hidden_dim, self.lm.device) for site in self.hooked}
         left_out: Counter[str] = Counter()
         for start, window in self._windows():
             rows = harvest(self.lm, window, self.hooked, self.recipe.activations, self.recipe.corpus.batch_tokens)
             for member in range(len(window)):
                 kept[start + member][rows.position_R[rows.conversation_R == member].long()] = True
-            for layer, x_RD in rows.rows.items():
+            for site, x_RD in rows.rows.items():
                 for part_RD in torch.split(x_RD, ENCODE_ROWS):
-                    moments[layer].update(part_RD)
+                    moments[site].update(part_RD)
             left_out.update(rows.left_out)
-        return kept, {layer: moment.mean for layer, moment in moments.items()}, dict(left_out)
+        return kept, {site: moment.mean for site, moment in moments.items()}, dict(left_out)
 
     def _windows(self) -> Iterator[tuple[int, list[Conversation]]]:
         """Conversations in runs of about one training window, each with the position of its first."""
@@ -138,23 +140,27 @@ class SplitMeter:
 
     def _measure(self, batch: Batch, *, follow_state: bool) -> None:
         """Everything about one batch."""
-        with watch_routers(self.routers) as clean_routing:
+        clean_routing: dict[int, Tensor] = {}
+        with watch_routers(self.routers, clean_routing.__setitem__):
             clean = clean_pass(self.lm, batch, self.hooked)
+        rows = clean.recording.rows
         kept_CT = self._padded([self.kept[member] for member in batch.members], clean)
         roles = [torch.from_numpy(self.conversations[member].roles) for member in batch.members]
         roles_R = self._padded(roles, clean)[kept_CT]
         special_R = torch.isin(batch.input_ids_CT.to(self.lm.device)[kept_CT], self.special_ids)
         real_R = clean.real_CT.flatten().nonzero().squeeze(1)
-        variants: dict[tuple[str, str | int], Tensor] = {}
-        for layer in self.hooked:
-            for name, value_D in (("zero", torch.zeros_like(self.means_D[layer])), ("mean", self.means_D[layer])):
-                ablated_CTD = _replaced(clean.streams[layer], kept_CT, value_D)
-                variants[name, layer] = variant_pass(self.lm, clean, layer, ablated_CTD)
-        for sae_id, layer in self.layers.items():
-            x_hat_RD = self._reconstruct(sae_id, batch, clean.streams[layer], kept_CT, roles_R, special_R)
-            x_CTD = _replaced(clean.streams[layer], kept_CT, x_hat_RD)
-            with watch_routers(self.routers) as routing:
-                variants["splice", sae_id] = variant_pass(self.lm, clean, layer, x_CTD)
+        variants: dict[tuple[str, str | Site], Tensor] = {}
+        for site in self.hooked:
+            for name, value_D in (("zero", torch.zeros_like(self.means_D[site])), ("mean", self.means_D[site])):
+                ablated_CTD = _replaced(rows[site], kept_CT, value_D)
+                variants[name, site] = variant_pass(self.lm, clean, site, ablated_CTD)
+        for sae_id, site in self.sites.items():
+            x_hat_RD = self._reconstruct(sae_id, batch, rows[site], kept_CT, roles_R, special_R)
+            x_CTD = _replaced(rows[site], kept_CT, x_hat_RD)
+            above = {layer: router for layer, router in self.routers.items() if _before(site, layer)}
+            routing: dict[int, Tensor] = {}
+            with watch_routers(above, routing.__setitem__):
+                variants["splice", sae_id] = variant_pass(self.lm, clean, site, x_CTD)
             self.routing[sae_id].update(self.routers, clean_routing, routing, real_R)
         if follow_state:
             self._follow_state(batch, kept_CT)
@@ -168,7 +174,7 @@ class SplitMeter:
         def splice(sae_id: str, x_CTD: Tensor) -> Tensor:
             return _replaced(x_CTD, kept_CT, self.saes[sae_id](x_CTD[kept_CT]))
 
-        add_state_shifts(self.lm, batch.input_ids_CT[:STATE_ROWS, :length], self.layers, splice, self.states)
+        add_state_shifts(self.lm, batch.input_ids_CT[:STATE_ROWS, :length], self.sites, splice, self.states)
 
     def _padded(self, values: Sequence[Tensor], clean: CleanPass) -> Tensor:
         """One tensor [T] per conversation as [C, T]; padding is 0."""
@@ -181,7 +187,7 @@ class SplitMeter:
         self, sae_id: str, batch: Batch, x_CTD: Tensor, kept_CT: Tensor, roles_R: Tensor, special_R: Tensor
     ) -> Tensor:
         """Reconstruct the kept rows and add them to the SAE's fidelity and sums; the reconstructions [R, D]."""
-        sae, mean_D = self.saes[sae_id], self.means_D[self.layers[sae_id]]
+        sae, mean_D = self.saes[sae_id], self.means_D[self.sites[sae_id]]
         x_RD, conversation_R = x_CTD[kept_CT], self._members(batch)[kept_CT.nonzero()[:, 0]]
         x_hat_RD = torch.empty(x_RD.shape, dtype=torch.float32, device=x_RD.device)
         for start in range(0, len(x_RD), ENCODE_ROWS):
@@ -195,16 +201,16 @@ class SplitMeter:
             self._add(sae_id, "deviation", conversation_R[part], (x_BD - mean_D).square_().sum(1))
         return x_hat_RD
 
-    def _add_losses(self, batch: Batch, clean: CleanPass, variants: Mapping[tuple[str, str | int], Tensor]) -> None:
+    def _add_losses(self, batch: Batch, clean: CleanPass, variants: Mapping[tuple[str, str | Site], Tensor]) -> None:
         clean_ce_P, scored = losses(self.lm, clean, variants)
         conversation_P = self._members(batch)[clean.row_P]
-        for sae_id, layer in self.layers.items():
+        for sae_id, site in self.sites.items():
             self._add(sae_id, "predicted", conversation_P, torch.ones_like(clean_ce_P))
             self._add(sae_id, "ce_clean", conversation_P, clean_ce_P)
-            keys: dict[str, tuple[str, str | int]] = {
+            keys: dict[str, tuple[str, str | Site]] = {
                 "spliced": ("splice", sae_id),
-                "zero_ablation": ("zero", layer),
-                "mean_ablation": ("mean", layer),
+                "zero_ablation": ("zero", site),
+                "mean_ablation": ("mean", site),
             }
             for name, key in keys.items():
                 self._add(sae_id, f"ce_{name}", conversation_P, scored[key].ce_P)
@@ -247,10 +253,15 @@ class SplitMeter:
         lost = mean[f"ce_{baseline}_ablation"] - mean["ce_clean"]
         if lost == 0:
             raise ModelError(
-                f"{baseline} ablation at layer {self.layers[sae_id]} ({sae_id}) leaves the loss of {self.lm.name} "
-                "as it is, so CE recovered does not exist; hook a layer that the model uses"
+                f"{baseline} ablation at {self.sites[sae_id]} ({sae_id}) leaves the loss of {self.lm.name} "
+                "as it is, so CE recovered does not exist; hook a site that the model uses"
             )
         return (mean[f"ce_{baseline}_ablation"] - mean["ce_spliced"]) / lost
+
+
+def _before(site: Site, layer: int) -> bool:
+    """Whether a pass reaches `site` before the router of `layer`, which stands in its MLP."""
+    return site < Site(f"layers.{layer}.mlp")
 
 
 def _replaced(x_CTD: Tensor, kept_CT: Tensor, rows: Tensor) -> Tensor:

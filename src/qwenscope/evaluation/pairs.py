@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import HookPoint
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 from qwenscope.seeds import derive_seed, generator
 
 BOOTSTRAP_SAMPLES = 2000
@@ -62,7 +63,8 @@ def find_pairs(hook_points: Mapping[str, HookPoint]) -> list[Pair]:
     for first, below in hook_points.items():
         for second, above in hook_points.items():
             kind = names.get((below.kind or "", above.kind or ""))
-            if kind and above.layer == below.layer + 1:
+            same_part = Site(below.site).part == Site(above.site).part
+            if kind and same_part and above.layer == below.layer + 1:
                 pairs.append(Pair(kind, first, second))
     return sorted(pairs, key=lambda pair: hook_points[pair.first].layer)
 
@@ -130,14 +132,12 @@ def compare_split(pairs: list[Pair], sums: Mapping[str, Sums], seed: int) -> dic
     return {"intervals": intervals, "differences": differences}
 
 
-def unit_decoder(sae: TopKSAE) -> Tensor:
+def unit_decoder(sae: SAE) -> Tensor:
     """The SAE's decoder directions as unit rows, float32 [N, D], where the SAE is."""
     return torch.nn.functional.normalize(sae.decoder.weight.detach().float().T, dim=1)
 
 
-def overlap(
-    first: TopKSAE, second: TopKSAE, alive_first_N: Tensor, alive_second_N: Tensor, seed: int
-) -> dict[str, Any]:
+def overlap(first: SAE, second: SAE, alive_first_N: Tensor, alive_second_N: Tensor, seed: int) -> dict[str, Any]:
     """How much of each dictionary stands in the other: best cosine of every live latent's decoder direction.
 
     Args:

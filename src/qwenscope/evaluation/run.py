@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
+from qwenscope.checksums import read_checksums, write_checksums
 from qwenscope.corpus.chat import Conversation
 from qwenscope.errors import FormatError, ModelError
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
 from qwenscope.evaluation.pairs import BOOTSTRAP, compare_split, find_pairs, overlap
 from qwenscope.evaluation.report import report_html
 from qwenscope.files import disk_errors_named, fsync_folder, make_folder, write_json, write_text
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target, open_target
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,11 @@ def evaluate(
     measured = {}
     for split, conversations in splits.items():
         logger.info("measuring %d SAEs on %d conversations of %s", len(opened.saes), len(conversations), split)
-        measured[split] = SplitMeter(lm, opened.saes, opened.layers, conversations, opened.recipe).run()
-    result = _result(opened, lm, measured, _describe_data(splits, data, budget))
+        measured[split] = SplitMeter(lm, opened.saes, opened.sites, conversations, opened.recipe).run()
+    origin = "held out by the recipe" if data is None else data.name
+    described = {"origin": origin, "tokens_per_split_at_most": budget, "splits": counts(splits)}
     odd: list[str] = []
-    result = _finite(result, "", odd)
+    result = _finite(_result(opened, lm, measured, described), "", odd)
     with disk_errors_named(folder):
         _publish(folder, result, opened.folder)
     odd = [name for name in odd if name.startswith("saes/")]  # a comparison may lack a value in honest data
@@ -81,15 +82,15 @@ def _publish(folder: Path, result: Mapping[str, Any], run: Path) -> None:
     and a release lists none but whole files."""
     evaluation, report = folder / "evaluation.json", folder / "report.html"
     make_folder(folder)
-    listed = (folder / CHECKSUMS_FILE).is_file()  # a release
-    if listed:
-        write_checksums(folder, without=(evaluation.name, report.name))
+    listed = read_checksums(folder)  # of a release
+    if listed is not None:
+        write_checksums(folder, only=listed.keys() - {evaluation.name, report.name})
     if report.exists():
         report.unlink()
         fsync_folder(folder)
     write_json(evaluation, result)
     write_text(report, report_html(result, run))
-    if listed:
+    if listed is not None:
         write_checksums(folder)
 
 
@@ -120,12 +121,12 @@ def _result(
         "data": data,
         "hook_points": {
             sae_id: {
-                "layer": layer,
-                "kind": lm.layer_kinds[layer],
+                **site.described(),
+                "kind": lm.layer_kinds[site.layer],
                 "dict_size": target.saes[sae_id].dict_size,
                 "k": target.saes[sae_id].k,
             }
-            for sae_id, layer in target.layers.items()
+            for sae_id, site in target.sites.items()
         },
         "saes": {sae_id: {split: found.figures[sae_id] for split, found in measured.items()} for sae_id in target.saes},
         "dead": {sae_id: _dead(sae_id, measured) for sae_id in target.saes},
@@ -133,17 +134,11 @@ def _result(
     }
 
 
-def _describe_data(splits: Mapping[str, list[Conversation]], data: Path | None, budget: int) -> dict[str, Any]:
+def counts(splits: Mapping[str, list[Conversation]]) -> dict[str, dict[str, int]]:
+    """How much was measured of each split."""
     return {
-        "origin": "held out by the recipe" if data is None else data.name,
-        "tokens_per_split_at_most": budget,
-        "splits": {
-            split: {
-                "conversations": len(conversations),
-                "tokens": sum(len(conversation.token_ids) for conversation in conversations),
-            }
-            for split, conversations in splits.items()
-        },
+        split: {"conversations": len(found), "tokens": sum(len(each.token_ids) for each in found)}
+        for split, found in splits.items()
     }
 
 
@@ -167,7 +162,7 @@ def _comparison(target: Target, measured: Mapping[str, SplitMeasurement]) -> dic
                 "kind": pair.kind,
                 "first": pair.first,
                 "second": pair.second,
-                "layers": [target.layers[pair.first], target.layers[pair.second]],
+                "layers": [target.sites[pair.first].layer, target.sites[pair.second].layer],
                 "overlap": overlap(saes[pair.first], saes[pair.second], alive[pair.first], alive[pair.second], seed),
             }
             for pair in pairs

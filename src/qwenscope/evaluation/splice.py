@@ -1,7 +1,7 @@
-"""Model-level effect of an SAE: next-token loss when its reconstruction replaces the residual stream.
+"""Model-level effect of an SAE: next-token loss when its reconstruction replaces the rows at its site.
 
-One clean pass of a batch serves every SAE. A variant (splice, zero or mean ablation at one layer) restarts from the
-clean stream at its layer, so that only the layers above it are computed; what reaches the LM head is kept as hidden
+One clean pass of a batch serves every SAE. A variant (splice, zero or mean ablation at one site) restarts from the
+clean pass there, so that only what stands above it is computed; what reaches the LM head is kept as hidden
 states, and logits are made chunk by chunk, the clean ones once for all variants, so that memory does not grow with the
 vocabulary. Token losses and sums are float64.
 
@@ -11,18 +11,18 @@ successor to predict, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qwenscope.corpus.batches import Batch
-from qwenscope.lm.forward import final_hidden, layer_output, logits, unembedding
-from qwenscope.lm.intervene import intervene
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.batches import Batch
+from qwenscope.lm.forward import final_hidden, logits, unembedding
+from qwenscope.lm.hooks import Recording, record, restart
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
 
 # Elements of one chunk of logits, but at least 64 rows: on a GPU 135 rows of the published model's vocabulary (268 MB
 # in float64); on a CPU what its caches hold, three times faster than larger chunks.
@@ -37,21 +37,19 @@ class CleanPass:
 
     Attributes:
         batch: the conversations.
-        streams: {layer: x_CTD} at the asked layers.
+        recording: the rows at the asked sites, and what else a variant goes on from.
         real_CT: bool, True at tokens, False at padding.
         hidden_PD: rows that enter the LM head, in order of (conversation, position).
         target_P: int64, the next token of each.
         row_P: int64, which row of the batch (0 .. C-1) each belongs to.
-        layers_return_tuple: whether this family's layers return a tuple (some do) rather than the stream itself.
     """
 
     batch: Batch
-    streams: dict[int, Tensor]
+    recording: Recording
     real_CT: Tensor
     hidden_PD: Tensor
     target_P: Tensor
     row_P: Tensor
-    layers_return_tuple: bool
 
     @property
     def predicting(self) -> Tensor:
@@ -70,47 +68,21 @@ class Losses:
     """KL divergence from the clean to the variant's next-token distribution, in nats."""
 
 
-@contextmanager
-def recorded(lm: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int, Any]]:
-    """Collect what `layers` return in the passes inside the block, {layer: output}."""
-    outputs: dict[int, Any] = {}
-
-    def record(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[layer] = output
-
-        return hook
-
-    handles = [lm.layers[layer].register_forward_hook(record(layer)) for layer in set(layers)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def clean_pass(lm: LanguageModel, batch: Batch, layers: Sequence[int]) -> CleanPass:
-    """Run a batch without intervention and keep its stream at `layers`."""
-    with recorded(lm, layers) as outputs:
+def clean_pass(lm: LanguageModel, batch: Batch, sites: Iterable[Site]) -> CleanPass:
+    """Run a batch without intervention and keep what variants at `sites` go on from."""
+    with record(lm, sites) as recording:
         hidden_CTD = final_hidden(lm, batch.input_ids_CT)
     ids_CT = batch.input_ids_CT.to(lm.device)
     lengths_C = torch.tensor(batch.lengths_C, device=lm.device)
     real_CT = torch.arange(ids_CT.shape[1], device=lm.device) < lengths_C[:, None]
     row_P, position_P = real_CT[:, 1:].nonzero(as_tuple=True)
-    return CleanPass(
-        batch,
-        {layer: layer_output(output) for layer, output in outputs.items()},
-        real_CT,
-        hidden_CTD[row_P, position_P],
-        ids_CT[row_P, position_P + 1],
-        row_P,
-        any(isinstance(output, tuple) for output in outputs.values()),
-    )
+    hidden_PD, target_P = hidden_CTD[row_P, position_P], ids_CT[row_P, position_P + 1]
+    return CleanPass(batch, recording, real_CT, hidden_PD, target_P, row_P)
 
 
-def variant_pass(lm: LanguageModel, clean: CleanPass, layer: int, edited_CTD: Tensor) -> Tensor:
-    """Run the layers above `layer` from `edited_CTD`; rows that enter the LM head, [P, D]."""
-    with restarted(lm, layer, edited_CTD, as_tuple=clean.layers_return_tuple):
+def variant_pass(lm: LanguageModel, clean: CleanPass, site: Site, edited_CTD: Tensor) -> Tensor:
+    """Go on from `edited_CTD` at `site`; rows that enter the LM head, [P, D]."""
+    with restart(lm, clean.recording, site, edited_CTD):
         hidden_CTD = final_hidden(lm, clean.batch.input_ids_CT)
     return hidden_CTD[clean.predicting]
 
@@ -165,28 +137,3 @@ def _dot(a_PV: Tensor, b_PV: Tensor) -> Tensor:
 
 def _at(score_PV: Tensor, target_P: Tensor) -> Tensor:
     return score_PV.gather(1, target_P[:, None]).squeeze(1)
-
-
-@contextmanager
-def restarted(lm: LanguageModel, layer: int, x_CTD: Tensor, *, as_tuple: bool = False) -> Iterator[None]:
-    """While the block lasts, a forward pass computes no layer up to `layer` and goes on from `x_CTD` after it.
-
-    The passes inside must have the batch shape of `x_CTD`. Everything above `layer` is bit-identical to a whole pass
-    whose stream after `layer` is edited to `x_CTD`.
-    """
-    skipped = lm.layers[: layer + 1]
-    own = [module.__dict__.get("forward") for module in skipped]
-
-    def pass_through(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states,) if as_tuple else hidden_states
-
-    try:
-        for module in skipped:
-            module.forward = pass_through
-        with intervene(lm, {layer: lambda _: x_CTD}):
-            yield
-    finally:
-        for module, forward in zip(skipped, own, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward

@@ -24,14 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwenscope.activations.harvest import harvest
-from qwenscope.corpus.batches import cut
 from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import FormatError
-from qwenscope.evaluation.downstream import find_routers
 from qwenscope.features.statistics import Chunk, LatentStatistics
 from qwenscope.files import atomic_path, read_json, sha256, whole_folder, write_json
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.batches import cut
+from qwenscope.lm.hooks import find_routers, watch_routers
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site, site_names, sites_of
 from qwenscope.opening import SPLITS, Target
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,13 @@ class CorpusPass:
 
     def __post_init__(self) -> None:
         recipe = self.target.recipe
-        self.routers = {layer: router for layer, router in find_routers(self.lm).items() if layer in recipe.layers}
+        self.sites = sites_of(recipe)
+        hooked = {site.layer for site in self.sites}  # an index pass ends at the last site, maybe before its router
+        self.routers = {
+            layer: router
+            for layer, router in find_routers(self.lm).items()
+            if layer in hooked and Site(f"layers.{layer}.mlp") <= self.sites[-1]
+        }
         self.activations = recipe.activations.model_copy(update={"skip_first_position": True})
         self.statistics: dict[str, LatentStatistics] = {}
         for sae_id, sae in self.target.saes.items():
@@ -109,14 +116,17 @@ class CorpusPass:
         recipe = self.target.recipe
         lengths = [len(conversation.token_ids) for conversation in conversations]
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        with _watched(self.routers) as chosen:
+        chosen: dict[int, list[Tensor]] = {
+            layer: [] for layer in self.routers
+        }  # [positions, experts per token] per pass
+
+        def see(layer: int, logits_PE: Tensor) -> None:
+            k = int(self.routers[layer].top_k)  # type: ignore[arg-type]
+            chosen[layer].append(logits_PE.topk(k, dim=1).indices.cpu())
+
+        with watch_routers(self.routers, see):
             rows = harvest(
-                self.lm,
-                conversations,
-                recipe.layers,
-                self.activations,
-                recipe.corpus.batch_tokens,
-                {point.layer: name for name, point in recipe.hook_points.items()},
+                self.lm, conversations, self.sites, self.activations, recipe.corpus.batch_tokens, site_names(recipe)
             )
         token_R = torch.from_numpy(starts)[rows.conversation_R.long()] + rows.position_R.long()
         row_T = torch.full((int(starts[-1]),), -1, dtype=torch.int64)
@@ -126,11 +136,11 @@ class CorpusPass:
         context_RF = _context(conversations, token_R, rows.conversation_R.long())
         batches = cut(lengths, recipe.corpus.batch_tokens)
         for sae_id, statistics in self.statistics.items() if len(token_R) else ():
-            layer = recipe.hook_points[sae_id].layer
-            columns = [context_RF]
+            site = self.target.sites[sae_id]
+            columns, layer = [context_RF], site.layer
             if layer in self.routers:
                 columns.append(_experts(chosen[layer], batches, lengths, starts, self.routers[layer])[token_R])
-            statistics.update(rows.rows[layer], chunk, torch.cat(columns, dim=1))
+            statistics.update(rows.rows[site], chunk, torch.cat(columns, dim=1))
         self._write_text(conversations, lengths)
         for reason, count in rows.left_out.items():
             self.left_out[reason] = self.left_out.get(reason, 0) + count
@@ -218,31 +228,6 @@ def _context(conversations: Sequence[Conversation], token_R: Tensor, conversatio
     columns_RF = torch.zeros(len(token_R), CONTEXT_COLUMNS, dtype=torch.float32)
     columns_RF.scatter_(1, split_C[conversation_R].unsqueeze(1), 1.0)
     return columns_RF.scatter_(1, len(SPLITS) + role_T[token_R].unsqueeze(1), 1.0)
-
-
-class _watched:  # noqa: N801 - used like a function
-    """Collect the experts that routers choose: {layer: [[positions, experts per token] per pass]}."""
-
-    def __init__(self, routers: dict[int, nn.Module]) -> None:
-        self._routers = routers
-
-    def __enter__(self) -> dict[int, list[Tensor]]:
-        chosen: dict[int, list[Tensor]] = {layer: [] for layer in self._routers}
-
-        def watch(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(router: nn.Module, inputs: Any, _output: Any) -> None:
-                rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-                scores = nn.functional.linear(rows, router.weight)  # type: ignore[arg-type]
-                chosen[layer].append(scores.topk(int(router.top_k), dim=1).indices.cpu())  # type: ignore[arg-type]
-
-            return hook
-
-        self._handles = [router.register_forward_hook(watch(layer)) for layer, router in self._routers.items()]
-        return chosen
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def _experts(

@@ -19,7 +19,7 @@ from torch import Tensor
 from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
 from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
-from qwenscope.features.token_text import Piece, alone, readable
+from qwenscope.features.token_text import TokenText, alone, readable
 from qwenscope.files import read_json
 from qwenscope.lm.forward import final_norm, unembedding
 from qwenscope.opening import SPLITS
@@ -52,7 +52,7 @@ class Latent:
 class Texts:
     """The tokens of a finished corpus pass by address, in memory-mapped files."""
 
-    def __init__(self, corpus_pass: CorpusPass, vocabulary: Sequence[Piece]) -> None:
+    def __init__(self, corpus_pass: CorpusPass, vocabulary: Sequence[TokenText]) -> None:
         self.vocabulary = vocabulary
         path = corpus_pass.work / "tokens.bin"
         starts = [0]
@@ -211,15 +211,15 @@ class Describer:
 def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any]]) -> dict[str, Any]:
     """What overview and SAE page show of one SAE besides its table."""
     sae, statistics = corpus_pass.target.saes[sae_id], corpus_pass.statistics[sae_id]
-    layer = corpus_pass.target.recipe.hook_points[sae_id].layer
+    site = corpus_pass.target.sites[sae_id]
     density = np.array(columns["density"])
     alive = density[density > 0]
     bins = (DENSITY_DECADES[1] - DENSITY_DECADES[0]) * DENSITY_BINS_PER_DECADE
     places = ((np.log10(alive) - DENSITY_DECADES[0]) * DENSITY_BINS_PER_DECADE).astype(int).clip(0, bins - 1)
     rows = max(statistics.rows, 1)
     return {
-        "layer": layer,
-        "kind": corpus_pass.lm.layer_kinds[layer],
+        **site.described(),
+        "kind": corpus_pass.lm.layer_kinds[site.layer],
         "dict_size": sae.dict_size,
         "k": sae.k,
         "tokens": statistics.rows,

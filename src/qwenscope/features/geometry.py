@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 from qwenscope.evaluation.pairs import unit_decoder
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 Ranking = tuple[Tensor, Tensor]
 """(scores [M, top], indices [M, top] int64), best first."""
@@ -39,7 +39,7 @@ def token_effects(
 
 
 @torch.no_grad()
-def neighbours(sae: TopKSAE, start: int, stop: int, top: int) -> Ranking:
+def neighbours(sae: SAE, start: int, stop: int, top: int) -> Ranking:
     """Of latents start..stop the latents of the same SAE with the largest decoder cosine, itself left out."""
     directions_ND = unit_decoder(sae)
     cosines_MN = directions_ND[start:stop] @ directions_ND.T
@@ -49,7 +49,7 @@ def neighbours(sae: TopKSAE, start: int, stop: int, top: int) -> Ranking:
 
 
 @torch.no_grad()
-def counterparts(sae: TopKSAE, other: TopKSAE, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def counterparts(sae: SAE, other: SAE, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Of latents start..stop the nearest latent of another SAE by decoder cosine: (cosines [M], indices [M])."""
     best = (unit_decoder(sae)[start:stop] @ unit_decoder(other).T).max(dim=1)
     return best.values.cpu(), best.indices.cpu()

@@ -3,7 +3,8 @@
     build_index("runs/demo", Path("runs/demo-index"))
 
 The folder holds `index.sqlite` (to browse), `latents.parquet` and `examples.parquet` (to publish; text that passed the
-recipe's privacy filter only) and `origin.json` (where SAEs and language model are, for this machine alone).
+recipe's privacy filter only), `origin.json` (where SAEs and language model are, for this machine alone) and their
+`SHA256SUMS`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from typing import Any
 
 import numpy as np
 
+from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
 from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.features.corpus_pass import CorpusPass, OnProgress
 from qwenscope.features.describe import Describer, Latent, Texts, summary_of
+from qwenscope.features.form import pack
+from qwenscope.features.integrity import FILE, FILES, PEAKS_BY_TOKEN, SCHEMA
 from qwenscope.features.parquet import ParquetFiles
-from qwenscope.features.store import FILE, SCHEMA, VERSION, key_of, pack
-from qwenscope.features.token_text import Piece, vocabulary_pieces
+from qwenscope.features.store import VERSION, key_of
+from qwenscope.features.token_text import TokenText, vocabulary_pieces
 from qwenscope.files import disk_errors_named, fsync_file, fsync_folder, read_json, write_json
 from qwenscope.lm.forward import unembedding
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import SPLITS, Target, open_target
+from qwenscope.training.lock import run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -62,24 +67,34 @@ def build_index(
             another target, corpus or length.
         ModelError: the language model cannot be loaded, or does not have the hook points.
         CorpusError: no conversations.
+        LockError: another process is indexing into `out`.
         ResourceError: the disk is full.
     """
     report = on_progress or (lambda phase, done, total: None)
     if tokens < 1:
         raise FormatError(f"an index needs at least 1 token, not {tokens}")
     work = out / ".work"
-    if (out / FILE).exists():
-        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed at the very end
-        raise FormatError(f"{out} holds a finished index; choose another folder, or remove it")
-    if out.exists() and not work.is_dir() and any(out.iterdir()):
-        raise FormatError(f"{out} exists and is not an index; choose another folder")
-    report("loading model", 0, tokens)
+    if (out / FILE).exists() and work.is_dir():  # of a process that was killed at the very end
+        with run_lock(work):
+            shutil.rmtree(work)
+    _check_unfinished(out)
     opened = open_target(target)
-    lm = opened.language_model(truncated=True)
     with disk_errors_named(out):
+        work.mkdir(parents=True, exist_ok=True)
+    with run_lock(work), disk_errors_named(out):
+        _check_unfinished(out)  # another one may have finished it meanwhile
+        report("loading model", 0, tokens)
+        lm = opened.language_model(truncated=True)
         corpus_pass = CorpusPass(opened, lm, data, tokens, work)
         corpus_pass.run(report)
         _finish(corpus_pass, out, work, report)
+
+
+def _check_unfinished(out: Path) -> None:
+    if (out / FILE).exists():
+        raise FormatError(f"{out} holds a finished index; choose another folder, or remove it")
+    if out.exists() and any(path.name not in (".work", CHECKSUMS_FILE, *FILES) for path in out.iterdir()):
+        raise FormatError(f"{out} exists and is not an index; choose another folder")
 
 
 def open_origin(index: Path) -> Target:
@@ -125,10 +140,11 @@ def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) 
                     report("describing", done, total)
                 summary = json.dumps(summary_of(corpus_pass, sae_id, columns))
                 database.execute("INSERT INTO saes VALUES (?, ?, ?, ?)", (ordinal, sae_id, summary, pack(columns)))
-        database.execute("CREATE INDEX peaks_by_token ON peaks (token, share DESC)")
+        database.execute(PEAKS_BY_TOKEN)
         database.execute("INSERT INTO search (search) VALUES ('optimize')")
     target = corpus_pass.target
     write_json(aside / ORIGIN, {"target": target.name if target.on_hub else str(target.folder.resolve())})
+    write_checksums(aside, FILES)
     for path in sorted(aside.iterdir(), key=lambda path: path.name == FILE):
         fsync_file(path)
         os.replace(path, out / path.name)
@@ -136,7 +152,7 @@ def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) 
     shutil.rmtree(work)
 
 
-def _write_vocabulary(database: sqlite3.Connection, lm: LanguageModel) -> list[Piece]:
+def _write_vocabulary(database: sqlite3.Connection, lm: LanguageModel) -> list[TokenText]:
     """Every token's text, or bytes where it writes a part of a character."""
     pieces = vocabulary_pieces(lm.tokenizer, len(unembedding(lm)))
     database.executemany("INSERT INTO vocabulary VALUES (?, ?)", enumerate(pieces))

@@ -22,7 +22,7 @@ import torch
 from qwenscope.errors import FormatError
 from qwenscope.features.clients import Client
 from qwenscope.features.describe import BANDS
-from qwenscope.features.store import Index, add_explanations, read_explanations
+from qwenscope.features.store import Index, explaining, read_explanations
 from qwenscope.files import whole_folder, write_json
 
 SHOWN = 12
@@ -73,14 +73,15 @@ def explain(
         HubError: the client's endpoint fails.
     """
     records = []
-    for done, latent in enumerate(latents, start=1):
-        found = index.latent(sae_id, latent)
-        if found["fired"]:
-            record = _explain_one(client, found)
-            add_explanations(index, [(sae_id, latent, record)])  # one by one: an endpoint may fail half-way
-            records.append({"sae": sae_id, "latent": latent, **record})
-        if on_progress is not None:
-            on_progress("explaining", done, len(latents))
+    with explaining(index) as add:
+        for done, latent in enumerate(latents, start=1):
+            found = index.latent(sae_id, latent)
+            if found["fired"]:
+                record = _explain_one(client, found)
+                add(sae_id, latent, record)  # one by one: an endpoint may fail half-way
+                records.append({"sae": sae_id, "latent": latent, **record})
+            if on_progress is not None:
+                on_progress("explaining", done, len(latents))
     return records
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.errors import FormatError
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
 
 
@@ -37,7 +37,7 @@ class Probe:
 def probe_direction(
     x_RD: Tensor,
     labels_R: Tensor,
-    sae: TopKSAE,
+    sae: SAE,
     *,
     groups_R: Tensor | None = None,
     folds: int = 5,
@@ -107,17 +107,17 @@ def _fit(features_RF: Tensor, labels_R: Tensor, l2: float) -> tuple[Tensor, floa
     share = targets_R.mean()
     rows_R = torch.where(labels_R, 0.5 / share, 0.5 / (1 - share))
     parameters = torch.zeros(features_RF.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         scores_R = standard_RF @ parameters[:-1] + parameters[-1]
         fit = torch.nn.functional.binary_cross_entropy_with_logits(scores_R, targets_R, rows_R)
         total = fit + l2 / len(targets_R) * parameters[:-1].square().sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
     found = parameters.detach()
     weights_F = found[:-1] / spread_F
     return weights_F.float(), float(found[-1] - (weights_F * mean_F).sum())

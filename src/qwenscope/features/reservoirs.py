@@ -124,7 +124,11 @@ class Sample(Tensors):
         return fresh, places
 
     def put(self, places: Tensor, keys: Tensor, addresses: Tensor, latents: Tensor) -> None:
-        """Store items at `places`."""
+        """Store items at `places`; latents [..., K] of any K, for which the sample makes room."""
+        more = latents.shape[-1] - self.latents_S.shape[-1]
+        if more > 0:
+            self.latents_S = torch.nn.functional.pad(self.latents_S, (0, more), value=-1)
+        latents = torch.nn.functional.pad(latents, (0, max(0, -more)), value=-1)
         self.keys_S[places], self.addresses_S[places] = keys, addresses
         self.latents_S[places] = latents.to(torch.int32)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwenscope.features.reservoirs import LatentTable, Sample, Tensors, order_by_group
 from qwenscope.sae import ops
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE, Codes
 from qwenscope.seeds import generator
 
 BEFORE, AFTER = 31, 16
@@ -60,9 +60,9 @@ class LatentStatistics(Tensors):
         "base": "base_F",
     }
 
-    def __init__(self, sae: TopKSAE, columns: int, seed: int, name: str) -> None:
+    def __init__(self, sae: SAE, columns: int, seed: int, name: str) -> None:
         """`columns` is F; `seed` and `name` govern the samples."""
-        n, k = sae.dict_size, sae.k
+        n, places = sae.dict_size, sae.activation.candidates
         self._sae, self._seed, self._name = sae, seed, name
         self.rows = 0
         self.fired_N = torch.zeros(n, dtype=torch.int64)
@@ -72,15 +72,14 @@ class LatentStatistics(Tensors):
         self.base_F = torch.zeros(columns, dtype=torch.int64)
         self.top = LatentTable(n, TOP, WINDOW)
         self.firings = LatentTable(n, FIRINGS, WINDOW)
-        self.background = Sample(BACKGROUND, (WINDOW, k))
-        self.coactive = Sample(COACTIVE, (k,))
+        self.background = Sample(BACKGROUND, (WINDOW, places))
+        self.coactive = Sample(COACTIVE, (places,))
 
     @torch.no_grad()
     def update(self, x_RD: Tensor, chunk: Chunk, context_RF: Tensor) -> None:
         """Add a chunk: its residual-stream rows at this SAE's hook point, and their context columns (0 or 1)."""
-        codes = [self._sae.encode(part) for part in torch.split(x_RD, ENCODE_ROWS)]
-        values_RK = torch.cat([code.values for code in codes]).float().cpu()
-        indices_RK = torch.cat([code.indices for code in codes]).cpu()
+        codes = Codes.cat([self._sae.encode(part) for part in torch.split(x_RD, ENCODE_ROWS)])
+        values_RK, indices_RK = codes.values.float().cpu(), codes.indices.cpu()
         active_RK = values_RK > 0
         self.rows += len(x_RD)
         self.base_F += context_RF.sum(0).long()

@@ -1,16 +1,17 @@
 """Steer a language model along SAE latents or any direction: a context manager around any forward pass or `generate`.
 
-    with steer(model, Steering(layer=23, sae=sae, latent=7, strength=2.0, unit=12.5)):
+    with steer(model, Steering(site="layers.23", sae=sae, latent=7, strength=2.0, unit=12.5)):
         model.generate(...)
 
-At each chosen position the residual stream x becomes x + c(x) d, where d is the latent's unit decoder direction:
+At each chosen position the rows x at a site (the residual stream after layer 23, say) become x + c(x) d, where d is the
+latent's unit decoder direction:
 
     add     c = strength * unit
     clamp   c = strength * unit - a(x)      the latent's activation a becomes strength * unit
     ablate  c = -a(x)
 
-`unit` is the latent's largest activation (an index knows it), or "norm": each token's own residual norm. Several
-steerings at one layer all look at the unsteered x and add up.
+`unit` is the latent's largest activation (an index knows it), or "norm": the norm of each row itself. Several
+steerings at one site all look at the unsteered x and add up.
 
 Legend: C rows of a batch, T positions, D hidden.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwenscope.errors import FormatError, ModelError
-from qwenscope.features.read import as_language_model
-from qwenscope.lm.intervene import intervene
-from qwenscope.lm.load import LanguageModel
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.lm.hooks import intervene
+from qwenscope.lm.model import LanguageModel, as_language_model
+from qwenscope.lm.sites import Site
+from qwenscope.lm.sites import Where as At
+from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
 
 Mode = Literal["add", "clamp", "ablate"]
@@ -42,12 +44,15 @@ class Steering:
     """One push. Either `sae` and `latent`, or `along` alone with mode add.
 
     Raises:
-        FormatError: no direction, a latent that does not exist, a mode without latent, or an unknown word.
+        FormatError: no site or two, no direction, a latent that does not exist, a mode without latent, or an unknown
+            word.
+        ModelError: the site's name is none.
     """
 
-    layer: int
-    strength: float
-    sae: TopKSAE | None = None
+    site: At | None = None
+    """Where; a name or a layer's number becomes a `Site`."""
+    strength: float = 1.0
+    sae: SAE | None = None
     latent: int | None = None
     mode: Mode = "add"
     unit: float | Literal["norm"] = "norm"
@@ -56,8 +61,14 @@ class Steering:
     (padded) rows by number. Without a cache every pass is a prefill."""
     along: Tensor | None = None
     """[D], any length: push along this direction; with a latent, by the amount that the latent would be pushed."""
+    layer: InitVar[int | None] = None
+    """Instead of a site: the residual stream after this layer."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, layer: int | None) -> None:
+        where = self.site if layer is None else layer
+        if where is None or None not in (self.site, layer):
+            raise FormatError("steering needs a site, such as layers.23 or layers.23.mlp, or a layer, and not both")
+        object.__setattr__(self, "site", Site.of(where))
         if self.mode not in ("add", "clamp", "ablate"):
             raise FormatError(f"steering mode is add, clamp or ablate, not {self.mode!r}")
         if isinstance(self.where, str) and self.where not in ("all", "prefill", "decode"):
@@ -77,7 +88,7 @@ class Steering:
         return nn.functional.normalize(self.sae.decoder.weight.detach()[:, self.latent].float(), dim=0)
 
     def push(self, x_CTD: Tensor) -> Tensor:
-        """What is added to the residual stream at steered positions: float32 [C, T, D]."""
+        """What is added to the rows at steered positions: float32 [C, T, D]."""
         x_CTD = x_CTD.float()
         unit_CT = (
             x_CTD.norm(dim=-1) if self.unit == "norm" else torch.full(x_CTD.shape[:-1], self.unit, dtype=torch.float32)
@@ -104,7 +115,7 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
     """Steer every pass of `model` while the block lasts, cached and batched ones alike.
 
     Raises:
-        ModelError: a layer that the model does not have; FormatError: a direction that does not fit its width.
+        ModelError: a site that the model does not have; FormatError: a direction that does not fit its width.
     """
     lm = as_language_model(model)
     for steering in steerings:
@@ -112,39 +123,56 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
             raise FormatError(
                 f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {lm.hidden_dim} wide"
             )
-    seen = _Seen()
-    by_layer: dict[int, list[Steering]] = {}
+    seen = _Seen(any(steering.where != "all" for steering in steerings))
+    by_site: dict[Site, list[Steering]] = {}
     for steering in steerings:
-        by_layer.setdefault(steering.layer, []).append(steering)
+        by_site.setdefault(Site.of(steering.site), []).append(steering)  # type: ignore[arg-type] # it is one by now
     handle = lm.decoder.register_forward_pre_hook(seen, with_kwargs=True)
     try:
-        with intervene(lm, {layer: _edit(group, seen) for layer, group in by_layer.items()}):
+        with intervene(lm, {site: _edit(group, seen) for site, group in by_site.items()}):
             yield
     finally:
         handle.remove()
 
 
 class _Seen:
-    """How many positions the cache held before the current pass: a pre-hook of the decoder."""
+    """How many positions the cache held before the current pass: a pre-hook of the decoder.
 
-    def __init__(self) -> None:
-        self.positions = 0
+    The cache is known by what it can do, not by the name it is passed under, which differs between versions.
+    """
 
-    def __call__(self, _module: nn.Module, _inputs: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        self.positions = 0 if cache is None else int(cache.get_seq_length())
+    def __init__(self, needed: bool) -> None:
+        """`needed`: whether any steering depends on it."""
+        self.positions, self._needed = 0, needed
+
+    def __call__(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
+        given = [*inputs, *kwargs.values()]
+        caches = [value for value in given if hasattr(value, "get_seq_length")]
+        unknown = [
+            name
+            for name in ("state", "rnn_state", "cache_params", "cache", "past_key_values", "mems")
+            if kwargs.get(name) is not None
+        ]
+        if not caches and unknown and self._needed:
+            raise ModelError(
+                f"{type(module).__name__} keeps what it has read in {unknown[0]}, which does not say how much that is; "
+                "steer all positions (where all)"
+            )
+        self.positions = int(caches[0].get_seq_length()) if caches else 0
 
 
 def _edit(group: Sequence[Steering], seen: _Seen) -> Callable[[Tensor], Tensor]:
-    @torch.no_grad()
     def edit(x_CTD: Tensor) -> Tensor:
         edited_CTD = x_CTD.float()
         for steering in group:
             mask_T = steering.mask(seen.positions, x_CTD.shape[1])
-            if mask_T is None:
-                edited_CTD = edited_CTD + steering.push(x_CTD)
-            elif bool(mask_T.any()):
-                edited_CTD = edited_CTD + steering.push(x_CTD) * mask_T.to(x_CTD.device).view(1, -1, 1)
+            if mask_T is not None and not bool(mask_T.any()):
+                continue
+            with torch.no_grad():  # gradients pass the site as if the push were a constant
+                push_CTD = steering.push(x_CTD)
+            edited_CTD = edited_CTD + (
+                push_CTD if mask_T is None else push_CTD * mask_T.to(x_CTD.device).view(1, -1, 1)
+            )
         return edited_CTD
 
     return edit
@@ -253,14 +281,15 @@ def generate(
     The model is steered only inside each pass, so that a caller may do other things with it between pieces.
     """
     random = generator(seed, "steering sampling")
-    ids, cache = torch.tensor([list(prompt_ids)], device=lm.device), None
+    read = torch.tensor([list(prompt_ids)], device=lm.device)
+    ids, cached = read, dict[str, Any]()
     stops = _stop_ids(lm)
     written: list[int] = []
     shown = ""
     for _ in range(max_new_tokens):
         with steer(lm, *steerings):
-            output: Any = lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, logits_V = output.past_key_values, output.logits[0, -1].float().cpu()
+            output: Any = lm.model(input_ids=ids, use_cache=True, **cached)
+        cached, logits_V = _cache_of(output), output.logits[0, -1].float().cpu()
         if temperature > 0:
             token = int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=random))
         else:
@@ -268,11 +297,21 @@ def generate(
         if token in stops:
             return
         written.append(token)
-        ids = torch.tensor([[token]], device=lm.device)
+        new = torch.tensor([[token]], device=lm.device)
+        read = torch.cat([read, new], dim=1)
+        ids = new if cached else read  # without a cache every pass reads all anew
         text = str(lm.tokenizer.decode(written))
         if not text.endswith("\ufffd"):  # a character's last bytes are still to come
             yield text[len(shown) :]
             shown = text
+
+
+def _cache_of(output: Any) -> dict[str, Any]:
+    """A pass's cache, under the name that its model takes it by; empty where there is none that says its length."""
+    for name in ("cache", "past_key_values"):
+        if hasattr(cache := getattr(output, name, None), "get_seq_length"):
+            return {name: cache}
+    return {}
 
 
 @torch.no_grad()

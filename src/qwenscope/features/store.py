@@ -9,34 +9,26 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
 from qwenscope.corpus.chat import ROLES
-from qwenscope.errors import FormatError
+from qwenscope.errors import FormatError, QwenscopeError
+from qwenscope.features.form import Columns, Detail, Explanation, Meta, Summary, parsed, unpack
+from qwenscope.features.integrity import FILE, FILES, read_only, verify_index
 from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
-from qwenscope.features.token_text import Piece, alone, readable
+from qwenscope.features.token_text import TokenText, alone, readable
 
-FILE = "index.sqlite"
 VERSION = 2
-SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE saes (ordinal INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, summary TEXT NOT NULL, latents BLOB NOT NULL);
-CREATE TABLE vocabulary (id INTEGER PRIMARY KEY, piece NOT NULL);
-CREATE TABLE conversations (
-    start INTEGER PRIMARY KEY, id TEXT NOT NULL, source TEXT NOT NULL, split TEXT NOT NULL,
-    length INTEGER NOT NULL, tokens BLOB NOT NULL, roles BLOB NOT NULL
-);
-CREATE TABLE latents (key INTEGER PRIMARY KEY, density REAL NOT NULL, detail BLOB NOT NULL);
-CREATE TABLE peaks (token TEXT NOT NULL, share REAL NOT NULL, key INTEGER NOT NULL);
-CREATE TABLE explanations (key INTEGER PRIMARY KEY, record TEXT NOT NULL);
-CREATE VIRTUAL TABLE search USING fts5 (label, peaks, promoted, context, tokenize = "unicode61 remove_diacritics 2");
-"""
+_DETAIL_LIMIT = 4 << 20
+"""Bytes of JSON of one latent's page; the largest seen are 30 kB."""
+_ROW_LIMIT = 4 << 10
+"""Bytes of JSON per latent in an SAE's table."""
 _WINDOW = f"""
 SELECT start, id, source, split, length,
     substr(tokens, 4 * max(0, :address - start - {BEFORE}) + 1, 4 * {WINDOW}),
@@ -55,40 +47,30 @@ def key_of(ordinal: int, latent: int) -> int:
     return ordinal << 32 | latent
 
 
-def pack(value: Any) -> bytes:
-    """Compressed JSON."""
-    return zlib.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(), 6)
-
-
-def unpack(blob: bytes) -> Any:
-    """What `pack` packed.
-
-    Raises:
-        FormatError: the bytes are damaged.
-    """
-    try:
-        return json.loads(zlib.decompress(blob))
-    except (zlib.error, ValueError) as error:
-        raise FormatError(f"the index is damaged ({error}); build it again") from None
-
-
 class Index:
     """Read access to an index; every method opens its own connection, so threads may share the object."""
 
     def __init__(self, folder: Path | str) -> None:
-        """Raises FormatError if `folder` holds no index, or one of another version."""
+        """Raises FormatError if `folder` holds no index, a damaged one, or one of another version."""
         self.folder = Path(folder)
         self.path = self.folder / FILE
         if not self.path.is_file():
             raise FormatError(f"{folder} holds no {FILE}; build it with `qwenscope index RUN --out {folder}`")
-        self.meta = {key: json.loads(value) for key, value in self._all("SELECT key, value FROM meta")}
-        if self.meta.get("version") != VERSION:
-            raise FormatError(f"{self.path} has version {self.meta.get('version')}, not {VERSION}; build it again")
+        verify_index(self.folder)
+        cells = self._all("SELECT key, value FROM meta")
+        version = dict(cells).get("version")
+        if version != str(VERSION):
+            raise FormatError(f"{self.path} has version {version}, not {VERSION}; build it again")
+        self.meta = parsed("{" + ",".join(f"{json.dumps(key)}:{value}" for key, value in cells) + "}", Meta)
         rows = self._all("SELECT ordinal, id, summary FROM saes ORDER BY ordinal")
-        self.saes: dict[str, dict[str, Any]] = {id: json.loads(summary) for _, id, summary in rows}
+        self.saes: dict[str, dict[str, Any]] = {id: parsed(summary, Summary) for _, id, summary in rows}
         self._ordinals: dict[str, int] = {id: ordinal for ordinal, id, _ in rows}
         self._ids = {ordinal: id for id, ordinal in self._ordinals.items()}
-        self._pieces: dict[int, Piece] = {}
+        self._pieces: dict[int, TokenText] = {}
+        if sorted(self._ids) != list(range(len(self._ids))):
+            raise FormatError(f"{self.path} is damaged (an SAE is missing); build it again")
+        for sae_id in self.saes:
+            self._check_rows(sae_id)
 
     def suite(self) -> dict[str, Any]:
         """What the overview shows: {"meta", "saes": {id: summary}}."""
@@ -96,7 +78,8 @@ class Index:
 
     def table(self, sae_id: str) -> dict[str, Any]:
         """Columns over all latents of one SAE: density, max, mean, role, peaks, promoted."""
-        columns: dict[str, Any] = unpack(self.packed_table(sae_id))
+        limit = _ROW_LIMIT * (1 + self.saes[sae_id]["dict_size"])
+        columns: dict[str, Any] = unpack(self.packed_table(sae_id), Columns, limit)
         return columns
 
     def packed_table(self, sae_id: str) -> bytes:
@@ -104,12 +87,16 @@ class Index:
         ((blob,),) = self._all("SELECT latents FROM saes WHERE ordinal = ?", self.ordinal(sae_id))
         return bytes(blob)
 
+    def alive(self, sae_id: str) -> list[int]:
+        """The latents of an SAE that fired at all."""
+        return [latent for latent, density in enumerate(self.table(sae_id)["density"]) if density > 0]
+
     def labels(self, sae_id: str) -> dict[int, str]:
         """{latent: label} of those that were explained."""
         ordinal = self.ordinal(sae_id)
         low, high = key_of(ordinal, 0), key_of(ordinal + 1, 0)
         records = self._all("SELECT key, record FROM explanations WHERE key >= ? AND key < ?", low, high)
-        return {key - low: json.loads(record)["label"] for key, record in records}
+        return {key - low: parsed(record, Explanation)["label"] for key, record in records}
 
     def latent(self, sae_id: str, latent: int) -> dict[str, Any]:
         """Everything that a latent's page shows.
@@ -121,7 +108,7 @@ class Index:
         key = key_of(self.ordinal(sae_id), latent)
         with self._connect() as connection:
             row = connection.execute("SELECT detail FROM latents WHERE key = ?", (key,)).fetchone()
-            detail: dict[str, Any] = unpack(row[0])
+            detail: dict[str, Any] = unpack(row[0], Detail, _DETAIL_LIMIT)
             ids = {token for name in ("promoted", "suppressed") for token, _ in detail[name]}
             contexts = [self._context(connection, example) for example in detail["examples"]]
             ids.update(token for context in contexts for token in context["tokens"])
@@ -133,7 +120,7 @@ class Index:
         detail["examples"] = contexts
         for name in ("promoted", "suppressed"):
             detail[name] = [[alone(pieces[token]), score] for token, score in detail[name]]
-        detail["explanation"] = json.loads(record[0]) if record else None
+        detail["explanation"] = parsed(record[0], Explanation) if record else None
         if record:
             detail["explanation"].pop("samples", None)  # hundreds of tokens that no page shows
         return {"sae": sae_id, "latent": latent, **detail}
@@ -201,6 +188,18 @@ class Index:
             raise MissingLatentError(f"the index has no SAE {sae_id}; it has {', '.join(self._ordinals)}")
         return self._ordinals[sae_id]
 
+    def _check_rows(self, sae_id: str) -> None:
+        """As many latents as the summary says, in the table and one by one; the summary is what bounds the rest."""
+        size = self.saes[sae_id]["dict_size"]
+        low, high = key_of(self.ordinal(sae_id), 0), key_of(self.ordinal(sae_id) + 1, 0)
+        ((rows, first, last),) = self._all(
+            "SELECT count(*), min(key), max(key) FROM latents WHERE key >= ? AND key < ?", low, high
+        )
+        if (rows, first, last) != (size, low, low + size - 1):
+            raise FormatError(f"{self.path} is damaged ({rows} of {size} latents of {sae_id}); build it again")
+        if {len(column) for column in self.table(sae_id).values()} != {size}:
+            raise FormatError(f"{self.path} is damaged (the table of {sae_id} has another length); build it again")
+
     def _context(self, connection: sqlite3.Connection, example: list[Any]) -> dict[str, Any]:
         """The window around an example's address: token ids, activations, roles."""
         kind, address, offsets, values = example
@@ -222,7 +221,7 @@ class Index:
             "split": split,
         }
 
-    def _read_pieces(self, connection: sqlite3.Connection, ids: set[int]) -> dict[int, Piece]:
+    def _read_pieces(self, connection: sqlite3.Connection, ids: set[int]) -> dict[int, TokenText]:
         """Pieces of the vocabulary by id, `ids` among them; each is read once."""
         missing = sorted(ids - self._pieces.keys())
         for start in range(0, len(missing), 500):
@@ -237,29 +236,52 @@ class Index:
 
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:
-        uri = f"{self.path.absolute().as_uri()}?mode=ro"
+        """A connection for one answer; whatever odd values do to its making is named as the damage it is."""
         try:
-            with closing(sqlite3.connect(uri, uri=True)) as connection:
+            with closing(read_only(self.path)) as connection:
                 yield connection
-        except sqlite3.DatabaseError as error:
-            raise FormatError(f"{self.path} is no index or is damaged ({error}); build it again") from None
+        except QwenscopeError:
+            raise
+        except (sqlite3.Error, LookupError, TypeError, ValueError, OverflowError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise FormatError(f"{self.path} is no index or is damaged ({said}); build it again") from None
+
+
+@contextmanager
+def explaining(index: Index) -> Iterator[Callable[[str, int, dict[str, Any]], None]]:
+    """Yields what stores one (sae_id, latent, record with `label` and `samples`), each at once and for good.
+
+    The checksums are taken away meanwhile and made anew at the end, so that a killed writer leaves a sound index.
+    """
+    (index.folder / CHECKSUMS_FILE).unlink(missing_ok=True)
+    with closing(sqlite3.connect(index.path)) as connection:
+
+        def add(sae_id: str, latent: int, record: dict[str, Any]) -> None:
+            key = key_of(index.ordinal(sae_id), latent)
+            with connection:
+                connection.execute("INSERT OR REPLACE INTO explanations VALUES (?, ?)", (key, json.dumps(record)))
+                connection.execute("UPDATE search SET label = ? WHERE rowid = ?", (record["label"], key))
+
+        try:
+            yield add
+        finally:
+            connection.close()
+            write_checksums(index.folder, FILES)
 
 
 def add_explanations(index: Index, records: Iterable[tuple[str, int, dict[str, Any]]]) -> None:
-    """Store (sae_id, latent, record with `label` and `samples`), replacing earlier ones; search finds the labels."""
-    with closing(sqlite3.connect(index.path)) as connection, connection:
+    """Store (sae_id, latent, record), replacing earlier ones; search finds the labels."""
+    with explaining(index) as add:
         for sae_id, latent, record in records:
-            key = key_of(index.ordinal(sae_id), latent)
-            connection.execute("INSERT OR REPLACE INTO explanations VALUES (?, ?)", (key, json.dumps(record)))
-            connection.execute("UPDATE search SET label = ? WHERE rowid = ?", (record["label"], key))
+            add(sae_id, latent, record)
 
 
 def read_explanations(index: Index) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Every explanation as (sae_id, latent, record), by SAE and latent."""
     ids = list(index.saes)
-    with closing(sqlite3.connect(f"{index.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    with closing(read_only(index.path)) as connection:
         for key, record in connection.execute("SELECT key, record FROM explanations ORDER BY key"):
-            yield ids[key >> 32], key & 0xFFFFFFFF, json.loads(record)
+            yield ids[key >> 32], key & 0xFFFFFFFF, parsed(record, Explanation)
 
 
 def _others(sae_id: str, detail: dict[str, Any]) -> Iterator[tuple[str, int]]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-Piece = str | bytes
+TokenText = str | bytes
 """A token's text; its bytes where they are no whole characters."""
 REPLACEMENT = "\ufffd"
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> list[Piece]:
+def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> list[TokenText]:
     """The piece of each token of a whole text: together they are what the tokenizer decodes the text to."""
     ids = list(token_ids)
     if not ids:
@@ -29,14 +30,14 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> l
     return pieces
 
 
-def vocabulary_pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> list[Piece]:
+def vocabulary_pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> list[TokenText]:
     """The piece of each of the first `size` ids, as it is between other tokens."""
     return _inner_pieces(tokenizer, range(size))
 
 
 def _inner_pieces(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], begins: bool = False, ends: bool = False
-) -> list[Piece]:
+) -> list[TokenText]:
     """What each token adds to a text, decoded between two others, or where the text begins or ends with it.
 
     The replacement character stands where a tokenizer does not tell a token's bytes.
@@ -44,7 +45,7 @@ def _inner_pieces(
     anchor, before, after = _anchor(tokenizer)
     head, tail = ([] if begins or anchor is None else [anchor]), ([] if ends or anchor is None else [anchor])
     texts = tokenizer.batch_decode([[*head, id, *tail] for id in ids], clean_up_tokenization_spaces=False)
-    pieces: list[Piece] = [text[len(before) * len(head) : len(text) - len(after) * len(tail)] for text in texts]
+    pieces: list[TokenText] = [text[len(before) * len(head) : len(text) - len(after) * len(tail)] for text in texts]
     for place, (id, text) in enumerate(zip(ids, pieces, strict=True)):
         if REPLACEMENT in str(text):
             pieces[place] = _bytes_of(str(tokenizer.convert_ids_to_tokens(id))) or text
@@ -54,7 +55,8 @@ def _inner_pieces(
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str, str]:
     """A token that leaves its neighbours alone, its text where a text begins, and after other tokens."""
     names = [form.format(sign) for form in ("##{}", "{}", "\u2581{}") for sign in ("a", "e", "0", "!")]
-    for id in tokenizer.convert_tokens_to_ids(names):
+    ids: Any = tokenizer.convert_tokens_to_ids(names)
+    for id in ids:
         if id is not None:
             one, two, three = tokenizer.batch_decode([[id], [id] * 2, [id] * 3], clean_up_tokenization_spaces=False)
             after = two[len(one) :]
@@ -63,7 +65,7 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str, str]:
     return None, "", ""
 
 
-def readable(pieces: Sequence[Piece]) -> list[str]:
+def readable(pieces: Sequence[TokenText]) -> list[str]:
     """Texts of successive tokens, one each; what never becomes a character is the replacement character."""
     whole = [piece for piece in pieces if isinstance(piece, str)]
     if len(whole) == len(pieces):
@@ -85,7 +87,7 @@ def readable(pieces: Sequence[Piece]) -> list[str]:
     return texts
 
 
-def alone(piece: Piece) -> str:
+def alone(piece: TokenText) -> str:
     """A token's text without its neighbours."""
     return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
 

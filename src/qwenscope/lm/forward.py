@@ -1,87 +1,24 @@
-"""Forward passes: the residual stream at hook points, and what turns it into logits."""
+"""Whole forward passes: what enters the LM head, what stands between it and the last layer, and logits."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qwenscope.errors import ModelError
-
-if TYPE_CHECKING:
-    from qwenscope.lm.load import LanguageModel
-
-
-class RowSource(Protocol):
-    """What harvest and training ask of a language model: a `LanguageModel`, or an engine of another kind."""
-
-    tokenizer: Tokenizer
-    layer_kinds: tuple[str | None, ...]
-    hidden_dim: int
-    device: torch.device
-    dtype: torch.dtype
-    name: str
-    revision: str | None
-
-    def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], layers: Sequence[int]) -> dict[int, Tensor]:
-        """Residual stream after each of `layers`, of right-padded conversations of `lengths_C` tokens.
-
-        Returns:
-            {layer: x_CTD} in `dtype`, on `device`; what stands at the padding means nothing.
-        """
-
-    def digest(self, last_layer: int) -> str:
-        """Hex digits that tell models whose rows differ apart: weights up to `last_layer`, and who computes."""
+from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site, Where
 
 
-_CATCHING = threading.RLock()  # a pass's hooks are the module's, and would catch another thread's pass too
-
-
-class _StopForward(Exception):  # noqa: N818 - it is no error
-    """Leaves the model's forward once the last hooked layer has spoken; never escapes this module."""
-
-
-def layer_output(output: Any) -> Tensor:
-    """The residual stream in a decoder layer's output: the tensor itself, or the first of a tuple in some families."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-@torch.no_grad()
-def residual_streams(lm: LanguageModel, input_ids_CT: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """Residual stream after each of `layers`, from one pass that stops after the highest of them.
-
-    Rows are right-padded conversations. No attention mask is passed: both attention and Gated DeltaNet look back only,
-    so padding cannot reach the tokens before it, and its own outputs are for the caller to drop. Values are
-    bit-identical to what the full model computes for the same rows.
-
-    Args:
-        lm: The language model; its layers must reach `max(layers)`.
-        input_ids_CT: int64 [C, T] token ids.
-        layers: Layer indices, any order.
-
-    Returns:
-        {layer: x_CTD} in the model's dtype, on `lm.device`.
-    """
-    caught: dict[int, Tensor] = {}
-    last = max(layers)
-    handles: list[RemovableHandle] = []
-    with _CATCHING:
-        try:
-            for layer in set(layers):
-                handles.append(_built(lm, layer).register_forward_hook(_catch(caught, layer, lm.device, layer == last)))
-            lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=False)
-        except _StopForward:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {layer: caught[layer] for layer in layers}
+def site_rows(lm: LanguageModel, input_ids_CT: Tensor, sites: Sequence[Where]) -> dict[Site, Tensor]:
+    """Rows of right-padded token ids [C, T] at each of `sites`, {site: x_CTD}: see `LanguageModel.streams`."""
+    lengths_C = [input_ids_CT.shape[1]] * len(input_ids_CT)
+    return lm.streams(input_ids_CT, lengths_C, [Site.of(site) for site in sites])
 
 
 @torch.no_grad()
@@ -97,17 +34,101 @@ def final_hidden(lm: LanguageModel, input_ids_CT: Tensor) -> Tensor:
     return hidden
 
 
-def final_norm(lm: LanguageModel) -> nn.Module:
-    """The norm between the last layer and the LM head.
+@torch.no_grad()
+def logits(lm: LanguageModel, h_XD: Tensor) -> Tensor:
+    """The model's own way from rows of `final_hidden` to logits: [..., D] -> float32 [..., V].
+
+    Whatever the family does there (scales, caps, multipliers) is done: its own forward runs, over a decoder that
+    returns these rows. V is 248,320 for the published model, 1 MB per row: pass a chunk of rows at a time.
 
     Raises:
-        ModelError: the family keeps it under a name we do not know.
+        ModelError: the model was loaded truncated or without LM head, or its head does not read its decoder.
     """
-    decoder = lm.decoder
-    for name in ("norm", "final_layer_norm", "ln_f", "final_layernorm"):
-        if isinstance(norm := getattr(decoder, name, None), nn.Module):
-            return norm
-    raise ModelError(f"{type(decoder).__name__} has no final norm under a known name")
+    _refuse_truncated(lm)
+    _head(lm)
+    rows = h_XD.reshape(1, -1, h_XD.shape[-1])
+    with _decoder_returning(lm, rows) as used:
+        output = lm.model(input_ids=torch.zeros(rows.shape[:2], dtype=torch.int64, device=lm.device), use_cache=False)
+    if not used:
+        raise ModelError(f"the LM head of {type(lm.model).__name__} does not read its decoder; it is not supported")
+    scores: Tensor = output.logits.float()
+    return scores.reshape(*h_XD.shape[:-1], scores.shape[-1])
+
+
+class _Returned(BaseModelOutputWithPast):
+    """A decoder's output of rows alone: whatever else a head asks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _decoder_returning(lm: LanguageModel, rows: Tensor) -> Iterator[list[bool]]:
+    """While the block lasts, the decoder computes nothing and returns `rows`; the list grows whenever it is called."""
+    decoder, calls = lm.decoder, list[bool]()
+    own = decoder.__dict__.get("forward")
+
+    def forward(*_: Any, **__: Any) -> Any:
+        calls.append(True)
+        return _Returned(last_hidden_state=rows)
+
+    decoder.forward = forward
+    try:
+        yield calls
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
+
+
+@torch.no_grad()
+def final_norm(lm: LanguageModel) -> nn.Module:
+    """What runs between the last layer and the LM head, found by running two tokens: [..., D] -> [..., D].
+
+    Raises:
+        ModelError: it is more than modules one after the other.
+    """
+    within = {id(part) for layer in lm.layers for part in layer.modules()}
+    ran: list[tuple[nn.Module, Tensor]] = []
+    stream: list[Tensor] = []
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if module is lm.layers[-1]:
+            stream[:], ran[:] = [first], []
+        elif stream and isinstance(first, Tensor):
+            ran.append((module, first))
+
+    outside = _largest(lm.decoder, within)
+    handles = [module.register_forward_hook(hook) for module in (*outside, lm.layers[-1])]
+    try:
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=lm.device)
+        want = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    norm = nn.Sequential(*(module for module, _ in ran))
+    try:
+        same = torch.allclose(norm(stream[0].to(want.device)).float(), want.float(), rtol=1e-2, atol=1e-3)
+    except (RuntimeError, TypeError, ValueError):
+        same = False
+    if not same:
+        raise ModelError(f"what {type(lm.decoder).__name__} does behind its last layer is no plain norm: not supported")
+    return norm
+
+
+def _largest(module: nn.Module, within: set[int]) -> list[nn.Module]:
+    """The largest parts of a module that neither are nor hold any module of `within`."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        if id(child) in within:
+            continue
+        if any(id(part) in within for part in child.modules()):
+            found += _largest(child, within)
+        else:
+            found.append(child)
+    return found
 
 
 def unembedding(lm: LanguageModel) -> Tensor:
@@ -120,42 +141,11 @@ def unembedding(lm: LanguageModel) -> Tensor:
     return weight
 
 
-def logits(lm: LanguageModel, h_XD: Tensor) -> Tensor:
-    """LM head on rows of `final_hidden`: [..., D] -> float32 [..., V].
-
-    V is 248,320 for the published model, 1 MB per row: pass a chunk of rows at a time.
-
-    Raises:
-        ModelError: the model was loaded truncated or without LM head.
-    """
-    _refuse_truncated(lm)
-    scores: Tensor = _head(lm)(h_XD).float()
-    cap = getattr(lm.model.config, "final_logit_softcapping", None)  # Gemma
-    return scores if cap is None else torch.tanh(scores / cap) * cap
-
-
 def _head(lm: LanguageModel) -> Any:
     head = lm.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:
         raise ModelError(f"{lm.name} was loaded without its LM head; load it with lm_head=True")
     return head
-
-
-def _catch(
-    caught: dict[int, Tensor], layer: int, device: torch.device, stop: bool
-) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        caught[layer] = layer_output(output).to(device)
-        if stop:
-            raise _StopForward
-
-    return hook
-
-
-def _built(lm: LanguageModel, layer: int) -> nn.Module:
-    if not 0 <= layer < len(lm.layers):
-        raise ModelError(f"layer {layer} of {lm.name} was not built; layers 0 to {len(lm.layers) - 1} were")
-    return lm.layers[layer]
 
 
 def _refuse_truncated(lm: LanguageModel) -> None:

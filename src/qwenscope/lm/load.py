@@ -9,13 +9,12 @@ tensors: it is handed lazy slices of the shards and materialises those that its 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -38,65 +36,18 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError, ResourceError, reason
-from qwenscope.lm.forward import residual_streams
+from qwenscope.lm.model import Kind, LanguageModel, as_language_model, decoder_layers, kind_of
 from qwenscope.lm.placement import device_map, pick_devices
+from qwenscope.lm.sites import Site, hooked_sites, module_at
 from qwenscope.recipe import HookPoint, LMRecipe
 
 logger = logging.getLogger(__name__)
 
+_KINDS: dict[str, tuple[Kind, ...]] = {}  # of configs seen: building the shapes of a large model takes a second
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]  # config, tokenizer, shard index
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _NEVER = re.compile(r"(?:^|\.)(?:mtp|visual|vision_\w+|vision|audio_\w+|multi_modal_projector|embed_vision)\.")
 _LM_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
-Kind = str | None
-
-
-@dataclass(eq=False)
-class LanguageModel:
-    """A loaded model and what the other rooms ask about it."""
-
-    model: PreTrainedModel
-    """Transformers model in eval mode whose parameters need no gradient; without LM head unless it was asked for."""
-    tokenizer: Tokenizer
-    layers: list[nn.Module]
-    """The decoder layers that were built, 0 .. last."""
-    layer_kinds: tuple[Kind, ...]
-    """Kind of every layer of the config, built or not: deltanet, attention, or None where the config names none."""
-    hidden_dim: int
-    device: torch.device
-    """Where token ids go in and residual streams come out; the first of several."""
-    dtype: torch.dtype
-    name: str
-    """Hub id or folder, as the recipe gave it."""
-    revision: str | None
-    """Commit of a Hub model; None for a folder."""
-
-    @property
-    def decoder(self) -> nn.Module:
-        """Embedding, layers and final norm, in all families the same call: input_ids -> last_hidden_state."""
-        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
-        return decoder
-
-    @property
-    def truncated(self) -> bool:
-        """Whether layers of the config were left unbuilt, so that there are no logits."""
-        return len(self.layers) < len(self.layer_kinds)
-
-    def streams(
-        self, input_ids_CT: torch.Tensor, lengths_C: Sequence[int], layers: Sequence[int]
-    ) -> dict[int, torch.Tensor]:
-        """`residual_streams`, which needs no lengths: padding reaches no token."""
-        return residual_streams(self, input_ids_CT, layers)
-
-    def digest(self, last_layer: int) -> str:
-        """16 hex digits that tell models apart: 64 evenly spaced values of every parameter up to `last_layer`."""
-        digest = hashlib.sha256()
-        parts: list[Any] = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
-        for name, parameter in (named for part in parts for named in part.named_parameters()):
-            values = parameter.detach().flatten()
-            sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head: bool = False) -> LanguageModel:
@@ -120,27 +71,54 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
         raise ModelError(f"{lm.model} has layers 0 to {len(kinds) - 1}; there is no layer {last}")
     cut = cut_config(config, last + 1)
     devices = pick_devices(lm.device)
-    head = lm_head and not cut.tie_word_embeddings
     with _model_errors(lm.model):
-        slices = _open_slices(lm, folder, revision, last, head)
-        dtype = pick_dtype(lm, config)
-        model = _build(cut, slices, dtype, devices, lm_head)
+        # Tied weights may stand in the checkpoint under either name, or under both with a head of its own.
+        slices = _open_slices(lm, folder, revision, last, lm_head or bool(cut.tie_word_embeddings))
+        model = _build(cut, slices, pick_dtype(lm, config), devices, lm_head)
         if lm_head and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = _tokenizer(lm.model, folder)
     model.requires_grad_(False)
     model.train(False)
-    return LanguageModel(
-        model=model,
-        tokenizer=tokenizer,
-        layers=decoder_layers(model, last + 1),
-        layer_kinds=kinds,
-        hidden_dim=config.hidden_size,
-        device=devices[0],
-        dtype=dtype,
-        name=lm.model,
-        revision=revision,
-    )
+    loaded = as_language_model(model, tokenizer)
+    loaded = replace(loaded, layer_kinds=kinds, device=devices[0], name=lm.model, revision=revision)
+    _check_tokenizer(loaded)
+    with _model_errors(lm.model):
+        _check_looks_back(loaded)
+    return loaded
+
+
+def _check_tokenizer(lm: LanguageModel) -> None:
+    """Refuse a tokenizer whose text gets ids that the embedding has no row for.
+
+    Special tokens that no template writes may lie beyond: placeholders of images, or defaults of the tokenizer's class.
+    """
+    rows, tokenizer = len(lm.model.get_input_embeddings().weight), lm.tokenizer  # type: ignore[arg-type]
+    unused = {token for token in tokenizer.all_special_tokens if token not in str(tokenizer.chat_template)}
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if wanted := beyond.keys() - unused:
+        token = min(wanted, key=beyond.__getitem__)
+        raise ModelError(
+            f"the tokenizer of {lm.name} has {len(wanted)} tokens beyond the model's {rows}, such as {token!r} "
+            f"({beyond[token]}); it belongs to another model, or the embedding was not resized"
+        )
+
+
+@torch.no_grad()
+def _check_looks_back(lm: LanguageModel) -> None:
+    """Refuse a model in which a token reaches the ones before it: padding would reach them too."""
+    ids = torch.ones((2, 4), dtype=torch.int64, device=lm.device)
+    ids[1, -1] = 2
+    end = Site.of(len(lm.layers) - 1)
+    try:
+        first, second = lm.streams(ids, [4, 4], [end])[end].double()
+    except ModelError:
+        return  # its layers do not return rows; a hook point there is refused by name
+    apart = ((first - second).norm(dim=-1) / first.norm(dim=-1).clamp(min=1e-30))[:-1].median()
+    if apart > (1e-4 if lm.dtype == torch.float32 else 3e-2):
+        raise ModelError(
+            f"{lm.name} ({type(lm.model).__name__}) looks ahead: it is no causal decoder, and not supported"
+        )
 
 
 def load_config(lm: LMRecipe) -> PretrainedConfig:
@@ -178,26 +156,33 @@ def _tokenizer(name: str, folder: Path) -> Tokenizer:
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
-    """Kind of each decoder layer: deltanet, attention, another name the config uses, or None where it names none."""
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return (None,) * int(config.num_hidden_layers)
-    gated_delta = hasattr(config, "linear_key_head_dim")  # other families call other mixers linear_attention
-    names = {"linear_attention": "deltanet"} if gated_delta else {}
-    names |= {"full_attention": "attention", "sliding_attention": "attention", "chunked_attention": "attention"}
-    return tuple(names.get(kind, kind) for kind in types)
+    """`kind_of` each decoder layer of a text config, from a model without weights (on the meta device)."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _KINDS:
+        with torch.device("meta"):
+            shapes: Any = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        _KINDS[key] = tuple(map(kind_of, decoder_layers(shapes, config.num_hidden_layers)))
+    return _KINDS[key]
 
 
 def check_hook_points(lm_or_kinds: LanguageModel | Sequence[Kind], hook_points: Mapping[str, HookPoint]) -> None:
     """Refuse hook points that the model does not have.
 
     Raises:
-        ModelError: a layer beyond the last one, or of another kind than the recipe says; names the hook point.
+        ModelError: a layer beyond the last one, of another kind than the recipe says, or without the part that a site
+            names; RecipeError: a site's name is none. Both name the hook point.
     """
+    lm = lm_or_kinds if isinstance(lm_or_kinds, LanguageModel) else None
     kinds = lm_or_kinds.layer_kinds if isinstance(lm_or_kinds, LanguageModel) else lm_or_kinds
+    sites = hooked_sites(hook_points)
     for name, point in hook_points.items():
         if point.layer >= len(kinds):
             raise ModelError(f"hook_points.{name}.layer is {point.layer}; the model has layers 0 to {len(kinds) - 1}")
+        if lm is not None and point.layer < len(lm.layers):
+            try:
+                module_at(lm, sites[name])
+            except ModelError as error:
+                raise ModelError(f"hook_points.{name}.site: {error}") from None
         actual = kinds[point.layer]
         if point.kind is not None and actual is None:
             raise ModelError(
@@ -225,6 +210,12 @@ def _text_config(name: str, folder: Path) -> PretrainedConfig:
     with _model_errors(name):
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config: PretrainedConfig = whole.get_text_config(decoder=True)
+    if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder ({whole.model_type}), which is not supported; take a causal decoder"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{name} is no causal language model ({whole.model_type}), which is not supported")
     if config is not whole and hasattr(whole, "quantization_config"):
         config.quantization_config = whole.quantization_config
     return config
@@ -305,6 +296,8 @@ def _build(
         model, report = type(shapes).from_pretrained(
             None, config=config, state_dict=slices, dtype=dtype, device_map=places, output_loading_info=True
         )
+    if report["missing_keys"] and config.tie_word_embeddings and not lm_head:
+        return _build(config, slices, dtype, devices, True)  # the embedding may stand under the head's name
     if report["missing_keys"]:
         raise ModelError(
             f"{sorted(report['missing_keys'])[0]} is missing from the weights; the checkpoint is incomplete"
@@ -314,19 +307,6 @@ def _build(
         if parameter.data_ptr() % 64:  # a view of the mapped file: unaligned (the last bits of CPU products depend on
             parameter.data = parameter.data.clone()  # alignment), and at the mercy of whoever writes that file
     return placed
-
-
-def decoder_layers(model: Any, count: int) -> list[nn.Module]:
-    """The `count` layers of a transformers model of any supported family.
-
-    Raises:
-        ModelError: it keeps them under no list of that length.
-    """
-    decoder = model.get_decoder()
-    for module in decoder.children():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
-    raise ModelError(f"{type(decoder).__name__} has no list of {count} decoder layers; this family is not supported")
 
 
 @contextmanager

@@ -11,40 +11,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from qwenscope.parallel.group import ALONE, Group
 
+S = TypeVar("S")  # a hooked site
+
 
 @dataclass(frozen=True)
-class HarvestPlan:
+class HarvestPlan(Generic[S]):
     """Who does what in a window."""
 
     group: Group
-    layers: tuple[tuple[int, ...], ...]
-    """Per rank, the hooked layers whose rows it needs, ascending."""
+    sites: tuple[tuple[S, ...], ...]
+    """Per rank, the hooked sites whose rows it needs, ascending."""
     busy: tuple[float, ...]
     """Per rank, what it does in a window besides harvesting, in positions of a language-model batch."""
     in_turn: bool = False
     """Whether a window may only be harvested between SAE steps, whatever `activations.overlap` says."""
 
     @classmethod
-    def alone(cls, layers: Sequence[int]) -> HarvestPlan:
+    def alone(cls, sites: Sequence[S]) -> HarvestPlan[S]:
         """One process does everything."""
-        return cls(ALONE, (tuple(layers),), (0.0,))
+        return cls(ALONE, (tuple(sites),), (0.0,))
 
     @property
-    def own_layers(self) -> tuple[int, ...]:
-        """The hooked layers whose rows this rank needs."""
-        return self.layers[self.group.rank]
+    def own_sites(self) -> tuple[S, ...]:
+        """The hooked sites whose rows this rank needs."""
+        return self.sites[self.group.rank]
 
     @property
-    def first_layers(self) -> tuple[int, ...]:
-        """Of the own layers, those that no rank before this one needs: what is done once per layer is done here."""
-        before = {layer for layers in self.layers[: self.group.rank] for layer in layers}
-        return tuple(layer for layer in self.own_layers if layer not in before)
+    def first_sites(self) -> tuple[S, ...]:
+        """Of the own sites, those that no rank before this one needs: what is done once per site is done here."""
+        before = {site for sites in self.sites[: self.group.rank] for site in sites}
+        return tuple(site for site in self.own_sites if site not in before)
 
     def deal(self, positions: Sequence[int]) -> list[int]:
         """Batches of that many positions each -> the rank that runs each: the largest first, to who is free first.
@@ -59,8 +62,8 @@ class HarvestPlan:
             loads[ranks[batch]] += positions[batch]
         return ranks
 
-    def norms_of_all(self, norms: Mapping[int, Tensor], rank_T: Tensor) -> dict[int, Tensor]:
-        """{layer: norms of this rank's tokens} and the rank of each token -> {layer: norm_T of all tokens}."""
+    def norms_of_all(self, norms: Mapping[S, Tensor], rank_T: Tensor) -> dict[S, Tensor]:
+        """{site: norms of this rank's tokens} and the rank of each token -> {site: norm_T of all tokens}."""
         group = self.group
         if group.size == 1:
             return dict(norms)
@@ -69,10 +72,10 @@ class HarvestPlan:
         arrived_TL = group.all_to_all(own.repeat(group.size, 1), [len(own)] * group.size, counts)
         placed_TL = torch.empty_like(arrived_TL)
         placed_TL[rank_T.argsort(stable=True).to(own.device)] = arrived_TL
-        return {layer: placed_TL[:, column] for column, layer in enumerate(norms)}
+        return {site: placed_TL[:, column] for column, site in enumerate(norms)}
 
-    def rows_to_owners(self, rows: dict[int, Tensor], rank_R: Tensor) -> dict[int, Tensor]:
-        """{layer: this rank's kept rows} and the rank of each kept token -> {own layer: x_RD of all kept tokens}.
+    def rows_to_owners(self, rows: dict[S, Tensor], rank_R: Tensor) -> dict[S, Tensor]:
+        """{site: this rank's kept rows} and the rank of each kept token -> {own site: x_RD of all kept tokens}.
 
         `rows` is emptied on the way: its memory is wanted for what arrives.
         """
@@ -81,21 +84,21 @@ class HarvestPlan:
             return rows
         counts = torch.bincount(rank_R, minlength=group.size).tolist()
         count, some = counts[group.rank], next(iter(rows.values()))
-        outgoing = torch.cat([some[:0], *(rows[layer] for layers in self.layers for layer in layers)])
+        outgoing = torch.cat([some[:0], *(rows[site] for sites in self.sites for site in sites)])
         rows.clear()
-        own = self.own_layers
+        own = self.own_sites
         arrived = group.all_to_all(
-            outgoing, [count * len(layers) for layers in self.layers], [other * len(own) for other in counts]
+            outgoing, [count * len(sites) for sites in self.sites], [other * len(own) for other in counts]
         )
-        del outgoing  # as much again as arrives, where every rank needs every layer
+        del outgoing  # as much again as arrives, where every rank needs every site
         pieces = [
             piece.view(len(own), other, arrived.shape[1])
             for piece, other in zip(torch.split(arrived, [other * len(own) for other in counts]), counts, strict=True)
         ]
         order_R = rank_R.argsort(stable=True).to(arrived.device)
         placed = {}
-        for position, layer in enumerate(own):
+        for position, site in enumerate(own):
             x_RD = arrived.new_empty(len(rank_R), arrived.shape[1])
             x_RD[order_R] = torch.cat([piece[position] for piece in pieces])
-            placed[layer] = x_RD
+            placed[site] = x_RD
         return placed

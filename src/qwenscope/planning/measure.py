@@ -2,7 +2,7 @@
 
 Timed are the parts that a run consists of, at the recipe's own shapes: reading a corpus that is here, one decoder layer
 of each kind with random weights on a batch like the run's own (a run passes each of them many times), calibrating each
-size of SAE and one optimiser step of it, and for comparison with data sheets one large product and one large copy.
+size of SAE and one optimizer step of it, and for comparison with data sheets one large product and one large copy.
 Nothing is downloaded.
 """
 
@@ -19,14 +19,15 @@ import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
-from qwenscope.corpus.batches import cut
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.costs import Range
 from qwenscope.errors import ResourceError
-from qwenscope.lm.load import Kind, cut_config, decoder_layers, layer_kinds, load_tokenizer, pick_dtype
+from qwenscope.lm.batches import cut
+from qwenscope.lm.load import cut_config, layer_kinds, load_tokenizer, pick_dtype
+from qwenscope.lm.model import Kind, decoder_layers
 from qwenscope.lm.placement import pick_devices
 from qwenscope.recipe import Recipe
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 DEAD_SHARE = 0.06
@@ -152,9 +153,7 @@ def _conversations(recipe: Recipe) -> tuple[list[int], float]:
     """Lengths of conversations of sources on this machine (none where they are elsewhere), and seconds per token of
     reading them: 0 where other processes read ahead.
     """
-    generated_or_local = all(
-        source.path or (source.name == "tool_use" and not source.repo) for source in recipe.corpus.sources
-    )
+    generated_or_local = all(source.path or source.generated for source in recipe.corpus.sources)
     if not generated_or_local:
         return [], 0.0
     stream = CorpusStream(recipe.corpus, load_tokenizer(recipe.lm), seed=recipe.seed)
@@ -180,7 +179,7 @@ def _layer_seconds(
     recipe: Recipe, config: PretrainedConfig, shape: tuple[int, int], device: torch.device
 ) -> tuple[dict[Kind, float], float]:
     """Per position of each kind of layer, and of the rest, in the shallowest model that has all kinds."""
-    kinds = layer_kinds(config)[: recipe.layers[-1] + 1]
+    kinds = layer_kinds(config)[: recipe.last_layer + 1]
     depth = 1 + max(kinds.index(kind) for kind in set(kinds))
     with device:
         model: Any = AutoModel.from_config(  # type: ignore[no-untyped-call]

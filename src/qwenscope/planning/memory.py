@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from qwenscope.costs import layers_held, trained_bytes
+from qwenscope.costs import sites_held, trained_bytes
 from qwenscope.lm.load import pick_dtype
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.planning.measure import BATCH_POSITIONS, batches_of
@@ -61,13 +61,13 @@ def memory_needs(
     width = pick_dtype(recipe.lm, config).itemsize
     fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
     sizes = [piece.latents for piece in fullest]
-    layers, cards = len(layers_held(recipe, fullest)), len(held)
+    layers, cards = len(sites_held(recipe, fullest)), len(held)
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
     trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
-    travelling = 1 if cards == 1 else layers + 2 * len(recipe.layers) // cards
+    travelling = 1 if cards == 1 else layers + 2 * len(recipe.sites) // cards
     overlap = recipe.activations.overlap and (cpu or not shared(held))  # GPUs that share an SAE take turns
     needs = {
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
@@ -96,7 +96,7 @@ def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: b
         heads_dim * 7 * width,
         (4 * routed + 1) * hidden * width if routed else 3 * config.intermediate_size * width,
     )
-    return (len(recipe.layers) + 3) * hidden * width + int(max(parts))
+    return (len(recipe.sites) + 3) * hidden * width + int(max(parts))
 
 
 def _advice(recipe: Recipe, over: Callable[[Sequence[Change]], float], room: float, gpus: int) -> list[str]:

@@ -79,7 +79,7 @@ def plan(
     """
     name, card = (gpu.lower(), find_card(gpu)) if measured is None else (measured.device, _card_like(measured))
     config = read_config(recipe)
-    size = model_size(config, recipe.layers[-1] + 1)
+    size = model_size(config, recipe.last_layer + 1)
     held = owners(recipe, gpus)
     parts = _Parts(recipe, config, size, card, held, measured)
     seconds = parts.per_step()

@@ -161,7 +161,7 @@ def sources(facts: Facts) -> Iterator[dict[str, Any]]:
     ids = list(reported) if len(reported) == len(facts.recipe.corpus.sources) else []
     for number, source in enumerate(facts.recipe.corpus.sources):
         name = ids[number] if ids else source.name
-        generated = "packaged generator" if source.name == "tool_use" and source.path is None else "local files"
+        generated = "packaged generator" if source.generated else "local files"
         yield {
             "id": name,
             "origin": dataset_of(source) or generated,

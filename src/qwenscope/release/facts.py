@@ -92,8 +92,8 @@ def _shown(value: Any) -> str:
 
 
 def dataset_of(source: SourceRecipe) -> str | None:
-    """The Hub dataset of a source, or None for local files and the packaged tool-use generator."""
-    if source.path is not None or (source.name == "tool_use" and source.repo is None):
+    """The Hub dataset of a source, or None for local files and the packaged generator."""
+    if source.path is not None or source.generated:
         return None
     return source.repo or REPOSITORIES[source.name]
 

@@ -34,5 +34,9 @@ def notebook(repo: str, sae_id: str, model: str) -> dict[str, Any]:
 
 
 def _cell(source: str, code: bool) -> dict[str, Any]:
-    cell = {"cell_type": "code" if code else "markdown", "metadata": {}, "source": source.splitlines(keepends=True)}
+    cell: dict[str, Any] = {
+        "cell_type": "code" if code else "markdown",
+        "metadata": {},
+        "source": source.splitlines(keepends=True),
+    }
     return cell | ({"execution_count": None, "outputs": []} if code else {})

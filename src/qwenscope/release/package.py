@@ -14,15 +14,16 @@ from qwenscope.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, w
 from qwenscope.errors import FormatError
 from qwenscope.files import folder_aside, read_json, whole_folder, write_json, write_text
 from qwenscope.hub import check_repo_id
+from qwenscope.lm.sites import Site
 from qwenscope.opening import check_size
 from qwenscope.recipe import Recipe, load_recipe, public_name
 from qwenscope.release.card import example_sae, model_card
 from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
 from qwenscope.release.parquet import write_evaluation, write_training
-from qwenscope.sae.formats import saelens
+from qwenscope.sae.formats import export_sae
 from qwenscope.sae.loading import iterate_suite
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 _UNIT_TOLERANCE = 1e-5
 
@@ -126,12 +127,12 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         _check_unit_norm(sae_id, sae)
         point = recipe.hook_points[sae_id]
         check_size(run / "saes" / sae_id, sae, point)
-        sae.config |= {"sae_id": sae_id, "layer": point.layer, "model": public_name(recipe.lm.model)}
+        sae.config |= {"sae_id": sae_id, **Site(point.site).described(), "model": public_name(recipe.lm.model)}
         sae.save(out / sae_id)
-        saelens.write(sae, out / "saelens" / sae_id)
+        export_sae(sae, sae_id, "saelens", out / "saelens")
         index[sae_id] = {
             "sae_id": sae_id,
-            "layer": point.layer,
+            **Site(point.site).described(),
             "kind": point.kind,
             "hidden_dim": sae.hidden_dim,
             "dict_size": sae.dict_size,
@@ -142,7 +143,7 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
     return [index[sae_id] for sae_id in recipe.hook_points]
 
 
-def _check_unit_norm(sae_id: str, sae: TopKSAE) -> None:
+def _check_unit_norm(sae_id: str, sae: SAE) -> None:
     off = float((sae.decoder.weight.detach().norm(dim=0) - 1).abs().max())
     if off > _UNIT_TOLERANCE:
         raise FormatError(

@@ -25,7 +25,8 @@ from qwenscope.errors import FormatError, HubError
 from qwenscope.files import disk_errors_named, fsync_folder, read_json, sha256
 from qwenscope.hub import asked, check_repo_id
 from qwenscope.release.package import bind
-from qwenscope.sae.loading import load_sae, suite_ids
+from qwenscope.sae.loading import suite_ids
+from qwenscope.sae.sae import SAE
 
 logger = logging.getLogger(__name__)
 
@@ -248,4 +249,4 @@ def _verify_suite(folder: Path) -> None:
     if (folder / CHECKSUMS_FILE).is_file():
         verify_folder(folder)
     for sae_id in suite_ids(folder):
-        load_sae(folder, sae_id)
+        SAE.from_pretrained(folder, sae_id)

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError, RecipeError
 from qwenscope.limits import check_memory, check_workers
-from qwenscope.lm.forward import RowSource
 from qwenscope.lm.load import load_config, load_language_model, load_tokenizer
-from qwenscope.lm.parity import check_parity, sample_rows
-from qwenscope.lm.vllm_engine import VllmModel, check_vllm
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import site_names, sites_of
+from qwenscope.lm.vllm.engine import VllmModel, check_vllm
+from qwenscope.lm.vllm.parity import check_parity, sample_rows
 from qwenscope.recipe import LMRecipe, Recipe
 
 logger = logging.getLogger(__name__)
@@ -48,26 +49,26 @@ def open_source(
         CorpusError: the corpus holds no conversation.
         ResourceError: windows or SAEs that no memory here holds.
     """
-    layers, corpus = recipe.layers, recipe.corpus
+    sites, corpus = sites_of(recipe), recipe.corpus
     check_workers(corpus.workers)  # before minutes of loading
     check_memory(recipe, int(load_config(lm).hidden_size), ranks)
     if lm.backend == "transformers":
-        return load_language_model(lm, last_layer=layers[-1]), None
+        return load_language_model(lm, last_layer=recipe.last_layer), None
     if ranks > 1:
         raise RecipeError(f"lm.backend vllm works in one process, not in {ranks}; set it to transformers")
-    who = check_vllm(lm, corpus.max_length)  # before minutes of loading
+    who = check_vllm(lm, corpus.max_length, sites)  # before minutes of loading
     token_ids = _first_conversations(lm, recipe, revisions)
-    reference = load_language_model(lm, last_layer=layers[-1])
-    expected = sample_rows(reference, token_ids, layers, corpus.batch_tokens)
-    weights = reference.digest(layers[-1])
+    reference = load_language_model(lm, last_layer=recipe.last_layer)
+    expected = sample_rows(reference, token_ids, sites, corpus.batch_tokens)
+    weights = reference.digest(recipe.last_layer)
     del reference
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    engine = VllmModel(lm, layers, max_length=corpus.max_length, batch_tokens=corpus.batch_tokens, weights=weights)
+    engine = VllmModel(lm, sites, max_length=corpus.max_length, batch_tokens=corpus.batch_tokens, weights=weights)
     closing.callback(engine.close)
-    found = sample_rows(engine, token_ids, layers, corpus.batch_tokens)
-    verdict = check_parity(expected, found, engine.dtype, recipe.layer_names, who)
+    found = sample_rows(engine, token_ids, sites, corpus.batch_tokens)
+    verdict = check_parity(expected, found, engine.dtype, site_names(recipe), who)
     logger.info("%s computes the rows of transformers on %s tokens", who, f"{verdict['tokens']:,}")
     return engine, verdict
 

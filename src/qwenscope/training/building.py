@@ -8,15 +8,16 @@ from typing import Literal
 import torch
 
 from qwenscope.costs import GPUS, position_seconds, size_of, step_seconds
-from qwenscope.lm.forward import RowSource
-from qwenscope.lm.load import LanguageModel
+from qwenscope.lm.model import LanguageModel, RowSource
+from qwenscope.lm.sites import Site, hooked_sites, sites_of
 from qwenscope.parallel.group import ALONE, Group
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe
+from qwenscope.sae.activation import ACTIVATIONS, TopK
+from qwenscope.sae.sae import SAE, random_directions
 from qwenscope.sae.selection import Precision
-from qwenscope.sae.topk import TopKSAE, random_directions
 from qwenscope.seeds import derive_seed
 from qwenscope.training.sharded import ShardedTrainer
 from qwenscope.training.trainer import SAETrainer
@@ -30,10 +31,11 @@ def build_trainer(
     """
     point, training = recipe.hook_points[sae_id], recipe.training
     shard = shard or Shard((0, point.dict_size), point.k)
-    sae = untrained(lm.hidden_dim, shard, derive_seed(recipe.seed, "sae", sae_id)).to(lm.device)
+    sae = untrained(lm.hidden_dim, shard, derive_seed(recipe.seed, "sae", sae_id), point.activation)
+    sae = sae.to(lm.device)
     sae.config |= {
         "sae_id": sae_id,
-        "layer": point.layer,
+        **Site(point.site).described(),
         "kind": lm.layer_kinds[point.layer],
         "model": lm.name,
         "model_revision": lm.revision,
@@ -60,40 +62,41 @@ def build_trainer(
     )
 
 
-def untrained(hidden_dim: int, shard: Shard, seed: int) -> TopKSAE:
-    """The latents of `shard` of `TopKSAE(hidden_dim, dict_size, k, seed=seed)`, as an SAE of their own."""
+def untrained(hidden_dim: int, shard: Shard, seed: int, activation: str = TopK.name) -> SAE:
+    """The latents of `shard` of `SAE(hidden_dim, dict_size, k, activation, seed=seed)`, as an SAE of their own."""
     latents = shard.stop - shard.start
     decoder_ND = random_directions(hidden_dim, shard.dict_size, seed, shard.start, shard.stop)
-    return TopKSAE.of(
-        {"hidden_dim": hidden_dim, "dict_size": latents, "k": min(shard.k, latents)},
-        {
-            "encoder.weight": decoder_ND.clone(),
-            "encoder.bias": torch.zeros(latents, dtype=torch.float32),
-            "decoder.weight": decoder_ND.T,
-            "pre_bias": torch.zeros(hidden_dim, dtype=torch.float32),
-        },
-    )
+    config = {"hidden_dim": hidden_dim, "dict_size": latents, "k": min(shard.k, latents)}
+    weights = {
+        "encoder.weight": decoder_ND.clone(),
+        "encoder.bias": torch.zeros(latents, dtype=torch.float32),
+        "decoder.weight": decoder_ND.T,
+        "pre_bias": torch.zeros(hidden_dim, dtype=torch.float32),
+    }
+    if ACTIVATIONS[activation].has_threshold:
+        weights["threshold"] = torch.zeros(latents, dtype=torch.float32)
+    return SAE.of(config | ({} if activation == TopK.name else {"activation": activation}), weights)
 
 
-def plan_harvest(recipe: Recipe, lm: RowSource, group: Group) -> HarvestPlan:
+def plan_harvest(recipe: Recipe, lm: RowSource, group: Group) -> HarvestPlan[Site]:
     """Who needs which rows, and how busy each rank is with its SAEs: one with more to do there harvests less.
 
     Where steps exchange tensors too, GPUs take turns: two threads that use nccl side by side can lock each other out,
     when ranks meet their kernels in unlike order. Engines other than transformers work in one process and one thread.
     """
     if not isinstance(lm, LanguageModel):
-        return HarvestPlan(ALONE, (recipe.layers,), (0.0,), in_turn=True)
+        return HarvestPlan(ALONE, (sites_of(recipe),), (0.0,), in_turn=True)
     card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
     position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
     steps = recipe.activations.window_tokens / recipe.training.batch_size
-    owned, points = owners(recipe, group.size), recipe.hook_points
+    owned, sites = owners(recipe, group.size), hooked_sites(recipe.hook_points)
 
     def seconds(piece: Piece) -> float:
         return sum(step_seconds(recipe, piece, lm.hidden_dim, card))
 
     return HarvestPlan(
         group,
-        tuple(tuple(sorted({points[piece.sae_id].layer for piece in held})) for held in owned),
+        tuple(tuple(sorted({sites[piece.sae_id] for piece in held})) for held in owned),
         tuple(steps * sum(map(seconds, held)) / position for held in owned),
         in_turn=lm.device.type == "cuda" and shared(owned),
     )

@@ -14,14 +14,14 @@ from qwenscope.checksums import write_checksums
 from qwenscope.errors import TrainingError
 from qwenscope.files import disk_errors_named, fsync_folder
 from qwenscope.parallel.group import ALONE, Group
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 UNPUBLISHED = ".saes.tmp"
 """Name of the folder, beside its target, in which the final SAEs are written; all ranks know it."""
 _UNIT_TOLERANCE = 1e-5
 
 
-def publish(saes: Iterable[tuple[str, TopKSAE | None]], target: Path, needed: int, group: Group = ALONE) -> None:
+def publish(saes: Iterable[tuple[str, SAE | None]], target: Path, needed: int, group: Group = ALONE) -> None:
     """Write every SAE with its `SHA256SUMS` below `target`, which appears whole or not at all.
 
     Args:
@@ -43,7 +43,7 @@ def publish(saes: Iterable[tuple[str, TopKSAE | None]], target: Path, needed: in
         temporary.mkdir()
 
     @disk_errors_named(target, needed)
-    def write(sae_id: str, sae: TopKSAE | None) -> None:
+    def write(sae_id: str, sae: SAE | None) -> None:
         if sae is not None:
             sae.save(temporary / sae_id)
             _check(sae_id, sae, temporary / sae_id)
@@ -67,8 +67,8 @@ def publish(saes: Iterable[tuple[str, TopKSAE | None]], target: Path, needed: in
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(sae_id: str, sae: TopKSAE, folder: Path) -> None:
-    read = TopKSAE.from_pretrained(folder).state_dict()
+def _check(sae_id: str, sae: SAE, folder: Path) -> None:
+    read = SAE.from_pretrained(folder).state_dict()
     for name, value in sae.state_dict().items():
         if not torch.isfinite(value).all():
             raise TrainingError(f"{sae_id}: {name} is not finite; nothing was published, the checkpoints stand")

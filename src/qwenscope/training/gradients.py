@@ -88,12 +88,6 @@ class Auxiliary:
         )
 
 
-def k_largest(pre_BM: Tensor, k: int) -> Tensor:
-    """Which pre-activations are among the k largest of their row -> bool [B, M]."""
-    left_out = pre_BM.topk(max(0, pre_BM.shape[1] - k), dim=1, largest=False, sorted=False).indices
-    return torch.ones_like(pre_BM, dtype=torch.bool).scatter_(1, left_out, False)
-
-
 @dataclass(frozen=True, slots=True)
 class SparseGradient:
     """Gradient of one batch's loss for all parameters, before the decoder's projection.

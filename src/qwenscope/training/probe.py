@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from qwenscope.errors import CheckpointError, ModelError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +22,12 @@ _POSITIONS = 16
 _OTHER_MODEL = 0.05  # relative difference of norms that no rounding makes, bfloat16 included
 
 
-def probe(lm: RowSource, layers: Sequence[int]) -> dict[str, list[float]]:
-    """{layer: norms of the first 16 positions} of a fixed row of token ids; JSON keeps the values exactly."""
+def probe(lm: RowSource, sites: Sequence[Site]) -> dict[str, list[float]]:
+    """{site: norms of the first 16 positions} of a fixed row of token ids; JSON keeps the values exactly."""
     ids_CT = torch.arange(_POSITIONS).remainder(len(lm.tokenizer)).unsqueeze(0)
-    streams = lm.streams(ids_CT, [_POSITIONS], layers)
-    return {str(layer): x_CTD[0].double().norm(dim=-1).tolist() for layer, x_CTD in streams.items()}
+    streams = lm.streams(ids_CT, [_POSITIONS], sites)
+    names = {site: site.name if site.part else str(site.layer) for site in sites}  # as older checkpoints have them
+    return {names[site]: x_CTD[0].double().norm(dim=-1).tolist() for site, x_CTD in streams.items()}
 
 
 def check_probe(saved: Any, now: dict[str, list[float]]) -> str | None:

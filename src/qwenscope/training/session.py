@@ -20,8 +20,9 @@ import torch
 from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import ModelError
-from qwenscope.lm.forward import RowSource
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import sites_of
 from qwenscope.parallel.group import Group
 from qwenscope.recipe import Recipe
 from qwenscope.seeds import derive_seed
@@ -85,7 +86,7 @@ def set_up(recipe: Recipe, folder: RunFolder, group: Group, on_progress: OnProgr
     closing.callback(windows.close)
     suite = Suite(recipe, lm, group, earlier["precision"] or {})
     facts = {
-        "probe": probe(lm, recipe.layers),
+        "probe": probe(lm, sites_of(recipe)),
         "recipe": recipe.model_dump(mode="json"),
         "revisions": {
             "model": lm.revision,

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from qwenscope.parallel.shard import Shard
 from qwenscope.sae import ops
+from qwenscope.sae.activation import Activation, activation_of
+from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision, Selection, best_precision
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.training.active import ActiveLatents
 from qwenscope.training.trainer import SAETrainer, StepMetrics
 from qwenscope.training.weights import Weights
 
@@ -25,7 +27,7 @@ from qwenscope.training.weights import Weights
 class ShardedWeights(Weights):
     """This rank's latents of an SAE; sums over latents are over those of all ranks, the same bits on each."""
 
-    def __init__(self, sae: TopKSAE, shard: Shard, precision: Precision, moments: torch.dtype | None) -> None:
+    def __init__(self, sae: SAE, shard: Shard, precision: Precision, moments: torch.dtype | None) -> None:
         self.shard = shard
         super().__init__(sae, precision, moments)
 
@@ -56,6 +58,26 @@ class ShardedWeights(Weights):
         return whole
 
 
+class ShardedActiveLatents(ActiveLatents):
+    """Those among this rank's latents that are active in the whole SAE."""
+
+    def __init__(self, activation: Activation, weights: Weights, precision: Precision, shard: Shard) -> None:
+        self.shard = shard
+        super().__init__(activation, weights, precision)
+
+    def largest(self, values_RC: Tensor, k: int) -> Tensor:
+        if values_RC.shape[1] <= k:
+            return self.shard.largest(values_RC, k)
+        values, places = values_RC.topk(k, dim=1, sorted=False)
+        return torch.zeros_like(values_RC, dtype=torch.bool).scatter_(1, places, self.shard.largest(values, k))
+
+    def _exhausted(self, values_BC: Tensor) -> bool:
+        return int(self.shard.all_reduce(torch.tensor(int(super()._exhausted(values_BC))))) > 0
+
+    def _smallest(self, values_BC: Tensor) -> Tensor:
+        return torch.stack(self.shard.group.all_gather(super()._smallest(values_BC))).min()
+
+
 class ShardedTrainer(SAETrainer):
     """As `SAETrainer`, for this rank's latents of an SAE; its arguments are the same on all ranks.
 
@@ -70,7 +92,7 @@ class ShardedTrainer(SAETrainer):
     """
 
     def __init__(
-        self, sae: TopKSAE, lr: float, *, shard: Shard, precision: Precision | Literal["auto"] = "auto", **options: Any
+        self, sae: SAE, lr: float, *, shard: Shard, precision: Precision | Literal["auto"] = "auto", **options: Any
     ) -> None:
         self.shard = shard
         measured = precision == "auto"
@@ -82,21 +104,17 @@ class ShardedTrainer(SAETrainer):
         if self.pool is not None:
             self.pool = self._new_pool(shard.dict_size)
 
-    def _take(self, sae: TopKSAE, moments: torch.dtype | None) -> Weights:
+    def _active(self, sae: SAE) -> ActiveLatents:
+        activation = activation_of(sae.activation.name, self.shard.k)
+        return ShardedActiveLatents(activation, self.weights, self.precision, self.shard)
+
+    def _take(self, sae: SAE, moments: torch.dtype | None) -> Weights:
         return ShardedWeights(sae, self.shard, self.precision, moments)
 
     def step(self, x_BD: Tensor) -> StepMetrics:
         own = super().step(x_BD)
-        return replace(own, l0=self.shard.all_reduce(own.l0), dead=self.shard.all_reduce(own.dead))
-
-    def _active(self, values_BK: Tensor) -> Tensor:
-        """0 also for those that are not among the K largest of all ranks' values."""
-        return values_BK * self.shard.largest(values_BK, self.shard.k)
-
-    def _aux_kept(self, pre_BM: Tensor) -> Tensor:
-        values, places = pre_BM.topk(min(self.aux_k, pre_BM.shape[1]), dim=1, sorted=False)
-        kept = self.shard.largest(values, self.aux_k)
-        return torch.zeros_like(pre_BM, dtype=torch.bool).scatter_(1, places, kept)
+        active = self.shard.all_reduce((own.l0 * len(x_BD)).round())  # whole numbers add up exactly
+        return replace(own, l0=active / len(x_BD), dead=self.shard.all_reduce(own.dead))
 
     def _share_redone(self, selection: Selection) -> float:
         everywhere = self.shard.all_reduce(torch.tensor(selection.redone))
@@ -113,10 +131,10 @@ class ShardedTrainer(SAETrainer):
         own = (latents >= self.shard.start) & (latents < self.shard.stop)
         super()._restart(latents[own] - self.shard.start, directions_LD[own], encoder_norm)
 
-    def collect(self) -> TopKSAE | None:
+    def collect(self) -> SAE | None:
         """The SAE on the first rank, on the CPU, by way of the host's memory; None on the others."""
         whole = {name: self.shard.gather(rows) for name, rows in self._by_latent()}
         if not self.shard.group.leads:
             return None
         whole["decoder.weight"] = whole["decoder.weight"].T
-        return TopKSAE.of(self.config, {**whole, "pre_bias": self._pre_bias().cpu()})
+        return SAE.of(self.config, {**whole, "pre_bias": self._pre_bias().cpu()})

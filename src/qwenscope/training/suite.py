@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from qwenscope.errors import TrainingError
-from qwenscope.lm.forward import RowSource
+from qwenscope.lm.model import RowSource
+from qwenscope.lm.sites import Site, hooked_sites
 from qwenscope.parallel.group import Group
 from qwenscope.parallel.owners import overlaps, owners, state_of
 from qwenscope.parallel.shard import shards
 from qwenscope.recipe import Recipe
+from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision
-from qwenscope.sae.topk import TopKSAE
 from qwenscope.training.building import build_trainer
 from qwenscope.training.trainer import StepMetrics
 
@@ -52,6 +53,7 @@ class Suite:
             precision: Per SAE what an earlier session settled on; the recipe's where it says nothing.
         """
         self._points, self._group = recipe.hook_points, group
+        self._sites = hooked_sites(recipe.hook_points)
         self._pieces = {piece.sae_id: piece for piece in owners(recipe, group.size)[group.rank]}
         self._trainers = {
             sae_id: build_trainer(recipe, lm, sae_id, precision.get(sae_id, recipe.training.precision), shard)
@@ -64,21 +66,21 @@ class Suite:
         """What the trainers of all ranks settled on."""
         return self._of_all(lambda: {sae_id: trainer.precision for sae_id, trainer in self._trainers.items()})
 
-    def calibrate(self, rows: Mapping[int, Tensor]) -> None:
-        """Fit every SAE to the first rows {layer: x_RD} of a run.
+    def calibrate(self, rows: Mapping[Site, Tensor]) -> None:
+        """Fit every SAE to the first rows {site: x_RD} of a run.
 
         Raises:
             TrainingError: on all ranks, if rows of one cannot be learnt from.
         """
         self._group.all_gather_object(lambda: self._check_rows(rows))
         for sae_id, trainer in self._trainers.items():
-            trainer.calibrate(rows[self._points[sae_id].layer])
+            trainer.calibrate(rows[self._sites[sae_id]])
 
-    def _check_rows(self, rows: Mapping[int, Tensor]) -> None:
+    def _check_rows(self, rows: Mapping[Site, Tensor]) -> None:
         for sae_id, trainer in self._trainers.items():
-            layer = self._points[sae_id].layer
-            spread, size = rows_spread(rows[layer])
-            of = f"{sae_id}: its {len(rows[layer]):,} calibration rows after layer {layer}"
+            site = self._sites[sae_id]
+            spread, size = rows_spread(rows[site])
+            of = f"{sae_id}: its {len(rows[site]):,} calibration rows at {site}"
             if spread <= 1e-6 * size:  # less is rounding
                 raise TrainingError(
                     f"{of} do not differ: nothing to learn from; raise training.calibration_tokens if it is small, "
@@ -101,10 +103,10 @@ class Suite:
         for sae_id, trainer in self._trainers.items():
             trainer.load_state_dict(state_of(self._pieces[sae_id], tensors))
 
-    def step(self, batch: Mapping[int, Tensor], step: int) -> None:
-        """One optimiser step of every SAE on {layer: x_BD}; `step` is its number, from 1."""
+    def step(self, batch: Mapping[Site, Tensor], step: int) -> None:
+        """One optimiser step of every SAE on {site: x_BD}; `step` is its number, from 1."""
         for sae_id, trainer in self._trainers.items():
-            self._last[sae_id] = metrics = trainer.step(batch[self._points[sae_id].layer])
+            self._last[sae_id] = metrics = trainer.step(batch[self._sites[sae_id]])
             self._finite.append((step, sae_id, metrics.finite))
 
     def check_finite(self) -> None:
@@ -148,7 +150,7 @@ class Suite:
         """{stem: tensors} for a checkpoint: the trainers' own tensors, not copies."""
         return {self._pieces[sae_id].stem: trainer.state_dict() for sae_id, trainer in self._trainers.items()}
 
-    def finished(self) -> Iterator[tuple[str, TopKSAE | None]]:
+    def finished(self) -> Iterator[tuple[str, SAE | None]]:
         """Each SAE of the run as it stands, in the recipe's order, whole on one rank and None on the others."""
         for sae_id in self._points:
             trainer = self._trainers.get(sae_id)

@@ -1,4 +1,4 @@
-"""Train one TopK SAE: `SAETrainer.step` is one optimizer step on plain tensors, without autograd.
+"""Train one SAE: `SAETrainer.step` is one optimizer step on plain tensors, without autograd.
 
 Loss (Gao et al. 2024, eq. 3 and section A.2, with a batch-relative reconstruction term):
 
@@ -12,7 +12,7 @@ Legend: B rows (tokens), D hidden, N latents, K active latents per row, M dead l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from qwenscope.errors import CheckpointError, TrainingError
 from qwenscope.sae import ops
+from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision, Selection, Selector, best_precision
-from qwenscope.sae.topk import TopKSAE
 from qwenscope.seeds import generator
+from qwenscope.training.active import ActiveLatents
 from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
-from qwenscope.training.gradients import Auxiliary, SparseGradient, k_largest, variance
+from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
 from qwenscope.training.optimizer import Adam, update
 from qwenscope.training.schedule import learning_rate
 from qwenscope.training.weights import PARAMETERS, Weights, master_dtype
@@ -82,7 +83,7 @@ class SAETrainer:
 
     def __init__(
         self,
-        sae: TopKSAE,
+        sae: SAE,
         lr: float,
         *,
         tokens: int | None = None,
@@ -124,7 +125,7 @@ class SAETrainer:
         self.precision: Precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
         self.normalise = normalise
         self.weights = self._take(sae, moments)
-        self._selector = Selector(sae.k, self.precision)
+        self.active = self._active(sae)
         self.centre_D = torch.zeros_like(self.weights["pre_bias"])
         self.rms = torch.ones_like(self.centre_D[0])
         if dead_after_tokens is None:
@@ -138,13 +139,16 @@ class SAETrainer:
         self._names: Tensor | None = None  # latents that the dead-latent loss works with
         self._listed = False
         self._lr = torch.zeros_like(self.rms)
-        self._step = torch.zeros((), device=self.device)
-        self.steps = 0
-        self.tokens_trained = 0
+        self._step = torch.zeros((), device=self.device, dtype=torch.float32)
+        self.steps = self.tokens_trained = 0
 
-    def _take(self, sae: TopKSAE, moments: torch.dtype | None) -> Weights:
+    def _take(self, sae: SAE, moments: torch.dtype | None) -> Weights:
         """Copies of the SAE's tensors, ready for training."""
         return Weights(sae, self.precision, moments)
+
+    def _active(self, sae: SAE) -> ActiveLatents:
+        """What selects the active latents."""
+        return ActiveLatents(sae.activation, self.weights, self.precision)
 
     def _new_pool(self, dict_size: int) -> ResamplingPool:
         """An empty pool that offers a direction for every fourth latent."""
@@ -180,8 +184,8 @@ class SAETrainer:
         target = fitted = torch.zeros_like(self.rms)
         for chunk in chunks:
             x = self._rows(chunk)[:]
-            values, indices = (x @ decoder.T).topk(self._selector.k, dim=1, sorted=False)
-            x_hat = self.weights.decode_exactly(indices, self._active(values.relu()))
+            active = self.active.of(x @ decoder.T)
+            x_hat = self.weights.decode_exactly(active.indices, active.values)
             target = target + (x * x_hat).sum()
             fitted = fitted + x_hat.square().sum()
         self.weights["encoder"].copy_(decoder * torch.where(fitted > 0, target / fitted, 1.0))
@@ -239,15 +243,14 @@ class SAETrainer:
         """
         weights, names, dead = self.weights, self._names, self.ages.dead().sum()
         rows = self._rows(x_BD)
-        selection = self._selector(rows, weights["encoder"], weights.encoder, weights["encoder_bias"], names)
-        selection = replace(selection, values=self._active(selection.values))
+        selection = self.active.select(rows, names)
         x_hat = weights.decode(selection.indices, selection.values)
         error = x_hat.sub_(rows)
         loss_B, whole = error.squares(), variance(rows)
         fvu = loss_B.sum() / whole
         auxiliary = None
         if names is not None and selection.named is not None:
-            kept_BM = self._aux_kept(selection.named)
+            kept_BM = self.active.largest(selection.named, self.aux_k)
             auxiliary = Auxiliary.of(weights, rows, error, selection.named, kept_BM, names, self.aux_coefficient)
         aux_loss = auxiliary.loss if auxiliary else torch.zeros_like(fvu)
         loss = fvu + self.aux_coefficient * aux_loss
@@ -258,6 +261,7 @@ class SAETrainer:
         adam = Adam(self._lr, self.betas, self.eps, self._step)
         norm = update(weights, gradient, adam, self.clip_norm, finite)
         self.ages.update(gradient.fired, len(x_BD), finite)
+        self.active.follow(selection.values, self._step, finite)
         if weights.eight_bits and self._share_redone(selection) > REDONE_SHARE and finite:
             weights.shadow(self.precision, eight_bits=False)
         metrics = {
@@ -270,17 +274,6 @@ class SAETrainer:
             "finite": finite,
         }
         return metrics, gradient, loss_B
-
-    def _active(self, values_BK: Tensor) -> Tensor:
-        """Each row's K largest pre-activations after ReLU -> the latents' values, 0 for those that stay silent.
-
-        TopK keeps all of them.
-        """
-        return values_BK
-
-    def _aux_kept(self, pre_BM: Tensor) -> Tensor:
-        """Which pre-activations of dead latents the dead-latent loss decodes -> bool [B, M]."""
-        return k_largest(pre_BM, self.aux_k)
 
     def _share_redone(self, selection: Selection) -> float:
         """The share of a batch's rows whose candidates had no certificate, so that they were selected again."""
@@ -314,16 +307,16 @@ class SAETrainer:
         self.weights.restart(latents, directions_LD, encoder_norm)
         self.ages.tokens_N[latents] = 0
 
-    def sae(self) -> TopKSAE:
+    def sae(self) -> SAE:
         """A copy of the SAE as it stands, on the trainer's device: unit-norm decoder columns, normalisation folded in.
 
         With x' = (x - centre) / rms, latents scale by rms: W_enc stays, encoder.bias and pre_bias are in x's own units.
         """
         parts = dict(self._by_latent())
         parts["decoder.weight"] = parts["decoder.weight"].T
-        return TopKSAE.of(self.config, {**parts, "pre_bias": self._pre_bias()})
+        return SAE.of(self.config, {**parts, "pre_bias": self._pre_bias()})
 
-    def collect(self) -> TopKSAE | None:
+    def collect(self) -> SAE | None:
         """As `sae`; None where another process collects the SAE."""
         return self.sae()
 
@@ -332,6 +325,8 @@ class SAETrainer:
         yield "encoder.weight", self.weights["encoder"].to(torch.float32, copy=True)
         yield "encoder.bias", (self.weights["encoder_bias"] * self.rms).float()
         yield "decoder.weight", torch.nn.functional.normalize(self.weights["decoder"], dim=1).float()
+        if self.active.activation.has_threshold:
+            yield "threshold", (self.active.threshold * self.rms).float().repeat(self.weights.latents)
 
     def _pre_bias(self) -> Tensor:
         return (self.centre_D + self.rms * self.weights["pre_bias"]).float()
@@ -351,6 +346,8 @@ class SAETrainer:
             state[name] = self.weights[name]
             state[f"{name}.mean"] = self.weights.means[name]
             state[f"{name}.square"] = self.weights.squares[name]
+        if self.active.activation.has_threshold:
+            state["threshold"] = self.active.threshold
         if self.pool is not None:
             state["pool.rows"] = self.pool.rows_PD
             state["pool.loss"] = self.pool.loss_P
@@ -387,7 +384,7 @@ class SAETrainer:
             own[name].copy_(state[name])
         self._listed = False
         self.weights.shadow(precision, bool(eight_bits))
-        self._selector = Selector(self._selector.k, precision)
+        self.active.selector = Selector(self.active.selector.k, precision)
 
 
 def _check(**possible: bool) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from qwenscope.sae import ops
 from qwenscope.sae.eight_bit import EightBit
+from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision, eight_bits_pay
-from qwenscope.sae.topk import TopKSAE
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "pre_bias")
 
 
-def master_dtype(sae: TopKSAE) -> torch.dtype:
+def master_dtype(sae: SAE) -> torch.dtype:
     """What an SAE is trained in: float64 if it is of that, else float32."""
     return torch.float64 if sae.pre_bias.dtype == torch.float64 else torch.float32
 
@@ -31,7 +31,7 @@ class Weights:
     multiplies so, or in 8-bit integers; the caller refreshes them with `refresh` after each change.
     """
 
-    def __init__(self, sae: TopKSAE, precision: Precision, moments: torch.dtype | None) -> None:
+    def __init__(self, sae: SAE, precision: Precision, moments: torch.dtype | None) -> None:
         dtype = master_dtype(sae)
         self.parameters: dict[str, Tensor] = {
             "encoder": sae.encoder.weight.detach().to(dtype, copy=True).contiguous(),

@@ -8,7 +8,8 @@ from typing import Any
 
 from qwenscope.errors import FormatError
 from qwenscope.features.browser.server import page_files
-from qwenscope.features.store import Index, pack
+from qwenscope.features.form import pack
+from qwenscope.features.store import Index
 from qwenscope.files import whole_folder
 
 SHARD = 16

@@ -1,52 +1,40 @@
 """The feature browser: an index, a page and, on request, the language model, served on this machine alone.
 
 What the page may do is fixed by the Content-Security-Policy: scripts and styles from here, connections to here, nothing
-inline. Requests under a foreign Host name (DNS rebinding) and writes from a foreign Origin are refused.
+inline. Requests under a foreign Host name (DNS rebinding) and writes from a foreign Origin are refused. Only requests
+that run the language model wait for it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
-import logging
-import socket
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from qwenscope.errors import FormatError, QwenscopeError
+from qwenscope.features.browser.edge import Guard, body_of, checked_text
+from qwenscope.features.browser.listening import Server, listener_on
+from qwenscope.features.browser.model_thread import BusyError, Job
 from qwenscope.features.browser.notes import Notes
 from qwenscope.features.browser.running import Runner
 from qwenscope.features.store import Index, MissingLatentError
 
-logger = logging.getLogger(__name__)
-
-HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
-BODY_LIMIT = 64 << 10
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-HEADERS = {
-    "Content-Security-Policy": POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",
-}
+SEARCH_LIMIT = 1000
+RETRY_SECONDS = 5
 
 
 def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | None = None) -> None:
@@ -58,30 +46,34 @@ def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | No
         on_ready: called with the address once it takes connections.
 
     Raises:
-        FormatError: no index, or the port is taken.
+        FormatError: no index, a damaged one, or the port is taken.
     """
-    app = make_app(index)
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-            listener.listen()  # who connects as soon as the address is out waits instead of being refused
-        except (OSError, OverflowError) as error:
-            raise FormatError(f"port {port} cannot be used ({error}); choose another with --port") from None
+    opened = Index(index)
+    runner = Runner(opened)
+    try:
+        listener = listener_on(port)
+    except (OSError, OverflowError) as error:
+        raise FormatError(f"port {port} cannot be used ({error}); choose another with --port") from None
+    with closing(listener):
         if on_ready is not None:
             on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+        try:
+            Server(make_app(opened, runner), runner.close).run(sockets=[listener])
+        finally:
+            gc.freeze()  # the interpreter's last search for garbage would take seconds among so many modules
+            if not runner.close():  # it loads a model, say: nothing that can be interrupted, nor that anybody waits for
+                os._exit(130)
 
 
-def make_app(index: Path | Index) -> ASGIApp:
+def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
     """The application alone, for any ASGI server bound to loopback.
 
     Raises:
-        FormatError: no index.
+        FormatError: no index, or a damaged one.
     """
     opened = index if isinstance(index, Index) else Index(index)
-    routes = _Routes(opened)
-    return _Guard(
+    routes = _Routes(opened, runner or Runner(opened))
+    return Guard(
         Starlette(
             routes=[
                 Route("/", routes.page),
@@ -90,13 +82,18 @@ def make_app(index: Path | Index) -> ASGIApp:
                 Route("/api/search", routes.search),
                 Route("/api/sae/{sae}", routes.table),
                 Route("/api/labels/{sae}", routes.labels),
-                Route("/api/latent/{sae}/{latent:int}", routes.latent),
+                Route("/api/latent/{sae}/{latent}", routes.latent),
                 Route("/api/notes", routes.notes),
-                Route("/api/notes/{sae}/{latent:int}", routes.put_note, methods=["PUT"]),
+                Route("/api/notes/{sae}/{latent}", routes.put_note, methods=["PUT"]),
                 Route("/api/read", routes.read, methods=["POST"]),
                 Route("/api/steer", routes.steer, methods=["POST"]),
             ],
-            exception_handlers={MissingLatentError: _not_found, QwenscopeError: _refused},
+            exception_handlers={
+                MissingLatentError: _refused(404),
+                BusyError: _refused(503, {"Retry-After": str(RETRY_SECONDS)}),
+                QwenscopeError: _refused(400),
+                ClientDisconnect: _refused(400),  # read by nobody
+            },
         )
     )
 
@@ -108,22 +105,27 @@ def page_files() -> dict[str, bytes]:
 
 
 class _Routes:
-    """One method per route; file names are looked up in a table, so that no path reaches the disk."""
+    """One method per route; file names are looked up in a table, so that no path reaches the disk.
 
-    def __init__(self, index: Index) -> None:
+    What is in memory is answered in the event loop, what reads SQLite in a thread of the pool, and what runs the
+    language model waits in the event loop for the model's own thread.
+    """
+
+    def __init__(self, index: Index, runner: Runner) -> None:
         self._index = index
         self._files = page_files()
+        self._suite = _json({**index.suite(), "live": Runner.possible(index.folder)}).body
         self._notes = Notes(index.folder)
-        self._runner = Runner(index)
+        self._runner = runner
 
-    def page(self, request: Request) -> Response:
+    async def page(self, request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         if name not in self._files:
             return JSONResponse({"error": f"there is no page {name}"}, 404)
         return Response(self._files[name], media_type=TYPES[Path(name).suffix])
 
-    def suite(self, _request: Request) -> Response:
-        return _json({**self._index.suite(), "live": Runner.possible(self._index.folder)})
+    async def suite(self, _request: Request) -> Response:
+        return Response(self._suite, media_type="application/json")
 
     def table(self, request: Request) -> Response:
         blob = self._index.packed_table(request.path_params["sae"])
@@ -133,18 +135,20 @@ class _Routes:
         return _json(self._index.labels(request.path_params["sae"]))
 
     def latent(self, request: Request) -> Response:
-        return _json(self._index.latent(request.path_params["sae"], request.path_params["latent"]))
+        return _json(self._index.latent(request.path_params["sae"], _number(request)))
 
     def search(self, request: Request) -> Response:
-        text = request.query_params.get("q", "")[:200]
+        text = checked_text(request.query_params.get("q", ""))
+        if len(text) > SEARCH_LIMIT:
+            raise FormatError(f"a search has at most {SEARCH_LIMIT:,} characters, not {len(text):,}")
         return _json(self._index.search(text, sae_id=request.query_params.get("sae") or None))
 
     def notes(self, _request: Request) -> Response:
         return _json(self._notes.all())
 
     async def put_note(self, request: Request) -> Response:
-        sae, latent = request.path_params["sae"], request.path_params["latent"]
-        asked = await _body(request)
+        sae, latent = request.path_params["sae"], _number(request)
+        asked = await body_of(request)
         note, bookmarked = asked.get("note"), asked.get("bookmarked")
         if not isinstance(note, str) or not isinstance(bookmarked, bool):
             raise FormatError("a note is {note: text, bookmarked: true or false}")
@@ -153,97 +157,77 @@ class _Routes:
         return _json({})
 
     async def read(self, request: Request) -> Response:
-        asked = await _body(request)
-        return _json(await run_in_threadpool(self._runner.read, asked.get("text"), asked.get("chat") is True))
+        asked = await body_of(request)
+        job = self._runner.read(asked.get("text"), asked.get("chat") is True)
+        return Response(await _first(request, job), media_type="application/json")
 
     async def steer(self, request: Request) -> Response:
         """Newline-delimited JSON, piece by piece; an error after the first piece is a last line with `error`."""
-        asked = await _body(request)
-        pieces = self._runner.steer(asked)
-        first = await run_in_threadpool(next, pieces)
-
-        def lines() -> Iterator[str]:
-            yield json.dumps(first) + "\n"
-            try:
-                for piece in pieces:
-                    yield json.dumps(piece) + "\n"
-            except QwenscopeError as error:
-                yield json.dumps({"error": str(error)}) + "\n"
-
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        job = self._runner.steer(await body_of(request))
+        return _Lines(await _first(request, job), job)
 
 
-class _Guard:
-    """Checks Host, Origin and Content-Type of every request and adds the headers to every response."""
+class _Lines(StreamingResponse):
+    """A job's pieces as they come; however the response ends, the job does."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, first: str, job: Job) -> None:
+        self._job = job
+        super().__init__(_lines(first, job), media_type="application/x-ndjson")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        problem = _problem(scope["method"], Headers(scope=scope))
-        if problem is not None:
-            await JSONResponse({"error": problem}, 403)(scope, receive, send_guarded)
-        else:
-            await self._app(scope, receive, send_guarded)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()
 
 
-def _problem(method: str, headers: Headers) -> str | None:
-    """Why a request is refused; None if it is not."""
-    hosts = headers.getlist("host")
-    if len(hosts) != 1 or _host_name(f"http://{hosts[0]}") not in HOSTS:
-        return "this server answers under 127.0.0.1 and localhost only"
-    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        return "requests from other sites are refused"
-    if method in ("GET", "HEAD"):
-        return None
-    origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != hosts[0]:
-        return "writes from other origins are refused"
-    if headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        return "send application/json"
-    return None
-
-
-def _host_name(url: str) -> str | None:
+async def _lines(first: str, job: Job) -> AsyncIterator[str]:
+    yield first
     try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
+        async for piece in job:
+            yield piece
+    except QwenscopeError as error:
+        yield json.dumps({"error": str(error)}) + "\n"
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object of a request, read no further than BODY_LIMIT."""
-    raw = b""
-    async for piece in request.stream():
-        raw += piece
-        if len(raw) > BODY_LIMIT:
-            raise FormatError(f"a request has at most {BODY_LIMIT:,} bytes")
+async def _first(request: Request, job: Job) -> str:
+    """A job's first piece.
+
+    Raises:
+        ClientDisconnect: whoever asked went away; the job is cancelled.
+    """
+    piece, gone = asyncio.ensure_future(anext(job)), asyncio.ensure_future(request.receive())
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise FormatError("the request is not JSON") from None
-    if not isinstance(value, dict):
-        raise FormatError("the request is not a JSON object")
-    return value
+        await asyncio.wait({piece, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not piece.done():  # the body has been read, so that all that can be received is the disconnection
+            raise ClientDisconnect
+        return piece.result()
+    except BaseException:
+        job.cancel()
+        raise
+    finally:
+        piece.cancel()
+        gone.cancel()
+
+
+def _number(request: Request) -> int:
+    """The latent of a route; one that is no number is none of the index."""
+    digits = request.path_params["latent"]
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+        raise MissingLatentError(f"{request.path_params['sae']} has no latent {digits[:20]}")
+    return int(digits)
 
 
 def _json(value: Any) -> Response:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Response(text, media_type="application/json")
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return Response(text, media_type="application/json")
+    except ValueError as error:  # NaN, or half a surrogate pair, from a file that was not written here
+        raise FormatError(f"the index holds what cannot be shown ({error}); build it again") from None
 
 
-def _not_found(_request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 404)
+def _refused(status: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], Response]:
+    def answer(_request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": str(error)}, status, headers)
 
-
-def _refused(_request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 400)
+    return answer

@@ -8,50 +8,75 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from qwenscope.checksums import write_checksums
 from qwenscope.errors import FormatError
 from qwenscope.files import whole_folder
 from qwenscope.hub import check_repo_id, download
+from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE, check_inside, check_sae_id, join_below
 from qwenscope.sae.formats import dictionary_learning, neuronpedia, published, qwen_scope, saelens, sparsify
 from qwenscope.sae.formats.common import Parts, build
-from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, check_inside, check_sae_id, iterate_suite
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.loading import iterate_suite
+from qwenscope.sae.sae import SAE
 
-log = logging.getLogger(__name__)
-
-Entry = TypeVar("Entry")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Importer:
-    """How SAEs of one format are found and read."""
+class Format:
+    """How SAEs of one format are found, read and written."""
 
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
     """Names (or glob patterns) of one SAE's files; the first tells where an SAE is."""
-    read: Callable[[Path, str], Parts]
-    """(path of the first file, name of the folder or repository) -> the SAE."""
+    read: Callable[[Path, str], Parts] | None = None
+    """(path of the first file, name of the folder or repository) -> the SAE; None: not to be imported from."""
+    write: Callable[[SAE, str, Path], object] | None = None
+    """(SAE, its id, the export's folder); None: not to be exported to."""
+    activations: tuple[str, ...] | None = None
+    """Those that can be written in it; None: any."""
 
 
-EXPORTERS: dict[str, Callable[[TopKSAE, str, Path], object]] = {
-    "saelens": lambda sae, sae_id, out: saelens.write(sae, out / sae_id),
-    "sparsify": lambda sae, sae_id, out: sparsify.write(sae, out / sae_id),
-    "dictionary_learning": lambda sae, sae_id, out: dictionary_learning.write(sae, out / sae_id),
-    "neuronpedia": neuronpedia.write,
-}
-IMPORTERS: dict[str, Importer] = {
-    "saelens": Importer((saelens.WEIGHTS, saelens.CONFIG), lambda path, _: saelens.read(path.parent)),
-    "sparsify": Importer((sparsify.WEIGHTS, sparsify.CONFIG), lambda path, _: sparsify.read(path.parent)),
-    "dictionary_learning": Importer(
-        (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG), lambda path, _: dictionary_learning.read(path.parent)
+FORMATS: dict[str, Format] = {
+    "saelens": Format(
+        (saelens.WEIGHTS, saelens.CONFIG),
+        lambda path, _: saelens.read(path.parent),
+        lambda sae, sae_id, out: saelens.write(sae, join_below(out, sae_id)),
+        tuple(saelens.ARCHITECTURES),
     ),
-    "qwen-scope": Importer(("layer*.sae.pt",), qwen_scope.read),
-    "qwenscope": Importer((WEIGHTS_FILE, CONFIG_FILE), lambda path, _: published.read(path.parent)),
+    "sparsify": Format(
+        (sparsify.WEIGHTS, sparsify.CONFIG),
+        lambda path, _: sparsify.read(path.parent),
+        lambda sae, sae_id, out: sparsify.write(sae, join_below(out, sae_id)),
+        sparsify.ACTIVATIONS,
+    ),
+    "dictionary_learning": Format(
+        (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG),
+        lambda path, _: dictionary_learning.read(path.parent),
+        lambda sae, sae_id, out: dictionary_learning.write(sae, join_below(out, sae_id)),
+        dictionary_learning.ACTIVATIONS,
+    ),
+    "neuronpedia": Format(write=neuronpedia.write),
+    "qwen-scope": Format(("layer*.sae.pt",), qwen_scope.read),
+    "qwenscope": Format((WEIGHTS_FILE, CONFIG_FILE), lambda path, _: published.read(path.parent)),
 }
+EXPORTS = tuple(name for name, known in FORMATS.items() if known.write)
+IMPORTS = tuple(name for name, known in FORMATS.items() if known.read)
+
+
+def export_sae(sae: SAE, sae_id: str, to: str, out: Path) -> None:
+    """Write one SAE in another library's format, below `out`.
+
+    Raises:
+        FormatError: no such format, an activation that it does not have, or names that would lead out of `out`.
+    """
+    write, known = _known(to, EXPORTS, "exported to").write, FORMATS[to].activations
+    assert write is not None
+    if known is not None and sae.activation.name not in known:
+        raise FormatError(f"{sae_id}: {to} has no activation {sae.activation.name}, only {', '.join(known)}")
+    write(sae, sae_id, out)
 
 
 def export_suite(target: str | Path, to: str, out: Path) -> None:
@@ -59,17 +84,17 @@ def export_suite(target: str | Path, to: str, out: Path) -> None:
 
     Args:
         target: what `load_suite` takes.
-        to: a key of `EXPORTERS`.
+        to: one of `EXPORTS`.
         out: a new or empty folder.
 
     Raises:
-        FormatError: no such format, no SAE in `target`, or `out` is not empty.
+        FormatError: as `export_sae`; no SAE in `target`, or `out` is not empty.
     """
-    write = _lookup(EXPORTERS, to, "exported to")
+    _known(to, EXPORTS, "exported to")
     with whole_folder(out) as temporary:
         for sae_id, sae in iterate_suite(target):
             sae.config.setdefault("sae_id", sae_id)
-            write(sae, sae_id, temporary)
+            export_sae(sae, sae_id, to, temporary)
 
 
 def import_suite(source: str | Path, origin: str, out: Path) -> None:
@@ -77,21 +102,22 @@ def import_suite(source: str | Path, origin: str, out: Path) -> None:
 
     Args:
         source: a folder (searched whole), one file, `org/name` on the Hub, or `org/name/path` for a part of it.
-        origin: a key of `IMPORTERS`.
+        origin: one of `IMPORTS`.
         out: a new or empty folder.
 
     Raises:
-        FormatError: no such format, nothing found, a file that is damaged or hostile, or an SAE that a TopK SAE
-            cannot represent; then nothing is written.
+        FormatError: no such format, nothing found, a file that is damaged or hostile, or an SAE that
+            cannot be represented; then nothing is written.
         HubError: no such repository, or the Hub stays out of reach.
     """
-    importer = _lookup(IMPORTERS, origin, "imported from")
-    root, name = _fetch(str(source), importer)
+    read, files = _known(origin, IMPORTS, "imported from").read, FORMATS[origin].files
+    assert read is not None
+    root, name = _fetch(str(source), files)
     seen: set[str] = set()
     with whole_folder(out) as temporary:
-        for path in _find(root, importer):
-            check_inside((path, *(path.parent / other for other in importer.files[1:])), root)
-            parts = importer.read(path, name)
+        for path in _find(root, files[0]):
+            check_inside((path, *(path.parent / other for other in files[1:])), root)
+            parts = read(path, name)
             sae_id = check_sae_id(parts.config.get("sae_id") or _name_of(path, root, name))
             if sae_id in seen:
                 raise FormatError(f"{source} holds two SAEs called {sae_id}; import their folders one by one")
@@ -99,19 +125,19 @@ def import_suite(source: str | Path, origin: str, out: Path) -> None:
             sae = build(parts, origin)
             sae.config["sae_id"] = sae_id
             sae.save(temporary / sae_id)
-            log.info("imported %s", sae_id)
+            logger.info("imported %s", sae_id)
         if not seen:
-            raise FormatError(f"{source} holds no {importer.files[0]}; is it of the format {origin}?")
+            raise FormatError(f"{source} holds no {files[0]}; is it of the format {origin}?")
         write_checksums(temporary)
 
 
-def _lookup(registry: Mapping[str, Entry], name: str, verb: str) -> Entry:
-    if name not in registry:
-        raise FormatError(f"SAEs cannot be {verb} {name!r}; choose one of {', '.join(registry)}")
-    return registry[name]
+def _known(name: str, names: tuple[str, ...], verb: str) -> Format:
+    if name not in names:
+        raise FormatError(f"SAEs cannot be {verb} {name!r}; choose one of {', '.join(names)}")
+    return FORMATS[name]
 
 
-def _fetch(source: str, importer: Importer) -> tuple[Path, str]:
+def _fetch(source: str, files: tuple[str, ...]) -> tuple[Path, str]:
     """The local folder or file to search, and a text that holds the repository's name."""
     local = Path(source)
     if local.exists():
@@ -122,19 +148,19 @@ def _fetch(source: str, importer: Importer) -> tuple[Path, str]:
     if ".." in inside.split("/"):
         raise FormatError(f"{source}: a path inside a repository has no '..'")
     prefix = f"{inside.rstrip('/')}/" if inside else ""
-    patterns = [f"{prefix}{pattern}" for file in importer.files for pattern in (file, f"*/{file}")]
+    patterns = [f"{prefix}{pattern}" for file in files for pattern in (file, f"*/{file}")]
     root = download(repo, None, [inside, *patterns] if inside else patterns)
     return root / inside, repo
 
 
-def _find(root: Path, importer: Importer) -> Iterator[Path]:
+def _find(root: Path, marker: str) -> Iterator[Path]:
     """Files that mark an SAE, sorted."""
     if root.is_file():
-        if not root.match(importer.files[0]):
-            raise FormatError(f"{root} is not named {importer.files[0]}")
+        if not root.match(marker):
+            raise FormatError(f"{root} is not named {marker}")
         yield root
     else:
-        yield from sorted(path for path in root.rglob(importer.files[0]) if path.is_file())
+        yield from sorted(path for path in root.rglob(marker) if path.is_file())
 
 
 def _name_of(path: Path, root: Path, name: str) -> str:

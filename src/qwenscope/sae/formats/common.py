@@ -18,8 +18,9 @@ from torch import Tensor
 
 from qwenscope.errors import FormatError
 from qwenscope.files import atomic_path
-from qwenscope.sae.loading import check_finite, check_sae_id
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.activation import ACTIVATIONS, TopK
+from qwenscope.sae.files import check_config, check_finite
+from qwenscope.sae.sae import SAE
 
 _UNIT_TOLERANCE = 1e-4
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -27,9 +28,9 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass
 class Parts:
-    """An SAE in canonical orientation, as read from a file and before it becomes a `TopKSAE`.
+    """An SAE in canonical orientation, as read from a file and before it becomes an `SAE`.
 
-    latents = TopK(ReLU(encoder_ND (x - pre_bias_D) + bias_N)); reconstruction = latents decoder_ND + pre_bias_D.
+    latents = activation(encoder_ND (x - pre_bias_D) + bias_N); reconstruction = latents decoder_ND + pre_bias_D.
     """
 
     where: Path
@@ -38,11 +39,19 @@ class Parts:
     bias_N: Tensor
     decoder_ND: Tensor
     pre_bias_D: Tensor
-    k: int
+    k: int | None
+    """None where the format has none: then every latent may be active at once."""
     config: dict[str, Any] = field(default_factory=dict)
     """Keys to keep beside the three sizes."""
+    activation: str = TopK.name
+    threshold_N: Tensor | None = None
     changed: list[str] = field(default_factory=list)
     """Exact re-parametrisations that were applied; each rounds weights by at most half a float32 unit."""
+    stored: list[str] = field(init=False)
+    """Dtypes of the matrices in the file."""
+
+    def __post_init__(self) -> None:
+        self.stored = sorted({str(value.dtype).removeprefix("torch.") for value in (self.encoder_ND, self.decoder_ND)})
 
 
 def subtract_pre_bias(parts: Parts) -> None:
@@ -53,7 +62,7 @@ def subtract_pre_bias(parts: Parts) -> None:
 
 
 def fold_decoder_norms(parts: Parts) -> None:
-    """From a TopK over pre-activations times decoder norms to ours: the norms move into the encoder.
+    """From a selection by pre-activations times decoder norms to ours: the norms move into the encoder.
 
     The selection acted on the scaled pre-activations, so nothing about the codes changes but their unit.
     """
@@ -66,44 +75,49 @@ def fold_decoder_norms(parts: Parts) -> None:
     parts.changed.append("encoder rows and biases take in the decoder norms (rescale_acts_by_decoder_norm)")
 
 
-def build(parts: Parts, origin: str) -> TopKSAE:
-    """The `TopKSAE` of `parts`: float32, shapes checked, weights otherwise kept bit for bit.
+def build(parts: Parts, origin: str) -> SAE:
+    """The `SAE` of `parts`: float32, shapes checked, weights otherwise kept bit for bit.
 
-    Decoder directions of another norm than 1 stay as they are, for TopK compares pre-activations, and rescaling them
-    would change which latents are active; `decoder_unit_norm: false` in the configuration says so.
+    Decoder directions of another norm than 1 stay as they are, for the activation compares pre-activations, and
+    rescaling them would change which latents are active; `decoder_unit_norm: false` in the configuration says so.
 
     Raises:
-        FormatError: shapes that do not fit each other, or an impossible k.
+        FormatError: shapes that do not fit each other, an impossible k, or keys that no configuration can have.
     """
     dict_size, hidden_dim = parts.encoder_ND.shape
     shapes = {"encoder bias": (parts.bias_N, (dict_size,)), "decoder": (parts.decoder_ND, (dict_size, hidden_dim))}
-    for name, (tensor, shape) in (shapes | {"decoder bias": (parts.pre_bias_D, (hidden_dim,))}).items():
+    shapes["decoder bias"] = (parts.pre_bias_D, (hidden_dim,))
+    if parts.threshold_N is not None:
+        shapes["threshold"] = (parts.threshold_N, (dict_size,))
+    for name, (tensor, shape) in shapes.items():
         if tuple(tensor.shape) != shape:
             raise FormatError(
                 f"{parts.where}: {name} has shape {list(tensor.shape)}, not {list(shape)} as the encoder implies"
             )
-    stored = {str(value.dtype).removeprefix("torch.") for value in (parts.encoder_ND, parts.decoder_ND)}
-    if parts.k > dict_size:
-        raise FormatError(f"{parts.where}: k {parts.k} exceeds the {dict_size} latents")
-    with torch.device("meta"):
-        sae = TopKSAE(hidden_dim, dict_size, parts.k)
-    state = {
+    k = dict_size if parts.k is None else parts.k
+    if k > dict_size:
+        raise FormatError(f"{parts.where}: k {k} exceeds the {dict_size} latents")
+    config: dict[str, Any] = {"hidden_dim": hidden_dim, "dict_size": dict_size, "k": k}
+    if parts.activation != TopK.name:
+        config["activation"] = parts.activation
+    imported: dict[str, Any] = {"from": origin}
+    if parts.stored != ["float32"]:
+        imported["stored_dtype"] = ", ".join(parts.stored)
+    if parts.changed:
+        imported["changed"] = parts.changed
+    ours = "hidden_dim" in parts.config and len(imported) == 1
+    config |= parts.config | ({} if ours else {"imported": imported})
+    if bool((parts.decoder_ND.float().norm(dim=1) - 1).abs().max() > _UNIT_TOLERANCE):
+        config["decoder_unit_norm"] = False
+    weights = {
         "encoder.weight": parts.encoder_ND.float().contiguous(),
         "encoder.bias": parts.bias_N.float().contiguous(),
         "decoder.weight": parts.decoder_ND.float().contiguous().T,
         "pre_bias": parts.pre_bias_D.float().contiguous(),
     }
-    sae.load_state_dict(state, assign=True)
-    imported: dict[str, Any] = {"from": origin}
-    if stored != {"float32"}:
-        imported["stored_dtype"] = ", ".join(sorted(stored))
-    if parts.changed:
-        imported["changed"] = parts.changed
-    ours = "hidden_dim" in parts.config and len(imported) == 1
-    sae.config |= parts.config | ({} if ours else {"imported": imported})
-    if bool((parts.decoder_ND.float().norm(dim=1) - 1).abs().max() > _UNIT_TOLERANCE):
-        sae.config["decoder_unit_norm"] = False
-    return sae
+    if parts.threshold_N is not None:
+        weights["threshold"] = parts.threshold_N.float().contiguous()
+    return SAE.of(check_config(parts.where, config), weights)
 
 
 def read_pickle(path: Path, names: Mapping[str, int]) -> dict[str, Tensor]:
@@ -138,7 +152,7 @@ def read_tensors(path: Path, names: Mapping[str, int]) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a whole safetensors file ({error}); download it again") from None
     if extra := sorted(set(tensors) - set(names)):
-        raise FormatError(f"{path}: tensor {extra[0]} cannot be represented by a TopK SAE")
+        raise FormatError(f"{path}: tensor {extra[0]} cannot be represented here")
     _check_tensors(path, tensors, names)
     return tensors
 
@@ -155,10 +169,10 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], names: Mapping[str
 
 
 def refuse_unless(path: Path, config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """FormatError naming the first key of `config` whose value a TopK SAE cannot represent (absent keys pass)."""
+    """FormatError naming the first key of `config` whose value cannot be represented (absent keys pass)."""
     for key, values in allowed.items():
         if key in config and config[key] not in values:
-            raise FormatError(f"{path}: {key}={config[key]!r} cannot be represented by a TopK SAE; refused")
+            raise FormatError(f"{path}: {key}={config[key]!r} cannot be represented here; refused")
 
 
 def whole_number(path: Path, config: Mapping[str, Any], key: str) -> int:
@@ -170,12 +184,20 @@ def whole_number(path: Path, config: Mapping[str, Any], key: str) -> int:
 
 
 def carried_config(parts: Parts, carried: Any) -> dict[str, Any]:
-    """Our own configuration that an export of ours carries along, if it is one of this very SAE."""
-    sizes = (parts.encoder_ND.shape[1], parts.encoder_ND.shape[0], parts.k)
-    if not isinstance(carried, dict) or tuple(carried.get(key) for key in ("hidden_dim", "dict_size", "k")) != sizes:
+    """Our own configuration that an export of ours carries along, if it is one of this very SAE.
+
+    `parts` takes k from it where the format has none, and the activation where it stands under a kin's name.
+    """
+    sizes = {"hidden_dim": parts.encoder_ND.shape[1], "dict_size": parts.encoder_ND.shape[0]}
+    if parts.k is not None:
+        sizes["k"] = parts.k
+    if not isinstance(carried, dict) or any(carried.get(key) != value for key, value in sizes.items()):
         return {}
-    if "sae_id" in carried:
-        check_sae_id(carried["sae_id"])
+    carried = check_config(parts.where, dict(carried))
+    activation = carried.get("activation", TopK.name)
+    if ACTIVATIONS[activation].has_threshold != (parts.threshold_N is not None):
+        return {}
+    parts.activation, parts.k = activation, carried["k"]
     return dict(carried)
 
 

@@ -20,7 +20,8 @@ from torch.nn.functional import normalize
 
 from qwenscope.errors import FormatError
 from qwenscope.files import atomic_path
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.files import join_below
+from qwenscope.sae.sae import SAE
 
 BATCH = 1024  # features per file, as in Neuronpedia's own exports
 _NEAREST = 10
@@ -28,7 +29,7 @@ _CREATOR = "clkht01d40000jv08hvalcvly"  # the default creator of Neuronpedia's p
 
 
 def write(
-    sae: TopKSAE, sae_id: str, exports: Path, describe: Callable[[int], dict[str, Any]] | None = None
+    sae: SAE, sae_id: str, exports: Path, describe: Callable[[int], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """Write one SAE below `exports/v1`.
 
@@ -42,20 +43,21 @@ def write(
         The keys that name model, source and creator in every record.
 
     Raises:
-        FormatError: the SAE's configuration does not say of which model and layer it is.
+        FormatError: the SAE's configuration does not say of which model and layer it is, or they make no folder's name.
     """
     config = sae.config
     if "model" not in config or "layer" not in config:
         raise FormatError(f"{sae_id}: Neuronpedia needs the keys model and layer in its {sorted(config)}; add them")
     model, source_set = str(config["model"]).rsplit("/", 1)[-1].lower(), f"qwenscope-{sae_id}"
     source = f"{config['layer']}-{source_set}"
-    folder = exports / "v1" / model / source
+    folder = join_below(exports, "v1", model, source)
     (folder / "features").mkdir(parents=True)
     owner = {"modelId": model, "creatorId": _CREATOR}
     write_lines(folder / "model.jsonl", [{"id": model, "creatorId": _CREATOR, "displayName": config["model"]}])
     release = {"name": "qwenscope", "description": "TopK SAEs trained with qwenscope", "creatorName": "qwenscope"}
     write_lines(folder / "release.jsonl", [{**release, "creatorId": _CREATOR}])
-    about = f"TopK, {sae.dict_size:,} latents, k={sae.k}, residual stream after layer {config['layer']}"
+    kind, layer = type(sae.activation).__name__, config["layer"]
+    about = f"{kind}, {sae.dict_size:,} latents, k={sae.k}, residual stream after layer {layer}"
     write_lines(
         folder / "sourceset.jsonl",
         [{**owner, "name": source_set, "description": about, "releaseName": "qwenscope", "creatorName": "qwenscope"}],
@@ -71,7 +73,7 @@ def write(
 
 
 def _features(
-    sae: TopKSAE, shared: dict[str, Any], describe: Callable[[int], dict[str, Any]] | None
+    sae: SAE, shared: dict[str, Any], describe: Callable[[int], dict[str, Any]] | None
 ) -> Iterator[dict[str, Any]]:
     """One record per latent."""
     directions_ND: Tensor = normalize(sae.decoder.weight.detach().T, dim=1)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qwenscope.sae.activation import TopK
+from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE, read_config, read_safetensors, weight_shapes
 from qwenscope.sae.formats.common import Parts
-from qwenscope.sae.loading import CONFIG_FILE, WEIGHTS_FILE, read_config, read_safetensors, weight_shapes
 
 _DTYPES = ("F32", "BF16", "F16", "F64")
 
@@ -20,8 +21,7 @@ def read(folder: Path) -> Parts:
         FormatError: a file is missing, damaged, or does not fit the configuration.
     """
     config = read_config(folder / CONFIG_FILE)
-    shapes = weight_shapes(config["hidden_dim"], config["dict_size"])
-    weights = read_safetensors(folder / WEIGHTS_FILE, shapes, _DTYPES)
+    weights = read_safetensors(folder / WEIGHTS_FILE, weight_shapes(config), _DTYPES)
     return Parts(
         folder / WEIGHTS_FILE,
         weights["encoder.weight"],
@@ -30,4 +30,6 @@ def read(folder: Path) -> Parts:
         weights["pre_bias"],
         config["k"],
         config,
+        config.get("activation", TopK.name),
+        weights.get("threshold"),
     )

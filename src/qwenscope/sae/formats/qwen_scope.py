@@ -36,7 +36,7 @@ def read(path: Path, name: str) -> Parts:
         )
     tensors = read_pickle(path, {"W_enc": 2, "W_dec": 2, "b_enc": 1, "b_dec": 1})
     if extra := sorted(set(tensors) - {"W_enc", "W_dec", "b_enc", "b_dec"}):
-        raise FormatError(f"{path}: tensor {extra[0]} cannot be represented by a TopK SAE")
+        raise FormatError(f"{path}: tensor {extra[0]} cannot be represented here")
     dict_size = 1024 * int(described[2])
     if len(tensors["W_enc"]) != dict_size:
         raise FormatError(f"{path}: W_enc has {len(tensors['W_enc']):,} latents, but the name says {dict_size:,}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qwenscope.errors import FormatError
 from qwenscope.files import read_json, write_json
+from qwenscope.sae.activation import TopK
 from qwenscope.sae.formats.common import (
     Parts,
     carried_config,
@@ -19,12 +20,13 @@ from qwenscope.sae.formats.common import (
     whole_number,
     write_tensors,
 )
-from qwenscope.sae.topk import TopKSAE
+from qwenscope.sae.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+ACTIVATIONS = (TopK.name,)
 
 
-def write(sae: TopKSAE, folder: Path) -> None:
+def write(sae: SAE, folder: Path) -> None:
     """Write one SAE so that `sparsify.SparseCoder.load_from_disk(folder)` gives the same codes and reconstructions."""
     state = sae.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,6 @@ def read(folder: Path) -> Parts:
         shape = list(parts.encoder_ND.shape)
         raise FormatError(f"{folder / WEIGHTS}: encoder.weight has shape {shape}, not [{dict_size}, {hidden_dim}]")
     parts.config = carried_config(parts, config.get("qwenscope"))
-    if not parts.config and (match := re.fullmatch(r"layers[._](\d+)", folder.name)):
+    if not parts.config and (match := re.fullmatch(r"(?:model[._])?layers[._](\d+)", folder.name)):
         parts.config = {"layer": int(match[1])}
     return parts

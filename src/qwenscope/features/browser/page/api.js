@@ -27,17 +27,28 @@ function once(path) {
   return kept.get(path);
 }
 
-const post = (path, body, method = "POST") =>
-  fetchJson(path, { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+const sent = (body, method = "POST") => ({
+  method,
+  headers: { "Content-Type": "application/json" },
+  body: JSON.stringify(body),
+});
+
+// What the language model does for this page ends with a signal: Esc, or another view.
+let running = new AbortController();
+export function stopRunning() {
+  running.abort();
+  running = new AbortController();
+}
+export const reason = (error) => (error.name === "AbortError" ? "stopped" : error.message);
 
 export const suite = () => once(LIVE ? "api/suite" : "suite");
 
 // Columns over all latents of an SAE; the labels may change while the page is open, the rest does not.
 export async function table(sae) {
   const id = encodeURIComponent(sae);
-  const [columns, label] = await Promise.all(LIVE
-    ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`)]
-    : [once(`${id}/table`), once(`${id}/labels`)]);
+  const [columns, label] = await Promise.all(
+    LIVE ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`)] : [once(`${id}/table`), once(`${id}/labels`)],
+  );
   return { ...columns, label };
 }
 
@@ -49,7 +60,8 @@ export async function latent(sae, number) {
 }
 
 export async function search(query, sae) {
-  if (LIVE) return fetchJson(`api/search?q=${encodeURIComponent(query)}${sae ? `&sae=${encodeURIComponent(sae)}` : ""}`);
+  if (LIVE)
+    return fetchJson(`api/search?q=${encodeURIComponent(query)}${sae ? `&sae=${encodeURIComponent(sae)}` : ""}`);
   const wanted = query.trim().toLowerCase();
   const hits = [];
   for (const id of sae ? [sae] : Object.keys((await suite()).saes)) {
@@ -59,19 +71,29 @@ export async function search(query, sae) {
       const rank = peaks.findIndex((text) => text.trim().toLowerCase() === wanted);
       const inside = [label, ...peaks, ...columns.promoted[number]].some((text) => text.toLowerCase().includes(wanted));
       if (wanted && (rank >= 0 || inside)) {
-        const hit = { sae: id, latent: number, label, peaks, promoted: columns.promoted[number], density: columns.density[number] };
+        const hit = {
+          sae: id,
+          latent: number,
+          label,
+          peaks,
+          promoted: columns.promoted[number],
+          density: columns.density[number],
+        };
         hits.push([rank < 0 ? 9 : rank, hit]);
       }
     });
   }
-  return hits.sort((a, b) => a[0] - b[0]).slice(0, 50).map((hit) => hit[1]);
+  return hits
+    .sort((a, b) => a[0] - b[0])
+    .slice(0, 50)
+    .map((hit) => hit[1]);
 }
 
-export const read = (text, chat) => post("api/read", { text, chat });
+export const read = (text, chat) => fetchJson("api/read", { ...sent({ text, chat }), signal: running.signal });
 
 // Calls onPiece with each piece of the steered text and its controls as it is written.
 export async function steer(body, onPiece) {
-  const response = await fetch("api/steer", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  const response = await fetch("api/steer", { ...sent(body), signal: running.signal });
   if (!response.ok) throw new Error((await response.json()).error);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -93,10 +115,17 @@ const STORE = "qwenscope notes";
 const local = () => JSON.parse(localStorage.getItem(STORE) ?? "[]");
 export const notes = async () => (LIVE ? fetchJson("api/notes") : local());
 export async function note(sae, number) {
-  return (await notes()).find((n) => n.sae === sae && n.latent === number) ?? { sae, latent: number, note: "", bookmarked: false };
+  return (
+    (await notes()).find((n) => n.sae === sae && n.latent === number) ?? {
+      sae,
+      latent: number,
+      note: "",
+      bookmarked: false,
+    }
+  );
 }
 export async function keepNote({ sae, latent: number, note: text, bookmarked }) {
-  if (LIVE) return post(`api/notes/${encodeURIComponent(sae)}/${number}`, { note: text, bookmarked }, "PUT");
+  if (LIVE) return fetchJson(`api/notes/${encodeURIComponent(sae)}/${number}`, sent({ note: text, bookmarked }, "PUT"));
   const others = local().filter((n) => n.sae !== sae || n.latent !== number);
   const mine = text || bookmarked ? [{ sae, latent: number, note: text, bookmarked }] : [];
   localStorage.setItem(STORE, JSON.stringify([...mine, ...others]));

@@ -1,6 +1,7 @@
 // Routes, keys and theme. A route is what follows #/ in the address, so that every view can be linked to.
 
 import { h } from "./dom.js";
+import { stopRunning } from "./api.js";
 import * as suite from "./suite.js";
 import * as sae from "./sae.js";
 import * as latent from "./latent.js";
@@ -11,8 +12,25 @@ import * as lists from "./lists.js";
 const main = document.getElementById("main");
 const box = document.getElementById("q");
 const help = document.getElementById("help");
-const NAV = [["#/", "Suite"], ["#/try", "Try it"], ["#/steer", "Steer"], ["#/notes", "Notes"]];
-const KEYS = [["/", "search"], ["← →  or  k j", "previous, next latent"], ["↑ ↓  or  k j", "through a table of latents"], ["b", "bookmark this latent"], ["u", "up to the SAE"], ["g", "suite overview"], ["t", "try it"], ["s", "steer"], ["d", "light, dark"], ["?", "this help"]];
+const NAV = [
+  ["#/", "Suite"],
+  ["#/try", "Try it"],
+  ["#/steer", "Steer"],
+  ["#/notes", "Notes"],
+];
+const KEYS = [
+  ["/", "search"],
+  ["← →  or  k j", "previous, next latent"],
+  ["↑ ↓  or  k j", "through a table of latents"],
+  ["b", "bookmark this latent"],
+  ["u", "up to the SAE"],
+  ["g", "suite overview"],
+  ["t", "try it"],
+  ["s", "steer"],
+  ["d", "light, dark"],
+  ["Esc", "stop the language model"],
+  ["?", "this help"],
+];
 let keys = {};
 let turn = 0;
 
@@ -33,25 +51,41 @@ function route() {
 async function show() {
   if (location.hash && !location.hash.startsWith("#/")) return;
   const mine = ++turn;
+  stopRunning();
   let view;
   try {
     view = await route();
   } catch (error) {
-    view = { title: "Not found", node: h("div", { class: "page" }, h("h1", null, "Not found"), h("p", null, error.message), h("p", null, h("a", { href: "#/" }, "Back to the suite"))) };
+    view = {
+      title: "Not found",
+      node: h(
+        "div",
+        { class: "page" },
+        h("h1", null, "Not found"),
+        h("p", null, error.message),
+        h("p", null, h("a", { href: "#/" }, "Back to the suite")),
+      ),
+    };
   }
   if (mine !== turn) return;
   main.replaceChildren(view.node);
   keys = view.keys ?? {};
   document.title = `${view.title} · qwenscope`;
   const here = location.hash.split("?")[0] || "#/";
-  document.getElementById("nav").replaceChildren(...NAV.map(([href, text]) => h("a", { href, "aria-current": href === here ? "page" : null }, text)));
+  document
+    .getElementById("nav")
+    .replaceChildren(
+      ...NAV.map(([href, text]) => h("a", { href, "aria-current": href === here ? "page" : null }, text)),
+    );
   if (here !== "#/search") box.value = "";
   scrollTo(0, 0);
   main.dataset.ready = String(mine);
 }
 
 function theme(next) {
-  const dark = next ?? (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+  const dark =
+    next ??
+    (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
   document.documentElement.dataset.theme = dark;
   return dark;
 }
@@ -62,21 +96,39 @@ function switchTheme() {
 
 function openHelp() {
   const close = h("button", { type: "button", onclick: () => help.close() }, "Close");
-  help.replaceChildren(h("h2", { id: "help-title" }, "Keyboard"), h("dl", { class: "keys" }, KEYS.map(([key, text]) => [h("dt", null, h("kbd", null, key)), h("dd", null, text)])), close);
+  help.replaceChildren(
+    h("h2", { id: "help-title" }, "Keyboard"),
+    h(
+      "dl",
+      { class: "keys" },
+      KEYS.map(([key, text]) => [h("dt", null, h("kbd", null, key)), h("dd", null, text)]),
+    ),
+    close,
+  );
   help.showModal();
 }
 
 const EVERYWHERE = {
-  "/": () => { box.focus(); box.select(); },
+  "/": () => {
+    box.focus();
+    box.select();
+  },
   "?": openHelp,
   d: switchTheme,
-  g: () => { location.hash = "#/"; },
-  t: () => { location.hash = "#/try"; },
-  s: () => { location.hash = "#/steer"; },
+  g: () => {
+    location.hash = "#/";
+  },
+  t: () => {
+    location.hash = "#/try";
+  },
+  s: () => {
+    location.hash = "#/steer";
+  },
 };
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || help.open) return;
+  if (event.key === "Escape") stopRunning();
   if (event.target.closest("input, textarea, select")) {
     if (event.key === "Escape") event.target.blur();
     return;
@@ -91,11 +143,16 @@ addEventListener("keydown", (event) => {
 let waiting;
 box.addEventListener("input", () => {
   clearTimeout(waiting);
-  waiting = setTimeout(() => { if (box.value.trim()) location.hash = `#/search?q=${encodeURIComponent(box.value)}`; }, 200);
+  waiting = setTimeout(() => {
+    if (box.value.trim()) location.hash = `#/search?q=${encodeURIComponent(box.value)}`;
+  }, 200);
 });
 document.getElementById("theme").addEventListener("click", switchTheme);
 document.getElementById("keys").addEventListener("click", openHelp);
-document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); main.focus(); });
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
+});
 addEventListener("hashchange", show);
 const kept = localStorage.getItem("qwenscope theme");
 if (kept) theme(kept);

@@ -11,14 +11,32 @@ export function histogram(counts, { label, axis = [], height = 96, title, onPick
   const step = width / Math.max(1, counts.length);
   const bars = counts.map((count, i) => {
     const tall = count ? Math.max(1.5, (count / most) * (height - 4)) : 0;
-    const bar = s("rect", { x: i * step + 0.75, y: height - tall, width: Math.max(0.5, step - 1.5), height: tall, rx: Math.min(1.5, step / 4), class: picked?.(i) ? "on" : "" });
-    const hit = s("rect", { x: i * step, y: 0, width: step, height, class: "hit", onclick: onPick ? () => onPick(i) : null }, s("title", null, label(i, count)));
+    const bar = s("rect", {
+      x: i * step + 0.75,
+      y: height - tall,
+      width: Math.max(0.5, step - 1.5),
+      height: tall,
+      rx: Math.min(1.5, step / 4),
+      class: picked?.(i) ? "on" : "",
+    });
+    const hit = s(
+      "rect",
+      { x: i * step, y: 0, width: step, height, class: "hit", onclick: onPick ? () => onPick(i) : null },
+      s("title", null, label(i, count)),
+    );
     return s("g", { class: onPick ? "pick" : "" }, bar, hit);
   });
   const marks = axis.map(([place, text]) => h("span", { vars: { "--at": String(place) } }, text));
-  return h("figure", { class: "histogram" },
-    s("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": title }, ...bars),
-    h("div", { class: "axis", "aria-hidden": "true" }, ...marks));
+  return h(
+    "figure",
+    { class: "histogram" },
+    s(
+      "svg",
+      { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": title },
+      ...bars,
+    ),
+    h("div", { class: "axis", "aria-hidden": "true" }, ...marks),
+  );
 }
 
 // A histogram of activations over factors of two; a narrow one keeps empty bins around it.
@@ -48,14 +66,44 @@ export function densities({ first, per_decade, counts }, options = {}) {
 
 export function sparkline({ counts }) {
   const most = Math.max(1, ...counts);
-  const bars = counts.map((count, i) => s("rect", { x: i * 4, y: 24 - (count / most) * 24, width: 3, height: (count / most) * 24 }));
-  return s("svg", { class: "spark", viewBox: `0 0 ${counts.length * 4} 24`, preserveAspectRatio: "none", "aria-hidden": "true" }, ...bars);
+  const bars = counts.map((count, i) =>
+    s("rect", { x: i * 4, y: 24 - (count / most) * 24, width: 3, height: (count / most) * 24 }),
+  );
+  return s(
+    "svg",
+    { class: "spark", viewBox: `0 0 ${counts.length * 4} 24`, preserveAspectRatio: "none", "aria-hidden": "true" },
+    ...bars,
+  );
 }
 
 // rows: [label node, value 0..1 of the bar, text, reference 0..1 or null].
 export function bars(rows, caption) {
-  return h("table", { class: "bars" }, h("caption", { class: "hidden" }, caption), h("tbody", null, rows.map(([label, share, text, base]) =>
-    h("tr", null, h("th", { scope: "row" }, label),
-      h("td", { class: "track" }, h("div", { vars: { "--share": String(Math.min(1, share)) } }, base === null || base === undefined ? null : h("i", { title: `over all tokens: ${percent(base)}`, vars: { "--base": String(Math.min(1, base)) } }))),
-      h("td", { class: "num" }, text)))));
+  return h(
+    "table",
+    { class: "bars" },
+    h("caption", { class: "hidden" }, caption),
+    h(
+      "tbody",
+      null,
+      rows.map(([label, share, text, base]) =>
+        h(
+          "tr",
+          null,
+          h("th", { scope: "row" }, label),
+          h(
+            "td",
+            { class: "track" },
+            h(
+              "div",
+              { vars: { "--share": String(Math.min(1, share)) } },
+              base === null || base === undefined
+                ? null
+                : h("i", { title: `over all tokens: ${percent(base)}`, vars: { "--base": String(Math.min(1, base)) } }),
+            ),
+          ),
+          h("td", { class: "num" }, text),
+        ),
+      ),
+    ),
+  );
 }

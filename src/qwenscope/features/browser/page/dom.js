@@ -9,7 +9,9 @@ function fill(element, properties, children) {
     else if (name === "vars") for (const [key, v] of Object.entries(value)) element.style.setProperty(key, v);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -39,21 +41,36 @@ export function number(value) {
 // A token as it is shown alone: white space made visible, pieces of characters named.
 export function visible(text) {
   if (text === "") return "∅";
-  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ +| +$/g, (run) => "·".repeat(run.length))
-    .replace(/[\u0000-\u001f\u007f-\u009f]/g, (sign) => `\\x${sign.charCodeAt(0).toString(16).padStart(2, "0")}`);
+  return text
+    .replaceAll("\n", "↵")
+    .replaceAll("\t", "⇥")
+    .replace(/^ +| +$/g, (run) => "·".repeat(run.length))
+    .replace(/\p{Cc}/gu, (sign) => `\\x${sign.charCodeAt(0).toString(16).padStart(2, "0")}`);
 }
 
-export const token = (text, properties) => h("code", { class: "chip", title: JSON.stringify(text), ...properties }, visible(text));
+export const token = (text, properties) =>
+  h("code", { class: "chip", title: JSON.stringify(text), ...properties }, visible(text));
 
 export const ROLE_NAMES = {
-  system: "system", user: "user", assistant: "assistant", tool_call: "tool call", tool_result: "tool result",
-  think: "think", template: "template",
+  system: "system",
+  user: "user",
+  assistant: "assistant",
+  tool_call: "tool call",
+  tool_result: "tool result",
+  think: "think",
+  template: "template",
 };
 
 export const kindName = (kind) => ({ deltanet: "DeltaNet", attention: "Attention" })[kind] ?? kind ?? "layer";
 
 export function kindBadge(kind, layer) {
-  return h("span", { class: `kind ${kind ?? "plain"}` }, h("i", { "aria-hidden": "true" }), kindName(kind), ` · layer ${layer}`);
+  return h(
+    "span",
+    { class: `kind ${kind ?? "plain"}` },
+    h("i", { "aria-hidden": "true" }),
+    kindName(kind),
+    ` · layer ${layer}`,
+  );
 }
 
 export function stat(name, value, title) {
@@ -71,4 +88,11 @@ export function field(text, control) {
 }
 
 // What an exported site says where a language model would have to run.
-export const needsModel = () => h("p", null, "Running text needs the language model: start the browser on a computer that has it, with ", h("code", null, "qwenscope browse INDEX"), ".");
+export const needsModel = () =>
+  h(
+    "p",
+    null,
+    "Running text needs the language model: start the browser on a computer that has it, with ",
+    h("code", null, "qwenscope browse INDEX"),
+    ".",
+  );

@@ -6,13 +6,26 @@ import { contexts, shaded } from "./contexts.js";
 import { steerBox } from "./steer.js";
 import * as api from "./api.js";
 
-const KINDS = [["top", "Strongest"], ["75-100", "75–100 %"], ["50-75", "50–75 %"], ["25-50", "25–50 %"], ["0-25", "0–25 %"], ["negative", "Not firing"]];
+const KINDS = [
+  ["top", "Strongest"],
+  ["75-100", "75–100 %"],
+  ["50-75", "50–75 %"],
+  ["25-50", "25–50 %"],
+  ["0-25", "0–25 %"],
+  ["negative", "Not firing"],
+];
 
 function examples(found, roles) {
   const most = found.max || 1;
   const panel = h("div", { id: "examples", role: "tabpanel", tabindex: "0" });
   const kinds = KINDS.filter(([kind]) => found.examples.some((example) => example.kind === kind));
-  const tabs = kinds.map(([kind, name]) => h("button", { type: "button", role: "tab", id: `tab-${kind}`, "aria-controls": "examples", onclick: () => choose(kind) }, name));
+  const tabs = kinds.map(([kind, name]) =>
+    h(
+      "button",
+      { type: "button", role: "tab", id: `tab-${kind}`, "aria-controls": "examples", onclick: () => choose(kind) },
+      name,
+    ),
+  );
   function choose(kind) {
     tabs.forEach((tab, i) => {
       const on = kinds[i][0] === kind;
@@ -20,16 +33,31 @@ function examples(found, roles) {
       tab.tabIndex = on ? 0 : -1;
     });
     panel.setAttribute("aria-labelledby", `tab-${kind}`);
-    panel.replaceChildren(contexts(found.examples.filter((example) => example.kind === kind), most, roles));
+    panel.replaceChildren(
+      contexts(
+        found.examples.filter((example) => example.kind === kind),
+        most,
+        roles,
+      ),
+    );
   }
-  const list = h("div", { class: "tabs", role: "tablist", "aria-label": "Examples", onkeydown: (event) => {
-    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!by) return;
-    event.stopPropagation();
-    const next = (tabs.indexOf(document.activeElement) + by + tabs.length) % tabs.length;
-    choose(kinds[next][0]);
-    tabs[next].focus();
-  } }, tabs);
+  const list = h(
+    "div",
+    {
+      class: "tabs",
+      role: "tablist",
+      "aria-label": "Examples",
+      onkeydown: (event) => {
+        const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+        if (!by) return;
+        event.stopPropagation();
+        const next = (tabs.indexOf(document.activeElement) + by + tabs.length) % tabs.length;
+        choose(kinds[next][0]);
+        tabs[next].focus();
+      },
+    },
+    tabs,
+  );
   if (!kinds.length) return h("p", { class: "faint" }, "This latent never fired on the indexed corpus.");
   choose(kinds[0][0]);
   return [list, panel];
@@ -37,18 +65,43 @@ function examples(found, roles) {
 
 function tokenList(rows, sign) {
   const most = Math.max(...rows.map(([, score]) => Math.abs(score)), 1e-9);
-  return h("ul", { class: `tokens ${sign}` }, rows.map(([text, score]) =>
-    h("li", { vars: { "--share": String(Math.abs(score) / most) } }, token(text, { class: "chip plain" }), h("span", { class: "num" }, number(score)))));
+  return h(
+    "ul",
+    { class: `tokens ${sign}` },
+    rows.map(([text, score]) =>
+      h(
+        "li",
+        { vars: { "--share": String(Math.abs(score) / most) } },
+        token(text, { class: "chip plain" }),
+        h("span", { class: "num" }, number(score)),
+      ),
+    ),
+  );
 }
 
 // What another latent is known by: its label, or where it peaks.
 function known({ label, peaks } = { label: "", peaks: [] }) {
-  return h("span", { class: "chips" }, label ? h("span", { class: "label" }, label) : peaks.slice(0, 2).map((text) => token(text)));
+  return h(
+    "span",
+    { class: "chips" },
+    label ? h("span", { class: "label" }, label) : peaks.slice(0, 2).map((text) => token(text)),
+  );
 }
 
 function latentList(rows) {
-  return h("ul", { class: "peers" }, rows.map(({ sae, latent, value, title, names, text }) =>
-    h("li", { title }, h("a", { href: link.latent(sae, latent) }, text ?? String(latent)), known(names[`${sae}/${latent}`]), h("span", { class: "num" }, value))));
+  return h(
+    "ul",
+    { class: "peers" },
+    rows.map(({ sae, latent, value, title, names, text }) =>
+      h(
+        "li",
+        { title },
+        h("a", { href: link.latent(sae, latent) }, text ?? String(latent)),
+        known(names[`${sae}/${latent}`]),
+        h("span", { class: "num" }, value),
+      ),
+    ),
+  );
 }
 
 // The latent on a text of one's own.
@@ -65,34 +118,71 @@ function testBox(id, latent, found) {
       const activations = saes[id].map((row) => row.find(([other]) => other === latent)?.[1] ?? 0);
       const most = Math.max(...activations);
       out.replaceChildren(shaded(tokens, activations, activations.indexOf(most), found.max || most || 1, () => ""));
-      said.replaceChildren(most ? `largest ${number(most)}, ${percent(most / (found.max || most))} of the largest in the index · ` : "not active · ", h("a", { href: link.read(text.value) }, "all latents on this text"));
-    } catch (error) { said.textContent = error.message; }
+      said.replaceChildren(
+        most
+          ? `largest ${number(most)}, ${percent(most / (found.max || most))} of the largest in the index · `
+          : "not active · ",
+        h("a", { href: link.read(text.value) }, "all latents on this text"),
+      );
+    } catch (error) {
+      said.textContent = api.reason(error);
+    }
   }
-  return h("form", { onsubmit: run }, h("label", { class: "hidden", for: "test" }, "Text to test"), text, h("div", { class: "fields" }, h("button", { type: "submit" }, "Test"), said), out);
+  return h(
+    "form",
+    { onsubmit: run },
+    h("label", { class: "hidden", for: "test" }, "Text to test"),
+    text,
+    h("div", { class: "fields" }, h("button", { type: "submit" }, "Test"), said),
+    out,
+  );
 }
 
 function shares(counts, bases, names) {
   const total = counts.reduce((sum, count) => sum + count, 0) || 1;
-  return names.map((name, i) => [name, counts[i] / total, percent(counts[i] / total), bases[i]]).filter((row, i) => counts[i] || bases[i]);
+  return names
+    .map((name, i) => [name, counts[i] / total, percent(counts[i] / total), bases[i]])
+    .filter((row, i) => counts[i] || bases[i]);
 }
 
 async function noteBox(id, latent) {
   const mine = await api.note(id, latent);
-  const star = h("button", { type: "button", class: "star", "aria-pressed": String(mine.bookmarked), onclick: toggle }, "Bookmark");
+  const star = h(
+    "button",
+    { type: "button", class: "star", "aria-pressed": String(mine.bookmarked), onclick: toggle },
+    "Bookmark",
+  );
   const said = h("span", { class: "faint", role: "status" });
-  const area = h("textarea", { id: "note", rows: "3", maxlength: "4000", placeholder: "What does it do?", onchange: keep });
+  const area = h("textarea", {
+    id: "note",
+    rows: "3",
+    maxlength: "4000",
+    placeholder: "What does it do?",
+    onchange: keep,
+  });
   area.value = mine.note;
   async function keep() {
     try {
-      await api.keepNote({ sae: id, latent, note: area.value, bookmarked: star.getAttribute("aria-pressed") === "true" });
+      await api.keepNote({
+        sae: id,
+        latent,
+        note: area.value,
+        bookmarked: star.getAttribute("aria-pressed") === "true",
+      });
       said.textContent = "kept";
-    } catch (error) { said.textContent = error.message; }
+    } catch (error) {
+      said.textContent = api.reason(error);
+    }
   }
   function toggle() {
     star.setAttribute("aria-pressed", String(star.getAttribute("aria-pressed") !== "true"));
     return keep();
   }
-  return { star, toggle, box: section("Notes", null, h("label", { class: "hidden", for: "note" }, "Notes on this latent"), area, said) };
+  return {
+    star,
+    toggle,
+    box: section("Notes", null, h("label", { class: "hidden", for: "note" }, "Notes on this latent"), area, said),
+  };
 }
 
 export async function render(id, number_) {
@@ -100,41 +190,177 @@ export async function render(id, number_) {
   const [{ saes, roles, meta, live }, found] = await Promise.all([api.suite(), api.latent(id, latent)]);
   const sae = saes[id];
   const note = await noteBox(id, latent);
-  const to = (by) => () => { location.hash = link.latent(id, (latent + by + sae.dict_size) % sae.dict_size); };
+  const to = (by) => () => {
+    location.hash = link.latent(id, (latent + by + sae.dict_size) % sae.dict_size);
+  };
   const label = found.explanation?.label;
   const { names } = found;
   const push = { sae: id, latent: String(latent), mode: "add", strength: "2" };
 
-  const main = h("div", { class: "column" },
-    section("Activations", `${number(found.fired)} tokens; logarithmic scale`, found.fired ? activations(found.histogram) : h("p", { class: "faint" }, "none")),
-    section("Examples", found.fired ? "shaded by activation; one strongest token per conversation" : null, examples(found, roles)),
+  const main = h(
+    "div",
+    { class: "column" },
+    section(
+      "Activations",
+      `${number(found.fired)} tokens; logarithmic scale`,
+      found.fired ? activations(found.histogram) : h("p", { class: "faint" }, "none"),
+    ),
+    section(
+      "Examples",
+      found.fired ? "shaded by activation; one strongest token per conversation" : null,
+      examples(found, roles),
+    ),
     live ? section("Test", "where is it active on your own text?", testBox(id, latent, found)) : null,
-    live ? section("Steer", "the model writes on, pushed along this latent, beside its controls", steerBox(saes, [push])) : null,
-    note.box);
+    live
+      ? section("Steer", "the model writes on, pushed along this latent, beside its controls", steerBox(saes, [push]))
+      : null,
+    note.box,
+  );
 
-  const side = h("aside", { class: "column", "aria-label": "Properties" },
-    section("Promotes", "through final norm and unembedding; in standard deviations of the logits", tokenList(found.promoted, "up")),
+  const side = h(
+    "aside",
+    { class: "column", "aria-label": "Properties" },
+    section(
+      "Promotes",
+      "through final norm and unembedding; in standard deviations of the logits",
+      tokenList(found.promoted, "up"),
+    ),
     section("Suppresses", null, tokenList(found.suppressed, "down")),
-    section("Roles", "share of its firings; tick: of all tokens", bars(shares(found.roles, sae.base_roles, roles.map((role) => ROLE_NAMES[role])), "Share of firings by role")),
-    section("Splits", null, bars(shares(found.splits, sae.base_splits, meta.splits.map((split) => split.replace("_", " "))), "Share of firings by split")),
-    found.experts.length ? section("Experts", `that the router of layer ${sae.layer} prefers where it fires`, bars(found.experts.map(([expert, share, base]) => [`expert ${expert}`, share, percent(share), base]), "Share of firings by expert")) : null,
-    section("Nearest latents", "by decoder cosine", latentList(found.neighbours.map(([other, value]) => ({ sae: id, latent: other, value: value.toFixed(2), names })))),
-    found.coactive.length ? section("Fires together with", "correlation of firing", latentList(found.coactive.map(([other, phi, shared]) => ({ sae: id, latent: other, value: phi.toFixed(2), title: `${shared} tokens of the sample`, names })))) : null,
-    section("At other hook points", "the latent with the nearest decoder direction", h("div", { class: "wide" }, latentList(found.elsewhere.map(([sae_, other, cosine]) =>
-      ({ sae: sae_, latent: other, text: `${sae_} / ${other}`, value: cosine.toFixed(2), names }))))));
+    section(
+      "Roles",
+      "share of its firings; tick: of all tokens",
+      bars(
+        shares(
+          found.roles,
+          sae.base_roles,
+          roles.map((role) => ROLE_NAMES[role]),
+        ),
+        "Share of firings by role",
+      ),
+    ),
+    section(
+      "Splits",
+      null,
+      bars(
+        shares(
+          found.splits,
+          sae.base_splits,
+          meta.splits.map((split) => split.replace("_", " ")),
+        ),
+        "Share of firings by split",
+      ),
+    ),
+    found.experts.length
+      ? section(
+          "Experts",
+          `that the router of layer ${sae.layer} prefers where it fires`,
+          bars(
+            found.experts.map(([expert, share, base]) => [`expert ${expert}`, share, percent(share), base]),
+            "Share of firings by expert",
+          ),
+        )
+      : null,
+    section(
+      "Nearest latents",
+      "by decoder cosine",
+      latentList(
+        found.neighbours.map(([other, value]) => ({ sae: id, latent: other, value: value.toFixed(2), names })),
+      ),
+    ),
+    found.coactive.length
+      ? section(
+          "Fires together with",
+          "correlation of firing",
+          latentList(
+            found.coactive.map(([other, phi, shared]) => ({
+              sae: id,
+              latent: other,
+              value: phi.toFixed(2),
+              title: `${shared} tokens of the sample`,
+              names,
+            })),
+          ),
+        )
+      : null,
+    section(
+      "At other hook points",
+      "the latent with the nearest decoder direction",
+      h(
+        "div",
+        { class: "wide" },
+        latentList(
+          found.elsewhere.map(([sae_, other, cosine]) => ({
+            sae: sae_,
+            latent: other,
+            text: `${sae_} / ${other}`,
+            value: cosine.toFixed(2),
+            names,
+          })),
+        ),
+      ),
+    ),
+  );
 
   return {
     title: `${id} / ${latent}`,
-    node: h("div", { class: "page" },
-      h("header", { class: "title" },
+    node: h(
+      "div",
+      { class: "page" },
+      h(
+        "header",
+        { class: "title" },
         h("p", { class: "eyebrow" }, kindBadge(sae.kind, sae.layer)),
-        h("div", { class: "heading" },
+        h(
+          "div",
+          { class: "heading" },
           h("h1", null, h("a", { href: link.sae(id) }, id), h("span", { class: "slash" }, " / "), String(latent)),
-          h("nav", { class: "steps", "aria-label": "Latents" }, h("button", { type: "button", class: "quiet", "aria-label": "Previous latent", onclick: to(-1) }, "←"), h("button", { type: "button", class: "quiet", "aria-label": "Next latent", onclick: to(1) }, "→"), note.star)),
-        label ? h("p", { class: "lead", title: `labelled by ${found.explanation.client}` }, label, h("small", null, ["detection", "fuzzing"].filter((name) => typeof found.explanation[name] === "number").map((name) => ` · ${name} ${percent(found.explanation[name])}`))) : null,
-        h("p", { class: "chips" }, names[`${id}/${latent}`].peaks.map((text) => token(text))),
-        h("dl", { class: "stats" }, stat("density", found.fired ? percent(found.density) : "dead"), stat("largest activation", number(found.max)), stat("mean when active", number(found.mean)), stat("tokens", number(found.fired)))),
-      h("div", { class: "columns" }, main, side)),
-    keys: { ArrowRight: to(1), ArrowLeft: to(-1), j: to(1), k: to(-1), b: note.toggle, u: () => { location.hash = link.sae(id); } },
+          h(
+            "nav",
+            { class: "steps", "aria-label": "Latents" },
+            h("button", { type: "button", class: "quiet", "aria-label": "Previous latent", onclick: to(-1) }, "←"),
+            h("button", { type: "button", class: "quiet", "aria-label": "Next latent", onclick: to(1) }, "→"),
+            note.star,
+          ),
+        ),
+        label
+          ? h(
+              "p",
+              { class: "lead", title: `labelled by ${found.explanation.client}` },
+              label,
+              h(
+                "small",
+                null,
+                ["detection", "fuzzing"]
+                  .filter((name) => typeof found.explanation[name] === "number")
+                  .map((name) => ` · ${name} ${percent(found.explanation[name])}`),
+              ),
+            )
+          : null,
+        h(
+          "p",
+          { class: "chips" },
+          names[`${id}/${latent}`].peaks.map((text) => token(text)),
+        ),
+        h(
+          "dl",
+          { class: "stats" },
+          stat("density", found.fired ? percent(found.density) : "dead"),
+          stat("largest activation", number(found.max)),
+          stat("mean when active", number(found.mean)),
+          stat("tokens", number(found.fired)),
+        ),
+      ),
+      h("div", { class: "columns" }, main, side),
+    ),
+    keys: {
+      ArrowRight: to(1),
+      ArrowLeft: to(-1),
+      j: to(1),
+      k: to(-1),
+      b: note.toggle,
+      u: () => {
+        location.hash = link.sae(id);
+      },
+    },
   };
 }

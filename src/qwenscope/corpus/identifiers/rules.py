@@ -1,0 +1,118 @@
+"""What a rule is: cheap signs that a text may hold its kind, a pattern for candidates, and a check that decides.
+
+Patterns match a bounded number of characters, so that any text is read in linear time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qwenscope.corpus.identifiers.folding import fold
+
+Span = tuple[int, int]
+Gate = Callable[[str], Sequence[Span]]
+MARGIN = 200
+"""Characters after a region that a candidate which starts in it may reach."""
+CONTEXT = 48
+"""Characters before and after a candidate that may claim or excuse it."""
+GAP = r"[ \t\r\n.\-/()\u30fc~]{0,4}"
+"""What people write between the digits of one number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Finds one kind of identifier in folded text."""
+
+    kind: str
+    gate: Gate
+    """Where candidates can start; rules share gates, and each is asked once a text."""
+    pattern: re.Pattern[str]
+    check: Callable[[re.Match[str]], Span | None]
+    """The identifier's span, which may be more or less than the candidate, or None."""
+    literal: str = ""
+    """Stands in every text that holds a candidate."""
+
+    def spans(self, text: str, regions: Sequence[Span]) -> Iterator[Span]:
+        """Identifiers that start in `regions`, in order; what failed as one candidate may hold another."""
+        if self.literal not in text:
+            return
+        position = 0
+        for start, end in regions:
+            position = max(position, start)
+            while (match := self.pattern.search(text, position, end + MARGIN)) and match.start() < end:
+                span = self.check(match)
+                if span is not None:
+                    yield span
+                position = match.start() + 1 if span is None else max(span[1], match.start() + 1)
+
+
+def everywhere(text: str) -> Sequence[Span]:
+    """The gate that is open."""
+    return ((0, len(text)),)
+
+
+def where(sign: str) -> Gate:
+    """The gate that is open for texts in which the pattern `sign` is found."""
+    search = re.compile(sign).search
+    return lambda text: ((0, len(text)),) if search(text) else ()
+
+
+_NUMBER = re.compile(rf"[0-9](?:{GAP}[0-9]){{6,}}")
+
+
+def numbers(text: str) -> Sequence[Span]:
+    """Where seven or more digits stand close together, and the letters before them that may belong there."""
+    return [(max(0, match.start() - 12), match.end()) for match in _NUMBER.finditer(text)]
+
+
+def before(match: re.Match[str]) -> str:
+    """The text just before a candidate."""
+    return match.string[max(0, match.start() - CONTEXT) : match.start()]
+
+
+def after(match: re.Match[str], end: int | None = None) -> str:
+    """The text just after a candidate, or after `end`."""
+    end = match.end() if end is None else end
+    return match.string[end : end + CONTEXT]
+
+
+def claimed(match: re.Match[str]) -> bool:
+    """Whether the words before, in the same line, make a value that documentation uses somebody's own."""
+    return _OWN.search(before(match)) is not None
+
+
+def cue(pattern: str) -> re.Pattern[str]:
+    """`pattern` as it reads in folded text, in any case."""
+    return re.compile(fold(pattern).text, re.IGNORECASE)
+
+
+def is_named_by(cue: re.Pattern[str], text: str) -> bool:
+    """Whether `text` ends in a word of `cue`, but for punctuation, words such as "number is", and letters of non-Latin
+    scripts, whose grammar no list holds."""
+    text = re.split("[0-9]", text)[-1]
+    ends = [match.end() for match in cue.finditer(text)]
+    if not ends:
+        return False
+    rest = text[ends[-1] :]
+    if len(rest) > 28 or _OTHER_VALUE.search(rest):
+        return False
+    return all(word in _FILLERS for word in re.findall(r"[a-z\u00c0-\u024f\u1e00-\u1eff]+", rest.casefold()))
+
+
+_OWN = cue(
+    r"(?:\b(?:my|mine|our|his|her|their|reach me|log(?:ged)?[ \-]?in|signed in|came from|connect(?:ed|ing|ion)? from|"
+    r"meine?|unsere?|mi|nuestr[oa]|mon|ma|notre|mia|mio|minha|meu|мо[йяё]|мою|наш)\b"
+    r"|我的|我们的|私の|僕の|제 |내 )[^\n;]*$"
+)
+_OTHER_VALUE = re.compile(r"[A-Za-z_]\(|\n\s*\n|[;{}|].*[;{}|]")
+_FILLERS = frozenset(
+    re.findall(
+        r"\S+",
+        """a al am an and at auf au back below code de der die direct do e es est et for free ganz given home is ist it
+        la le lautet line me meine mi mein my n na new no nr num number numbers numer nummer numero número
+        numéro número o of office on only or our please por private self sob số sur the their them this to
+        toll un una under unter us was werk with work you your her his him id là é è és""",
+    )
+)

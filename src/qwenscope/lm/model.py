@@ -1,0 +1,166 @@
+"""A loaded language model, and what harvest and training ask of whoever computes rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from qwenscope.errors import ModelError
+from qwenscope.lm.hooks import capture
+from qwenscope.lm.sites import Site
+
+Kind = str | None
+"""Of a decoder layer: deltanet, attention, or None for whatever else mixes positions."""
+_OTHER_MIXERS = ("Mamba", "Mixer", "Lightning", "DeltaAttention", "RecurrentBlock", "Rwkv", "LSTM", "ShortConv")
+
+
+class RowSource(Protocol):
+    """What harvest and training ask of a language model: a `LanguageModel`, or an engine of another kind."""
+
+    tokenizer: Tokenizer
+    layer_kinds: tuple[Kind, ...]
+    hidden_dim: int
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+    revision: str | None
+
+    def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Rows at each of `sites`, of right-padded conversations of `lengths_C` tokens.
+
+        Returns:
+            {site: x_CTD} in `dtype`, on `device`; what stands at the padding means nothing.
+        """
+
+    def digest(self, last_layer: int) -> str:
+        """Hex digits that tell models whose rows differ apart: weights up to `last_layer`, and who computes."""
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A loaded model and what the other rooms ask about it."""
+
+    model: PreTrainedModel
+    """Transformers model in eval mode whose parameters need no gradient; without LM head unless it was asked for."""
+    tokenizer: Tokenizer
+    layers: list[nn.Module]
+    """The decoder layers that were built, 0 .. last."""
+    layer_kinds: tuple[Kind, ...]
+    """Kind of every layer of the config, built or not."""
+    hidden_dim: int
+    device: torch.device
+    """Where token ids go in and rows come out; the first of several."""
+    dtype: torch.dtype
+    name: str
+    """Hub id or folder, as the recipe gave it."""
+    revision: str | None
+    """Commit of a Hub model; None for a folder."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Embedding, layers and final norm, in all families the same call: input_ids -> last_hidden_state."""
+        return find_decoder(self.model, len(self.layers))[0]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether layers of the config were left unbuilt, so that there are no logits."""
+        return len(self.layers) < len(self.layer_kinds)
+
+    @torch.no_grad()
+    def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Rows at each of `sites`, from one pass that stops at the last of them.
+
+        Rows are right-padded conversations. No attention mask is passed: all layers look back only, so padding cannot
+        reach the tokens before it (whence `lengths_C` does not matter here), and its own outputs are for the caller to
+        drop. Values are bit-identical to what the full model computes for the same rows.
+
+        Args:
+            input_ids_CT: int64 [C, T] token ids.
+            lengths_C: tokens of each conversation.
+            sites: in any order; the model must be built as far.
+
+        Returns:
+            {site: x_CTD} in the model's dtype, on `device`.
+        """
+        embedding: Any = self.model.get_input_embeddings()
+        known = len(embedding.weight)
+        if int(input_ids_CT.max()) >= known:
+            raise ModelError(f"token {int(input_ids_CT.max())} is beyond the {known} that {self.name} knows")
+        with capture(self, sites, stop=True) as rows:
+            self.decoder(input_ids=input_ids_CT.to(self.device), use_cache=False)
+        return {site: rows[site] for site in sites}
+
+    def digest(self, last_layer: int) -> str:
+        """16 hex digits that tell models apart: 64 evenly spaced values of every parameter up to `last_layer`."""
+        digest = hashlib.sha256()
+        parts: list[Any] = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
+        for name, parameter in (named for part in parts for named in part.named_parameters()):
+            values = parameter.detach().flatten()
+            sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def as_language_model(model: PreTrainedModel | LanguageModel, tokenizer: Any = None) -> LanguageModel:
+    """The view of any Hugging Face causal language model that hooks and forward passes work on.
+
+    Raises:
+        ModelError: the decoder layers are not to be found.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    config = model.config.get_text_config(decoder=True)
+    layers = decoder_layers(model, config.num_hidden_layers)
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        layers=layers,
+        layer_kinds=tuple(map(kind_of, layers)),
+        hidden_dim=config.hidden_size,
+        device=embedding.device,
+        dtype=embedding.dtype,
+        name=model.name_or_path or type(model).__name__,
+        revision=None,
+    )
+
+
+def find_decoder(model: nn.Module, count: int) -> tuple[nn.Module, list[nn.Module]]:
+    """The decoder of a transformers model of any supported family, and its `count` layers.
+
+    Raises:
+        ModelError: no part of it keeps a list of that length.
+    """
+    get_decoder: Any = getattr(model, "get_decoder", lambda: model)
+    decoder: nn.Module = get_decoder()
+    for part in (decoder, *getattr(model, "modules", tuple)()):  # some families' own answer is the head, or the whole
+        for child in part.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return part, list(child)
+    raise ModelError(f"{type(decoder).__name__} has no list of {count} decoder layers; this family is not supported")
+
+
+def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:
+    """The `count` layers of a transformers model; ModelError where there are none."""
+    return find_decoder(model, count)[1]
+
+
+def kind_of(layer: nn.Module) -> Kind:
+    """What mixes positions in a decoder layer, by the modules that are there.
+
+    "deltanet" is a Gated DeltaNet, "attention" softmax attention (sliding, chunked or full); layers with another mixer
+    (Mamba, lightning attention, convolutions, RWKV), with two or with none are of no kind.
+    """
+    names = {type(module).__name__ for module in layer.modules()}
+    deltanet = any("GatedDeltaNet" in name for name in names)
+    attention = any(name.endswith("Attention") for name in names)
+    if any(mixer in name for name in names for mixer in _OTHER_MIXERS) or deltanet == attention:
+        return None
+    return "deltanet" if deltanet else "attention"

@@ -1,0 +1,168 @@
+"""Where a dictionary reads: a site is a place in a decoder whose rows are captured, replaced and steered.
+
+    Site("layers.6")          the residual stream after layer 6
+    Site("layers.6.mixer")    what its attention, Gated DeltaNet or other mixer of positions returns
+    Site("layers.6.mlp")      what its MLP or mixture of experts returns
+
+Rows are the module's output as it returns it: families that normalise a part's output before adding it to the stream
+(Gemma 2 and 3, OLMo 2) do so behind the site. A further kind of site is one more entry of `KINDS`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import total_ordering
+from typing import Any, Protocol, Union
+
+import torch
+from torch import nn
+
+from qwenscope.errors import ModelError, RecipeError
+from qwenscope.recipe import HookPoint, Recipe
+
+_NAME = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.(\w+))?")
+_MIXERS = frozenset({
+    "attention", "attn", "conv", "linear_attn", "mamba", "mixer", "mlstm_layer", "multi_head_attention",
+    "self_attention", "self_attn", "temporal_block",
+})  # fmt: skip
+_MLPS = frozenset({"block_sparse_moe", "feed_forward", "ffn", "mlp", "mlp_block", "shared_mlp"})
+
+
+class HasLayers(Protocol):
+    """What sites and hooks ask of a language model."""
+
+    layers: list[nn.Module]
+    name: str
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """One kind of site."""
+
+    order: float
+    """When a layer reaches it, relative to the other kinds."""
+    find: Callable[[nn.Module], nn.Module | None]
+    """Maps a decoder layer to the module whose output is read, or None if it has none, or several."""
+
+
+def _only_child(names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None]:
+    def find(layer: nn.Module) -> nn.Module | None:
+        found = [child for name, child in layer.named_children() if name in names]
+        return found[0] if len(found) == 1 else None
+
+    return find
+
+
+KINDS: dict[str | None, SiteKind] = {
+    "mixer": SiteKind(1, _only_child(_MIXERS)),
+    "mlp": SiteKind(2, _only_child(_MLPS)),
+    None: SiteKind(3, lambda layer: layer),
+}
+"""By the last part of a site's name; None is the layer itself, whose output is the residual stream."""
+
+
+Where = Union["Site", str, int]
+"""A site, its name, or the number of the layer after which the residual stream is meant."""
+
+
+@total_ordering
+@dataclass(frozen=True)
+class Site:
+    """A place in a decoder; sites are ordered as a pass reaches them.
+
+    Raises:
+        ModelError: the name is none of a site.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.part not in KINDS:
+            kinds = ", ".join(f"layers.N.{part}" for part in KINDS if part)
+            raise ModelError(f"{self.name!r} names no site; write layers.N (the residual stream) or one of {kinds}")
+
+    @classmethod
+    def of(cls, where: Where) -> Site:
+        """A site by itself, by its name, or the residual stream after a layer by its number."""
+        return where if isinstance(where, Site) else cls(f"layers.{where}" if isinstance(where, int) else where)
+
+    @property
+    def layer(self) -> int:
+        """Index of the decoder layer that it belongs to."""
+        return int(self.name.split(".")[1])
+
+    @property
+    def part(self) -> str | None:
+        """mixer, mlp or another kind; None for the residual stream after the layer."""
+        return self.name.split(".")[2] if self.name.count(".") == 2 else None
+
+    def described(self) -> dict[str, Any]:
+        """Its entries in an SAE's configuration: `layer`, and `site` unless that is the residual stream."""
+        return {"layer": self.layer} | ({"site": self.name} if self.part else {})
+
+    def __lt__(self, other: Site) -> bool:
+        return (self.layer, KINDS[self.part].order) < (other.layer, KINDS[other.part].order)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def module_at(lm: HasLayers, site: Site) -> nn.Module:
+    """The module whose output is read at `site`.
+
+    Raises:
+        ModelError: the layer was not built, or has no such part, or more than one.
+    """
+    if site.layer >= len(lm.layers):
+        raise ModelError(f"layer {site.layer} of {lm.name} was not built; layers 0 to {len(lm.layers) - 1} were")
+    layer = lm.layers[site.layer]
+    module = KINDS[site.part].find(layer)
+    if module is None:
+        parts = ", ".join(name for name, _ in layer.named_children())
+        raise ModelError(f"{lm.name} has no one {site.part} in layer {site.layer} ({type(layer).__name__} of {parts})")
+    return module
+
+
+def ends_layer(lm: HasLayers, site: Site) -> bool:
+    """Whether `site` is all that later layers see of its layer: the residual stream."""
+    return module_at(lm, site) is lm.layers[site.layer]
+
+
+def sites_of(recipe: Recipe) -> tuple[Site, ...]:
+    """The hooked sites in the order of a pass, each once.
+
+    Raises:
+        RecipeError: a hook point's site is none; names its key.
+    """
+    return tuple(sorted(set(hooked_sites(recipe.hook_points).values())))
+
+
+def hooked_sites(hook_points: Mapping[str, HookPoint]) -> dict[str, Site]:
+    """{hook point: where it reads}.
+
+    Raises:
+        RecipeError: a hook point's site is none; names its key.
+    """
+    sites = {}
+    for name, point in hook_points.items():
+        try:
+            sites[name] = Site(point.site)
+        except ModelError as error:
+            raise RecipeError(f"hook_points.{name}.site: {error}") from None
+    return sites
+
+
+def site_names(recipe: Recipe) -> dict[Site, str]:
+    """{site: its hook point, or its hook points joined by "and"}, for messages."""
+    names: dict[Site, str] = {}
+    for name, site in hooked_sites(recipe.hook_points).items():
+        names[site] = " and ".join(filter(None, (names.get(site), name)))
+    return names
+
+
+def last_layer(sites: Sequence[Site]) -> int:
+    """The last layer that a pass up to all of `sites` needs."""
+    return max(site.layer for site in sites)

@@ -1,0 +1,113 @@
+"""Damaged and hostile indices are named when they are opened, and cost little."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+import tracemalloc
+import zlib
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from qwenscope.checksums import CHECKSUMS_FILE
+from qwenscope.errors import FormatError, LockError
+from qwenscope.features.index import build_index
+from qwenscope.features.store import Index, add_explanations
+from qwenscope.training.lock import run_lock
+
+
+@pytest.fixture
+def copy(index: Index, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(index.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("notes.sqlite")))
+
+
+def test_every_flipped_bit_is_named(copy: Path) -> None:
+    choose = random.Random(0)
+    paths = sorted(path for path in copy.iterdir() if path.is_file())
+    assert len(paths) == 5
+    for flip in range(150):
+        path = paths[flip % len(paths)]
+        whole = path.read_bytes()
+        place = choose.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << choose.randrange(8)]) + whole[place + 1 :])
+        with pytest.raises(FormatError, match=r"damaged|listed|SHA256SUMS"):
+            Index(copy)
+        path.write_bytes(whole)
+    assert Index(copy).suite()["saes"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM meta WHERE key = 'splits'",
+        "UPDATE meta SET value = '{' WHERE key = 'name'",
+        "UPDATE meta SET value = x'00' WHERE key = 'name'",
+        "UPDATE saes SET summary = '{}'",
+        "UPDATE saes SET summary = replace(summary, '\"dict_size\": 256', '\"dict_size\": 900000')",
+        "UPDATE saes SET latents = x'00'",
+        "UPDATE saes SET latents = 'text'",
+        "DELETE FROM latents WHERE key = 3",
+        "UPDATE latents SET detail = 5 WHERE key = 3",
+        "UPDATE conversations SET length = 'long'",
+        "UPDATE conversations SET tokens = x'00'",
+        "UPDATE vocabulary SET piece = 3.5 WHERE id = 5",
+        "UPDATE peaks SET share = 'much'",
+        "UPDATE search SET label = 7 WHERE rowid = 3",
+        "DROP INDEX peaks_by_token",
+        "DROP TABLE explanations",
+        "CREATE VIEW more AS SELECT 1",
+        "DROP TABLE peaks; CREATE VIEW peaks AS SELECT 'a' token, 0.5 share, 1 key",
+    ],
+)
+def test_odd_values_are_named_when_it_is_opened(copy: Path, statement: str) -> None:
+    _change(copy, statement)
+    with pytest.raises(FormatError, match=r"index\.sqlite|the index is damaged") as caught:
+        Index(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_small_cell_cannot_take_much_memory(copy: Path) -> None:
+    bomb = zlib.compress(b"[" + b"[]," * (100 << 20) + b"[]]", 9)
+    assert len(bomb) < 1 << 20
+    _change(copy, "UPDATE latents SET detail = ? WHERE key = 3", bomb)
+    opened = Index(copy)
+    tracemalloc.start()
+    with pytest.raises(FormatError, match="above 4,194,304 bytes"):
+        opened.latent("sae_delta", 3)
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+
+
+def test_a_page_with_missing_parts_is_named(copy: Path) -> None:
+    _change(copy, "UPDATE latents SET detail = ? WHERE key = 3", zlib.compress(b'{"fired": 1}'))
+    with pytest.raises(FormatError, match=r"density: field required"):
+        Index(copy).latent("sae_delta", 3)
+
+
+def test_labels_keep_the_checksums_true(copy: Path) -> None:
+    add_explanations(Index(copy), [("sae_delta", 3, {"label": "a word", "samples": {}})])
+    assert (copy / CHECKSUMS_FILE).exists()
+    assert Index(copy).labels("sae_delta") == {3: "a word"}
+    (copy / CHECKSUMS_FILE).unlink()  # the writer was killed
+    assert Index(copy).labels("sae_delta") == {3: "a word"}
+
+
+def test_two_do_not_index_into_one_folder(release: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "index" / ".work").mkdir(parents=True)
+    with run_lock(tmp_path / "index" / ".work"), pytest.raises(LockError, match="in use by process"):
+        build_index(release, tmp_path / "index", data=corpus, tokens=500)
+    build_index(release, tmp_path / "index", data=corpus, tokens=500)
+    assert Index(tmp_path / "index").meta["tokens"] > 0
+
+
+def _change(folder: Path, statement: str, *values: object) -> None:
+    """Change the database as somebody who makes an index of their own could: no checksums stand beside it."""
+    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
+    with closing(sqlite3.connect(folder / "index.sqlite")) as database, database:
+        if values:
+            database.execute(statement, values)
+        else:
+            database.executescript(statement)
