@@ -16,39 +16,27 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from qwenscope.errors import RecipeError, reason
 from qwenscope.recipe_keys import first_problem, keys_of
-from qwenscope.strict_yaml import YamlError, parse_yaml, read_yaml
+from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Share
+from qwenscope.recipe_nodes import HookPoint as HookPoint
+from qwenscope.strict_yaml import YamlError, read_yaml, set_value
 
-_SITE = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.|$)")
 _SAE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RELEASE_NAMES = (
     *("readme.md", "config.json", "evaluation.json", "evaluation.parquet", "metrics.parquet", "recipe.yaml"),
     *("run.json", "privacy_report.json", "notebook.ipynb", "sha256sums", "saelens", "license"),
 )
 """What else stands in a release beside the SAEs' folders; no id may be one of them, upper or lower case."""
-_MOST = 10**15  # of anything that is counted
-
-Positive = Annotated[int, Field(gt=0, le=_MOST)]
-Count = Annotated[int, Field(ge=0, le=_MOST)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Node(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class LMRecipe(_Node):
+class LMRecipe(Node):
     """Which language model, and how it is loaded."""
 
     model: str
@@ -74,59 +62,7 @@ class LMRecipe(_Node):
         return self
 
 
-class HookPoint(_Node):
-    """Where one SAE reads, and that SAE's size."""
-
-    layer: Annotated[int, Field(ge=0, lt=1_000_000)]
-    """Index of the decoder layer after which the residual stream is read; short for the site layers.N."""
-    site: str
-    """Where in the model, instead of layer: layers.22 (the residual stream after layer 22), layers.22.mlp (what its MLP
-    or mixture of experts returns) or layers.22.mixer (what its attention or DeltaNet returns)."""
-    kind: Literal["deltanet", "attention"] | None = None
-    """Kind the layer must have; null for models without kinds."""
-    dict_size: Annotated[int, Field(gt=0, lt=1 << 31)]
-    """Number of latents."""
-    k: Positive
-    """Latents active per token."""
-    lr: Annotated[float, Field(gt=0, le=1)]
-    """Peak learning rate."""
-    activation: Literal["topk", "batch_topk"] = "topk"
-    """Which latents are active: the k largest of each token, or the k largest per token of the whole batch together,
-    and afterwards those above a threshold that training estimates."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _layer_or_site(cls, given: Any) -> Any:
-        """Either key says where; both attributes are filled."""
-        if not isinstance(given, dict):
-            return given
-        if ("layer" in given) == ("site" in given):
-            raise ValueError("give one of the keys layer and site" + (", not both" if "layer" in given else ""))
-        if "layer" in given:
-            whole = str(given["layer"]).removesuffix(".0")
-            return {**given, "site": f"layers.{whole}"}
-        found = _SITE.match(str(given["site"]))
-        if found is None:
-            raise ValueError(
-                f"site {given['site']!r} names no place; write layers.22, layers.22.mlp or layers.22.mixer"
-            )
-        return {**given, "layer": int(found[1])}
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """With `layer` alone for the residual stream, with `site` alone for other sites."""
-        tree: dict[str, Any] = serialise(self)
-        del tree["site" if self.site == f"layers.{self.layer}" else "layer"]
-        return tree
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> HookPoint:
-        if self.k > self.dict_size:
-            raise ValueError(f"k {self.k} exceeds dict_size {self.dict_size}")
-        return self
-
-
-class SourceRecipe(_Node):
+class SourceRecipe(Node):
     """One source of conversations."""
 
     name: Literal["ultrachat", "wildchat", "tool_use", "chat", "files"]
@@ -155,7 +91,7 @@ class SourceRecipe(_Node):
         return self
 
 
-class PrivacyRecipe(_Node):
+class PrivacyRecipe(Node):
     """The GDPR-minded filter; every rule is on unless switched off. It makes no legal claim."""
 
     drop_countries: bool = True
@@ -170,14 +106,14 @@ class PrivacyRecipe(_Node):
     """Replace structured identifiers in WildChat (docs/corpus.md lists their kinds) by typed placeholders."""
 
 
-class CorpusRecipe(_Node):
+class CorpusRecipe(Node):
     """Conversations: sources, filter, length, batches."""
 
     sources: Annotated[tuple[SourceRecipe, ...], Field(min_length=1)]
     """Where conversations come from; weights are shares of tokens."""
     privacy: PrivacyRecipe = PrivacyRecipe()
     """The filter's rules."""
-    max_length: Annotated[int, Field(ge=2, le=_MOST)] = 2048
+    max_length: Annotated[int, Field(ge=2, le=MOST)] = 2048
     """Tokens per conversation; longer ones are truncated and counted."""
     batch_tokens: Positive = 32_768
     """Token budget of one language-model batch, padding included."""
@@ -193,7 +129,7 @@ class CorpusRecipe(_Node):
         return self
 
 
-class ActivationsRecipe(_Node):
+class ActivationsRecipe(Node):
     """Windows of residual-stream rows, and which rows are left out."""
 
     window_tokens: Positive = 131_072
@@ -220,7 +156,7 @@ class ActivationsRecipe(_Node):
         return cache
 
 
-class TrainingRecipe(_Node):
+class TrainingRecipe(Node):
     """The SAE trainers' common settings; sizes and learning rates stand with the hook points."""
 
     tokens: Positive
@@ -253,11 +189,11 @@ class TrainingRecipe(_Node):
     """Gradient norm above which the gradient is scaled down; null never clips."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Storage of Adam's moments."""
-    latents_per_rank: Annotated[int, Field(ge=64, le=_MOST)] | None = None
+    latents_per_rank: Annotated[int, Field(ge=64, le=MOST)] | None = None
     """Under torchrun, an SAE with more latents is spread over as many ranks as it takes; null never spreads one."""
 
 
-class CheckpointRecipe(_Node):
+class CheckpointRecipe(Node):
     """When a run is saved, and how much is kept."""
 
     every_tokens: Positive = 50_000_000
@@ -270,14 +206,14 @@ class CheckpointRecipe(_Node):
     """Checkpoints at these multiples are kept for good; null keeps none."""
 
 
-class EvaluationRecipe(_Node):
+class EvaluationRecipe(Node):
     """How a trained suite is measured."""
 
     tokens: Positive = 200_000
     """Held-out tokens per split at most."""
 
 
-class TelemetryRecipe(_Node):
+class TelemetryRecipe(Node):
     """Where metrics go besides metrics.jsonl."""
 
     log_every_steps: Positive = 10
@@ -286,7 +222,7 @@ class TelemetryRecipe(_Node):
     """Optional further loggers, each an extra of the package."""
 
 
-class Recipe(_Node):
+class Recipe(Node):
     """Everything a run depends on."""
 
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] = 42
@@ -383,7 +319,10 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     """
     tree, origin = _read(str(name_or_path))
     for override in overrides:
-        _override(tree, override)
+        try:
+            set_value(tree, override)
+        except YamlError as error:
+            raise RecipeError(f"--set {error}") from None
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -403,34 +342,6 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     if not isinstance(tree, dict):
         raise RecipeError(f"{name} holds no keys; see `qwenscope recipe standin` for a whole one")
     return tree, name
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key; list items are named by their number."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override}: write key=value, such as training.tokens=1000000")
-    try:
-        value = parse_yaml(text)
-    except YamlError as error:
-        raise RecipeError(f"--set {key}: {text[:60]!r} is not a YAML value: {error}") from None
-    *parents, last = key.split(".")
-    node: Any = tree
-    for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, key)[int(part)]
-    if isinstance(node, dict):
-        node[last] = value
-    else:
-        _item(node, last, key)[int(last)] = value
-
-
-def _item(node: Any, part: str, key: str) -> list[Any]:
-    """`node` as a list that has an item of this number."""
-    if not isinstance(node, list):
-        raise RecipeError(f"--set {key}: nothing can be set below a value at {part!r}")
-    if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
-        raise RecipeError(f"--set {key}: {part!r} is no item of a list of {len(node)}")
-    return node
 
 
 def keys() -> dict[str, str]:

@@ -6,6 +6,7 @@ PyYAML takes the last of two equal keys without a word, lets Python's own errors
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,35 @@ def _shown(node: yaml.Node) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:40]}..."
+
+
+def set_value(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key of `tree` by `key=value`, the value YAML; list items are named by their number.
+
+    Raises:
+        YamlError: no such place, or no YAML.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise YamlError(f"{override}: write key=value, such as training.tokens=1000000")
+    try:
+        value = parse_yaml(text)
+    except YamlError as error:
+        raise YamlError(f"{key}: {text[:60]!r} is not a YAML value: {error}") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, key)[int(part)]
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _item(node, last, key)[int(last)] = value
+
+
+def _item(node: Any, part: str, key: str) -> list[Any]:
+    """`node` as a list that has an item of this number."""
+    if not isinstance(node, list):
+        raise YamlError(f"{key}: nothing can be set below a value at {part!r}")
+    if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
+        raise YamlError(f"{key}: {part!r} is no item of a list of {len(node)}")
+    return node

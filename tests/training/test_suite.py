@@ -13,6 +13,7 @@ from tiny_run import status, tiny_recipe
 from torch import Tensor
 
 from qwenscope.errors import TrainingError
+from qwenscope.lm.sites import sites_of
 from qwenscope.parallel.group import ALONE
 from qwenscope.recipe import Recipe
 from qwenscope.training.run import train
@@ -23,9 +24,9 @@ HIDDEN = 16
 
 def calibrate(recipe: Recipe, rows: Tensor) -> None:
     """The suite of `recipe`, over rows of HIDDEN numbers, meets these at every hook point."""
-    kinds = dict.fromkeys(recipe.layers, "attention")
+    kinds = dict.fromkeys(range(recipe.last_layer + 1), "attention")
     lm: Any = SimpleNamespace(hidden_dim=HIDDEN, device=torch.device("cpu"), layer_kinds=kinds, name="x", revision=None)
-    Suite(recipe, lm, ALONE, {}).calibrate(dict.fromkeys(recipe.layers, rows))
+    Suite(recipe, lm, ALONE, {}).calibrate(dict.fromkeys(sites_of(recipe), rows))
 
 
 def drawn(scale: float, mean: float = 0.0) -> Tensor:
@@ -38,7 +39,7 @@ def drawn(scale: float, mean: float = 0.0) -> Tensor:
     [
         (torch.zeros(50, HIDDEN), r"do not differ.*training\.calibration_tokens"),
         (torch.full((50, HIDDEN), 0.1), "do not differ"),
-        (drawn(1.0)[:1], r"its 1 calibration rows after layer .* do not differ"),
+        (drawn(1.0)[:1], r"its 1 calibration rows at layers.* do not differ"),
         (drawn(1e30), r"are about 1e.30, too large for float32"),
     ],
 )

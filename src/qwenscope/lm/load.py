@@ -93,7 +93,7 @@ def _check_tokenizer(lm: LanguageModel) -> None:
 
     Special tokens that no template writes may lie beyond: placeholders of images, or defaults of the tokenizer's class.
     """
-    rows, tokenizer = len(lm.model.get_input_embeddings().weight), lm.tokenizer  # type: ignore[arg-type]
+    rows, tokenizer = lm.known_tokens, lm.tokenizer
     unused = {token for token in tokenizer.all_special_tokens if token not in str(tokenizer.chat_template)}
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     if wanted := beyond.keys() - unused:

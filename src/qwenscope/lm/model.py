@@ -89,13 +89,17 @@ class LanguageModel:
         Returns:
             {site: x_CTD} in the model's dtype, on `device`.
         """
-        embedding: Any = self.model.get_input_embeddings()
-        known = len(embedding.weight)
-        if int(input_ids_CT.max()) >= known:
+        if int(input_ids_CT.max()) >= (known := self.known_tokens):
             raise ModelError(f"token {int(input_ids_CT.max())} is beyond the {known} that {self.name} knows")
         with capture(self, sites, stop=True) as rows:
             self.decoder(input_ids=input_ids_CT.to(self.device), use_cache=False)
         return {site: rows[site] for site in sites}
+
+    @property
+    def known_tokens(self) -> int:
+        """Rows of the embedding."""
+        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
+        return len(weight)
 
     def digest(self, last_layer: int) -> str:
         """16 hex digits that tell models apart: 64 evenly spaced values of every parameter up to `last_layer`."""

@@ -1,0 +1,71 @@
+"""What the parts of a recipe are made of, strict nodes and bounded numbers; and its hook points."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+_SITE = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.|$)")
+MOST = 10**15  # of anything that is counted
+
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Node(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class HookPoint(Node):
+    """Where one SAE reads, and that SAE's size."""
+
+    layer: Annotated[int, Field(ge=0, lt=1_000_000)]
+    """Index of the decoder layer after which the residual stream is read; short for the site layers.N."""
+    site: str
+    """Where in the model, instead of layer: layers.22 (the residual stream after layer 22), layers.22.mlp (what its MLP
+    or mixture of experts returns) or layers.22.mixer (what its attention or DeltaNet returns)."""
+    kind: Literal["deltanet", "attention"] | None = None
+    """Kind the layer must have; null for models without kinds."""
+    dict_size: Annotated[int, Field(gt=0, lt=1 << 31)]
+    """Number of latents."""
+    k: Positive
+    """Latents active per token."""
+    lr: Annotated[float, Field(gt=0, le=1)]
+    """Peak learning rate."""
+    activation: Literal["topk", "batch_topk"] = "topk"
+    """Which latents are active: the k largest of each token, or the k largest per token of the whole batch together,
+    and afterwards those above a threshold that training estimates."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layer_or_site(cls, given: Any) -> Any:
+        """Either key says where; both attributes are filled."""
+        if not isinstance(given, dict):
+            return given
+        if ("layer" in given) == ("site" in given):
+            raise ValueError("give one of the keys layer and site" + (", not both" if "layer" in given else ""))
+        if "layer" in given:
+            whole = str(given["layer"]).removesuffix(".0")
+            return {**given, "site": f"layers.{whole}"}
+        found = _SITE.match(str(given["site"]))
+        if found is None:
+            raise ValueError(
+                f"site {given['site']!r} names no place; write layers.22, layers.22.mlp or layers.22.mixer"
+            )
+        return {**given, "layer": int(found[1])}
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With `layer` alone for the residual stream, with `site` alone for other sites."""
+        tree: dict[str, Any] = serialise(self)
+        del tree["site" if self.site == f"layers.{self.layer}" else "layer"]
+        return tree
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> HookPoint:
+        if self.k > self.dict_size:
+            raise ValueError(f"k {self.k} exceeds dict_size {self.dict_size}")
+        return self
