@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from qwenscope.errors import FormatError
@@ -13,13 +13,11 @@ CHECKSUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def write_checksums(root: Path, only: Iterable[str] | None = None, without: Collection[str] = ()) -> None:
-    """List every file below `root` (or those of `only` that are there), but for those `without` it, with its digest in
-    `root/SHA256SUMS`.
-    """
+def write_checksums(root: Path, only: Iterable[str] | None = None) -> None:
+    """List every file below `root` (or those of `only` that are there) with its digest in `root/SHA256SUMS`."""
     paths = root.rglob("*") if only is None else (root / name for name in only)
     names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
-    lines = [f"{sha256(root / name)}  {name}\n" for name in names if name not in (CHECKSUMS_FILE, *without)]
+    lines = [f"{sha256(root / name)}  {name}\n" for name in names if name != CHECKSUMS_FILE]
     write_text(root / CHECKSUMS_FILE, "".join(lines))
 
 

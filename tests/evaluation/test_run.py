@@ -248,7 +248,7 @@ def test_figures_that_are_not_finite_are_named_and_the_rest_is_kept(
     recipe = yaml.safe_load((target / "recipe.yaml").read_text(encoding="utf-8"))
     recipe["lm"]["model"] = str(model)
     (target / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"are not finite.*saes/sae_delta/chat/ce_clean.* and \d+ more are null"):
+    with pytest.raises(ModelError, match=r"are not finite.*saes/sae_attn/chat/ce_clean.* and \d+ more are null"):
         evaluate(target, data=write_data(tmp_path / "d.jsonl"), tokens=60)
     written = json.loads((target / "evaluation.json").read_text(encoding="utf-8"), parse_constant=no_constants)
     cell = written["saes"]["sae_delta"]["chat"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
+from qwenscope.checksums import read_checksums, write_checksums
 from qwenscope.corpus.chat import Conversation
 from qwenscope.errors import FormatError, ModelError
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
@@ -82,15 +82,15 @@ def _publish(folder: Path, result: Mapping[str, Any], run: Path) -> None:
     and a release lists none but whole files."""
     evaluation, report = folder / "evaluation.json", folder / "report.html"
     make_folder(folder)
-    listed = (folder / CHECKSUMS_FILE).is_file()  # a release
-    if listed:
-        write_checksums(folder, without=(evaluation.name, report.name))
+    listed = read_checksums(folder)  # of a release
+    if listed is not None:
+        write_checksums(folder, only=listed.keys() - {evaluation.name, report.name})
     if report.exists():
         report.unlink()
         fsync_folder(folder)
     write_json(evaluation, result)
     write_text(report, report_html(result, run))
-    if listed:
+    if listed is not None:
         write_checksums(folder)
 
 

@@ -74,6 +74,9 @@ def build_index(
     if tokens < 1:
         raise FormatError(f"an index needs at least 1 token, not {tokens}")
     work = out / ".work"
+    if (out / FILE).exists() and work.is_dir():  # of a process that was killed at the very end
+        with run_lock(work):
+            shutil.rmtree(work)
     _check_unfinished(out)
     opened = open_target(target)
     with disk_errors_named(out):
@@ -89,7 +92,6 @@ def build_index(
 
 def _check_unfinished(out: Path) -> None:
     if (out / FILE).exists():
-        shutil.rmtree(out / ".work", ignore_errors=True)  # of a process that was killed at the very end
         raise FormatError(f"{out} holds a finished index; choose another folder, or remove it")
     if out.exists() and any(path.name not in (".work", CHECKSUMS_FILE, *FILES) for path in out.iterdir()):
         raise FormatError(f"{out} exists and is not an index; choose another folder")

@@ -41,7 +41,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
+        if error.errno != errno.EAGAIN:
             raise
         raise LockError(
             f"{folder} is in use by {_holder(path)}; stop that one first, or choose another folder"
