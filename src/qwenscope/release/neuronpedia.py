@@ -72,9 +72,8 @@ def _described(index: Index, sae_id: str, latent: int) -> dict[str, Any]:
 
 def _middles(histogram: dict[str, Any]) -> list[float]:
     """The activation in the middle of each bin; bins are of equal width in the logarithm."""
-    edges = [
-        2.0 ** (histogram["first"] + place / histogram["per_octave"]) for place in range(len(histogram["counts"]) + 1)
-    ]
+    places = range(len(histogram["counts"]) + 1)
+    edges = [2.0 ** (histogram["first"] + place / histogram["per_octave"]) for place in places]
     return [(low + high) / 2 for low, high in pairwise(edges)]
 
 

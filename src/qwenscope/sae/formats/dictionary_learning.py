@@ -111,9 +111,9 @@ def _threshold(path: Path, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _describe(trainer: dict[str, Any]) -> dict[str, Any]:
-    config: dict[str, Any] = {}
-    if isinstance(trainer.get("lm_name"), str) and trainer["lm_name"]:
-        config["model"] = trainer["lm_name"]
-    if isinstance(trainer.get("layer"), int):
-        config["layer"] = trainer["layer"]
-    return config
+    kinds: dict[str, tuple[str, type]] = {"model": ("lm_name", str), "layer": ("layer", int)}
+    return {
+        key: trainer[name]
+        for key, (name, kind) in kinds.items()
+        if isinstance(trainer.get(name), kind) and trainer[name] != ""
+    }

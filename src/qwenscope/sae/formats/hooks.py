@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_MIXERS = {"attention": "self_attn", "deltanet": "linear_attn"}
+_MIXERS = {"attention": ".self_attn", "deltanet": ".linear_attn"}
 """What a layer of a kind calls its mixer."""
 _PARTS = {"hook_resid_post": "", "": "", "hook_mlp_out": ".mlp", "mlp": ".mlp"} | dict.fromkeys(
     ("hook_attn_out", "attn", "self_attn", "linear_attn"), ".mixer"
@@ -26,8 +26,7 @@ def module_name(config: Mapping[str, Any]) -> str | None:
     """
     part = _part(config)
     if part == ".mixer":
-        mixer = _MIXERS.get(str(config.get("kind")))
-        part = f".{mixer}" if mixer else None
+        part = _MIXERS.get(str(config.get("kind")))
     return None if part is None else f"layers.{config['layer']}{part}"
 
 

@@ -59,37 +59,24 @@ def write(
     if "model" not in config or "layer" not in config:
         raise FormatError(f"{sae_id}: Neuronpedia needs the keys model and layer in its {sorted(config)}; add them")
     owner, _, name = str(config["model"]).rpartition("/")
-    model = name.lower()
-    release = _release_name(suite)
+    model, release = name.lower(), _release_name(suite)
     source_set = f"{release}-{sae_id}-{_digest(sae)}"
     source = f"{config['layer']}-{source_set}"
     folder = join_below(exports, "v1", model, source)
     (folder / "features").mkdir(parents=True)
-    common = {"creatorId": _CREATOR, "visibility": "PUBLIC"}
-    write_lines(
-        folder / "model.jsonl",
-        [{
-            **common,
-            "id": model,
-            "displayName": name,
-            "owner": owner if owner and "/" not in owner else "unknown",
-            "layers": layers if layers is not None else config["layer"] + 1,
-            "neuronsPerLayer": 0,  # none of the model's own neurons are shown
-        }],
-    )  # fmt: skip
-    by = {"creatorName": "qwenscope", "urls": []}
-    about = f"SAEs of {release}, trained with qwenscope"
-    write_lines(folder / "release.jsonl", [{**common, **by, "name": release, "description": about}])
     where = transformer_lens_name(config)
     about = f"{type(sae.activation).__name__}, {sae.dict_size:,} latents, k={sae.k}, {where or config['site']}"
-    owned = {**common, "modelId": model}
-    write_lines(
-        folder / "sourceset.jsonl",
-        [{**owned, **by, "name": source_set, "description": about, "releaseName": release}],
-    )
-    write_lines(
-        folder / "source.jsonl", [{**owned, "id": source, "setName": source_set, "hfFolderId": f"saelens/{sae_id}"}]
-    )
+    by = {"creatorName": "qwenscope", "urls": []}
+    owner = owner if owner and "/" not in owner else "unknown"  # none of this machine's folders
+    size = {"layers": config["layer"] + 1 if layers is None else layers, "neuronsPerLayer": 0}  # none are shown
+    records: dict[str, dict[str, Any]] = {
+        "model": {"id": model, "displayName": name, "owner": owner, **size},
+        "release": {**by, "name": release, "description": f"SAEs of {release}, trained with qwenscope"},
+        "sourceset": {**by, "modelId": model, "name": source_set, "description": about, "releaseName": release},
+        "source": {"modelId": model, "id": source, "setName": source_set, "hfFolderId": f"saelens/{sae_id}"},
+    }
+    for file, record in records.items():
+        write_lines(folder / f"{file}.jsonl", [{**record, "creatorId": _CREATOR, "visibility": "PUBLIC"}])
     named = {"modelId": model, "creatorId": _CREATOR, "layer": source}
     shared = {"sourceSetName": source_set, "hookName": where, "hasVector": False}
     for number, features in enumerate(batches(_features(sae, named | shared, describe))):
