@@ -153,7 +153,11 @@ def test_what_cannot_be_opened_is_named(run: Path, release: Path, hub: FakeHub, 
         open_target(tmp_path)
     copy = Path(shutil.copytree(run, tmp_path / "other"))
     (copy / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("dict_size: 256", "dict_size: 255"))
-    with pytest.raises(FormatError, match=r"dict_size 256 and k 2; recipe.yaml says 255"):
+    with pytest.raises(FormatError, match=r"sae_delta has dict_size 256; recipe.yaml says 255"):
+        open_target(copy)
+    kept = (run / "recipe.yaml").read_text().replace("activation: topk", "activation: batch_topk", 1)
+    (copy / "recipe.yaml").write_text(kept)
+    with pytest.raises(FormatError, match=r"sae_delta has activation topk; recipe.yaml says batch_topk"):
         open_target(copy)
     damaged = Path(shutil.copytree(release, tmp_path / "damaged"))
     (damaged / "recipe.yaml").write_text("seed: 1\n")
