@@ -138,5 +138,6 @@ def test_the_published_code_encodes_as_the_library_does(folder: Path, monkeypatc
     names: dict[str, Any] = {}
     exec(plain, names)
     sae = SAE.from_pretrained(release, "stream_batch")
+    assert names["latents_BN"].any()
     torch.testing.assert_close(names["latents_BN"], sae.encode(names["x_BD"]).dense(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(names["x_hat_BD"], sae(names["x_BD"]).detach(), rtol=1e-5, atol=1e-5)
