@@ -50,8 +50,11 @@ class Activation(ABC):
         return self.k
 
     def keep(self, values_BC: Tensor, largest: Largest) -> Tensor:
-        """Candidates' values after ReLU -> those of the latents active in training, 0 for the others [B, C]."""
-        raise NotImplementedError(f"{self.name} is not trained")
+        """Candidates' values after ReLU -> those of the latents active in training, 0 for the others [B, C].
+
+        Only kinds that are `trainable` have it.
+        """
+        raise TypeError(f"{self.name} is not trained")
 
 
 class TopK(Activation):
