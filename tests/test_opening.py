@@ -16,6 +16,7 @@ from tiny_run import make_language_model, make_suite
 from qwenscope import TopKSAE, evaluate
 from qwenscope.checksums import write_checksums
 from qwenscope.errors import CorpusError, FormatError, HubError, ModelError
+from qwenscope.lm.sites import Site
 from qwenscope.opening import open_target
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.formats import export_suite, import_suite
@@ -75,7 +76,7 @@ def test_run_release_and_repository_are_the_same_target(run: Path, release: Path
     targets = [open_target(name) for name in (run, str(release), "org/suite")]
     for target in targets:
         assert target.recipe == targets[0].recipe
-        assert target.layers == {"sae_delta": 1, "sae_attn": 3}
+        assert target.sites == {"sae_delta": Site.of(1), "sae_attn": Site.of(3)}
         torch.testing.assert_close(weights(target.saes), weights(targets[0].saes), rtol=0, atol=0)
     assert [target.on_hub for target in targets] == [False, False, True]
 
@@ -93,7 +94,7 @@ def test_the_language_model_comes_when_asked_and_as_far_as_asked(run: Path) -> N
 
 def test_an_imported_suite_is_measured_on_what_it_is_given(imported: Path, run: Path, data: Path) -> None:
     target = open_target(imported)
-    assert target.layers == {"sae_delta": 1, "sae_attn": 3}
+    assert target.sites == {"sae_delta": Site.of(1), "sae_attn": Site.of(3)}
     assert target.recipe.lm.model == load_recipe(run / "recipe.yaml").lm.model
     with pytest.raises(CorpusError, match="--data"):
         evaluate(imported, tokens=100)
@@ -153,7 +154,11 @@ def test_what_cannot_be_opened_is_named(run: Path, release: Path, hub: FakeHub, 
         open_target(tmp_path)
     copy = Path(shutil.copytree(run, tmp_path / "other"))
     (copy / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("dict_size: 256", "dict_size: 255"))
-    with pytest.raises(FormatError, match=r"dict_size 256 and k 2; recipe.yaml says 255"):
+    with pytest.raises(FormatError, match=r"sae_delta has dict_size 256; recipe.yaml says 255"):
+        open_target(copy)
+    kept = (run / "recipe.yaml").read_text().replace("activation: topk", "activation: batch_topk", 1)
+    (copy / "recipe.yaml").write_text(kept)
+    with pytest.raises(FormatError, match=r"sae_delta has activation topk; recipe.yaml says batch_topk"):
         open_target(copy)
     damaged = Path(shutil.copytree(release, tmp_path / "damaged"))
     (damaged / "recipe.yaml").write_text("seed: 1\n")

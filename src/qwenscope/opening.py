@@ -164,10 +164,11 @@ def open_target(target: Path | str, *, revision: str | None = None, like: Target
 
 
 def check_size(where: Path, sae: SAE, point: HookPoint) -> None:
-    """FormatError unless the SAE at `where` has the size that its recipe gives it."""
-    if (sae.dict_size, sae.k) != (point.dict_size, point.k):
-        sizes = f"dict_size {sae.dict_size} and k {sae.k}; recipe.yaml says {point.dict_size} and {point.k}"
-        raise FormatError(f"{where} has {sizes}")
+    """FormatError unless the SAE at `where` has the size and the activation that its recipe gives it."""
+    found = {"dict_size": sae.dict_size, "k": sae.k, "activation": sae.activation.name}
+    for key, value in found.items():
+        if value != getattr(point, key):
+            raise FormatError(f"{where} has {key} {value}; recipe.yaml says {getattr(point, key)}")
 
 
 def check_widths(saes: Mapping[str, SAE], lm: LanguageModel) -> None:

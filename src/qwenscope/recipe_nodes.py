@@ -32,7 +32,7 @@ class HookPoint(Node):
     dict_size: Annotated[int, Field(gt=0, lt=1 << 31)]
     """Number of latents."""
     k: Positive
-    """Latents active per token."""
+    """Latents active per token; on average, under batch_topk."""
     lr: Annotated[float, Field(gt=0, le=1)]
     """Peak learning rate."""
     activation: Literal["topk", "batch_topk"] = "topk"

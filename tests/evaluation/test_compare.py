@@ -80,7 +80,7 @@ def test_what_cannot_be_compared_is_refused_by_name(suites: tuple[Path, Path], t
         compare(suites[0], tmp_path / "nameless")
     sae.config["layer"] = 2
     sae.save(tmp_path / "elsewhere/sae_x")
-    with pytest.raises(FormatError, match=r"no layer is in both suites: .* has 1, 3, .* has 2"):
+    with pytest.raises(FormatError, match=r"no site is in both suites: .* has layers.1, layers.3, .* has layers.2"):
         compare(suites[0], tmp_path / "elsewhere")
     wide = TopKSAE(48, 64, 4, seed=1)
     wide.config["layer"] = 1

@@ -20,6 +20,7 @@ from evaluation_cases import conversation_of
 from qwenscope.corpus.tool_use import tool_use_conversation
 from qwenscope.evaluation.measure import SplitMeter
 from qwenscope.lm.load import load_language_model
+from qwenscope.lm.sites import Site
 from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import TopKSAE
@@ -95,7 +96,7 @@ def ours(sae: TopKSAE, batches: list[torch.Tensor]) -> dict[str, Any]:
         conversation_of(row.numpy().astype(np.int32), number) for number, row in enumerate(torch.cat(batches))
     ]
     meter = SplitMeter(
-        load_language_model(recipe.lm, lm_head=True), {SAE_ID: sae}, {SAE_ID: LAYER}, conversations, recipe
+        load_language_model(recipe.lm, lm_head=True), {SAE_ID: sae}, {SAE_ID: Site.of(LAYER)}, conversations, recipe
     )
     return meter.run().figures[SAE_ID]
 

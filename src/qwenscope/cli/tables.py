@@ -83,7 +83,7 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
             cells = []
             for key, form in (("fvu", ".3f"), ("l0", ".1f"), ("ce_recovered_mean", ".3f")):
                 cells += [format(sides[side][key], form) for side in ("first", "second")]
-            table.add_row(str(pair["layer"]), split, *cells, shared)
+            table.add_row(str(pair.get("site", pair["layer"])).removeprefix("layers."), split, *cells, shared)
     return table
 
 

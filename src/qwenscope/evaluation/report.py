@@ -73,6 +73,7 @@ def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
         tables={"Fidelity": COLUMNS[:FIDELITY_COLUMNS], "Effect on the language model": COLUMNS[FIDELITY_COLUMNS:]},
         columns=COLUMNS,
         number=number,
+        place=place,
         headlines=headlines(evaluation),
         depth_plots=depth_plots(evaluation),
         difference_plots=difference_plots(evaluation),
@@ -87,6 +88,11 @@ def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
 def number(value: float | None, form: str) -> str:
     """A formatted number, or a dash where it does not exist."""
     return "–" if value is None else format(value, form)
+
+
+def place(point: Mapping[str, Any]) -> str:
+    """Where a hook point reads: 22 for the residual stream after layer 22, 22.mlp or 22.mixer inside it."""
+    return str(point.get("site", point["layer"])).removeprefix("layers.")
 
 
 def neighbours(hook_points: Mapping[str, Mapping[str, Any]], most: int = 4) -> list[list[str]]:
@@ -132,7 +138,7 @@ def depth_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
                 plots.Dot(
                     x=point["layer"],
                     y=evaluation["saes"][sae_id][split][key],
-                    label=f"{sae_id}, layer {point['layer']}",
+                    label=f"{sae_id}, layer {place(point)}",
                     style=_kind(point),
                     interval=evaluation["comparison"]["splits"][split]["intervals"][sae_id][key],
                 )
@@ -244,7 +250,7 @@ def _styled(evaluation: Mapping[str, Any], group: Sequence[str]) -> list[tuple[s
 def _name(evaluation: Mapping[str, Any], sae_id: str) -> str:
     point = evaluation["hook_points"][sae_id]
     kind = KIND_NAMES.get(point["kind"], point["kind"])
-    return f"{point['layer']} {kind}" if kind else f"layer {point['layer']}"
+    return f"{place(point)} {kind}" if kind else f"layer {place(point)}"
 
 
 def _depth(evaluation: Mapping[str, Any], group: Sequence[str]) -> str:

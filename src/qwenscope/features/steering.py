@@ -19,7 +19,7 @@ Legend: C rows of a batch, T positions, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from qwenscope.seeds import generator
 
 Mode = Literal["add", "clamp", "ablate"]
 Where = Literal["all", "prefill", "decode"] | Sequence[int]
+_KEPT = ("state", "rnn_state", "cache_params", "cache", "past_key_values", "mems")  # what decoders take a cache as
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,18 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
             raise FormatError(
                 f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {lm.hidden_dim} wide"
             )
-    seen = _Seen(any(steering.where != "all" for steering in steerings))
+    seen = _Seen()
     by_site: dict[Site, list[Steering]] = {}
     for steering in steerings:
         by_site.setdefault(Site.of(steering.site), []).append(steering)  # type: ignore[arg-type] # it is one by now
-    handle = lm.decoder.register_forward_pre_hook(seen, with_kwargs=True)
+    by_phase = any(steering.where != "all" for steering in steerings)
+    handle = lm.decoder.register_forward_pre_hook(seen, with_kwargs=True) if by_phase else None
     try:
         with intervene(lm, {site: _edit(group, seen) for site, group in by_site.items()}):
             yield
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
 
 class _Seen:
@@ -141,24 +144,20 @@ class _Seen:
     The cache is known by what it can do, not by the name it is passed under, which differs between versions.
     """
 
-    def __init__(self, needed: bool) -> None:
-        """`needed`: whether any steering depends on it."""
-        self.positions, self._needed = 0, needed
+    positions = 0
 
     def __call__(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
-        given = [*inputs, *kwargs.values()]
-        caches = [value for value in given if hasattr(value, "get_seq_length")]
-        unknown = [
-            name
-            for name in ("state", "rnn_state", "cache_params", "cache", "past_key_values", "mems")
-            if kwargs.get(name) is not None
-        ]
-        if not caches and unknown and self._needed:
+        for cache in (*inputs, *kwargs.values()):
+            if hasattr(cache, "get_seq_length"):
+                with suppress(ValueError):  # a cache of states alone does not count what it read
+                    self.positions = int(cache.get_seq_length())
+                    return
+        if held := [name for name in _KEPT if kwargs.get(name) is not None]:
             raise ModelError(
-                f"{type(module).__name__} keeps what it has read in {unknown[0]}, which does not say how much that is; "
+                f"{type(module).__name__} keeps what it has read in {held[0]}, which does not say how much that is; "
                 "steer all positions (where all)"
             )
-        self.positions = int(caches[0].get_seq_length()) if caches else 0
+        self.positions = 0
 
 
 def _edit(group: Sequence[Steering], seen: _Seen) -> Callable[[Tensor], Tensor]:

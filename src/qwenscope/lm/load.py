@@ -114,6 +114,10 @@ def _check_looks_back(lm: LanguageModel) -> None:
         first, second = lm.streams(ids, [4, 4], [end])[end].double()
     except ModelError:
         return  # its layers do not return rows; a hook point there is refused by name
+    except TypeError as error:  # an encoder, whose layers are called otherwise
+        raise ModelError(
+            f"{lm.name} ({type(lm.model).__name__}) is no causal decoder, and not supported: {_first_line(error)}"
+        ) from error
     apart = ((first - second).norm(dim=-1) / first.norm(dim=-1).clamp(min=1e-30))[:-1].median()
     if apart > (1e-4 if lm.dtype == torch.float32 else 3e-2):
         raise ModelError(

@@ -11,7 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from qwenscope.evaluation import report
 from qwenscope.evaluation.pairs import find_pairs
 from qwenscope.evaluation.report import KIND_NAMES, SPLIT_NAMES
+from qwenscope.lm.sites import Site
 from qwenscope.release.facts import Facts, dataset_of
+from qwenscope.sae.activation import TopK
 
 COLUMNS = tuple(column for column in report.COLUMNS if column.key not in ("mse", "norm_ratio"))
 _BLOCK = 4  # Qwen3.5: three Gated DeltaNet layers, then one of attention
@@ -41,6 +43,8 @@ def model_card(facts: Facts) -> str:
         facts=facts,
         recipe=facts.recipe,
         training=facts.recipe.training,
+        inner=reads_inside(facts),
+        activations=activations(facts),
         suite=facts.suite,
         model=facts.suite["language_model"]["name"],
         repo=facts.suite["repo"] or ".",
@@ -75,21 +79,39 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
 def title(facts: Facts) -> str:
     """Heading of the card: the repository's name, or what it is."""
     repo = facts.suite["repo"]
-    return str(repo).rsplit("/", 1)[-1] if repo else f"TopK SAEs for {facts.suite['language_model']['name']}"
+    kind = "TopK SAEs" if activations(facts) == [TopK.name] else "SAEs"
+    return str(repo).rsplit("/", 1)[-1] if repo else f"{kind} for {facts.suite['language_model']['name']}"
+
+
+def activations(facts: Facts) -> list[str]:
+    """Names of the activations of the suite's SAEs, each once."""
+    return list(dict.fromkeys(point.activation for point in facts.recipe.hook_points.values()))
+
+
+def reads_inside(facts: Facts) -> bool:
+    """Whether an SAE reads elsewhere than at the residual stream."""
+    return any(Site(point.site).part for point in facts.recipe.hook_points.values())
 
 
 def metadata(facts: Facts) -> dict[str, Any]:
     """The card's YAML front matter, as the Hub reads it."""
     model = facts.suite["language_model"]["name"]
-    tags = ["sparse-autoencoder", "sae", "topk", "interpretability", "mechanistic-interpretability", "residual-stream"]
+    tags = ["sparse-autoencoder", "sae", *(name.replace("_", "-") for name in activations(facts))]
+    tags += ["interpretability", "mechanistic-interpretability"]
+    inside = reads_inside(facts)
     found: dict[str, Any] = {"license": "mit", "library_name": "qwenscope", "pipeline_tag": "feature-extraction"}
     if model.count("/") == 1:
         found["base_model"] = model
     if facts.datasets:
         found["datasets"] = facts.datasets
     hybrid = {point.kind for point in facts.recipe.hook_points.values()} >= set(KIND_NAMES)
-    found["tags"] = [*tags, *(["gated-deltanet", "hybrid-attention"] if hybrid else []), "saelens"]
-    task = {"type": "feature-extraction", "name": "Residual-stream reconstruction"}
+    found["tags"] = [
+        *tags,
+        *([] if inside else ["residual-stream"]),
+        *(["gated-deltanet", "hybrid-attention"] if hybrid else []),
+        "saelens",
+    ]
+    task = {"type": "feature-extraction", "name": f"{'Activation' if inside else 'Residual-stream'} reconstruction"}
     on = measured_on(facts.evaluation)
     results = [
         {

@@ -21,6 +21,7 @@ from qwenscope.release.card import example_sae, model_card
 from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
 from qwenscope.release.parquet import write_evaluation, write_training
+from qwenscope.sae.activation import TopK
 from qwenscope.sae.formats import export_sae
 from qwenscope.sae.loading import iterate_suite
 from qwenscope.sae.sae import SAE
@@ -105,7 +106,7 @@ def _index(run: Path, recipe: Recipe) -> dict[str, Any]:
     facts = read_json(run / "run.json") if (run / "run.json").is_file() else {}
     return {
         "library_name": "qwenscope",
-        "architecture": "topk",
+        "architecture": " and ".join(dict.fromkeys(point.activation for point in recipe.hook_points.values())),
         "format_version": 1,
         "qwenscope": version("qwenscope"),
         "commit": facts.get("commit"),
@@ -137,6 +138,7 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
             "hidden_dim": sae.hidden_dim,
             "dict_size": sae.dict_size,
             "k": sae.k,
+            **({} if point.activation == TopK.name else {"activation": point.activation}),
         }
     if missing := [sae_id for sae_id in recipe.hook_points if sae_id not in index]:
         raise FormatError(f"{run / 'saes' / missing[0]} is missing; the run is not whole")

@@ -63,13 +63,18 @@ export const ROLE_NAMES = {
 
 export const kindName = (kind) => ({ deltanet: "DeltaNet", attention: "Attention" })[kind] ?? kind ?? "layer";
 
-export function kindBadge(kind, layer) {
+// Where an SAE reads: 22 for the residual stream after layer 22, 22.mlp or 22.mixer inside it.
+export function place(sae) {
+  return sae.site?.replace("layers.", "") ?? String(sae.layer);
+}
+
+export function kindBadge(sae) {
   return h(
     "span",
-    { class: `kind ${kind ?? "plain"}` },
+    { class: `kind ${sae.kind ?? "plain"}` },
     h("i", { "aria-hidden": "true" }),
-    kindName(kind),
-    ` · layer ${layer}`,
+    kindName(sae.kind),
+    ` · layer ${place(sae)}`,
   );
 }
 

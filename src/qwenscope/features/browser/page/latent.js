@@ -309,7 +309,7 @@ export async function render(id, number_) {
       h(
         "header",
         { class: "title" },
-        h("p", { class: "eyebrow" }, kindBadge(sae.kind, sae.layer)),
+        h("p", { class: "eyebrow" }, kindBadge(sae)),
         h(
           "div",
           { class: "heading" },

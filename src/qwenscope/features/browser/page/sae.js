@@ -165,7 +165,7 @@ export async function render(id, query) {
       h(
         "header",
         { class: "title" },
-        h("p", { class: "eyebrow" }, kindBadge(sae.kind, sae.layer)),
+        h("p", { class: "eyebrow" }, kindBadge(sae)),
         h("h1", null, id),
         h(
           "dl",

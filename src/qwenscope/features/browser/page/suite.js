@@ -1,6 +1,6 @@
 // Overview: the language model's depth, and one card per SAE in a grid of kinds by depth.
 
-import { h, link, number, percent, kindName, section, stat } from "./dom.js";
+import { h, link, number, percent, place, kindName, section, stat } from "./dom.js";
 import { sparkline } from "./charts.js";
 import * as api from "./api.js";
 
@@ -17,20 +17,21 @@ function columns(saes) {
 }
 
 function ladder(kinds, saes) {
-  const at = new Map(Object.entries(saes).map(([id, sae]) => [sae.layer, id]));
+  const ids = Object.keys(saes);
   return h(
     "ol",
     { class: "ladder", "aria-label": "Layers of the language model" },
     kinds.map((kind, layer) => {
-      const id = at.get(layer);
+      const here = ids.filter((id) => saes[id].layer === layer);
+      const names = here.join(", ");
       const cell = {
-        class: `${kind ?? "plain"}${id ? " hooked" : ""}`,
-        title: `layer ${layer}, ${kindName(kind)}${id ? `: ${id}` : ""}`,
+        class: `${kind ?? "plain"}${names ? " hooked" : ""}`,
+        title: `layer ${layer}, ${kindName(kind)}${names ? `: ${names}` : ""}`,
       };
       return h(
         "li",
         cell,
-        id ? h("a", { href: link.sae(id), "aria-label": `${id}, layer ${layer}` }, String(layer)) : null,
+        names ? h("a", { href: link.sae(here[0]), "aria-label": `${names}, layer ${layer}` }, String(layer)) : null,
       );
     }),
   );
@@ -78,7 +79,7 @@ function card([id, sae]) {
     "article",
     { class: `card ${sae.kind ?? "plain"}` },
     h("h3", null, h("a", { href: link.sae(id) }, id)),
-    h("p", { class: "faint" }, `layer ${sae.layer} · ${number(sae.dict_size)} latents · k ${sae.k}`),
+    h("p", { class: "faint" }, `layer ${place(sae)} · ${number(sae.dict_size)} latents · k ${sae.k}`),
     sparkline(sae.density),
     quality(sae),
     h("p", { class: "faint" }, `${percent(1 - sae.dead / sae.dict_size)} of latents alive · L0 ${sae.l0.toFixed(1)}`),
