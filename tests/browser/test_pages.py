@@ -14,7 +14,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from visiting import Visit, serving
 
-from qwenscope.features.store import Index, add_explanations
+from qwenscope.features.store import Index, explaining
 
 LATENT = f"#/sae/sae_delta/{PLANTED_LATENT}"
 RUNS = ["steered", "unsteered", "negative strength", "random latent", "random direction"]
@@ -144,10 +144,8 @@ def test_an_example_is_copied_and_read(visit: Visit) -> None:
 
 
 def test_html_in_tokens_labels_and_notes_stays_text(visit: Visit, index: Path) -> None:
-    add_explanations(
-        Index(index),
-        [("sae_delta", 9, {"label": HOSTILE, "client": HOSTILE, "detection": 1.0, "fuzzing": None, "samples": {}})],
-    )
+    with explaining(Index(index)) as add:
+        add("sae_delta", 9, {"label": HOSTILE, "client": HOSTILE, "detection": 1.0, "fuzzing": None, "samples": {}})
     page = visit.go("#/sae/sae_delta/9")
     expect(page.locator(".lead")).to_contain_text(HOSTILE)
     page.get_by_label("Notes on this latent").fill(HOSTILE)

@@ -15,7 +15,7 @@ import pytest
 from qwenscope.checksums import CHECKSUMS_FILE
 from qwenscope.errors import FormatError, LockError
 from qwenscope.features.index import build_index
-from qwenscope.features.store import Index, add_explanations
+from qwenscope.features.store import Index, explaining
 from qwenscope.training.lock import run_lock
 
 
@@ -88,7 +88,8 @@ def test_a_page_with_missing_parts_is_named(copy: Path) -> None:
 
 
 def test_labels_keep_the_checksums_true(copy: Path) -> None:
-    add_explanations(Index(copy), [("sae_delta", 3, {"label": "a word", "samples": {}})])
+    with explaining(Index(copy)) as add:
+        add("sae_delta", 3, {"label": "a word", "samples": {}})
     assert (copy / CHECKSUMS_FILE).exists()
     assert Index(copy).labels("sae_delta") == {3: "a word"}
     (copy / CHECKSUMS_FILE).unlink()  # the writer was killed

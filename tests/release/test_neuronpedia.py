@@ -12,7 +12,7 @@ from tiny_run import make_language_model, make_suite
 
 from qwenscope.errors import FormatError
 from qwenscope.features.index import build_index
-from qwenscope.features.store import Index, add_explanations
+from qwenscope.features.store import Index, explaining
 from qwenscope.release.neuronpedia import export_with_index
 
 
@@ -35,7 +35,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_features_activations_and_explanations_are_the_indexs(indexed: tuple[Path, Path], tmp_path: Path) -> None:
     run, folder = indexed
     index = Index(folder)
-    add_explanations(index, [("sae_attn", 7, {"label": "the word seven"})])
+    with explaining(index) as add:
+        add("sae_attn", 7, {"label": "the word seven"})
     for sae_id in ("sae_attn", "sae_delta"):  # random weights carry no model name of their own
         path = run / "saes" / sae_id / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "org/Tiny"}))

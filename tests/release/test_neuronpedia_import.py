@@ -20,7 +20,7 @@ from tiny_run import make_language_model, make_suite
 
 from qwenscope import load_suite
 from qwenscope.features.index import build_index
-from qwenscope.features.store import Index, add_explanations
+from qwenscope.features.store import Index, explaining
 from qwenscope.release.neuronpedia import export_with_index
 
 TABLES = Path(__file__).with_name("neuronpedia_tables.sql")
@@ -97,7 +97,8 @@ def test_every_record_of_two_suites_arrives(database: Database, tmp_path: Path) 
     for path in (run / "saes").glob("*/config.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "org/Tiny"}))
     build_index(run, tmp_path / "index", tokens=1500)
-    add_explanations(Index(tmp_path / "index"), [("sae_attn", 7, {"label": "it's seven"})])
+    with explaining(Index(tmp_path / "index")) as add:
+        add("sae_attn", 7, {"label": "it's seven"})
     second = shutil.copytree(run, tmp_path / "second")
     total = dict.fromkeys(FOLDERS.values(), 0)
     for suite in (run, second):

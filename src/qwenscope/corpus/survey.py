@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qwenscope.corpus.chat import Conversation
 from qwenscope.corpus.stream import CorpusStream
-from qwenscope.files import atomic_path, write_json
+from qwenscope.files import atomic_path
 from qwenscope.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -57,11 +57,6 @@ def survey(
                 break
     report = stream.report()
     return report | {"padding_share": padding.share()}
-
-
-def write_privacy_report(path: Path, report: dict[str, Any]) -> None:
-    """Write the privacy part of a stream's or a survey's report beside a run."""
-    write_json(path, report["privacy"])
 
 
 class _Padding:

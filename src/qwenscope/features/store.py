@@ -269,13 +269,6 @@ def explaining(index: Index) -> Iterator[Callable[[str, int, dict[str, Any]], No
             write_checksums(index.folder, FILES)
 
 
-def add_explanations(index: Index, records: Iterable[tuple[str, int, dict[str, Any]]]) -> None:
-    """Store (sae_id, latent, record), replacing earlier ones; search finds the labels."""
-    with explaining(index) as add:
-        for sae_id, latent, record in records:
-            add(sae_id, latent, record)
-
-
 def read_explanations(index: Index) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Every explanation as (sae_id, latent, record), by SAE and latent."""
     ids = list(index.saes)
