@@ -42,6 +42,7 @@ from qwenscope.doctor import examine
 from qwenscope.lm.load import cut_config, layer_kinds, pick_dtype
 from qwenscope.lm.model import LanguageModel, decoder_layers
 from qwenscope.lm.placement import pick_devices
+from qwenscope.lm.sites import Site
 from qwenscope.planning.measure import product_tflops
 from qwenscope.planning.plan import model_size
 from qwenscope.recipe import Recipe, load_recipe
@@ -179,7 +180,7 @@ def run(recipe: Recipe, config: PretrainedConfig, seconds: float) -> dict[str, A
     trainers = {sae_id: build_trainer(recipe, lm, sae_id, recipe.training.precision) for sae_id in recipe.hook_points}
     rows = windows.calibration_rows()
     for sae_id, trainer in trainers.items():
-        trainer.calibrate(rows[recipe.hook_points[sae_id].layer])
+        trainer.calibrate(rows[Site(recipe.hook_points[sae_id].site)])
     del rows
     forward, steps = Stopwatch(lm.device), Stopwatch(lm.device)
     lm.decoder.register_forward_pre_hook(lambda *_: forward.mark())
@@ -239,7 +240,7 @@ def train_window(
         batch = windows.next_batch(recipe.training.batch_size)
         steps.mark()
         for sae_id, trainer in trainers.items():
-            flags.append(trainer.step(batch[recipe.hook_points[sae_id].layer]).finite)
+            flags.append(trainer.step(batch[Site(recipe.hook_points[sae_id].site)]).finite)
         steps.mark()
         tokens += recipe.training.batch_size
     return tokens, bool(torch.stack(flags).all())

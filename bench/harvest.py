@@ -47,7 +47,7 @@ from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.forward import final_hidden, logits, site_rows
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
-from qwenscope.lm.sites import sites_of
+from qwenscope.lm.sites import Site, sites_of
 from qwenscope.lm.vllm.engine import VllmModel, vllm_version
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training.building import build_trainer
@@ -191,7 +191,7 @@ class Steps:
         with closing(self._windows(overlap=False)) as windows:
             rows = windows.calibration_rows()
             for sae_id, trainer in self._trainers.items():
-                trainer.calibrate(rows[recipe.hook_points[sae_id].layer])
+                trainer.calibrate(rows[Site(recipe.hook_points[sae_id].site)])
             self._batches = list(self._each_batch(windows))
 
     def alone(self) -> None:
@@ -207,7 +207,7 @@ class Steps:
 
     def _step(self, batch: dict[int, torch.Tensor]) -> None:
         for sae_id, trainer in self._trainers.items():
-            trainer.step(batch[self._recipe.hook_points[sae_id].layer])
+            trainer.step(batch[Site(self._recipe.hook_points[sae_id].site)])
 
     def _windows(self, overlap: bool) -> Windows:
         changes: dict[str, Any] = {"overlap": overlap}

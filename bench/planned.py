@@ -71,7 +71,7 @@ def configurations(folder: Path) -> dict[str, Callable[[], Recipe]]:
     def standin(*overrides: str) -> Recipe:
         return load_recipe("standin", ["training.warmup_steps=10", *overrides])
 
-    layers = standin().layers
+    layers = sorted({point.layer for point in standin().hook_points.values()})
     llama = [f"lm.model={folder / 'models' / 'llama'}", "corpus.max_length=512", *SHORT]
     return {
         "standin": lambda: standin("training.tokens=95000"),

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -165,7 +165,9 @@ def open_target(target: Path | str, *, revision: str | None = None, like: Target
 
 def check_size(where: Path, sae: SAE, point: HookPoint) -> None:
     """FormatError unless the SAE at `where` has the size and the activation that its recipe gives it."""
-    found = {"dict_size": sae.dict_size, "k": sae.k, "activation": sae.activation.name}
+    found: dict[str, Any] = {"dict_size": sae.dict_size, "k": sae.k}
+    if sae.activation.name in get_args(HookPoint.model_fields["activation"].annotation):  # else no recipe can say it
+        found["activation"] = sae.activation.name
     for key, value in found.items():
         if value != getattr(point, key):
             raise FormatError(f"{where} has {key} {value}; recipe.yaml says {getattr(point, key)}")

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from qwenscope import TopKSAE, load_recipe
 from qwenscope.corpus.stream import CorpusStream
-from qwenscope.errors import CorpusError
+from qwenscope.errors import HubError
 from qwenscope.evaluation.run import evaluate
 from qwenscope.lm.load import load_tokenizer
-from qwenscope.recipe import Recipe, _Node
+from qwenscope.recipe import Recipe
+from qwenscope.recipe_nodes import Node
 from qwenscope.release.package import release
 from qwenscope.training.run import train
 
@@ -54,14 +55,14 @@ def reads() -> Iterator[set[tuple[str, str]]]:
     """(class, field) of every recipe value that any code reads while the module's fixtures run."""
     seen: set[tuple[str, str]] = set()
     patch = pytest.MonkeyPatch()
-    plain = _Node.__getattribute__
+    plain = Node.__getattribute__
 
-    def watched(self: _Node, name: str) -> Any:
+    def watched(self: Node, name: str) -> Any:
         if name in type(self).__pydantic_fields__:
             seen.add((type(self).__name__, name))
         return plain(self, name)
 
-    patch.setattr(_Node, "__getattribute__", watched)
+    patch.setattr(Node, "__getattribute__", watched)
     yield seen
     patch.undo()
 
@@ -76,11 +77,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, reads: set[tuple[str, str]]) -
     return folder
 
 
-def _fields(node: type[_Node]) -> Iterator[tuple[str, str]]:
+def _fields(node: type[Node]) -> Iterator[tuple[str, str]]:
     for name, field in node.__pydantic_fields__.items():
         yield node.__name__, name
         for child in [field.annotation, *getattr(field.annotation, "__args__", ())]:
-            if isinstance(child, type) and issubclass(child, _Node):
+            if isinstance(child, type) and issubclass(child, Node):
                 yield from _fields(child)
 
 
@@ -137,7 +138,7 @@ def test_every_key_of_the_recipe_is_read(run: Path, reads: set[tuple[str, str]],
     stream = CorpusStream(local.corpus, load_tokenizer(local.lm), seed=0)
     assert "me@firm.com" not in next(stream).text
     offline = load_recipe("standin", ["corpus.sources=[{name: ultrachat, revision: main, weight: 1}]"])
-    with pytest.raises(CorpusError, match="ultrachat"):
+    with pytest.raises(HubError, match="ultrachat"):
         CorpusStream(offline.corpus, load_tokenizer(offline.lm), seed=0)
     assert set(_fields(Recipe)) - reads == set()
 

@@ -51,7 +51,8 @@ def test_messages_come_with_roles(target: Target) -> None:
     messages = [{"role": "user", "content": "order"}, {"role": "assistant", "content": "status"}]
     reading = read(lm, lm.tokenizer, messages, target.saes, sites=LAYERS)
     assert reading.roles is not None
-    assert dict(zip(reading.tokens, reading.roles, strict=True))["order"] == "user"
+    asked = [token for token, role in zip(reading.tokens, reading.roles, strict=True) if role == "user"]
+    assert "".join(asked) == "order"
     assert {"user", "assistant", "template"} == set(reading.roles)
     with pytest.raises(CorpusError, match="cannot be rendered"):
         read(lm, lm.tokenizer, [{"role": "nobody", "content": "x"}], target.saes, sites=LAYERS)

@@ -68,6 +68,9 @@ class Decoder(nn.Module):
     def get_decoder(self) -> Decoder:
         return self
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return nn.Embedding(1, 4)
+
 
 def test_streams_and_edits_are_on_the_models_own_device() -> None:
     model: Any = Decoder()

@@ -57,6 +57,8 @@ def capture(lm: HasLayers, sites: Iterable[Site], *, stop: bool = False) -> Iter
         except _StopForward as signal:
             if signal is not reached:
                 raise
+        finally:
+            reached.__traceback__ = None  # it holds the callers' frames, and so the rows of earlier windows
     if silent := wanted - rows.keys():
         raise ModelError(f"{min(silent)} of {lm.name} did not run; was the model compiled, or the layer skipped?")
 
