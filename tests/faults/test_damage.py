@@ -159,13 +159,17 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Reference
 ) -> None:
     from qwenscope.activations.windows import Windows
+    from qwenscope.lm.sites import Site
 
     real, calls = Windows.next_batch, []
 
-    def poisoned(self: Windows, size: int) -> dict[int, torch.Tensor]:
+    def poisoned(self: Windows, size: int) -> dict[Site, torch.Tensor]:
         batch = real(self, size)
         calls.append(size)
-        return {layer: x_BD * (float("inf") if layer == 3 and len(calls) == 20 else 1) for layer, x_BD in batch.items()}
+        struck = len(calls) == 20
+        return {
+            site: x_BD * (float("inf") if struck and site == Site("layers.3") else 1) for site, x_BD in batch.items()
+        }
 
     monkeypatch.setattr(Windows, "next_batch", poisoned)
     run = tmp_path / "run"
