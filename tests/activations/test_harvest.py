@@ -7,7 +7,7 @@ import torch
 from activations.conftest import BROKEN, LAYERS, LOUD, conversation
 
 from qwenscope.activations.harvest import harvest
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.errors import CorpusError, TrainingError
 from qwenscope.lm.forward import site_rows
 from qwenscope.lm.model import LanguageModel

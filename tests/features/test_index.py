@@ -11,7 +11,7 @@ import pytest
 import torch
 from planted_suite import PLANTED, PLANTED_LATENT
 
-from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.errors import CorpusError, FormatError
 from qwenscope.features import corpus_pass
 from qwenscope.features.geometry import CoActivation
