@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwenscope.corpus.repair import Message, split_of
+from qwenscope.recipe_nodes import Role
 
-ROLES = ("system", "user", "assistant", "tool_call", "tool_result", "think", "template", "text")
+ROLES: tuple[str, ...] = get_args(Role)
 """Index = code in `roles`. Delimiters such as <|im_start|>, <think> and <tool_call>, the role names after them, and
 what a tokenizer puts around a text by itself (BOS) are `template`; the tool list is `system`; everything between
 <tool_call> and </tool_call> is `tool_call`; a document is `text`."""
