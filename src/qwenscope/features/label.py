@@ -31,6 +31,7 @@ TESTED = 10
 MARK_ABOVE = 0.3
 """Tokens above this share of the example's strongest activation are marked."""
 LABEL_LIMIT = 300
+_DISTANCE = {"negative": -1, "top": 0} | {band: number for number, band in enumerate(BANDS)}
 _EXPLAIN = (
     "You name what a feature of a language model reads. In each text the tokens that it responds to stand between << "
     "and >>. Answer with one short phrase, nothing else: what do the marked tokens, in their contexts, have in common?"
@@ -136,6 +137,7 @@ def _explain_one(client: Client, found: dict[str, Any]) -> dict[str, Any]:
     top = list(reversed(distinct.values()))[:SHOWN]
     unseen = [example for example in found["examples"] if not any(_overlap(example, shown) for shown in top)]
     firing = [example for example in unseen if example["kind"] in BANDS]
+    firing = firing or [example for example in unseen if example["kind"] == "top"]  # of a latent that rarely fires
     quiet = [example for example in unseen if example["kind"] == "negative"]
     choose = random.Random(found["latent"])
     label = _label(_answer(client, _EXPLAIN, _numbered(_marked(example, _active(example)) for example in top), 64))
@@ -207,7 +209,7 @@ def _ask(
         {
             "str_tokens": example["tokens"],
             "activations": example["activations"],
-            "distance": BANDS.index(example["kind"]) if example["kind"] in BANDS else -1,
+            "distance": _DISTANCE[example["kind"]],
             "activating": activating,
             "prediction": prediction,
             "probability": None,
