@@ -61,6 +61,20 @@ def test_parameters_and_active_share_match_a_built_model() -> None:
     assert model_size(config, 3).parameters < size.parameters
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_moe"])
+def test_of_any_mixture_of_experts_the_routed_share_is_active(family: str) -> None:
+    """Two of four experts, however the family names their number."""
+    model = tiny(family)
+    weights = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim >= 2 and "embed" not in name and "lm_head" not in name
+    }
+    experts = sum(count for name, count in weights.items() if ".experts." in name)
+    assert experts
+    assert model_size(model.config, 3).active_parameters == sum(weights.values()) - experts // 2
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_recipes_fit_141_gb_as_they_are_and_80_gb_as_advised(name: str) -> None:
     recipe = load_recipe(name)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -126,7 +126,8 @@ def _check_sites(model: str, config: PretrainedConfig, sites: Sequence[Site]) ->
 def _count(data: Path, tokenizer: Tokenizer, length: int, seed: int, most: int) -> int:
     """Tokens of `data` that a run can train on: first ones of rows left out, some to spare, no more than `most`."""
     source = SourceRecipe(name="files", path=data, weight=1.0)
-    corpus = CorpusRecipe(sources=(source,), max_length=length, held_out_share=_HELD_OUT)
+    long = _long_documents(bool(tokenizer.chat_template))
+    corpus = CorpusRecipe(sources=(source,), max_length=length, held_out_share=_HELD_OUT, long_documents=long)
     found = 0
     stream = CorpusStream(corpus, tokenizer, seed=seed)
     for row in stream:
@@ -149,6 +150,10 @@ def _hook_points(sites: Sequence[Site], kinds: Sequence[Kind], sizes: _Sizes) ->
         where += f", kind: {kind}" if kind else ""
         lines.append(f"  {name}: {{{where}, dict_size: {sizes.dict_size}, k: {sizes.k}, lr: {sizes.lr:.1e}}}\n")
     return "".join(lines)
+
+
+def _long_documents(chat: bool) -> Literal["truncate", "split"]:
+    return "truncate" if chat else "split"
 
 
 def _sources(data: Path | None, chat: bool) -> str:
@@ -177,7 +182,7 @@ hook_points:
 {points}corpus:
   max_length: {sizes.length}
   batch_tokens: {max(batch_tokens, sizes.length)}          # of one language-model batch, at most
-{held_out}  long_documents: {"truncate" if chat else "split"}
+{held_out}  long_documents: {_long_documents(chat)}
   sources:
 {_sources(data, chat)}activations:
   window_tokens: {sizes.window}        # harvested, shuffled and consumed together
