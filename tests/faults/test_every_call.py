@@ -142,6 +142,19 @@ def test_some_calls_refused(small: Small, tmp_path: Path) -> None:
         small.strike(tmp_path / str(number), draw.choice(small.numbers(fault)), fault)
 
 
+@pytest.mark.parametrize(
+    ("what", "name", "fault"),
+    [
+        ("stat64", "status.json", errno.EACCES),
+        ("fsync", ".recipe.yaml.*.tmp", errno.EROFS),
+        ("open64", ".lock", errno.EMFILE),
+    ],
+)
+def test_the_first_calls_refused(small: Small, tmp_path: Path, what: str, name: str, fault: int) -> None:
+    number = next(c.number for c in small.calls if c.first == what and Path(c.second).match(name))
+    assert not small.strike(tmp_path / "run", number, fault)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_call_refused(small: Small, tmp_path: Path, fault: int) -> None:
