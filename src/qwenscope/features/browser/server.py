@@ -8,9 +8,7 @@ that run the language model wait for it.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -64,9 +62,7 @@ def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | No
         try:
             Server(make_app(opened, runner), runner.close).run(sockets=[listener])
         finally:
-            gc.freeze()  # the interpreter's last search for garbage would take seconds among so many modules
-            if not runner.close():  # it loads a model, say: nothing that can be interrupted, nor that anybody waits for
-                os._exit(130)
+            runner.close()
 
 
 def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
