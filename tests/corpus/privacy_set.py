@@ -13,7 +13,7 @@ import re
 import string
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from privacy_values import TEMPLATES, VALUES, drawn, handle, national_id, national_phone, passport
