@@ -17,7 +17,16 @@ from qwenscope.errors import FormatError
 from qwenscope.files import whole_folder
 from qwenscope.hub import check_repo_id, download
 from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE, check_inside, check_sae_id, join_below
-from qwenscope.sae.formats import dictionary_learning, neuronpedia, published, qwen_scope, saelens, sparsify
+from qwenscope.sae.formats import (
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    neuronpedia,
+    published,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from qwenscope.sae.formats.common import Parts, build
 from qwenscope.sae.loading import iterate_suite
 from qwenscope.sae.sae import SAE
@@ -41,7 +50,7 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "saelens": Format(
-        (saelens.WEIGHTS, saelens.CONFIG),
+        (saelens.WEIGHTS, saelens.CONFIG, saelens.SCALER),
         lambda path, _: saelens.read(path.parent),
         lambda sae, sae_id, out, _: saelens.write(sae, join_below(out, sae_id)),
         tuple(saelens.ARCHITECTURES),
@@ -56,10 +65,12 @@ FORMATS: dict[str, Format] = {
         (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG),
         lambda path, _: dictionary_learning.read(path.parent),
         lambda sae, sae_id, out, _: dictionary_learning.write(sae, join_below(out, sae_id)),
-        dictionary_learning.ACTIVATIONS,
+        tuple(dictionary_learning.WRITTEN),
     ),
     "neuronpedia": Format(write=neuronpedia.write),
     "qwen-scope": Format(("layer*.sae.pt",), qwen_scope.read),
+    "gemma-scope": Format((gemma_scope.PARAMS,), gemma_scope.read),
+    "llama-scope": Format((llama_scope.CONFIG, llama_scope.WEIGHTS), lambda path, _: llama_scope.read(path.parent)),
     "qwenscope": Format((WEIGHTS_FILE, CONFIG_FILE), lambda path, _: published.read(path.parent)),
 }
 EXPORTS = tuple(name for name, known in FORMATS.items() if known.write)
