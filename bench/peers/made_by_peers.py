@@ -1,4 +1,4 @@
-"""Run by a peer library's own interpreter: random SAEs of every kind it has, saved by its own code, and what it computes.
+"""Run by a peer library's own interpreter: random SAEs of each kind it has, saved by its code, and what it computes.
 
     python made_by_peers.py saelens|sparsify|dictionary_learning OUT SEED
 
@@ -17,7 +17,7 @@ D, N, K, ROWS = 128, 1024, 24, 500
 
 
 def filled(module, draw):
-    """Every parameter of a module at random: weights of rows of about unit norm, scales and thresholds fit for codes."""
+    """Every parameter of a module at random: rows of about unit norm, scales and thresholds fit for codes."""
     for name, value in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
         if not value.is_floating_point() or value.dim() == 0:
             continue
@@ -75,9 +75,9 @@ def saelens(out, draw, x_BD):
 def published(out, draw, x_BD):
     """Suites that are no library's, through SAELens' loaders of them."""
     import numpy as np
-    from safetensors.torch import save_file
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders as loaders
+    from safetensors.torch import save_file
 
     def fresh():
         tensors = {"W_enc": (D, N), "b_enc": (N,), "W_dec": (N, D), "b_dec": (D,)}
@@ -105,7 +105,9 @@ def published(out, draw, x_BD):
     tensors, threshold = fresh()
     place = out / "gemma-scope/gemma-scope-2b-pt-res/layer_5/width_4k/average_l0_9"
     place.mkdir(parents=True)
-    np.savez(place / "params.npz", **{name: value.numpy() for name, value in (tensors | {"threshold": threshold}).items()})
+    np.savez(
+        place / "params.npz", **{name: value.numpy() for name, value in (tensors | {"threshold": threshold}).items()}
+    )
     repo, folder = "google/gemma-scope-2b-pt-res", "layer_5/width_4k/average_l0_9"
     loaded("gemma-scope", "gemma-scope", loaders.gemma_2_sae_huggingface_loader, repo, folder)
 

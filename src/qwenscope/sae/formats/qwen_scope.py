@@ -27,7 +27,7 @@ def read(path: Path, name: str) -> Parts:
     Raises:
         FormatError: no k in the name, another width than the name says, code in the pickle, or a damaged file.
     """
-    layer, described = FILE.fullmatch(path.name), _NAME.search(name)
+    layer, described = FILE.fullmatch(path.name), _NAME.search(f"{name}/{path.parent}")
     if layer is None:
         raise FormatError(f"{path} is not named layer<n>.sae.pt")
     if described is None:

@@ -20,8 +20,10 @@ from qwenscope.files import atomic_path
 from qwenscope.sae.files import check_finite
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_NOT_ARRAYS = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, OverflowError, MemoryError)
-_NOT_ARRAYS += (zipfile.BadZipFile, zlib.error, tokenize.TokenError)
+_NOT_ARRAYS = (
+    *(OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 _DENSEST = 64
 """Bytes of arrays to one of their archive beyond which it is no file of weights: those hardly compress."""
 
