@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from qwenscope import SAE
 from qwenscope.cli.main import app
 from qwenscope.errors import FormatError
-from qwenscope.sae.formats import OF_LATENTS, Push, export_latents
+from qwenscope.sae.formats import OF_LATENTS, export_latents
+from qwenscope.sae.formats.directions import Push
 
 HIDDEN, LATENTS = 24, 60
 

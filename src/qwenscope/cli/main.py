@@ -268,7 +268,8 @@ def export(
 
         export_with_index(target, feature_index, path)
         return
-    from qwenscope.sae.formats import OF_LATENTS, Push, export_latents, export_suite
+    from qwenscope.sae.formats import OF_LATENTS, export_latents, export_suite
+    from qwenscope.sae.formats.directions import Push
 
     if to in OF_LATENTS:
         chosen = zip(per_latent("--sae", sae, latent), latent, per_latent("--strength", strength, latent), strict=True)

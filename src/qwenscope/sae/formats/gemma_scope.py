@@ -43,7 +43,7 @@ def read(path: Path, name: str) -> Parts:
     Raises:
         FormatError: names that do not say model, layer and site, another kind than SAEs of a site, or a damaged file.
     """
-    config = _described(path, f"{name}/{path}")
+    config = described(path, f"{name}/{path}")
     if path.suffix == ".npz":
         tensors = read_npz(path, {key.replace("w_", "W_"): rank for key, rank in _TENSORS.items()})
         tensors = {key.lower(): value for key, value in tensors.items()}
@@ -57,8 +57,16 @@ def read(path: Path, name: str) -> Parts:
     return parts
 
 
-def _described(path: Path, text: str) -> dict[str, Any]:
-    """The keys model, layer and site, and an id."""
+def described(path: Path, text: str) -> dict[str, Any]:
+    """The keys model, layer and site of the SAE at `path`.
+
+    Args:
+        path: of its parameter file.
+        text: holds the names of repository and folders.
+
+    Raises:
+        FormatError: they do not say these, or it is no SAE of a site.
+    """
     repo, layer = _REPO.search(text), re.search(r"layer_(\d{1,4})", text)
     folders = [part.removesuffix("_all") for part in path.parent.parts]
     kinds = [] if repo is None else [*folders, *repo[4].split("-")]
