@@ -2,8 +2,8 @@
 
     PYTHONPATH=src .venv/bin/python bench/peers/registry.py PEERS
 
-Reads `pretrained_saes.yaml` of the sae-lens in PEERS/saelens, which names release, loader, model, repository and path of
-each SAE. What it leaves to the files on the Hub is said by the tables below, from SAELens' loaders and the releases'
+Reads `pretrained_saes.yaml` of the sae-lens in PEERS/saelens, which names release, loader, model, repository and path
+of each SAE. What it leaves to the files on the Hub is said by the tables below, from SAELens' loaders and the releases'
 own descriptions: the architecture of releases in SAELens' format, and the layer norm of the "v5" SAEs of GPT-2 small.
 """
 

@@ -104,13 +104,11 @@ class SAETrainer:
         self.nested = Nested(prefixes, sae.dict_size, self.device)
         self.config = sae.config | self.nested.described()
         self.lr, self.tokens, self.warmup_tokens, self.decay_share = lr, tokens, warmup_tokens, decay_share
-        self.aux_coefficient = aux_coefficient
+        self.aux_coefficient, self.resample_every_steps = aux_coefficient, resample_every_steps
         self.aux_k = max(1, sae.hidden_dim // 2) if aux_k is None else aux_k
-        self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
-        self.resample_every_steps = resample_every_steps
+        self.betas, self.eps, self.clip_norm, self.normalise = betas, eps, clip_norm, normalise
         self._precision_is_free = precision == "auto"
         self.precision: Precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
-        self.normalise = normalise
         self.weights = self._take(sae, moments)
         self.active = self._active(sae)
         self.centre_D = torch.zeros_like(self.weights["pre_bias"])
