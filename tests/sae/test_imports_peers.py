@@ -1,5 +1,6 @@
-"""Imports beside the libraries that made them, each in an environment of its own (docs/formats.md says how to make them),
-and how much of SAELens' registry they cover.
+"""Imports beside the libraries that made them, each in an environment of its own, and their share of SAELens' registry.
+
+docs/formats.md says how the environments are made.
 """
 
 from __future__ import annotations
