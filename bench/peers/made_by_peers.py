@@ -26,6 +26,8 @@ def filled(module, draw):
             random /= math.sqrt(D)
         elif "threshold" in name:
             random = random.abs() + 0.5
+        elif name == "r_mag":
+            random *= 0.3
         elif name in ("b_enc", "b_gate", "gate_bias", "encoder.bias"):
             random -= 1
         value.data.copy_(random)
