@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm.families import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, Qwen3_5MoeTextConfig
