@@ -19,6 +19,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Node(BaseModel):
+    """A part of the recipe: frozen, strict about keys, each field documented by the string under it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
