@@ -3,8 +3,8 @@
 One clean pass of a batch serves every SAE. A variant (splice, zero or mean ablation at one site) restarts from the
 clean pass there, so that only what stands above it is computed; what reaches the LM head is kept as hidden
 states, and logits are made chunk by chunk, the clean ones once for all variants, so that memory does not grow with the
-vocabulary. Logits are float32 at least, as the model makes them; sums over the vocabulary are float32 within short blocks
-and float64 beyond: 1e-6 of float64's throughout, at a third of its time.
+vocabulary. Logits and their exponentials are float32; sums over the vocabulary are float32 within short blocks and
+float64 beyond, which leaves a token's loss within 1e-6 of float64 throughout. Sums over tokens are float64.
 
 Legend: C conversations of a batch, T positions, D hidden, R rows of real (unpadded) tokens, P rows whose token has a
 successor to predict, V vocabulary, E experts.
@@ -146,8 +146,9 @@ def _exponentials(score_PV: Tensor) -> tuple[Tensor, Tensor]:
 def _sum(x_PV: Tensor) -> Tensor:
     """Sum of each row, float64."""
     whole = x_PV.shape[1] // BLOCK * BLOCK
-    blocks_PX = x_PV[:, :whole].unflatten(1, (-1, BLOCK)).sum(2)
-    return blocks_PX.sum(1, dtype=torch.float64) + x_PV[:, whole:].sum(1, dtype=torch.float64)
+    blocks_PX = x_PV[:, :whole].reshape(len(x_PV), -1, BLOCK).sum(2) if whole else x_PV[:, :0]
+    sum_P: Tensor = blocks_PX.sum(1, dtype=torch.float64) + x_PV[:, whole:].sum(1, dtype=torch.float64)
+    return sum_P
 
 
 def _at(score_PV: Tensor, target_P: Tensor) -> Tensor:
