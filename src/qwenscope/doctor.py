@@ -20,10 +20,10 @@ _OPTIONAL: dict[str, tuple[str, str, bool]] = {
         "pip install accelerate",
         True,
     ),
-    "vllm": ("lm.backend: vllm", "pip install 'qwenscope[vllm]'", False),
-    "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install 'qwenscope[tensorboard]'", False),
-    "wandb": ("telemetry.sinks: [wandb]", "pip install 'qwenscope[wandb]'", False),
-    "trackio": ("telemetry.sinks: [trackio]", "pip install 'qwenscope[trackio]'", False),
+    "vllm": ("lm.backend: vllm", "pip install vllm", False),
+    "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install tensorboard", False),
+    "wandb": ("telemetry.sinks: [wandb]", "pip install wandb", False),
+    "trackio": ("telemetry.sinks: [trackio]", "pip install trackio", False),
 }
 
 
