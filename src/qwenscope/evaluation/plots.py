@@ -7,13 +7,14 @@ kind); each mark has a <title>, which browsers show on hover and screen readers 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 380, 236
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 34
+LEFT, RIGHT, TOP, BOTTOM = 44, 20, 24, 34
 FOREST_LEFT, ROW = 104, 26
 CHARACTER = 7.8  # width of a tick's digit where plots are drawn smallest
 
@@ -152,6 +153,35 @@ def forest(title: str, rows: Sequence[Row], x_label: str, *, include: Sequence[f
     return plot.draw(title, "".join(marks), x_label, "", y_axis=False)
 
 
+_ALONE = """
+svg { --paper: #fff; --ink: #16191f; --soft: #5c6470; --rule: #dde1e7; --deltanet: #2563c9; --attention: #c2570c; --other: #0f766e }
+@media (prefers-color-scheme: dark) {
+  svg { --paper: #12151a; --ink: #e7eaef; --soft: #99a2af; --rule: #2f353f; --deltanet: #78a9ff; --attention: #ff9b57; --other: #4fd1c5 }
+}
+text { font: 11px system-ui, sans-serif; fill: var(--soft) } .title { font-weight: 600; fill: var(--ink) }
+.paper { fill: var(--paper) } .grid, .axis { stroke: var(--rule) } .whisker { stroke: var(--c); stroke-width: 2; opacity: .55 }
+.deltanet { --c: var(--deltanet) } .attention { --c: var(--attention) } .other { --c: var(--other) } .mark { fill: var(--c) }
+"""  # noqa: E501
+
+
+def sheet(figures: Sequence[Markup], columns: int) -> str:
+    """Figures of `dots` as one SVG file with colours of its own, for a page without a style sheet: light or dark as its
+    reader's."""
+    cells = []
+    for number, figure in enumerate(figures):
+        x, y = number % columns * (WIDTH + 12), number // columns * (HEIGHT + 26)
+        title = re.findall("<figcaption>(.*?)</figcaption>", figure)[0]
+        drawn = re.findall("<svg.*</svg>", figure)[0].replace(
+            'class="plot"', f'x="{x}" y="{y + 20}" width="{WIDTH}" height="{HEIGHT}"'
+        )
+        cells.append(f'<text class="title" x="{x + 2}" y="{y + 16}">{title}</text>{drawn}')
+    width, height = columns * (WIDTH + 12) - 12, math.ceil(len(figures) / columns) * (HEIGHT + 26)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><style>{_ALONE}</style>'
+        f'<rect class="paper" width="{width}" height="{height}"/>{"".join(cells)}</svg>\n'
+    )
+
+
 def _series(line: Line, path: str, extra: str, *, fill: bool = False) -> str:
     area = f'<path class="area" d="{path}Z"/>' if fill else ""
     return (
@@ -228,8 +258,8 @@ class _Plot:
         apart = self.x(self.x_ticks[1]) - self.x(self.x_ticks[0])
         for tick, width in list(zip(self.x_ticks, widths, strict=True))[:: math.ceil((max(widths) + 8) / apart)]:
             at = min(self.x(tick), WIDTH - width / 2)
-            parts.append(_text("tick", at, floor + 14, _number(tick), "middle"))
-        parts.append(_text("label", WIDTH - RIGHT, floor + 28, x_label, "end"))
+            parts.append(_text("tick", at, floor + 16, _number(tick), "middle"))
+        parts.append(_text("label", WIDTH - RIGHT, floor + 30, x_label, "end"))
         parts.append(_text("label", 2, TOP - 10, y_label))
         svg = (
             f'<svg class="plot" viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(title)}">'

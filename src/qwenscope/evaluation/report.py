@@ -75,7 +75,7 @@ def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
         number=number,
         place=place,
         headlines=headlines(evaluation),
-        depth_plots=depth_plots(evaluation),
+        depth_plots=depth_plots(evaluation, evaluation["hook_points"], splits),
         difference_plots=difference_plots(evaluation),
         density_plots=density_plots(evaluation, groups),
         routing_plots=downstream_plots(evaluation, "routing", "overlap", groups),
@@ -125,8 +125,12 @@ def headlines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def depth_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
+def depth_plots(
+    evaluation: Mapping[str, Any], hook_points: Mapping[str, Mapping[str, Any]], splits: Sequence[str]
+) -> list[Markup]:
     """FVU, CE recovered and KL by depth and kind, one figure per metric and split; splits share their scale."""
+    found = evaluation.get("comparison", {}).get("splits", {})
+    intervals = {split: found.get(split, {}).get("intervals", {}) for split in splits}
     figures = []
     for key, name, include in (
         ("fvu", "FVU", (0.0,)),
@@ -137,15 +141,15 @@ def depth_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
             split: [
                 plots.Dot(
                     x=point["layer"],
-                    y=evaluation["saes"][sae_id][split][key],
+                    y=cell[key],
                     label=f"{sae_id}, layer {place(point)}",
                     style=_kind(point),
-                    interval=evaluation["comparison"]["splits"][split]["intervals"][sae_id][key],
+                    interval=intervals[split].get(sae_id, {}).get(key),
                 )
-                for sae_id, point in evaluation["hook_points"].items()
-                if evaluation["saes"][sae_id][split][key] is not None
+                for sae_id, point in hook_points.items()
+                if (cell := evaluation["saes"][sae_id].get(split)) and cell[key] is not None
             ]
-            for split in evaluation["data"]["splits"]
+            for split in splits
         }
         reach = [*include, *(end for dots in values.values() for dot in dots for end in dot.ends)]
         for split, dots in values.items():
