@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 _SITE = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.|$)")
 MOST = 10**15  # of anything that is counted
 
+Role = Literal["system", "user", "assistant", "tool_call", "tool_result", "think", "template"]
+"""What a token of a conversation belongs to."""
+
 Positive = Annotated[int, Field(gt=0, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
