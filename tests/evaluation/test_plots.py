@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -50,4 +51,4 @@ def test_ticks_neither_overlap_nor_leave_the_plot(scale: float) -> None:
     drawn = forest("", [Row("a", -0.00275 * scale, "other"), Row("b", 0.0031 * scale, "other")], "")
     spans = [(float(x), 7.8 * len(text) / 2) for anchor, x, text in TICK.findall(drawn) if anchor == "middle"]
     assert all(x + half <= WIDTH for x, half in spans)
-    assert all(b - a >= half + other for (a, half), (b, other) in zip(spans, spans[1:], strict=False))
+    assert all(b - a >= half + other for (a, half), (b, other) in pairwise(spans))
