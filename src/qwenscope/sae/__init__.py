@@ -1,1 +1,1 @@
-"""The sparse autoencoder itself, on tensors alone: model, activations, selection, files, formats of other libraries."""
+"""The sparse autoencoder itself, on tensors alone: model, activations, selection, files, foreign formats."""
