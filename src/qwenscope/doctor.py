@@ -23,6 +23,7 @@ _OPTIONAL: dict[str, tuple[str, str, bool]] = {
     "vllm": ("lm.backend: vllm", "pip install vllm", False),
     "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install tensorboard", False),
     "wandb": ("telemetry.sinks: [wandb]", "pip install wandb", False),
+    "gguf": ("export --to control-vector", "pip install gguf", False),
     "trackio": ("telemetry.sinks: [trackio]", "pip install trackio", False),
 }
 
