@@ -31,7 +31,7 @@ from qwenscope.strict_yaml import YamlError, read_yaml, set_value
 _SAE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RELEASE_NAMES = (
     *("readme.md", "config.json", "evaluation.json", "evaluation.parquet", "metrics.parquet", "recipe.yaml"),
-    *("run.json", "privacy_report.json", "notebook.ipynb", "sha256sums", "saelens", "license"),
+    *("run.json", "privacy_report.json", "notebook.ipynb", "quality.svg", "sha256sums", "saelens", "license"),
 )
 """What else stands in a release beside the SAEs' folders; no id may be one of them, upper or lower case."""
 
@@ -40,7 +40,7 @@ class LMRecipe(Node):
     """Which language model, and how it is loaded."""
 
     model: str
-    """Hub id, folder, or `standin` for the packaged stand-in."""
+    """Hub id, folder, GGUF file, or `standin` for the packaged stand-in."""
     revision: str | None = None
     """Commit or tag on the Hub; resolved once and recorded in the run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -352,9 +352,9 @@ class Recipe(Node):
 
 
 def public_name(model: str) -> str:
-    """A model's name fit for publication: Hub ids as they are, folders by their last part."""
+    """A model's name fit for publication: Hub ids as they are, folders and files by their last part."""
     path = Path(model)
-    return path.name if path.is_absolute() or model.startswith((".", "~")) or path.is_dir() else model
+    return path.name if path.is_absolute() or model.startswith((".", "~")) or path.exists() else model
 
 
 def packaged_recipes() -> list[str]:
