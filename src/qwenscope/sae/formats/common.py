@@ -53,7 +53,7 @@ class Parts:
 def subtract_pre_bias(parts: Parts) -> None:
     """From pre-activations `E x + b` to ours, `E (x - p) + b'`: b' = b + E p, summed in float64."""
     pre_bias_D = parts.pre_bias_D.double()
-    product_N = torch.cat([rows_RD.double() @ pre_bias_D for rows_RD in parts.encoder_ND.split(1 << 16)])
+    product_N = torch.cat([rows_RD.double() @ pre_bias_D for rows_RD in torch.split(parts.encoder_ND, 1 << 16)])
     parts.bias_N = (parts.bias_N.double() + product_N).float()
     parts.changed.append("encoder bias takes in encoder @ pre_bias, as the input was not centred before the encoder")
 
