@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from qwenscope.errors import RecipeError, reason
+from qwenscope.files import public_name
 from qwenscope.recipe_keys import first_problem, keys_of
 from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Share
 from qwenscope.recipe_nodes import HookPoint as HookPoint
@@ -146,9 +147,13 @@ class ActivationsRecipe(Node):
     @field_validator("cache")
     @classmethod
     def _a_known_place(cls, cache: str | None) -> str | None:
+        if cache is None:
+            return None
+        if not cache.strip(" /"):
+            raise ValueError("names no folder; null keeps no windows")
         from fsspec.registry import available_protocols  # type: ignore[import-untyped]  # 0.2 s, and rarely needed
 
-        for scheme in re.findall(r"(?:^|::)([^:/]*)(?=://|::)", cache or ""):
+        for scheme in _schemes(cache):
             if scheme not in available_protocols():
                 raise ValueError(
                     f"{scheme}:// is no scheme that fsspec knows; use a folder, or s3://, gs://, az:// ..."
@@ -299,10 +304,24 @@ class Recipe(Node):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def public_name(model: str) -> str:
-    """A model's name fit for publication: Hub ids as they are, folders by their last part."""
-    path = Path(model)
-    return path.name if path.is_absolute() or model.startswith((".", "~")) or path.is_dir() else model
+def check_cache(recipe: Recipe) -> None:
+    """Refuse a cache whose file system needs a package that this machine lacks; one that only reads a run needs none.
+
+    Raises:
+        RecipeError: names the address' scheme and the package.
+    """
+    from fsspec.registry import get_filesystem_class
+
+    for scheme in _schemes(recipe.activations.cache or ""):
+        try:
+            get_filesystem_class(scheme)
+        except ImportError as error:
+            raise RecipeError(f"activations.cache: {scheme}:// cannot be used here ({reason(error)})") from None
+
+
+def _schemes(address: str) -> list[str]:
+    """The file systems that an fsspec address passes through: simplecache and s3 of simplecache::s3://bucket."""
+    return re.findall(r"(?:^|::)([^:/]*)(?=://|::)", address)
 
 
 def packaged_recipes() -> list[str]:

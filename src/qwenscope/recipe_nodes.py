@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 _SITE = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.|$)")
 MOST = 10**15  # of anything that is counted
@@ -17,6 +26,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class Node(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, given: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and YAML takes yes and on for true."""
+        if isinstance(given, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false stand for no value here")
+        return given
 
 
 class HookPoint(Node):
@@ -48,8 +65,10 @@ class HookPoint(Node):
         if ("layer" in given) == ("site" in given):
             raise ValueError("give one of the keys layer and site" + (", not both" if "layer" in given else ""))
         if "layer" in given:
-            whole = str(given["layer"]).removesuffix(".0")
-            return {**given, "site": f"layers.{whole}"}
+            layer = given["layer"]
+            if isinstance(layer, str) and not re.fullmatch("0|[1-9][0-9]{0,5}", layer):
+                raise ValueError(f"layer {layer!r} is no layer's number")
+            return {**given, "site": f"layers.{str(layer).removesuffix('.0')}"}
         found = _SITE.match(str(given["site"]))
         if found is None:
             raise ValueError(

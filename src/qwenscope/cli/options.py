@@ -9,13 +9,16 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from qwenscope.recipe import Recipe
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal would obey instead of showing it: control characters but line ends and tabs, turns of the writing
@@ -75,6 +78,19 @@ Data = Annotated[
 ]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens per split at most.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+
+
+def read_recipe(name: str, overrides: list[str] | None) -> Recipe:
+    """A recipe that is to be used on this machine.
+
+    Raises:
+        RecipeError: what `load_recipe` refuses, or a cache that cannot be reached from here.
+    """
+    from qwenscope.recipe import check_cache, load_recipe
+
+    recipe = load_recipe(name, overrides or ())
+    check_cache(recipe)
+    return recipe
 
 
 def show(report: Any, as_json: bool, tables: Callable[[Any], Table | Iterable[Table]]) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from qwenscope.corpus.hub import REPOSITORIES
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.compare import NUMBERS, SPECIAL
-from qwenscope.files import read_json, write_json, write_text
-from qwenscope.recipe import Recipe, SourceRecipe, load_recipe, public_name
+from qwenscope.files import public_name, read_json, read_object, write_json, write_text
+from qwenscope.recipe import Recipe, SourceRecipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def read_facts(folder: Path) -> Facts:
     return Facts(
         recipe,
         evaluation,
-        read_json(folder / "run.json"),
-        read_json(privacy) if privacy.is_file() else None,
-        read_json(folder / "config.json"),
+        read_object(folder / "run.json"),
+        read_object(privacy) if privacy.is_file() else None,
+        read_object(folder / "config.json"),
     )
 
 
@@ -123,6 +123,6 @@ def copy_facts(run: Path, out: Path, recipe: Recipe) -> None:
     check_numbers(evaluation, recipe, run / "evaluation.json")
     write_json(out / "evaluation.json", public_evaluation(evaluation))
     write_text(out / "recipe.yaml", recipe.published().to_yaml())
-    write_json(out / "run.json", public_run(read_json(run / "run.json") if (run / "run.json").is_file() else {}))
+    write_json(out / "run.json", public_run(read_object(run / "run.json") if (run / "run.json").is_file() else {}))
     if (run / "privacy_report.json").is_file():
-        write_json(out / "privacy_report.json", read_json(run / "privacy_report.json"))
+        write_json(out / "privacy_report.json", read_object(run / "privacy_report.json"))

@@ -23,7 +23,7 @@ from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import site_names, sites_of
 from qwenscope.lm.vllm.engine import VllmModel, check_vllm
 from qwenscope.lm.vllm.parity import check_parity, sample_rows
-from qwenscope.recipe import LMRecipe, Recipe
+from qwenscope.recipe import LMRecipe, Recipe, check_cache
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,13 @@ def open_source(
 
     Raises:
         ModelError: vLLM is missing, cannot run the model, or computes other rows.
-        RecipeError: vLLM in several processes.
+        RecipeError: vLLM in several processes, or too much asked of this machine.
         CorpusError: the corpus holds no conversation.
         ResourceError: windows or SAEs that no memory here holds.
     """
     sites, corpus = sites_of(recipe), recipe.corpus
     check_workers(corpus.workers)  # before minutes of loading
+    check_cache(recipe)
     check_memory(recipe, int(load_config(lm).hidden_size), ranks)
     if lm.backend == "transformers":
         return load_language_model(lm, last_layer=recipe.last_layer), None
