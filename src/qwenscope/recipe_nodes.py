@@ -29,10 +29,12 @@ class Node(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, given: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1, and YAML takes yes and on for true."""
+    def _plain(cls, given: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and YAML takes yes and on for true; no name or path holds control characters."""
         if isinstance(given, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("true and false stand for no value here")
+        if isinstance(given, str) and not given.isprintable():
+            raise ValueError("holds a character that cannot be shown")
         return given
 
 

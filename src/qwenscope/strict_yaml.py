@@ -63,15 +63,13 @@ def read_yaml(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Says where an impossible value stands; an integer has 64 bits at most, a text no control characters."""
+    """Says where an impossible value stands; an integer has 64 bits at most."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > 64:
                 raise OverflowError
-            if isinstance(value, str) and not value.isprintable():
-                raise ValueError
             if isinstance(value, int | float) and _OLD_NUMBER.fullmatch(node.value):
                 raise _at(node, f"{_shown(node)} would be read as {value}; write that, or the number without its zeros")
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:

@@ -75,7 +75,7 @@ def _build(run: Path, out: Path) -> None:
     """Write everything that does not name the repository."""
     recipe = load_recipe(run / "recipe.yaml")
     copy_facts(run, out, recipe)
-    write_json(out / "config.json", _index(run, recipe) | {"saes": _copy_saes(run, out, recipe)})
+    write_json(out / "config.json", _index(run, out, recipe) | {"saes": _copy_saes(run, out, recipe)})
     write_evaluation(read_json(out / "evaluation.json"), out / "evaluation.parquet")
     if (run / "metrics.jsonl").is_file():
         write_training(run / "metrics.jsonl", out / "metrics.parquet")
@@ -101,8 +101,8 @@ def _check_complete(run: Path) -> None:
         raise FormatError(f"{run} has no evaluation.json; run `qwenscope evaluate {run}` first")
 
 
-def _index(run: Path, recipe: Recipe) -> dict[str, Any]:
-    facts = read_object(run / "run.json") if (run / "run.json").is_file() else {}
+def _index(run: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
+    facts = read_object(out / "run.json")
     return {
         "library_name": "qwenscope",
         "architecture": " and ".join(dict.fromkeys(point.activation for point in recipe.hook_points.values())),
