@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def test_a_cache_whose_library_is_missing_is_refused_before_the_work(monkeypatch
     def missing(scheme: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr("fsspec.registry.get_filesystem_class", missing)
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "get_filesystem_class", missing)
     recipe = load_recipe("standin", ["activations.cache=simplecache::s3://bucket/x"])  # a run of another machine's
     with pytest.raises(RecipeError, match=r"activations.cache: \w+:// cannot be used here \(Install s3fs"):
         check_cache(recipe)

@@ -196,6 +196,6 @@ def test_a_file_system_that_fails_is_one_line_without_secrets(monkeypatch: pytes
         raise RuntimeError(f"cannot reach {url}")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", opened)
-    with pytest.raises(ResourceError, match="activations.cache memory://.*cannot be used") as caught:
+    with pytest.raises(ResourceError, match=r"activations\.cache memory://.*cannot be used") as caught:
         _Files("memory://alice:hunter2@host/x")
     assert "hunter2" not in str(caught.value)
