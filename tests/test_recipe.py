@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import RecipeError
 from qwenscope.recipe import Recipe, check_cache, keys, load_recipe, packaged_recipes
 
@@ -40,13 +41,29 @@ def test_the_published_recipe_is_the_card() -> None:
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-def test_packaged_recipes_hook_the_nine_places_and_round_trip(name: str, tmp_path: Path) -> None:
+def test_packaged_recipes_round_trip(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    assert {key: (p.layer, p.kind) for key, p in recipe.hook_points.items()} == {k: v[:2] for k, v in CARD.items()}
     path = tmp_path / "again.yaml"
     path.write_text(recipe.to_yaml())
     assert load_recipe(path) == recipe
     assert load_recipe(path).fingerprint() == recipe.fingerprint()
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_recipes() if not name.startswith("smollm2")])
+def test_recipes_of_the_published_family_hook_the_nine_places(name: str) -> None:
+    recipe = load_recipe(name)
+    assert {key: (p.layer, p.kind) for key, p in recipe.hook_points.items()} == {k: v[:2] for k, v in CARD.items()}
+
+
+def test_the_published_recipe_leaves_out_nothing_for_what_it_is() -> None:
+    activations = load_recipe("qwen3.5-35b-a3b").activations
+    assert (activations.skip_first_position, activations.skip_roles, activations.skip_repeated) == (False, (), False)
+
+
+@pytest.mark.parametrize(("roles", "words"), [("[narrator]", "skip_roles.0"), (str(list(ROLES)), "skip_roles")])
+def test_skipped_roles_are_roles_and_not_all_of_them(roles: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe("standin", [f"activations.skip_roles={roles}"])
 
 
 def test_override_reaches_keys_lists_and_whole_trees() -> None:

@@ -27,7 +27,9 @@ class Part(Protocol):
     """An SAE, or those of its latents that one card holds."""
 
     @property
-    def sae_id(self) -> str: ...
+    def sae_id(self) -> str:
+        """Which SAE."""
+
     @property
     def dict_size(self) -> int:
         """Latents of the whole SAE."""

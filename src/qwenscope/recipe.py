@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -25,7 +25,7 @@ from pydantic import (
 from qwenscope.errors import RecipeError, reason
 from qwenscope.files import public_name
 from qwenscope.recipe_keys import first_problem, keys_of
-from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Share
+from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share
 from qwenscope.recipe_nodes import HookPoint as HookPoint
 from qwenscope.strict_yaml import YamlError, read_yaml, set_value
 
@@ -139,6 +139,11 @@ class ActivationsRecipe(Node):
     """Leave out rows whose norm exceeds this multiple of the window's median norm; null keeps all."""
     skip_first_position: bool = False
     """Leave out each conversation's first token."""
+    skip_roles: Annotated[tuple[Role, ...], Field(max_length=len(get_args(Role)) - 1)] = ()
+    """Leave out tokens of these roles; template is what the chat template writes around the turns, and turns of its
+    own."""
+    skip_repeated: bool = False
+    """Leave out tokens up to which all is as in an earlier conversation of the window: a shared system turn, say."""
     cache: str | None = None
     """Folder, or fsspec address such as s3://bucket/path, that keeps harvested windows; null harvests afresh."""
     overlap: bool = True

@@ -19,12 +19,17 @@ from pydantic import (
 _SITE = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.|$)")
 MOST = 10**15  # of anything that is counted
 
+Role = Literal["system", "user", "assistant", "tool_call", "tool_result", "think", "template"]
+"""What a token of a conversation belongs to."""
+
 Positive = Annotated[int, Field(gt=0, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Node(BaseModel):
+    """A part of the recipe: frozen, strict about keys, each field documented by the string under it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")

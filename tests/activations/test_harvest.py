@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from activations.conftest import BROKEN, LAYERS, LOUD, conversation
 
-from qwenscope.activations.harvest import harvest
-from qwenscope.corpus.chat import Conversation
+from qwenscope.activations.harvest import LEFT_OUT, harvest
+from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.errors import CorpusError, TrainingError
 from qwenscope.lm.forward import site_rows
 from qwenscope.lm.model import LanguageModel
@@ -32,7 +33,7 @@ def test_rows_are_each_conversations_own_in_canonical_order(lm: LanguageModel, b
     lengths = [len(c.token_ids) for c in PLAIN]
     assert got.conversation_R.tolist() == [i for i, length in enumerate(lengths) for _ in range(length)]
     assert got.position_R.tolist() == [t for length in lengths for t in range(length)]
-    assert got.left_out == {"non_finite": 0, "outlier": 0, "first_position": 0}
+    assert got.left_out == dict.fromkeys(LEFT_OUT, 0)
     assert got.rows[LAYERS[0]].dtype == lm.dtype
 
 
@@ -54,7 +55,7 @@ def test_outliers_and_broken_rows_go_at_all_hook_points(lm: LanguageModel) -> No
     medians = {layer: norms[layer][torch.tensor(finite)].median() for layer in LAYERS}
     loud = [f and any(bool(norms[layer][r] > 3 * medians[layer]) for layer in LAYERS) for r, f in enumerate(finite)]
     keep = torch.tensor([f and not o for f, o in zip(finite, loud, strict=True)])
-    assert got.left_out == {"non_finite": 1, "outlier": sum(loud), "first_position": 0}
+    assert got.left_out == dict.fromkeys(LEFT_OUT, 0) | {"non_finite": 1, "outlier": sum(loud)}
     assert 2 <= sum(loud) < 20
     for layer in LAYERS:
         assert got.rows[layer].isfinite().all()
@@ -82,6 +83,40 @@ def test_first_positions_are_left_out_on_request(lm: LanguageModel) -> None:
     assert got.left_out["first_position"] == len(PLAIN)
     assert len(got.position_R) == sum(len(c.token_ids) - 1 for c in PLAIN)
     assert int(got.position_R.min()) == 1
+
+
+def test_roles_and_repeated_beginnings_are_left_out_on_request(lm: LanguageModel) -> None:
+    """Against the rule by brute force: every prefix of every earlier conversation in a set."""
+    opening = conversation(99, 12).token_ids
+    many = []
+    for i in range(12):
+        own = conversation(i, 30)
+        shared = (0, 5, 12)[i % 3]
+        own.token_ids[:shared] = opening[:shared]
+        own.roles[:] = np.random.default_rng(i).integers(0, len(ROLES), 30)
+        many.append(own)
+    many += [many[4], conversation(50, 1)]  # one of them twice
+    only = KEEP_ALL.model_copy(update={"skip_roles": ("template", "user"), "skip_repeated": True})
+    got = harvest(lm, many, LAYERS, only.model_copy(update={"skip_first_position": True}), 400)
+    seen: set[tuple[int, ...]] = set()
+    kept, left_out = [], dict.fromkeys(LEFT_OUT, 0)
+    for c, one in enumerate(many):
+        beginnings = [tuple(one.token_ids[: t + 1].tolist()) for t in range(len(one.token_ids))]
+        for t, beginning in enumerate(beginnings):
+            skipped = {
+                "first_position": t == 0,
+                "role": ROLES[one.roles[t]] in ("template", "user"),
+                "repeated": beginning in seen,
+            }
+            reason = next((name for name, holds in skipped.items() if holds), None)
+            if reason is None:
+                kept.append((c, t))
+            else:
+                left_out[reason] += 1
+        seen.update(beginnings)
+    assert list(zip(got.conversation_R.tolist(), got.position_R.tolist(), strict=True)) == kept
+    assert got.left_out == left_out
+    assert left_out["repeated"] > 30
 
 
 def test_outlier_factor_null_keeps_loud_rows(lm: LanguageModel) -> None:

@@ -12,7 +12,7 @@ import torch
 from activations.conftest import BROKEN, LAYERS, LOUD, ListStream, conversation
 from torch import Tensor
 
-from qwenscope.activations.harvest import Harvest, harvest
+from qwenscope.activations.harvest import LEFT_OUT, Harvest, harvest
 from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError, TrainingError
@@ -137,7 +137,7 @@ def test_left_out_rows_are_counted_and_never_handed_out(lm: LanguageModel, recip
     corpus = [*CORPUS[:30], conversation(70, 30, LOUD), conversation(71, 30, BROKEN), *CORPUS[30:]]
     source = Windows(lm, ListStream(corpus), recipe(skip_first_position=True))
     batches, tokens = drain(source, 128)
-    assert source.left_out == {"non_finite": 1, "outlier": 1, "first_position": 62}
+    assert source.left_out == dict.fromkeys(LEFT_OUT, 0) | {"non_finite": 1, "outlier": 1, "first_position": 62}
     assert source.tokens_read == TOKENS + 60 == len(tokens) + 64
     assert all(batch[layer].isfinite().all() for batch in batches for layer in LAYERS)
     assert not {(f"{70:016x}", 29), (f"{71:016x}", 29)} & set(tokens)

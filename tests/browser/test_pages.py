@@ -52,6 +52,17 @@ def test_the_table_filters_sorts_and_links(visit: Visit) -> None:
     expect(page.locator("h1")).to_contain_text(f"/ {PLANTED_LATENT}")
 
 
+def test_a_number_finds_its_latent_first_and_ticks_are_plain_numbers(visit: Visit) -> None:
+    page = visit.go("#/sae/sae_delta?dead=1&sort=latent&down=1")
+    page.get_by_label("Filter latents").fill("40")
+    numbers = page.locator(".latents td.latent")
+    expect(numbers.first).to_have_text("40")
+    assert numbers.all_inner_texts()[1:] == sorted(numbers.all_inner_texts()[1:], key=int, reverse=True)
+    ticks = page.locator(".histogram .axis span").all_inner_texts()
+    assert [float(tick.removesuffix(" %")) for tick in ticks][-1] == 100
+    assert all(set(tick) <= set("0123456789. %") for tick in ticks), ticks
+
+
 def test_search_finds_the_planted_latent_and_its_page_shows_the_word(visit: Visit) -> None:
     page = visit.go("")
     page.get_by_label("Search latents").fill(PLANTED.strip())

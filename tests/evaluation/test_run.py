@@ -114,7 +114,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> 
 
 @pytest.fixture(scope="module")
 def measured(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return evaluate(run_folder, data=write_data(tmp_path_factory.mktemp("data") / "chats.jsonl"))
+    return evaluate(run_folder, data=write_data(tmp_path_factory.mktemp("data") / "chats.jsonl"), out=run_folder)
 
 
 def no_constants(value: str) -> None:
@@ -168,7 +168,16 @@ def test_a_split_without_conversations_is_absent(run_folder: Path, tmp_path: Pat
     target = shutil.copytree(run_folder, tmp_path / "run")
     result = evaluate(target, data=write_data(tmp_path / "d.jsonl", tools=0))
     assert list(result["saes"]["sae_attn"]) == ["chat"]
-    assert "tool use" not in (target / "report.html").read_text(encoding="utf-8").lower()
+    assert "tool use" not in (target / "report-d.html").read_text(encoding="utf-8").lower()
+
+
+def test_other_data_leave_the_held_out_evaluation_alone(run_folder: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(run_folder, tmp_path / "run")
+    evaluate(target, tokens=60)
+    held_out = {name: (target / name).read_bytes() for name in ("evaluation.json", "report.html")}
+    result = evaluate(target, data=write_data(tmp_path / "my chats.jsonl"), tokens=60)
+    assert json.loads((target / "evaluation-my chats.json").read_text(encoding="utf-8")) == result
+    assert {name: (target / name).read_bytes() for name in held_out} == held_out
 
 
 def test_held_out_conversations_of_the_recipe(run_folder: Path, tmp_path: Path) -> None:
@@ -195,7 +204,7 @@ def test_a_release_is_verified_before_and_listed_anew_after(run_folder: Path, tm
     write_checksums(target)
     evaluate(target, data=write_data(tmp_path / "d.jsonl"), tokens=60)
     verify_folder(target)
-    assert "evaluation.json" in (target / "SHA256SUMS").read_text(encoding="utf-8")
+    assert "evaluation-d.json" in (target / "SHA256SUMS").read_text(encoding="utf-8")
     with (target / "recipe.yaml").open("a", encoding="utf-8") as file:
         file.write("\n")
     with pytest.raises(FormatError, match=r"recipe\.yaml is damaged"):
@@ -215,17 +224,17 @@ def test_a_page_that_cannot_be_drawn_loses_no_measurement(
     write_checksums(target)
     data = write_data(tmp_path / "d.jsonl")
     evaluate(target, data=data, tokens=60)
-    older = json.loads((target / "evaluation.json").read_text(encoding="utf-8"))
+    older = json.loads((target / "evaluation-d.json").read_text(encoding="utf-8"))
     with monkeypatch.context() as patch:
         patch.setattr("qwenscope.evaluation.run.report_html", no_page)
         with pytest.raises(RuntimeError, match="cannot draw"):
             evaluate(target, data=data, tokens=90)
-    newer = json.loads((target / "evaluation.json").read_text(encoding="utf-8"))
+    newer = json.loads((target / "evaluation-d.json").read_text(encoding="utf-8"))
     assert newer["data"] != older["data"]
-    assert not (target / "report.html").exists(), "the old page would stand beside new numbers"
+    assert not (target / "report-d.html").exists(), "the old page would stand beside new numbers"
     verify_folder(target)  # and the release is whole, so that it can be measured again
     assert evaluate(target, data=data, tokens=90) == newer
-    assert (target / "report.html").exists()
+    assert (target / "report-d.html").exists()
     verify_folder(target)
 
 
@@ -250,12 +259,12 @@ def test_figures_that_are_not_finite_are_named_and_the_rest_is_kept(
     (target / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     with pytest.raises(ModelError, match=r"are not finite.*saes/sae_attn/chat/ce_clean.* and \d+ more are null"):
         evaluate(target, data=write_data(tmp_path / "d.jsonl"), tokens=60)
-    written = json.loads((target / "evaluation.json").read_text(encoding="utf-8"), parse_constant=no_constants)
+    written = json.loads((target / "evaluation-d.json").read_text(encoding="utf-8"), parse_constant=no_constants)
     cell = written["saes"]["sae_delta"]["chat"]
     assert cell["ce_clean"] is None
     assert cell["kl"] is None
     assert cell["fvu"] > 0
-    assert "FVU" in (target / "report.html").read_text(encoding="utf-8")
+    assert "FVU" in (target / "report-d.html").read_text(encoding="utf-8")
 
 
 def broken(run_folder: Path, tmp_path: Path, breakage: str) -> Path:

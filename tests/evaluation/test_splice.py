@@ -14,6 +14,7 @@ from evaluation_cases import DIM, LAYER_OF, SITE_OF, constant_sae, conversation,
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwenscope.activations.harvest import LEFT_OUT
 from qwenscope.errors import CorpusError, ModelError
 from qwenscope.evaluation.measure import SplitMeter
 from qwenscope.evaluation.splice import LEAST_ROWS, CleanPass, clean_pass, losses, variant_pass
@@ -263,7 +264,7 @@ def test_figures_equal_a_plain_computation_over_single_conversations(lm, recipe,
 def test_rows_left_out_are_counted_and_keep_their_stream(lm, recipe, conversations) -> None:
     result = measure(lm, with_rows_left_out(recipe), conversations, lambda _: constant_sae())
     figures = result.figures["sae_attn"]
-    assert figures["left_out"] == {"non_finite": 0, "outlier": 0, "first_position": len(conversations)}
+    assert figures["left_out"] == dict.fromkeys(LEFT_OUT, 0) | {"first_position": len(conversations)}
     assert figures["tokens"] == sum(len(c.token_ids) - 1 for c in conversations)
     spliced = []
     for c in conversations:

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from tiny_run import BATCH, STEPS, Child, Reference, metrics, running, status, tiny_recipe
 
-from qwenscope.errors import LockError, RecipeError
-from qwenscope.recipe import Recipe
+from qwenscope.errors import LockError, ModelError, RecipeError
+from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.training import checkpoint, saver
 from qwenscope.training.lock import run_lock
 from qwenscope.training.run import train
@@ -185,6 +185,20 @@ def test_who_may_enter_a_folder(tiny_model: Path, tmp_path: Path) -> None:
         train(recipe, run)
     train(recipe, run, resume=True)  # complete: nothing to do
     assert (metrics(run), status(run)) == (record, stamp)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_failed_before_its_first_step_does_not_hold_its_folder(
+    tiny_model: Path, tmp_path: Path, resume: bool
+) -> None:
+    change, run = partial(tiny_recipe, tiny_model, training__tokens=2 * BATCH, training__warmup_steps=0), tmp_path / "r"
+    with pytest.raises(ModelError, match="nowhere"):
+        train(change(lm__model=str(tmp_path / "nowhere"), seed=6), run)
+    assert status(run)["state"] == "failed"
+    train(change(), run, resume=resume)
+    assert status(run)["state"] == "complete"
+    assert load_recipe(run / "recipe.yaml").seed == 5
+    assert len(json.loads((run / "run.json").read_text())["sessions"]) == 1
 
 
 def test_a_recipe_edited_between_runs_is_refused_and_harmless_keys_are_not(tiny_model: Path, tmp_path: Path) -> None:

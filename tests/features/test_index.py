@@ -56,6 +56,10 @@ class Plain:
                 self.codes[sae_id].append(dense)
                 self.experts[sae_id].append(seen[layer].topk(routers[layer].top_k, dim=1).indices)
 
+    def context(self, number: int, position: int) -> tuple[int, ...]:
+        """What stands before the token of conversation `number` and is shown, and that token."""
+        return tuple(self.conversations[number].token_ids[max(0, position - BEFORE) : position + 1].tolist())
+
 
 @pytest.fixture(scope="module")
 def plain(release: Path, corpus: Path) -> Plain:
@@ -91,7 +95,9 @@ def test_top_examples_are_the_largest_of_each_conversation(index: Index, plain: 
     for sae_id, codes in plain.codes.items():
         for latent in range(PLANTED_LATENT, codes[0].shape[1], 3):
             best = [(float(c[:, latent].max()), int(c[:, latent].argmax()), n) for n, c in enumerate(codes)]
-            best = sorted((b for b in best if b[0] > 0), key=lambda b: -b[0])[:TOP]
+            # of what reads the same, the first of the largest
+            once = {plain.context(n, t): (v, t, n) for v, t, n in sorted(best, key=lambda b: (b[0], -b[2])) if v > 0}
+            best = sorted(once.values(), key=lambda b: -b[0])[:TOP]
             shown = [e for e in index.latent(sae_id, latent)["examples"] if e["kind"] == "top"]
             assert [e["activations"][e["peak"]] for e in shown] == pytest.approx([b[0] for b in best], rel=2e-3)
             for example, (_, position, number) in zip(shown, best, strict=True):
@@ -129,7 +135,10 @@ def test_quantile_examples_are_firings_and_negatives_are_not(index: Index, plain
                     assert max(example["activations"]) == 0
                 else:
                     assert example["activations"][example["peak"]] > 0
-            if detail["fired"] >= FIRINGS:
+            firing = [e for e in detail["examples"] if e["kind"] != "negative"]
+            assert len({tuple(e["tokens"][: e["peak"] + 1]) for e in firing}) == len(firing)
+            contexts = {plain.context(n, t) for n, c in enumerate(codes) for t in c[:, latent].nonzero().flatten()}
+            if len(contexts) >= FIRINGS:
                 strengths = [
                     [e["activations"][e["peak"]] for e in by_kind[band]]
                     for band in ("75-100", "50-75", "25-50", "0-25")

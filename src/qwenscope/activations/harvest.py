@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import TrainingError
 from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.model import RowSource
@@ -20,14 +22,20 @@ from qwenscope.recipe import ActivationsRecipe
 
 NON_FINITE_LIMIT = 0.01
 """Share of non-finite rows at one hook point above which the model, not the row, is at fault."""
+LEFT_OUT = ("first_position", "role", "repeated", "non_finite", "outlier")
+"""Why a token is left out; one that there are several reasons for counts for the first."""
 
 
 class HasTokens(Protocol):
-    """What is harvested: a Conversation, or its token ids alone."""
+    """What is harvested: a Conversation, or its tokens alone."""
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """[T], at least one."""
+
+    @property
+    def roles(self) -> NDArray[np.uint8]:
+        """[T], codes of ROLES."""
 
 
 @dataclass(eq=False)
@@ -44,7 +52,7 @@ class Harvest:
     position_R: Tensor
     """int32 on the CPU: position in the conversation."""
     left_out: dict[str, int]
-    """Tokens left out: non_finite, outlier, first_position."""
+    """Tokens left out, by each reason of LEFT_OUT."""
     padding_share: float
     """Padding in the language model's batches over all their positions."""
 
@@ -60,9 +68,9 @@ def harvest(
 ) -> Harvest:
     """Rows of every token of `conversations` at each of `sites`.
 
-    Left out, at all hook points together and counted: rows with a non-finite value at any hook point; rows whose
-    norm exceeds `outlier_factor` times the median norm at that hook point over these very conversations (attention
-    sinks reach 100 times it); each first position, if the recipe says so.
+    Left out, at all hook points together and counted: what the recipe skips (first positions, roles, repeated
+    beginnings); rows with a non-finite value at any hook point; rows whose norm exceeds `outlier_factor` times the
+    median norm at that hook point over these very conversations (attention sinks reach 100 times it).
 
     Args:
         lm: Built up to the last of `sites`.
@@ -94,7 +102,8 @@ def harvest(
     conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths_C)
     position_R = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
     rank_R = torch.repeat_interleave(rank_C, lengths_C)
-    keep_R, left_out = _kept(plan.norms_of_all(norms, rank_R), position_R, activations, names or {})
+    skipped = _skipped(conversations, conversation_R, position_R, activations)
+    keep_R, left_out = _kept(plan.norms_of_all(norms, rank_R), skipped, activations, names or {})
     if not bool(keep_R.all()):
         index = keep_R[rank_R == rank].nonzero().squeeze(1).to(lm.device)
         for site in sites:  # one hook point at a time: the peak is one window and one site
@@ -127,15 +136,16 @@ def _forward(
 
 
 def _kept(
-    norms: Mapping[Site, Tensor], position_R: Tensor, activations: ActivationsRecipe, names: Mapping[Site, str]
+    norms: Mapping[Site, Tensor],
+    skipped: Mapping[str, Tensor],
+    activations: ActivationsRecipe,
+    names: Mapping[Site, str],
 ) -> tuple[Tensor, dict[str, int]]:
     """Mask of rows kept at all hook points (bool on the CPU), and how many were left out for which reason.
 
-    A row counts for one reason: first position, then non-finite, then outlier.
+    `skipped` holds those that the recipe skips whatever their values: {reason: bool [R]}, at most one True per row.
     """
-    candidate_R = torch.ones_like(position_R, dtype=torch.bool)
-    if activations.skip_first_position:
-        candidate_R = position_R > 0
+    candidate_R = ~torch.stack(list(skipped.values())).any(0)
     total = int(candidate_R.sum())
     finite_R = candidate_R.clone()
     cpu_norms = {site: norm_R.cpu() for site, norm_R in norms.items()}
@@ -153,8 +163,49 @@ def _kept(
         for norm_R in cpu_norms.values():
             keep_R &= ~(norm_R > activations.outlier_factor * norm_R[finite_R].median())
     left_out = {
+        **{reason: int(skipped_R.sum()) for reason, skipped_R in skipped.items()},
         "non_finite": total - int(finite_R.sum()),
         "outlier": int(finite_R.sum()) - int(keep_R.sum()),
-        "first_position": len(position_R) - total,
     }
     return keep_R, left_out
+
+
+def _skipped(
+    conversations: Sequence[HasTokens], conversation_R: Tensor, position_R: Tensor, activations: ActivationsRecipe
+) -> dict[str, Tensor]:
+    """{reason: bool [R]}, the rows that the recipe skips; each for its first reason."""
+    none_R = torch.zeros_like(position_R, dtype=torch.bool)
+    skipped = {"first_position": none_R, "role": none_R, "repeated": none_R}
+    if activations.skip_first_position:
+        skipped["first_position"] = position_R == 0
+    if activations.skip_roles:
+        roles_R = torch.from_numpy(np.concatenate([conversation.roles for conversation in conversations]))
+        codes = torch.tensor([ROLES.index(role) for role in activations.skip_roles], dtype=torch.uint8)
+        skipped["role"] = torch.isin(roles_R, codes) & ~skipped["first_position"]
+    if activations.skip_repeated:
+        repeated_C = torch.tensor(repeated_lengths([conversation.token_ids for conversation in conversations]))
+        repeated_R = position_R < repeated_C[conversation_R.long()]
+        skipped["repeated"] = repeated_R & ~skipped["first_position"] & ~skipped["role"]
+    return skipped
+
+
+def repeated_lengths(token_ids: Sequence[NDArray[np.int32]]) -> list[int]:
+    """How many tokens each conversation begins with just as one before it does: rows of these are that one's rows.
+
+    Among sorted texts the one with the longest common beginning is a neighbor.
+    """
+    seen: list[bytes] = []
+    lengths = []
+    for ids in token_ids:
+        text = ids.astype(">i4").tobytes()  # bytes in the order of the ids, none of which is negative
+        place = bisect(seen, text)
+        lengths.append(max((_common(text, other) for other in seen[max(0, place - 1) : place + 1]), default=0))
+        seen.insert(place, text)
+    return lengths
+
+
+def _common(first: bytes, second: bytes) -> int:
+    """Tokens that two texts of `repeated_lengths` begin with alike."""
+    shorter = min(len(first), len(second))
+    unlike = np.frombuffer(first[:shorter], ">i4") != np.frombuffer(second[:shorter], ">i4")
+    return int(unlike.argmax()) if unlike.any() else len(unlike)

@@ -28,6 +28,7 @@ class _Drawn:
 
     id: str
     token_ids: NDArray[np.int32]
+    roles: NDArray[np.uint8]
 
 
 class WindowSource:
@@ -130,17 +131,20 @@ class WindowSource:
             while tokens < self._recipe.activations.window_tokens:
                 if (conversation := next(self._stream, None)) is None:
                     break
-                drawn.append(_Drawn(conversation.id, conversation.token_ids))
+                drawn.append(_Drawn(conversation.id, conversation.token_ids, conversation.roles))
                 tokens += len(conversation.token_ids)
             return [one.id for one in drawn], [len(one.token_ids) for one in drawn], self._stream.state()
 
         ids, lengths, next_cursor = self._group.broadcast_object(read)
-        token_ids = np.concatenate(
-            [np.empty(sum(lengths) if not drawn else 0, np.int32), *(d.token_ids for d in drawn)]
-        )
+        if not ids:
+            return [], next_cursor
+        told = 0 if drawn else sum(lengths)
+        token_ids = np.concatenate([np.empty(told, np.int32), *(one.token_ids for one in drawn)])
+        roles = np.concatenate([np.empty(told, np.uint8), *(one.roles for one in drawn)])
         self._group.broadcast_(torch.from_numpy(token_ids))
+        self._group.broadcast_(torch.from_numpy(roles))
         ends = np.cumsum(lengths, dtype=np.int64)[:-1]
-        return [_Drawn(*one) for one in zip(ids, np.split(token_ids, ends), strict=True)] if ids else [], next_cursor
+        return list(map(_Drawn, ids, np.split(token_ids, ends), np.split(roles, ends))), next_cursor
 
     @property
     def _stream(self) -> CorpusStream:

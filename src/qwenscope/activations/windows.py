@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.activations.cache import Window
+from qwenscope.activations.harvest import LEFT_OUT
 from qwenscope.activations.prefetch import Prefetcher
 from qwenscope.activations.source import WindowSource
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError
@@ -34,8 +35,6 @@ from qwenscope.seeds import generator
 
 if TYPE_CHECKING:
     from qwenscope.corpus.stream import CorpusStream
-
-LEFT_OUT = ("non_finite", "outlier", "first_position")
 
 
 class Windows:
@@ -110,8 +109,7 @@ class Windows:
         """
         assert self._index == 0, "calibration rows are asked for before training begins"
         window = self._current()
-        if window is None or self._index:
-            raise CorpusError("no row of the first window was kept; look at activations.outlier_factor and the model")
+        assert window is not None, "an empty corpus is refused"
         return self._gather(window, self._order_R[: self._recipe.training.calibration_tokens])
 
     def last_tokens(self) -> list[tuple[str, int]]:
@@ -139,7 +137,7 @@ class Windows:
         The next batch raises CheckpointError if the corpus gives other conversations than it did then.
         """
         self._index, self._offset = int(state["window"]), int(state["offset"])
-        self._cursor, self._before = state["cursor"], dict(state["counts"])
+        self._cursor, self._before = state["cursor"], dict.fromkeys(LEFT_OUT, 0) | state["counts"]
         self._expected = state["conversations"]
         self._window = None
         if self._prefetcher is not None:
@@ -147,7 +145,7 @@ class Windows:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Tokens left out by reason (non_finite, outlier, first_position), the current window's included."""
+        """Tokens left out by reason (see LEFT_OUT), the current window's included."""
         now = {} if self._window is None else self._window.harvest.left_out
         return {reason: self._before[reason] + now.get(reason, 0) for reason in LEFT_OUT}
 
@@ -178,6 +176,11 @@ class Windows:
                 raise CheckpointError(
                     f"window {self._index} holds other conversations than when this run was saved: "
                     "corpus.sources changed; restore them or start a new run"
+                )
+            if not kept and self._index == 0:
+                raise CorpusError(
+                    "no row of the first window was kept; look at activations.skip_roles, activations.outlier_factor "
+                    "and the model"
                 )
             self._expected = None
             self._order_R = torch.randperm(kept, generator=generator(self._recipe.seed, "window", self._index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import webbrowser
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -34,6 +35,7 @@ def browse(
     path: Annotated[Path, typer.Argument(metavar="INDEX")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 8321,
     export_: Annotated[Path | None, typer.Option("--export", metavar="DIR", help="Write a static site.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in the web browser.")] = False,
 ) -> None:
     """Look at features in the web browser, offline; or write the same as a static site."""
     if export_ is not None:
@@ -44,7 +46,12 @@ def browse(
         return
     from qwenscope.features.browser.server import serve
 
-    serve(path, port, on_ready=lambda address: err.print(f"{address}  (Ctrl-C ends it)", highlight=False))
+    def ready(address: str) -> None:
+        err.print(f"{address}  (Ctrl-C ends it)", highlight=False)
+        if open_:
+            webbrowser.open(address)
+
+    serve(path, port, on_ready=ready)
 
 
 class Mode(StrEnum):

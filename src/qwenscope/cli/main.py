@@ -17,6 +17,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from qwenscope.cli import features
+from qwenscope.cli.demo import run_demo
 from qwenscope.cli.options import (
     AsJson,
     Data,
@@ -34,7 +35,7 @@ from qwenscope.cli.options import (
     set_up_output,
     show,
 )
-from qwenscope.cli.progress import run_demo, train_with_progress
+from qwenscope.cli.progress import train_with_progress
 from qwenscope.cli.tables import (
     comparison_table,
     doctor_table,
@@ -78,9 +79,14 @@ app.add_typer(data_app, name="data", rich_help_panel="Before training")
 
 
 @app.command(rich_help_panel="Start here")
-def demo(out_: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo")) -> None:
-    """Train, evaluate and package nine SAEs on the packaged stand-in model, in minutes on a CPU."""
-    run_demo(out_, err, out)
+def demo(
+    out_: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
+    open_: Annotated[bool, typer.Option("--open", help="Look at the latents in the web browser at the end.")] = False,
+) -> None:
+    """Train, evaluate, package and index nine SAEs on the packaged stand-in model, in minutes on a CPU."""
+    index_folder = run_demo(out_, err, out)
+    if open_:
+        features.browse(index_folder, open_=True)
 
 
 @app.command(rich_help_panel="Start here")

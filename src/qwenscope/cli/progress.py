@@ -47,35 +47,6 @@ def train_with_progress(recipe: Recipe, run: Path, resume: bool, console: Consol
     )
 
 
-def run_demo(run: Path, console: Console, out: Console) -> None:
-    """The main job on the embedded default: train (or go on), evaluate, package; then say what to look at.
-
-    Raises:
-        QwenscopeError: as the three steps.
-    """
-    from qwenscope.cli.tables import evaluation_table
-    from qwenscope.evaluation.run import evaluate
-    from qwenscope.files import read_json
-    from qwenscope.recipe import load_recipe
-    from qwenscope.release.package import release
-
-    recipe = load_recipe("standin")
-    status = run / "status.json"
-    console.rule("[bold]1 of 3: train[/] nine SAEs from one pass of the stand-in language model", align="left")
-    train_with_progress(recipe, run, resume=status.exists(), console=console)
-    console.rule("[bold]2 of 3: evaluate[/] on held-out conversations", align="left")
-    evaluation = run / "evaluation.json"
-    result = read_json(evaluation) if evaluation.exists() else evaluate(run)
-    out.print(evaluation_table(result))
-    console.rule("[bold]3 of 3: package[/]", align="left")
-    package = run / "release"
-    if not package.exists():
-        release(run, package)
-    out.print(
-        f"SAEs      {run / 'saes'}\nreport    {run / 'report.html'}\nrelease   {package}", highlight=False, markup=False
-    )
-
-
 @contextmanager
 def phases(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Show work that reports (phase, done, total): a bar per phase on a terminal, a line per phase elsewhere."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from jinja2 import TemplateError
@@ -25,11 +25,12 @@ from tokenizers import Encoding, decoders
 
 from qwenscope.corpus.repair import Dropped, Message, clean, split_of
 from qwenscope.errors import CorpusError, reason
+from qwenscope.recipe_nodes import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = ("system", "user", "assistant", "tool_call", "tool_result", "think", "template")
+ROLES: tuple[str, ...] = get_args(Role)
 """Index = code in `roles`. Delimiters such as <|im_start|>, <think> and <tool_call>, and the role names after them, are
 `template`; the tool list is `system`; everything between <tool_call> and </tool_call> is `tool_call`."""
 

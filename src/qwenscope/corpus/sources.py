@@ -81,6 +81,7 @@ class FileSource:
     finite: bool = True
 
     def chunks(self, shard: int, row: int) -> Iterator[Chunk]:
+        """Rows of the groups from `row` of group number `shard` on, a chunk never of two groups."""
         for number in range(shard, len(self.groups)):
             start = row if number == shard else 0
             for rows in read_mixed(self.groups[number], start, self.schema, self.seed, self.where):
@@ -99,6 +100,7 @@ class GeneratedSource:
     finite: bool = False
 
     def chunks(self, shard: int, row: int) -> Iterator[Chunk]:
+        """The numbers from `row` on, without end."""
         for start in count(row, CHUNK_ROWS):
             yield Chunk(shard, [(index, index) for index in range(start, start + CHUNK_ROWS)])
 

@@ -30,7 +30,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure every SAE of `target` on each split and write `evaluation.json` and `report.html`.
 
-    In a release, checksums are verified before and listed anew after; its card keeps the numbers it was written with.
+    On `data` without an `out`, these are `evaluation-NAME.json` and `report-NAME.html`, so that what was measured on
+    held-out conversations stays; a suite that has no such conversations keeps the plain names. In a
+    release, checksums are verified before and listed anew after; its card keeps the numbers it was written with.
 
     Args:
         target: what `open_target` takes.
@@ -54,6 +56,8 @@ def evaluate(
     if opened.on_hub and out is None:
         raise FormatError(f"{target} is on the Hub; say with --out where its evaluation is written")
     folder = out or opened.folder
+    beside = data is not None and out is None and opened.own_recipe
+    name = f"-{data.resolve().name.split('.')[0]}" if data is not None and beside else ""
     lm = opened.language_model()
     budget = tokens if tokens is not None else opened.recipe.evaluation.tokens
     splits = opened.splits(lm.tokenizer, budget, data)
@@ -66,21 +70,21 @@ def evaluate(
     odd: list[str] = []
     result: dict[str, Any] = _finite(_result(opened, lm, measured, described), "", odd)
     with disk_errors_named(folder):
-        _publish(folder, result, opened.folder)
+        written = _publish(folder, name, result, opened.folder)
     odd = [name for name in odd if name.startswith("saes/")]  # a comparison may lack a value in honest data
     if odd:
         named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         raise ModelError(
-            f"logits or rows of {lm.name} are not finite, with or without an SAE in it: {named} are null in "
-            f"{folder / 'evaluation.json'}; try lm.dtype: float32"
+            f"logits or rows of {lm.name} are not finite, with or without an SAE in it: {named} are null in {written}; "
+            "try lm.dtype: float32"
         )
     return result
 
 
-def _publish(folder: Path, result: Mapping[str, Any], run: Path) -> None:
+def _publish(folder: Path, name: str, result: Mapping[str, Any], run: Path) -> Path:
     """Write the measurement, then its page: ended at any instant, no page stands beside numbers of another measurement,
-    and a release lists none but whole files."""
-    evaluation, report = folder / "evaluation.json", folder / "report.html"
+    and a release lists none but whole files. Returns the measurement's path."""
+    evaluation, report = folder / f"evaluation{name}.json", folder / f"report{name}.html"
     make_folder(folder)
     listed = read_checksums(folder)  # of a release
     if listed is not None:
@@ -92,6 +96,7 @@ def _publish(folder: Path, result: Mapping[str, Any], run: Path) -> None:
     write_text(report, report_html(result, run))
     if listed is not None:
         write_checksums(folder)
+    return evaluation
 
 
 def _finite(value: Any, name: str, odd: list[str]) -> Any:

@@ -1,0 +1,1 @@
+"""Indices of what latents fire on: built, read, browsed, labelled; steering along them."""

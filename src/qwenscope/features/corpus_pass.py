@@ -27,7 +27,8 @@ from qwenscope.activations.harvest import harvest
 from qwenscope.corpus.chat import ROLES, Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import FormatError
-from qwenscope.features.statistics import Chunk, LatentStatistics
+from qwenscope.features.reservoirs import context_keys
+from qwenscope.features.statistics import BEFORE, Chunk, LatentStatistics
 from qwenscope.files import atomic_path, read_json, sha256, whole_folder, write_json
 from qwenscope.lm.batches import cut
 from qwenscope.lm.hooks import find_routers, watch_routers
@@ -132,7 +133,9 @@ class CorpusPass:
         row_T = torch.full((int(starts[-1]),), -1, dtype=torch.int64)
         row_T[token_R] = torch.arange(len(token_R))
         conversation_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        chunk = Chunk(self.chunks, self.read, token_R, row_T, conversation_T)
+        tokens_T = torch.from_numpy(np.concatenate([each.token_ids for each in conversations]).astype(np.int64))
+        context_T = context_keys(tokens_T, conversation_T, BEFORE + 1)
+        chunk = Chunk(self.chunks, self.read, token_R, row_T, conversation_T, context_T)
         context_RF = _context(conversations, token_R, rows.conversation_R.long())
         batches = cut(lengths, recipe.corpus.batch_tokens)
         for sae_id, statistics in self.statistics.items() if len(token_R) else ():

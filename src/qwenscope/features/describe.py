@@ -167,15 +167,17 @@ class Describer:
         return [[e, _short(chosen_E[e]), _short(base_E[e])] for e in best]
 
     def _examples(self, latent: int) -> list[list[Any]]:
-        """(kind, address, window offsets, activations): top, quantile bands, negatives."""
+        """(kind, address, window offsets, activations): top, quantile bands, negatives; no context twice."""
         found = self._statistics
         examples = []
+        shown = found.top.contexts_NM[latent][found.top.addresses_NM[latent] >= 0]
         order = found.top.keys_NM[latent].argsort(descending=True, stable=True)
         for place in order[found.top.addresses_NM[latent][order] >= 0].tolist():
             examples.append(_example("top", found.top, latent, place))
         values = found.firings.values_NM[latent]
         order = values.argsort(descending=True, stable=True)
         order = order[found.firings.addresses_NM[latent][order] >= 0]
+        order = order[~torch.isin(found.firings.contexts_NM[latent][order], shown)]
         if len(order) >= len(BANDS):
             for band, places in zip(BANDS, np.array_split(order.numpy(), len(BANDS)), strict=True):
                 chosen = places[np.linspace(0, len(places) - 1, min(PER_BAND, len(places))).round().astype(int)]

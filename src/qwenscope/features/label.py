@@ -28,6 +28,7 @@ from qwenscope.files import whole_folder, write_json
 SHOWN = 12
 TESTED = 10
 MARK_ABOVE = 0.3
+_DISTANCE = {"negative": -1, "top": 0} | {band: number for number, band in enumerate(BANDS)}
 """Tokens above this share of the example's strongest activation are marked."""
 LABEL_LIMIT = 300
 _EXPLAIN = (
@@ -134,7 +135,9 @@ def _explain_one(client: Client, found: dict[str, Any]) -> dict[str, Any]:
     distinct = {_text(example): example for example in reversed(found["examples"]) if example["kind"] == "top"}
     top = list(reversed(distinct.values()))[:SHOWN]
     shown = {_text(example) for example in top}
-    firing = [example for example in found["examples"] if example["kind"] in BANDS and _text(example) not in shown]
+    unseen = [example for example in found["examples"] if _text(example) not in shown]
+    firing = [example for example in unseen if example["kind"] in BANDS]
+    firing = firing or [example for example in unseen if example["kind"] == "top"]  # of a latent that rarely fires
     quiet = [example for example in found["examples"] if example["kind"] == "negative"]
     choose = random.Random(found["latent"])
     label = _label(_answer(client, _EXPLAIN, _numbered(_marked(example, _active(example)) for example in top), 64))
@@ -206,7 +209,7 @@ def _ask(
         {
             "str_tokens": example["tokens"],
             "activations": example["activations"],
-            "distance": BANDS.index(example["kind"]) if example["kind"] in BANDS else -1,
+            "distance": _DISTANCE[example["kind"]],
             "activating": activating,
             "prediction": prediction,
             "probability": None,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Windows = Callable[[Tensor], Tensor]
+_ODD = -7046029254386353131  # 2^64 / golden ratio: products of it, which wrap around, spread over all 64 bits
 
 
 def order_by_group(groups_P: Tensor, keys_P: Tensor) -> Tensor:
@@ -27,6 +28,27 @@ def order_by_group(groups_P: Tensor, keys_P: Tensor) -> Tensor:
     """
     bits_P = torch.where(keys_P < 0, -1, keys_P.view(torch.int32)).long()
     return torch.sort((groups_P << 32) - bits_P, stable=True).indices
+
+
+def context_keys(tokens_T: Tensor, conversation_T: Tensor, length: int) -> Tensor:
+    """int64 [T], of each token's last `length` tokens up to itself, within its conversation: the same for the same."""
+    keys_T = torch.zeros_like(tokens_T)
+    for back in range(length):
+        there = slice(0, max(0, len(tokens_T) - back))
+        inside = conversation_T[back:] == conversation_T[there]
+        keys_T *= _ODD
+        keys_T[back:] += torch.where(inside, tokens_T[there] + 1, 0)
+    return keys_T
+
+
+def first_of_each(groups_P: Tensor, keys_P: Tensor) -> Tensor:
+    """bool [P], True at the largest key of each group (int64 of any size), the first among equals."""
+    place_P = torch.unique(groups_P, return_inverse=True)[1]
+    order = order_by_group(place_P, keys_P)
+    ordered_P = place_P[order]
+    first_P = torch.ones(len(order), dtype=torch.bool)
+    first_P[1:] = ordered_P[1:] != ordered_P[:-1]
+    return torch.zeros_like(first_P).scatter_(0, order, first_P)
 
 
 class Tensors:
@@ -46,16 +68,18 @@ class Tensors:
 
 
 class LatentTable(Tensors):
-    """M entries per latent with the largest keys; equal keys keep the earlier address.
+    """M entries per latent with the largest keys, no two of one context; equal keys keep the earlier address.
 
     keys_NM: float32, -inf where empty. values_NM: float32 activation. addresses_NM: int64, -1 where empty.
-    windows_NMW: float16 activations of the same latent around the address.
+    contexts_NM: int64, what stands at and before the address. windows_NMW: float16 activations of the same latent
+    around it.
     """
 
     SAVED: ClassVar = {
         "keys": "keys_NM",
         "values": "values_NM",
         "addresses": "addresses_NM",
+        "contexts": "contexts_NM",
         "windows": "windows_NMW",
     }
 
@@ -63,9 +87,18 @@ class LatentTable(Tensors):
         self.keys_NM = torch.full((latents, entries), -torch.inf, dtype=torch.float32)
         self.values_NM = torch.zeros(latents, entries, dtype=torch.float32)
         self.addresses_NM = torch.full((latents, entries), -1, dtype=torch.int64)
+        self.contexts_NM = torch.zeros(latents, entries, dtype=torch.int64)
         self.windows_NMW = torch.zeros(latents, entries, window, dtype=torch.float16)
 
-    def offer(self, latents_P: Tensor, keys_P: Tensor, values_P: Tensor, addresses_P: Tensor, windows: Windows) -> None:
+    def offer(
+        self,
+        latents_P: Tensor,
+        keys_P: Tensor,
+        values_P: Tensor,
+        addresses_P: Tensor,
+        contexts_P: Tensor,
+        windows: Windows,
+    ) -> None:
         """Take the candidates that belong among their latent's M best.
 
         Args:
@@ -73,6 +106,7 @@ class LatentTable(Tensors):
             keys_P: float32.
             values_P: float32 activations.
             addresses_P: int64 token addresses, ascending among equal latents and larger than any offered before.
+            contexts_P: int64, the same for candidates that read the same; see `context_keys`.
             windows: maps indices [S] into the candidates to [S, W] activations; called for those that enter only.
         """
         entries = self.keys_NM.shape[1]
@@ -85,7 +119,10 @@ class LatentTable(Tensors):
         keys = torch.cat([self.keys_NM[touched_U].flatten(), keys_P[worthy]])
         # Held entries stand first: among equal keys they stay, and then the earlier address.
         order = order_by_group(rows, keys)
-        offered_U = torch.bincount(rows)
+        contexts = torch.cat([self.contexts_NM[touched_U].flatten(), contexts_P[worthy]])
+        best = first_of_each(rows * _ODD + torch.where(keys == -torch.inf, torch.arange(len(keys)), contexts), keys)
+        order = order[best[order]]
+        offered_U = torch.bincount(rows[best])  # at least M: an entry goes only where a better one of its context comes
         starts_U = offered_U.cumsum(0) - offered_U
         kept_UM = order[starts_U.unsqueeze(1) + torch.arange(entries)]
         new_UM = kept_UM >= held
@@ -94,6 +131,7 @@ class LatentTable(Tensors):
             (self.keys_NM, keys_P),
             (self.values_NM, values_P),
             (self.addresses_NM, addresses_P),
+            (self.contexts_NM, contexts_P),
         ):
             merged_UM = table[touched_U].flatten()[old_UM]
             merged_UM[new_UM] = candidates[fresh]

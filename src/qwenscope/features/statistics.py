@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qwenscope.features.reservoirs import LatentTable, Sample, Tensors, order_by_group
+from qwenscope.features.reservoirs import LatentTable, Sample, Tensors, first_of_each
 from qwenscope.sae import ops
 from qwenscope.sae.sae import SAE, Codes
 from qwenscope.seeds import generator
@@ -21,8 +21,8 @@ from qwenscope.seeds import generator
 BEFORE, AFTER = 31, 16
 WINDOW = BEFORE + 1 + AFTER
 TOP = 20
-FIRINGS = 32
-"""Firings per latent that are sampled uniformly; quantile examples are drawn from them."""
+FIRINGS = 40
+"""Firings per latent that are sampled uniformly; quantile examples are drawn from those that are no top examples."""
 BACKGROUND = 192
 """Random windows of text; a latent's negatives are those in which it does not fire."""
 COACTIVE = 65_536
@@ -39,7 +39,8 @@ class Chunk:
     """The tokens of some whole conversations, all SAEs alike.
 
     token_R: int64, index of each row among the chunk's T tokens. row_T: int64, the row of each token, -1 if left out.
-    conversation_T: int64, conversation of each token. start: address of the chunk's first token. number: 0, 1, ...
+    conversation_T: int64, conversation of each token. context_T: int64, the same for tokens that are shown alike.
+    start: address of the chunk's first token. number: 0, 1, ...
     """
 
     number: int
@@ -47,6 +48,7 @@ class Chunk:
     token_R: Tensor
     row_T: Tensor
     conversation_T: Tensor
+    context_T: Tensor
 
 
 class LatentStatistics(Tensors):
@@ -88,7 +90,8 @@ class LatentStatistics(Tensors):
         random = generator(self._seed, "features", self._name, chunk.number)
         row_P, place_P = active_RK.nonzero(as_tuple=True)
         latent_P, value_P = indices_RK[row_P, place_P], values_RK[row_P, place_P]
-        address_P = chunk.token_R[row_P] + chunk.start
+        token_P = chunk.token_R[row_P]
+        address_P, context_P = token_P + chunk.start, chunk.context_T[token_P]
 
         def windows(latents_P: Tensor, addresses_P: Tensor, chosen_S: Tensor) -> Tensor:
             tokens_S = addresses_P[chosen_S] - chunk.start
@@ -99,15 +102,21 @@ class LatentStatistics(Tensors):
             torch.rand(len(latent_P), generator=random, dtype=torch.float32),
             value_P,
             address_P,
+            context_P,
             lambda chosen_S: windows(latent_P, address_P, chosen_S),
         )
-        worthy = value_P > self.top.keys_NM.amin(1)[latent_P]
-        best = _best_per_conversation(
-            latent_P[worthy], value_P[worthy], chunk.conversation_T[chunk.token_R[row_P[worthy]]]
-        )
-        best = worthy.nonzero().squeeze(1)[best]
+        worthy = (value_P > self.top.keys_NM.amin(1)[latent_P]).nonzero().squeeze(1)
+        conversation_P = chunk.conversation_T[token_P[worthy]]
+        best = worthy[first_of_each(latent_P[worthy] * (len(chunk.row_T) + 1) + conversation_P, value_P[worthy])]
         latent_B, value_B, address_B = latent_P[best], value_P[best], address_P[best]
-        self.top.offer(latent_B, value_B, value_B, address_B, lambda chosen_S: windows(latent_B, address_B, chosen_S))
+        self.top.offer(
+            latent_B,
+            value_B,
+            value_B,
+            address_B,
+            context_P[best],
+            lambda chosen_S: windows(latent_B, address_B, chosen_S),
+        )
         self._sample(latents_RK, chunk, random)
 
     def _count(self, values_RK: Tensor, indices_RK: Tensor, active_RK: Tensor, context_RF: Tensor) -> None:
@@ -152,16 +161,6 @@ class LatentStatistics(Tensors):
 def bin_of(values: Tensor) -> Tensor:
     """Histogram bin of positive activations: BINS_PER_OCTAVE per factor of 2; the end bins take the rest."""
     return ((values.log2() - OCTAVES[0]) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
-
-
-def _best_per_conversation(latent_P: Tensor, value_P: Tensor, conversation_P: Tensor) -> Tensor:
-    """Indices of the largest value of each (latent, conversation), the earliest among equals; ascending by address."""
-    group_P = latent_P * (int(conversation_P.max()) + 1 if len(conversation_P) else 1) + conversation_P
-    order = order_by_group(group_P, value_P)
-    sorted_P = group_P[order]
-    first_P = torch.ones(len(order), dtype=torch.bool)
-    first_P[1:] = sorted_P[1:] != sorted_P[:-1]
-    return order[first_P].sort().values
 
 
 def _window_rows(token_S: Tensor, chunk: Chunk) -> Tensor:

@@ -21,6 +21,7 @@ from qwenscope.errors import FormatError
 from qwenscope.sae.activation import Activation, TopK, activation_of
 from qwenscope.sae.autograd import sparse_decode, sparse_encode
 from qwenscope.sae.files import find_sae, read_sae, write_sae
+from qwenscope.sae.rows import Rows, as_rows
 
 _BLOCK = 1 << 16  # latents drawn at once
 
@@ -137,8 +138,17 @@ class SAE(nn.Module):
         """Active latents per row, as the activation means it."""
         return self.activation.k
 
-    def encode(self, x_BD: Tensor) -> Codes:
-        """The active latents of each row [..., D]; differentiable but for the threshold."""
+    def encode(self, x_BD: Rows) -> Codes:
+        """The active latents of each row [..., D], a tensor or array of any floating dtype.
+
+        Differentiable but for the threshold.
+
+        Raises:
+            FormatError: rows that are no floating-point numbers, or of another width.
+        """
+        x_BD = as_rows(x_BD)
+        if x_BD.shape[-1:] != (self.hidden_dim,):
+            raise FormatError(f"rows of shape {list(x_BD.shape)} do not fit an SAE of width {self.hidden_dim}")
         rows_BD = (x_BD.to(self.pre_bias.dtype) - self.pre_bias).reshape(-1, self.hidden_dim)
         select = partial(self.activation.select, threshold_N=self.threshold)
         values_BK, indices_BK = sparse_encode(rows_BD, self.encoder.weight, self.encoder.bias, select)
@@ -152,7 +162,7 @@ class SAE(nn.Module):
         x_BD = sparse_decode(values_BK, indices_BK, self.decoder.weight.T.contiguous()) + self.pre_bias
         return x_BD.view(*codes.values.shape[:-1], self.hidden_dim)
 
-    def forward(self, x_BD: Tensor) -> Tensor:
+    def forward(self, x_BD: Rows) -> Tensor:
         """Reconstruction of rows [..., D] -> [..., D], in the SAE's dtype; differentiable."""
         return self.decode(self.encode(x_BD))
 

@@ -1,0 +1,1 @@
+"""SAE trainers, and the run around them: sessions, checkpoints, signals, honest endings."""

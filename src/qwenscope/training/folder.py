@@ -220,7 +220,7 @@ def open_run(recipe: Recipe, out: Path, resume: bool, group: Group = ALONE) -> I
     """Hold `out` for this process (of several ranks, for rank 0), after checking that the run may start or go on there.
 
     Raises:
-        RecipeError: `out` holds something else, or a run while `resume` is off, or one of another recipe.
+        RecipeError: `out` holds something else, or a run that has begun, while `resume` is off or of another recipe.
             Or the ranks were started with unlike recipes.
         LockError: another process works in it.
         ResourceError: it cannot be written; or a rank sees another folder under this name.
@@ -242,11 +242,22 @@ def _enter(recipe: Recipe, out: Path, resume: bool, held: ExitStack) -> Any:
     make_folder(out)
     held.enter_context(run_lock(out))
     _remove_leftovers(out)
+    _forget_false_start(out)
     if (out / "recipe.yaml").exists():
         if not resume:
             raise RecipeError(f"{out} already holds a run; go on with it by --resume, or choose a new folder")
         check_same_recipe(load_recipe(out / "recipe.yaml").model_dump(mode="json"), recipe, out / "recipe.yaml")
     return read_json(out / LOCK_NAME)
+
+
+def _forget_false_start(out: Path) -> None:
+    """A run that failed before its first step leaves nothing to go on with, and does not hold its folder."""
+    status = dict(read_json(out / "status.json")) if (out / "status.json").exists() else {}
+    trained = status.get("tokens_trained") or status.get("checkpoint") or list(out.glob("checkpoints/*"))
+    if status.get("state") == "failed" and not trained:
+        logger.warning("%s failed before its first step (%s): starting anew", out, status.get("error"))
+        for name in ("run.json", "metrics.jsonl", "privacy_report.json", "status.json", "recipe.yaml"):
+            (out / name).unlink(missing_ok=True)
 
 
 def _check_shared(out: Path, holder: Any) -> None:

@@ -1,4 +1,4 @@
-"""Stop rules: a run that has gone wrong ends with its last good checkpoint, rather than going on to a bad result."""
+"""Stop rules: what has gone wrong ends with its last good checkpoint, and what cannot go right does not begin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from qwenscope.errors import TrainingError
+from torch import Tensor
+
+from qwenscope.errors import CheckpointError, TrainingError
 
 _HISTORY = 101  # logged losses that the running median looks back on
 _ENOUGH = 10  # logged losses before a median is worth comparing with
@@ -50,3 +52,29 @@ class LossGuard:
         """Take over the memory of `state`."""
         self._recent = {key: list(values) for key, values in state["recent"].items()}
         self._above = dict(state["above"])
+
+
+def check_arguments(**possible: bool) -> None:
+    """Raise a TrainingError that names the arguments of `SAETrainer` whose values are impossible."""
+    wrong = [name for name, is_possible in possible.items() if not is_possible]
+    if wrong:
+        raise TrainingError(f"SAETrainer: impossible value of {', '.join(wrong)}; its docstring says what each may be")
+
+
+def check_rows(x_BD: Tensor, width: int) -> Tensor:
+    """`x_BD` itself; TrainingError unless it is [B, width] with B >= 1."""
+    if x_BD.dim() != 2 or x_BD.shape[1] != width or not len(x_BD):
+        raise TrainingError(f"a batch must be [B, {width}] with B >= 1, not {list(x_BD.shape)}")
+    return x_BD
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise a CheckpointError unless `state` has the tensors of `own`, in the same shapes and dtypes."""
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state or name not in own:
+            raise CheckpointError(f"trainer state and trainer differ: only one of them has {name!r}")
+        if own[name].shape != state[name].shape or own[name].dtype != state[name].dtype:
+            raise CheckpointError(
+                f"trainer state {name!r} is {state[name].dtype} {list(state[name].shape)}, "
+                f"the trainer needs {own[name].dtype} {list(own[name].shape)}"
+            )

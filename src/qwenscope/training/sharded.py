@@ -20,7 +20,8 @@ from qwenscope.sae.activation import Activation, activation_of
 from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision, Selection, best_precision
 from qwenscope.training.active import ActiveLatents
-from qwenscope.training.trainer import SAETrainer, StepMetrics
+from qwenscope.training.metrics import StepMetrics
+from qwenscope.training.trainer import SAETrainer
 from qwenscope.training.weights import Weights
 
 

@@ -18,7 +18,7 @@ from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision
 from qwenscope.training.building import build_trainer
-from qwenscope.training.trainer import StepMetrics
+from qwenscope.training.metrics import StepMetrics
 
 T = TypeVar("T")
 _LARGEST = 1e15  # root mean square of rows whose squares, summed over a batch, float32 holds with room to spare

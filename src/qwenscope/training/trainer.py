@@ -12,20 +12,24 @@ Legend: B rows (tokens), D hidden, N latents, K active latents per row, M dead l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from qwenscope.errors import CheckpointError, TrainingError
 from qwenscope.sae import ops
+from qwenscope.sae.rows import Rows, as_rows
 from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision, Selection, Selector, best_precision
 from qwenscope.seeds import generator
 from qwenscope.training.active import ActiveLatents
 from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
+from qwenscope.training.fit import Fit, OnStep, fit
 from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
+from qwenscope.training.guards import check_arguments, check_rows, check_state
+from qwenscope.training.metrics import StepMetrics
 from qwenscope.training.optimizer import Adam, update
 from qwenscope.training.schedule import learning_rate
 from qwenscope.training.weights import PARAMETERS, Weights, master_dtype
@@ -35,26 +39,6 @@ REDONE_SHARE = 1 / 8
 """Rows without certificate above which 8-bit candidates cost more than they save, and are given up for good."""
 POOL_STEPS = 100
 """Steps before a resampling whose rows may become directions."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """What one step saw, before its update. All but `lr` are 0-dim tensors on the trainer's device (reading one syncs).
-
-    fvu: fraction of variance unexplained of the batch. loss: fvu + aux_coefficient * aux_loss. aux_loss: 0 without
-    dead latents. l0: mean number of values above 0 per row. dead: number of dead latents. grad_norm: of all parameters,
-    after the decoder's projection, before clipping. finite: whether loss and gradients were; if not, only counters
-    changed.
-    """
-
-    fvu: Tensor
-    loss: Tensor
-    aux_loss: Tensor
-    l0: Tensor
-    dead: Tensor
-    grad_norm: Tensor
-    finite: Tensor
-    lr: float
 
 
 class SAETrainer:
@@ -101,7 +85,7 @@ class SAETrainer:
         moments: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        _check(
+        check_arguments(
             lr=lr >= 0,
             tokens=tokens is None or tokens > 0,
             warmup_tokens=warmup_tokens >= 0,
@@ -170,6 +154,7 @@ class SAETrainer:
         Raises:
             TrainingError: rows that are not finite, or whose squares are not in the weights' dtype.
         """
+        check_rows(rows_RD, len(self.centre_D))
         dtype, chunks = self.centre_D.dtype, torch.split(rows_RD, 1024)
         mean_D = rows_RD.mean(0, dtype=torch.float64).to(self.device, dtype)
         deviation = torch.stack([(chunk.to(mean_D) - mean_D).square().sum() for chunk in chunks]).sum()
@@ -201,15 +186,47 @@ class SAETrainer:
             parts.append(x.contiguous())
         return ops.Panels(tuple(parts))
 
+    def fit(
+        self,
+        rows: Any,
+        *,
+        batch_size: int = 4096,
+        held_out: Rows | None = None,
+        on_step: OnStep | None = None,
+        checkpoint: Path | str | None = None,
+        checkpoint_every: int = 1000,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Fit:
+        """Train on `rows` once, in a shuffled order, calibrated on some of them first.
+
+        Rates decay over the trainer's `tokens`: give it the number of rows.
+
+        Args:
+            rows: [R, D] of any floating dtype, a tensor, array or memmap; a folder of .safetensors files with one such
+                matrix each; or an iterable of batches (a DataLoader), whose order is then its own.
+            batch_size: rows per step; the last batch also takes those that are left over.
+            held_out: rows [R, D] (not an iterable) to measure on at the end.
+            on_step: called with (step number, StepMetrics) after every step; returning True stops.
+            checkpoint: a file written every `checkpoint_every` steps and at the end. Where it exists, training
+                goes on from it, to the same bits; an iterable must then give the same batches again.
+            seed: of the order.
+            progress: show a bar.
+
+        Raises:
+            TrainingError: rows that cannot be trained on. CheckpointError: a checkpoint of other rows or settings.
+        """
+        path = None if checkpoint is None else Path(checkpoint)
+        return fit(self, rows, batch_size, held_out, on_step, path, checkpoint_every, seed, progress)
+
     @torch.no_grad()
-    def step(self, x_BD: Tensor) -> StepMetrics:
-        """One optimizer step on the rows [B, D] (any B of at least 1, any floating dtype).
+    def step(self, x_BD: Rows) -> StepMetrics:
+        """One optimizer step on the rows [B, D] (any B of at least 1, any floating dtype; an array is taken as well).
 
         Raises:
             TrainingError: rows of another width, or none.
         """
-        if x_BD.dim() != 2 or x_BD.shape[1] != len(self.centre_D) or not len(x_BD):
-            raise TrainingError(f"a batch must be [B, {len(self.centre_D)}] with B >= 1, not {list(x_BD.shape)}")
+        x_BD = check_rows(as_rows(x_BD), len(self.centre_D))
         lr = learning_rate(
             self.lr,
             self.tokens_trained,
@@ -362,14 +379,7 @@ class SAETrainer:
                 asked for; nothing is loaded then.
         """
         own = self.state_dict()
-        for name in sorted(own.keys() | state.keys()):
-            if name not in state or name not in own:
-                raise CheckpointError(f"trainer state and trainer differ: only one of them has {name!r}")
-            if own[name].shape != state[name].shape or own[name].dtype != state[name].dtype:
-                raise CheckpointError(
-                    f"trainer state {name!r} is {state[name].dtype} {list(state[name].shape)}, "
-                    f"the trainer needs {own[name].dtype} {list(own[name].shape)}"
-                )
+        check_state(own, state)
         steps, tokens_trained, code, eight_bits = (int(value) for value in state["counters"])
         precision = PRECISIONS[code]
         if precision != self.precision and not self._precision_is_free:
@@ -385,10 +395,3 @@ class SAETrainer:
         self._listed = False
         self.weights.shadow(precision, bool(eight_bits))
         self.active.selector = Selector(self.active.selector.k, precision)
-
-
-def _check(**possible: bool) -> None:
-    """Raise a TrainingError that names the arguments whose values are impossible."""
-    wrong = [name for name, is_possible in possible.items() if not is_possible]
-    if wrong:
-        raise TrainingError(f"SAETrainer: impossible value of {', '.join(wrong)}; its docstring says what each may be")

@@ -27,9 +27,8 @@ export const link = {
 
 export function percent(share) {
   const value = share * 100;
-  if (value === 0) return "0 %";
-  if (value < 0.001) return `${value.toExponential(0)} %`;
-  return `${value >= 10 ? Math.round(value) : Number(value.toPrecision(2))} %`;
+  const digits = value >= 10 ? { maximumFractionDigits: 0 } : { maximumSignificantDigits: 2 };
+  return `${value.toLocaleString("en", digits)} %`;
 }
 
 export function number(value) {

@@ -109,6 +109,7 @@ export async function render(id, query) {
     if (state.bin !== null)
       rows = rows.filter((i) => columns.density[i] > 0 && binOf(columns.density[i]) === state.bin);
     order(rows, columns, state.sort, state.down);
+    rows.sort((a, b) => (String(b) === wanted) - (String(a) === wanted)); // the latent of that number before all
     body.replaceChildren(...rows.slice(0, state.shown).map(row));
     count.textContent = `${number(rows.length)} of ${number(columns.density.length)} latents`;
     more.hidden = rows.length <= state.shown;
