@@ -220,13 +220,18 @@ def test_no_file_of_a_run_is_written_through_a_link(tmp_path: Path) -> None:
         (run / name).symlink_to(victim)
     with pytest.raises(OSError, match=r"symbolic links.*\.lock"), run_lock(run):
         pass
-    with pytest.raises(OSError, match=r"symbolic links.*metrics\.jsonl"):
-        MetricsFile(run / "metrics.jsonl", 0)
+    MetricsFile(run / "metrics.jsonl", 0).close()  # lines that are none are taken out, by a file of its own
+    assert not (run / "metrics.jsonl").is_symlink()
+    empty = tmp_path / "empty"
+    empty.touch()
+    (run / "other.jsonl").symlink_to(empty)
+    with pytest.raises(OSError, match=r"symbolic links.*other\.jsonl"):
+        MetricsFile(run / "other.jsonl", 0)
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / ".step-00000001.tmp").symlink_to(tmp_path)
     save(run / "checkpoints", 1, {"step": 1}, {"sae": {"a": torch.zeros(2)}})
     assert victim.read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "victim"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run", "victim"]
 
 
 def test_a_lock_has_the_mode_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
