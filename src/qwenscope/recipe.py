@@ -7,6 +7,7 @@ what was probably meant), an impossible value or a missing file is a RecipeError
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Iterable
@@ -156,10 +157,8 @@ class ActivationsRecipe(Node):
             return None
         if not cache.strip(" /"):
             raise ValueError("names no folder; null keeps no windows")
-        from fsspec.registry import available_protocols  # type: ignore[import-untyped]  # 0.2 s, and rarely needed
-
         for scheme in _schemes(cache):
-            if scheme not in available_protocols():
+            if scheme not in _file_systems().available_protocols():
                 raise ValueError(
                     f"{scheme}:// is no scheme that fsspec knows; use a folder, or s3://, gs://, az:// ..."
                 )
@@ -315,13 +314,16 @@ def check_cache(recipe: Recipe) -> None:
     Raises:
         RecipeError: names the address' scheme and the package.
     """
-    from fsspec.registry import get_filesystem_class
-
     for scheme in _schemes(recipe.activations.cache or ""):
         try:
-            get_filesystem_class(scheme)
+            _file_systems().get_filesystem_class(scheme)
         except ImportError as error:
             raise RecipeError(f"activations.cache: {scheme}:// cannot be used here ({reason(error)})") from None
+
+
+def _file_systems() -> Any:
+    """fsspec's registry: takes 0.2 s to import, and is rarely needed."""
+    return importlib.import_module("fsspec.registry")
 
 
 def _schemes(address: str) -> list[str]:
