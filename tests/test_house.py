@@ -22,7 +22,6 @@ FOUNDATION = (
         "recipe",
         "limits",
         "hub",
-        "costs",
     ),
     "machine",
 )
@@ -30,7 +29,7 @@ ROOMS = (
     *(frozenset({name}) for name in FOUNDATION),
     frozenset({"sae", "corpus"}),
     frozenset({"lm", "parallel"}),
-    frozenset({"activations"}),
+    frozenset({"activations", "costs"}),
     frozenset({"training"}),
     frozenset({"opening"}),
     frozenset({"evaluation"}),

@@ -15,6 +15,7 @@ from torch import nn
 
 from qwenscope.errors import RecipeError
 from qwenscope.recipe import Recipe
+from qwenscope.sae.activation import activation_of
 
 DENSE_SHARE = 0.007
 """On a GPU, K / N above which a step's dense products beat the sparse ones, by an H200's roofline."""
@@ -129,13 +130,14 @@ def step_seconds(recipe: Recipe, part: Part, hidden: int, card: Card) -> Range:
     """One sparse step of an SAE, or of a card's latents of it: the encoder product, traffic of selection, gathers and
     optimizer, and what the cards that share it tell one another (the cautious end: while latents are dead).
 
-    Where many latents are active the tail uses three more dense products instead of gathers.
+    Where many latents are candidates the tail uses three more dense products instead of gathers.
     """
-    batch, held, k = recipe.training.batch_size, part.latents, recipe.hook_points[part.sae_id].k
-    dense = min(k, held) / held > DENSE_SHARE
+    batch, held, point = recipe.training.batch_size, part.latents, recipe.hook_points[part.sae_id]
+    candidates = min(activation_of(point.activation, point.k).candidates, held)
+    dense = candidates / held > DENSE_SHARE
     product = 2 * batch * hidden * held * (4 if dense else 1)
     preactivations = 2 * batch * held * 2
-    gathers = 0 if dense else 5 * batch * k * hidden * 2
+    gathers = 0 if dense else 5 * batch * candidates * hidden * 2
     optimizer = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
     traffic = preactivations + gathers + optimizer
     link = link_bytes(card, round(part.dict_size / held))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -165,9 +165,7 @@ def open_target(target: Path | str, *, revision: str | None = None, like: Target
 
 def check_size(where: Path, sae: SAE, point: HookPoint) -> None:
     """FormatError unless the SAE at `where` has the size and the activation that its recipe gives it."""
-    found: dict[str, Any] = {"dict_size": sae.dict_size, "k": sae.k}
-    if sae.activation.name in get_args(HookPoint.model_fields["activation"].annotation):  # else no recipe can say it
-        found["activation"] = sae.activation.name
+    found = {"dict_size": sae.dict_size, "k": sae.k, "activation": sae.activation.name}
     for key, value in found.items():
         if value != getattr(point, key):
             raise FormatError(f"{where} has {key} {value}; recipe.yaml says {getattr(point, key)}")
@@ -234,6 +232,12 @@ def _fetch(repo: str, revision: str | None) -> Path:
         raise HubError(f"there is no folder {repo}, and on the Hub: {error}") from None
 
 
+def _hook_point(sae: SAE, site: Site) -> HookPoint:
+    """No one trains by it, so that its learning rate is of no account."""
+    sizes: dict[str, Any] = {"dict_size": sae.dict_size, "k": sae.k, "activation": sae.activation.name}
+    return HookPoint.model_validate({"site": site.name, **sizes, "lr": 1.0})
+
+
 def _recipe_of(saes: Mapping[str, SAE], shown: str, like: Target | None) -> tuple[Recipe, bool]:
     """A recipe for a suite that holds none, and whether it tells what the SAEs were trained on."""
     published = load_recipe(PUBLISHED)
@@ -242,11 +246,7 @@ def _recipe_of(saes: Mapping[str, SAE], shown: str, like: Target | None) -> tupl
         sae_id in points and (sae.dict_size, sae.k) == (points[sae_id].dict_size, points[sae_id].k)
         for sae_id, sae in saes.items()
     )
-    hooked = {
-        # No one trains by this recipe, so that its learning rate is of no account.
-        sae_id: HookPoint(site=site.name, dict_size=saes[sae_id].dict_size, k=saes[sae_id].k, lr=1.0)  # type: ignore[call-arg]
-        for sae_id, site in sites_of_suite(saes).items()
-    }
+    hooked = {sae_id: _hook_point(saes[sae_id], site) for sae_id, site in sites_of_suite(saes).items()}
     if like is not None:
         return like.recipe.model_copy(update={"hook_points": hooked}), like.own_recipe
     models = {str(sae.config["model"]) for sae in saes.values() if "model" in sae.config}

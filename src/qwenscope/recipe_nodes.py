@@ -59,9 +59,9 @@ class HookPoint(Node):
     """Latents active per token; on average, under batch_topk."""
     lr: Annotated[float, Field(gt=0, le=1)]
     """Peak learning rate."""
-    activation: Literal["topk", "batch_topk"] = "topk"
-    """Which latents are active: the k largest of each token, or the k largest per token of the whole batch together,
-    and afterwards those above a threshold that training estimates."""
+    activation: str = "topk"
+    """Which latents are active: topk, the k largest of each token; batch_topk, the k largest per token of the whole
+    batch together, and afterwards those above a threshold that training estimates."""
 
     @model_validator(mode="before")
     @classmethod

@@ -250,7 +250,8 @@ def _styled(evaluation: Mapping[str, Any], group: Sequence[str]) -> list[tuple[s
 def _name(evaluation: Mapping[str, Any], sae_id: str) -> str:
     point = evaluation["hook_points"][sae_id]
     kind = KIND_NAMES.get(point["kind"], point["kind"])
-    return f"{place(point)} {kind}" if kind else f"layer {place(point)}"
+    name = f"{place(point)} {kind}" if kind else f"layer {place(point)}"
+    return f"{name}, {point['activation']}" if "activation" in point else name
 
 
 def _depth(evaluation: Mapping[str, Any], group: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from qwenscope.evaluation.report import report_html
 from qwenscope.files import disk_errors_named, fsync_folder, make_folder, write_json, write_text
 from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target, open_target
+from qwenscope.sae.activation import described
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ def _result(
                 "kind": lm.layer_kinds[site.layer],
                 "dict_size": target.saes[sae_id].dict_size,
                 "k": target.saes[sae_id].k,
+                **described(target.saes[sae_id].activation.name),
             }
             for sae_id, site in target.sites.items()
         },

@@ -23,6 +23,7 @@ from qwenscope.features.token_text import TokenText, alone, readable
 from qwenscope.files import read_object
 from qwenscope.lm.forward import final_norm, unembedding
 from qwenscope.opening import SPLITS
+from qwenscope.sae.activation import described
 
 BLOCK = 256
 TOKENS_SHOWN, LATENTS_SHOWN, EXPERTS_SHOWN = 12, 10, 8
@@ -225,6 +226,7 @@ def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any
         "kind": corpus_pass.lm.layer_kinds[site.layer],
         "dict_size": sae.dict_size,
         "k": sae.k,
+        **described(sae.activation.name),
         "tokens": statistics.rows,
         "dead": int((density == 0).sum()),
         "l0": float(density.sum()),

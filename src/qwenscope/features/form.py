@@ -57,6 +57,7 @@ class Summary(TypedDict):
     kind: str | None
     dict_size: Annotated[int, Field(gt=0, lt=1 << 32)]
     k: int
+    activation: NotRequired[str]
     tokens: _Count
     dead: _Count
     l0: FiniteFloat

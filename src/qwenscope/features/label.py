@@ -5,7 +5,8 @@
 Detection (Paulo et al. 2024, "Automatically interpreting millions of features in large language models"): from the
 label alone, in which texts does the latent fire? Fuzzing: are the marked tokens the ones it fires on? Scores are
 balanced accuracies: 0.5 is chance. The label is written from the strongest examples; both tests use examples drawn
-from all quarters of the latent's firings, and never one that the label was written from.
+from all quarters of the latent's firings, and never one that shares a token of the corpus, or its whole text, with one
+that the label was written from.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from qwenscope.files import whole_folder, write_json
 SHOWN = 12
 TESTED = 10
 MARK_ABOVE = 0.3
-_DISTANCE = {"negative": -1, "top": 0} | {band: number for number, band in enumerate(BANDS)}
 """Tokens above this share of the example's strongest activation are marked."""
 LABEL_LIMIT = 300
+_DISTANCE = {"negative": -1, "top": 0} | {band: number for number, band in enumerate(BANDS)}
 _EXPLAIN = (
     "You name what a feature of a language model reads. In each text the tokens that it responds to stand between << "
     "and >>. Answer with one short phrase, nothing else: what do the marked tokens, in their contexts, have in common?"
@@ -131,14 +132,13 @@ def _fired(index: Index, sae_id: str) -> torch.Tensor:
 
 
 def _explain_one(client: Client, found: dict[str, Any]) -> dict[str, Any]:
-    # One text opens many conversations: none is shown twice, and none is both shown and tested on.
+    # One text opens many conversations: none is shown twice.
     distinct = {_text(example): example for example in reversed(found["examples"]) if example["kind"] == "top"}
     top = list(reversed(distinct.values()))[:SHOWN]
-    shown = {_text(example) for example in top}
-    unseen = [example for example in found["examples"] if _text(example) not in shown]
+    unseen = [example for example in found["examples"] if not any(_overlap(example, shown) for shown in top)]
     firing = [example for example in unseen if example["kind"] in BANDS]
     firing = firing or [example for example in unseen if example["kind"] == "top"]  # of a latent that rarely fires
-    quiet = [example for example in found["examples"] if example["kind"] == "negative"]
+    quiet = [example for example in unseen if example["kind"] == "negative"]
     choose = random.Random(found["latent"])
     label = _label(_answer(client, _EXPLAIN, _numbered(_marked(example, _active(example)) for example in top), 64))
     samples = {
@@ -236,6 +236,16 @@ def _spread(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _text(example: dict[str, Any]) -> str:
     return "".join(example["tokens"])
+
+
+def _overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether one knows of the other: windows of a conversation that share tokens, or one text within the other."""
+    if one["conversation"] == other["conversation"]:
+        (first, length), (second, _) = sorted((e["position"] - e["peak"], len(e["tokens"])) for e in (one, other))
+        if first + length > second:
+            return True
+    text, longer = sorted((_text(one), _text(other)), key=len)
+    return text in longer
 
 
 def _active(example: dict[str, Any]) -> set[int]:

@@ -26,8 +26,8 @@ from qwenscope.lm.batches import cut
 from qwenscope.lm.load import cut_config, layer_kinds, load_tokenizer, pick_dtype
 from qwenscope.lm.model import Kind, decoder_layers
 from qwenscope.lm.placement import pick_devices
-from qwenscope.recipe import Recipe
-from qwenscope.sae.sae import TopKSAE
+from qwenscope.recipe import HookPoint, Recipe
+from qwenscope.sae.sae import SAE
 from qwenscope.training.trainer import SAETrainer
 
 DEAD_SHARE = 0.06
@@ -96,17 +96,17 @@ def measure(recipe: Recipe, config: PretrainedConfig) -> Measured:
     """
     device = pick_devices(recipe.lm.device)[0]
     on_gpu = device.type == "cuda"
-    sizes = {(point.dict_size, point.k) for point in recipe.hook_points.values()}
+    sizes = {_size(point) for point in recipe.hook_points.values()}
     lengths, corpus_seconds = _conversations(recipe)
     batches = batches_of(recipe, lengths)
     try:
         layers, rest = _layer_seconds(recipe, config, batches.shape, device)
-        steps = {size: _step_seconds(recipe, *size, config.hidden_size, device) for size in sizes}
+        steps = {size: _step_seconds(recipe, size, config.hidden_size, device) for size in sizes}
     except torch.OutOfMemoryError:
         raise ResourceError(
             f"{device} has no room for single layers of {recipe.lm.model}; plan for another card with --gpu NAME"
         ) from None
-    by_sae = {name: steps[point.dict_size, point.k] for name, point in recipe.hook_points.items()}
+    by_sae = {name: steps[_size(point)] for name, point in recipe.hook_points.items()}
     return Measured(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         lanes=1 if on_gpu else max(1, (psutil.cpu_count() or 1) // torch.get_num_threads()),
@@ -214,11 +214,16 @@ def _layer_seconds(
     return {kind: min(taken) / positions for kind, taken in times.items()}, max(0.0, whole - min(passes)) / positions
 
 
-def _step_seconds(recipe: Recipe, dict_size: int, k: int, hidden: int, device: torch.device) -> tuple[Range, float]:
+def _size(point: HookPoint) -> tuple[int, int, str]:
+    """What the time of a step depends on, as `SAE` takes it."""
+    return point.dict_size, point.k, point.activation
+
+
+def _step_seconds(recipe: Recipe, size: tuple[int, int, str], hidden: int, device: torch.device) -> tuple[Range, float]:
     """One trainer's step on random rows, with a share of its latents dead and with none; its calibration, per row."""
     training = recipe.training
     trainer = SAETrainer(
-        TopKSAE(hidden, dict_size, k, seed=0).to(device),
+        SAE(hidden, *size, seed=0).to(device),
         1e-6,
         aux_coefficient=training.aux_coefficient,
         aux_k=training.aux_k,
@@ -229,7 +234,7 @@ def _step_seconds(recipe: Recipe, dict_size: int, k: int, hidden: int, device: t
     )
     rows_BD = torch.randn(training.batch_size, hidden, device=device)
     calibration = _seconds(lambda: trainer.calibrate(rows_BD), device) / len(rows_BD)
-    dead = slice(0, int(DEAD_SHARE * dict_size))
+    dead = slice(0, int(DEAD_SHARE * size[0]))
     alive = _seconds(lambda: trainer.step(rows_BD), device)
     trainer.weights["encoder_bias"][dead] = -1e3  # out of reach: they stay dead
     trainer.ages.tokens_N[dead] = trainer.ages.dead_after_tokens

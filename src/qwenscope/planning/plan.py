@@ -42,6 +42,7 @@ from qwenscope.parallel.owners import Piece, owners
 from qwenscope.planning.measure import PADDING, Measured, batches_of
 from qwenscope.planning.memory import GIB, Held, fitting, row_bytes
 from qwenscope.recipe import Recipe
+from qwenscope.training.building import check_activations
 
 _AROUND: Range = (1.1, 0.95)  # of measured times: gathers, logs and checkpoints come on top of them
 _FLOAT32_SHARE = 1 / 16  # of a card's bf16 rate
@@ -74,10 +75,11 @@ def plan(
         [optimistic, cautious] (cost null where no price is known); and what `fitting` says of memory.
 
     Raises:
-        RecipeError: unknown card.
+        RecipeError: unknown card, or an activation that is not trained.
         ModelError: the model's config is not to be had, or lacks a hook point.
     """
     name, card = (gpu.lower(), find_card(gpu)) if measured is None else (measured.device, _card_like(measured))
+    check_activations(recipe)
     config = read_config(recipe)
     size = model_size(config, recipe.last_layer + 1)
     held = owners(recipe, gpus)

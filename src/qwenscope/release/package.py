@@ -21,7 +21,7 @@ from qwenscope.release.card import example_sae, model_card
 from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
 from qwenscope.release.parquet import write_evaluation, write_training
-from qwenscope.sae.activation import TopK
+from qwenscope.sae.activation import described
 from qwenscope.sae.formats import export_sae
 from qwenscope.sae.loading import iterate_suite
 from qwenscope.sae.sae import SAE
@@ -137,7 +137,7 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
             "hidden_dim": sae.hidden_dim,
             "dict_size": sae.dict_size,
             "k": sae.k,
-            **({} if point.activation == TopK.name else {"activation": point.activation}),
+            **described(point.activation),
         }
     if missing := [sae_id for sae_id in recipe.hook_points if sae_id not in index]:
         raise FormatError(f"{run / 'saes' / missing[0]} is missing; the run is not whole")

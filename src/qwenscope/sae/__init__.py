@@ -1,1 +1,1 @@
-"""The sparse autoencoder itself, on tensors alone: model, activations, selection, files, other libraries' formats."""
+"""The sparse autoencoder itself, on tensors alone: model, activations, selection, files, foreign formats."""

@@ -133,6 +133,16 @@ def activation_of(name: str, k: int) -> Activation:
     return ACTIVATIONS[name](k)
 
 
+def described(name: str) -> dict[str, str]:
+    """The key `activation` of a configuration or a report: absent for top-k."""
+    return {} if name == TopK.name else {"activation": name}
+
+
+def trained() -> list[str]:
+    """Names of the kinds that `SAETrainer` may train."""
+    return [name for name, kind in ACTIVATIONS.items() if kind.trainable]
+
+
 def k_largest(values_RC: Tensor, k: int) -> Tensor:
     """`Largest` where all latents are here."""
     left_out = values_RC.topk(max(0, values_RC.shape[1] - k), dim=1, largest=False, sorted=False).indices

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qwenscope.errors import FormatError
-from qwenscope.sae.activation import Activation, TopK, activation_of
+from qwenscope.sae.activation import Activation, TopK, activation_of, described
 from qwenscope.sae.autograd import sparse_decode, sparse_encode
 from qwenscope.sae.files import find_sae, read_sae, write_sae
 from qwenscope.sae.rows import Rows, as_rows
@@ -95,8 +95,7 @@ class SAE(nn.Module):
             )
         self.activation: Activation = activation_of(activation, k)
         self.config: dict[str, Any] = {"hidden_dim": hidden_dim, "dict_size": dict_size, "k": k}
-        if activation != TopK.name:
-            self.config["activation"] = activation
+        self.config |= described(activation)
         decoder_ND = random_directions(hidden_dim, dict_size, seed, 0, dict_size)
         self.encoder = nn.Linear(hidden_dim, dict_size, device="meta")
         self.encoder.weight = nn.Parameter(decoder_ND.clone())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwenscope.errors import TrainingError
 from qwenscope.sae import ops
-from qwenscope.sae.activation import ACTIVATIONS, Activation, k_largest
+from qwenscope.sae.activation import Activation, k_largest, trained
 from qwenscope.sae.selection import Precision, Selection, Selector
 from qwenscope.training.weights import Weights
 
@@ -35,8 +35,7 @@ class ActiveLatents:
 
     def __init__(self, activation: Activation, weights: Weights, precision: Precision) -> None:
         if not activation.trainable:
-            trained = ", ".join(name for name, kind in ACTIVATIONS.items() if kind.trainable)
-            raise TrainingError(f"SAETrainer trains {trained}, not an SAE with {activation.name}")
+            raise TrainingError(f"SAETrainer trains {', '.join(trained())}, not an SAE with {activation.name}")
         self.activation, self.weights = activation, weights
         self.selector = Selector(min(activation.candidates, weights.latents), precision)
         self.threshold = torch.zeros_like(weights["pre_bias"][0])

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from qwenscope.costs import GPUS, position_seconds, size_of, step_seconds
+from qwenscope.errors import RecipeError
 from qwenscope.lm.model import LanguageModel, RowSource
 from qwenscope.lm.sites import Site, hooked_sites, sites_of
 from qwenscope.parallel.group import ALONE, Group
@@ -15,12 +16,22 @@ from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe
-from qwenscope.sae.activation import ACTIVATIONS, TopK
+from qwenscope.sae.activation import ACTIVATIONS, TopK, described, trained
 from qwenscope.sae.sae import SAE, random_directions
 from qwenscope.sae.selection import Precision
 from qwenscope.seeds import derive_seed
 from qwenscope.training.sharded import ShardedTrainer
 from qwenscope.training.trainer import SAETrainer
+
+
+def check_activations(recipe: Recipe) -> None:
+    """RecipeError naming the first SAE whose activation this version does not train."""
+    for sae_id, point in recipe.hook_points.items():
+        if point.activation not in trained():
+            raise RecipeError(
+                f"hook_points.{sae_id}.activation: {point.activation!r} is not trained; choose one of "
+                f"{', '.join(trained())}"
+            )
 
 
 def build_trainer(
@@ -75,7 +86,7 @@ def untrained(hidden_dim: int, shard: Shard, seed: int, activation: str = TopK.n
     }
     if ACTIVATIONS[activation].has_threshold:
         weights["threshold"] = torch.zeros(latents, dtype=torch.float32)
-    return SAE.of(config | ({} if activation == TopK.name else {"activation": activation}), weights)
+    return SAE.of(config | described(activation), weights)
 
 
 def plan_harvest(recipe: Recipe, lm: RowSource, group: Group) -> HarvestPlan[Site]:

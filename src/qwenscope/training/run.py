@@ -22,6 +22,7 @@ from qwenscope.parallel.agreement import Agreement, Decision
 from qwenscope.parallel.group import RankLostError
 from qwenscope.parallel.launch import joined, restarted
 from qwenscope.recipe import Recipe
+from qwenscope.training.building import check_activations
 from qwenscope.training.finish import publish
 from qwenscope.training.folder import open_run
 from qwenscope.training.saver import Saver
@@ -42,6 +43,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnPro
         Stopped: a signal ended the run; it carries the exit code.
         QwenscopeError: the run cannot start or go on; status.json says the same, and its last checkpoint stands.
     """
+    check_activations(recipe)
     with (
         joined(recipe.lm.device) as group,
         open_run(recipe, Path(out), resume or restarted(), group) as folder,

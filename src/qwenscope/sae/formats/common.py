@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwenscope.errors import FormatError
 from qwenscope.files import atomic_path
-from qwenscope.sae.activation import ACTIVATIONS, TopK
+from qwenscope.sae.activation import ACTIVATIONS, TopK, described
 from qwenscope.sae.files import check_config, check_finite
 from qwenscope.sae.sae import SAE
 
@@ -104,8 +104,7 @@ def build(parts: Parts, origin: str) -> SAE:
     if k > dict_size:
         raise FormatError(f"{parts.where}: k {k} exceeds the {dict_size} latents")
     config: dict[str, Any] = {"hidden_dim": hidden_dim, "dict_size": dict_size, "k": k}
-    if parts.activation != TopK.name:
-        config["activation"] = parts.activation
+    config |= described(parts.activation)
     imported: dict[str, Any] = {"from": origin}
     if parts.stored != ["float32"]:
         imported["stored_dtype"] = ", ".join(parts.stored)

@@ -173,6 +173,7 @@ export async function render(id, query) {
           { class: "stats" },
           stat("latents", number(sae.dict_size)),
           stat("k", String(sae.k)),
+          sae.activation ? stat("activation", sae.activation) : null,
           stat("alive", percent(1 - sae.dead / sae.dict_size)),
           stat("L0", sae.l0.toFixed(1), "mean number of active latents per token"),
           stat("tokens read", number(sae.tokens)),
