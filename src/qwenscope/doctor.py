@@ -23,6 +23,7 @@ _OPTIONAL: dict[str, tuple[str, str, bool]] = {
     "vllm": ("lm.backend: vllm", "pip install 'qwenscope[vllm]'", False),
     "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install 'qwenscope[tensorboard]'", False),
     "wandb": ("telemetry.sinks: [wandb]", "pip install 'qwenscope[wandb]'", False),
+    "gguf": ("export --to control-vector", "pip install 'qwenscope[gguf]'", False),
     "trackio": ("telemetry.sinks: [trackio]", "pip install 'qwenscope[trackio]'", False),
 }
 

@@ -198,6 +198,8 @@ class TrainingRecipe(Node):
     """Gradient norm above which the gradient is scaled down; null never clips."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Storage of Adam's moments."""
+    prefixes: tuple[Positive, ...] = ()
+    """Latents at which nested dictionaries end whose losses are added to the whole one's (Matryoshka); rising."""
     latents_per_rank: Annotated[int, Field(ge=64, le=MOST)] | None = None
     """Under torchrun, an SAE with more latents is spread over as many ranks as it takes; null never spreads one."""
 
@@ -272,6 +274,15 @@ class Recipe(Node):
                 f"and decay_share {training.decay_share} do not fit in training.tokens {training.tokens:,}; set "
                 f"training.warmup_steps to {fitting // 4} ({fitting} at most)"
             )
+        if list(training.prefixes) != sorted(set(training.prefixes)):
+            raise ValueError(f"training.prefixes {list(training.prefixes)} must rise")
+        for sae_id, point in self.hook_points.items():
+            if training.prefixes and training.prefixes[-1] > point.dict_size:
+                raise ValueError(
+                    f"training.prefixes {training.prefixes[-1]} exceeds the dict_size {point.dict_size} of {sae_id}"
+                )
+        if training.prefixes and training.latents_per_rank is not None:
+            raise ValueError("training.prefixes needs whole SAEs; leave training.latents_per_rank out")
         return self
 
     @property

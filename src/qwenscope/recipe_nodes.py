@@ -50,7 +50,8 @@ class HookPoint(Node):
     """Index of the decoder layer after which the residual stream is read; short for the site layers.N."""
     site: str
     """Where in the model, instead of layer: layers.22 (the residual stream after layer 22), layers.22.mlp (what its MLP
-    or mixture of experts returns) or layers.22.mixer (what its attention or DeltaNet returns)."""
+    or mixture of experts returns) or layers.22.mixer (what its attention or DeltaNet returns); layers.22.mlp_out and
+    layers.22.mixer_out are what these add to the stream, behind a norm that some families put there."""
     kind: Literal["deltanet", "attention"] | None = None
     """Kind the layer must have; null for models without kinds."""
     dict_size: Annotated[int, Field(gt=0, lt=1 << 31)]

@@ -17,6 +17,7 @@ from qwenscope.lm.sites import KINDS, Site, SiteKind
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 ATTENTION = {"gpt2": "attn", "gpt_neox": "attention", "falcon": "self_attention"}
+NORMALIZING = ("gemma2", "gemma3_text", "olmo2")
 DELTA = ("qwen3_5_moe_text", "qwen3_next")
 HAND = (
     *("qwen3_5_moe_text", "qwen3_next", "llama", "gemma2", "gemma3_text", "gpt2"),
@@ -43,8 +44,10 @@ def by_hand(lm: LanguageModel, family: str, part: str | None, layer: int = 1) ->
     block = (decoder.h if hasattr(decoder, "h") else decoder.layers)[layer]
     if part is None:
         return block
+    if part.endswith("_out") and family in NORMALIZING:
+        return getattr(block, {"mixer_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}[part])
     mixer = "linear_attn" if family in DELTA and layer != 1 else ATTENTION.get(family, "self_attn")
-    return getattr(block, mixer if part == "mixer" else "mlp")
+    return getattr(block, mixer if part.startswith("mixer") else "mlp")
 
 
 def hooked(module: nn.Module, edit: Any, run: Any) -> Any:
@@ -62,8 +65,13 @@ def hooked(module: nn.Module, edit: Any, run: Any) -> Any:
         handle.remove()
 
 
-@pytest.mark.parametrize("family", HAND)
-@pytest.mark.parametrize("part", ["mixer", "mlp", None])
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        *((family, part) for family in HAND for part in ("mixer", "mlp", None)),
+        *((family, part) for family in (*NORMALIZING, "llama", "qwen3_next") for part in ("mixer_out", "mlp_out")),
+    ],
+)
 @pytest.mark.parametrize("layer", [0, 1])
 def test_rows_edits_and_restarts_equal_hooks_by_hand(family: str, part: str | None, layer: int) -> None:
     lm, site = language_model(family), Site(".".join(filter(None, ("layers", str(layer), part))))

@@ -128,7 +128,11 @@ def test_formats_keep_what_they_know_and_refuse_the_rest(tmp_path: Path, name: s
     import_suite(tmp_path / "there", name, tmp_path / "back")
     back = load_suite(tmp_path / "back")["sae_a"]
     assert back.config == sae.config | {"sae_id": "sae_a"}
-    assert all(torch.equal(value, sae.state_dict()[key]) for key, value in back.state_dict().items())
+    back_state, state = back.state_dict(), sae.state_dict()
+    if (name, activation) == ("dictionary_learning", "jumprelu"):  # its input is not centred: two roundings
+        bias_N = back_state.pop("encoder.bias")
+        torch.testing.assert_close(bias_N, state["encoder.bias"], rtol=0, atol=1e-6)
+    assert all(torch.equal(value, state[key]) for key, value in back_state.items())
 
 
 def test_a_foreign_jumprelu_has_no_k(tmp_path: Path) -> None:
@@ -188,7 +192,8 @@ def test_a_topk_dictionary_with_a_trained_threshold_is_a_topk_sae(tmp_path: Path
         ("blocks.3.hook_attn_out", 3, "layers.3.mixer"),
         ("model.layers.22.mlp", 22, "layers.22.mlp"),
         ("model.layers.22.linear_attn", 22, "layers.22.mixer"),
-        ("blocks.3.hook_resid_pre", None, None),
+        ("blocks.3.hook_resid_pre", 2, None),
+        ("blocks.0.hook_resid_pre", None, None),
         ("model.layers.22.mlp.gate", None, None),
     ],
 )

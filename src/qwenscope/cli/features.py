@@ -5,16 +5,14 @@ from __future__ import annotations
 import webbrowser
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from qwenscope.cli.options import Data, Out, TargetName, err, out
+from qwenscope.cli.options import Data, Out, TargetName, err, out, per_latent
 from qwenscope.cli.progress import phases
 from qwenscope.errors import FormatError
-
-T = TypeVar("T")
 
 
 def index(
@@ -90,7 +88,7 @@ def steer(
     from qwenscope.features.store import Index
     from qwenscope.opening import open_target
 
-    saes, strengths = _per_latent("--sae", sae, latent), _per_latent("--strength", strength, latent)
+    saes, strengths = per_latent("--sae", sae, latent), per_latent("--strength", strength, latent)
     opened = open_target(target)
     opened_index = None if feature_index is None else Index(feature_index)
     pushes = []
@@ -117,13 +115,6 @@ def steer(
             )
         out.print(piece.text, end="", markup=False, highlight=False)
     out.print()
-
-
-def _per_latent(option: str, values: list[T], latents: list[int]) -> list[T]:
-    """One value per latent: all given, or one for all."""
-    if len(values) not in (1, len(latents)):
-        raise FormatError(f"{option} is given {len(values)} times, --latent {len(latents)}; give it once, or as often")
-    return values * len(latents) if len(values) == 1 else values
 
 
 def explain(

@@ -31,6 +31,7 @@ from qwenscope.cli.options import (
     export_format,
     import_format,
     out,
+    per_latent,
     read_recipe,
     set_up_output,
     show,
@@ -246,8 +247,15 @@ def export(
     feature_index: Annotated[
         Path | None, typer.Option("--index", metavar="INDEX", help="For neuronpedia: add activations and explanations.")
     ] = None,
+    sae: Annotated[
+        list[str], typer.Option(help="For control-vector and directions: SAE id; once, or once per --latent.")
+    ] = [],  # noqa: B006 - typer copies it
+    latent: Annotated[list[int], typer.Option(min=0, help="Its latent; repeat it for several.")] = [],  # noqa: B006
+    strength: Annotated[
+        list[float], typer.Option(help="How far along its unit direction; once, or once per --latent.")
+    ] = [1.0],  # noqa: B006
 ) -> None:
-    """Write the SAEs in another library's format."""
+    """Write the SAEs in another library's format, or directions of chosen latents."""
     if feature_index is not None:
         if to != "neuronpedia":
             raise FormatError(f"--index adds activations to --to neuronpedia; {to} holds weights alone")
@@ -255,8 +263,15 @@ def export(
 
         export_with_index(target, feature_index, path)
         return
-    from qwenscope.sae.formats import export_suite
+    from qwenscope.sae.formats import OF_LATENTS, export_latents, export_suite
+    from qwenscope.sae.formats.directions import Push
 
+    if to in OF_LATENTS:
+        chosen = zip(per_latent("--sae", sae, latent), latent, per_latent("--strength", strength, latent), strict=True)
+        export_latents(target, to, [Push(*each) for each in chosen], path)
+        return
+    if latent:
+        raise FormatError(f"--latent chooses for {' and '.join(OF_LATENTS)}; {to} holds whole SAEs")
     export_suite(target, to, path)
 
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -17,9 +17,12 @@ from rich.segment import Segment
 from rich.table import Table
 from typer.core import TyperCommand
 
+from qwenscope.errors import FormatError
+
 if TYPE_CHECKING:
     from qwenscope.recipe import Recipe
 
+T = TypeVar("T")
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal would obey instead of showing it: control characters but line ends and tabs, turns of the writing
 direction; and lone surrogates, which no encoding has."""
@@ -103,6 +106,13 @@ def show(report: Any, as_json: bool, tables: Callable[[Any], Table | Iterable[Ta
             out.print(table)
 
 
+def per_latent(option: str, values: list[T], latents: list[int]) -> list[T]:
+    """One value per latent: all given, or one for all."""
+    if len(values) not in (1, len(latents)):
+        raise FormatError(f"{option} is given {len(values)} times, --latent {len(latents)}; give it once, or as often")
+    return values * len(latents) if len(values) == 1 else values
+
+
 class FormatCommand(TyperCommand):
     """A command with an option `--to` or `--from`: its help names the formats of the registry, which needs torch and is
     therefore asked only then.
@@ -117,9 +127,9 @@ class FormatCommand(TyperCommand):
 
 def format_names(option: str) -> list[str]:
     """The formats SAEs can be written `to`, or of which `origin` they can be read."""
-    from qwenscope.sae.formats import EXPORTS, IMPORTS
+    from qwenscope.sae.formats import EXPORTS, IMPORTS, OF_LATENTS
 
-    return list(EXPORTS if option == "to" else IMPORTS)
+    return [*EXPORTS, *OF_LATENTS] if option == "to" else list(IMPORTS)
 
 
 def export_format(text: str) -> str:

@@ -64,7 +64,7 @@ class LatentStatistics(Tensors):
 
     def __init__(self, sae: SAE, columns: int, seed: int, name: str) -> None:
         """`columns` is F; `seed` and `name` govern the samples."""
-        n, places = sae.dict_size, sae.activation.candidates
+        n = sae.dict_size
         self._sae, self._seed, self._name = sae, seed, name
         self.rows = 0
         self.fired_N = torch.zeros(n, dtype=torch.int64)
@@ -74,8 +74,8 @@ class LatentStatistics(Tensors):
         self.base_F = torch.zeros(columns, dtype=torch.int64)
         self.top = LatentTable(n, TOP, WINDOW)
         self.firings = LatentTable(n, FIRINGS, WINDOW)
-        self.background = Sample(BACKGROUND, (WINDOW, places))
-        self.coactive = Sample(COACTIVE, (places,))
+        self.background = Sample(BACKGROUND, (WINDOW, 0))
+        self.coactive = Sample(COACTIVE, (0,))
 
     @torch.no_grad()
     def update(self, x_RD: Tensor, chunk: Chunk, context_RF: Tensor) -> None:

@@ -98,7 +98,8 @@ class Steering:
         if self.mode != "add":
             assert self.sae is not None
             codes = self.sae.encode(x_CTD.to(self.sae.pre_bias.device))
-            active_CT = (codes.values * (codes.indices == self.latent)).sum(-1).to(x_CTD.device)
+            norm = self.sae.decoder.weight.detach()[:, self.latent].norm()  # not 1 in some SAEs of others
+            active_CT = ((codes.values * (codes.indices == self.latent)).sum(-1) * norm).to(x_CTD.device)
             amount_CT = (amount_CT if self.mode == "clamp" else 0.0) - active_CT
         return amount_CT.unsqueeze(-1) * self.direction_D.to(x_CTD.device)
 

@@ -3,9 +3,11 @@
     Site("layers.6")          the residual stream after layer 6
     Site("layers.6.mixer")    what its attention, Gated DeltaNet or other mixer of positions returns
     Site("layers.6.mlp")      what its MLP or mixture of experts returns
+    Site("layers.6.mlp_out")  what that adds to the stream, and layers.6.mixer_out likewise
 
-Rows are the module's output as it returns it: families that normalise a part's output before adding it to the stream
-(Gemma 2 and 3, OLMo 2) do so behind the site. A further kind of site is one more entry of `KINDS`, and nothing else.
+The last two differ from those before in families that normalise a part's output before adding it (Gemma 2 and 3,
+OLMo 2): `mlp` is read before that norm, `mlp_out` behind it. A further kind of site is one more entry of `KINDS`, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -56,9 +58,21 @@ def _only_child(names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None
     return find
 
 
+def _behind_norm(norm: str, names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None]:
+    """The child called `norm` in layers that normalize what their parts add, else the part itself."""
+
+    def find(layer: nn.Module) -> nn.Module | None:
+        children = dict(layer.named_children())
+        return children.get(norm) if "post_feedforward_layernorm" in children else _only_child(names)(layer)
+
+    return find
+
+
 KINDS: dict[str | None, SiteKind] = {
     "mixer": SiteKind(1, _only_child(_MIXERS)),
+    "mixer_out": SiteKind(1.5, _behind_norm("post_attention_layernorm", _MIXERS)),
     "mlp": SiteKind(2, _only_child(_MLPS)),
+    "mlp_out": SiteKind(2.5, _behind_norm("post_feedforward_layernorm", _MLPS)),
     None: SiteKind(3, lambda layer: layer),
 }
 """By the last part of a site's name; None is the layer itself, whose output is the residual stream."""

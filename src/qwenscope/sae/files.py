@@ -215,8 +215,19 @@ def check_config(where: Path, config: Any) -> dict[str, Any]:
         check_sae_id(config["sae_id"])
     if config.get("site") is not None and not _SITE.fullmatch(config["site"]):
         raise FormatError(f"{where}: site must be names joined by dots, not {_shown(config['site'])}")
+    _check_prefixes(where, config)
     activation_of(config.get("activation", TopK.name), config["k"])
     return config
+
+
+def _check_prefixes(where: Path, config: dict[str, Any]) -> None:
+    """FormatError unless the nested dictionaries of a Matryoshka SAE, where it has them, end at ascending latents."""
+    prefixes = config.get("prefixes")
+    if prefixes is None:
+        return
+    whole = isinstance(prefixes, list) and prefixes and all(type(latents) is int for latents in prefixes)
+    if not whole or prefixes != sorted(set(prefixes)) or not 0 < prefixes[0] <= prefixes[-1] == config["dict_size"]:
+        raise FormatError(f"{where}: prefixes must be whole numbers that rise to dict_size, not {_shown(prefixes)}")
 
 
 def _shown(value: Any) -> str:

@@ -70,6 +70,7 @@ def build_trainer(
         clip_norm=training.clip_norm,
         moments=getattr(torch, training.moments),
         seed=derive_seed(recipe.seed, "resampling", sae_id),
+        prefixes=training.prefixes,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from qwenscope.costs import DENSE_SHARE
 from qwenscope.sae import ops
 from qwenscope.sae.selection import Selection
+from qwenscope.training.nested import Nested
 from qwenscope.training.weights import Weights
 
 
@@ -92,13 +93,15 @@ class Auxiliary:
 class SparseGradient:
     """Gradient of one batch's loss for all parameters, before the decoder's projection.
 
-    x, g: centred rows and dLoss/dx_hat [B, D], in the dtype that row gradients gather. encoder_bias [N], pre_bias [D]:
-    complete. fired: bool [N]. bound: 0-dim, at least the gradient's norm.
+    x, g: centred rows [B, D] and dLoss/dx_hat [B, D] (of nested prefixes [S, D], see `nested`), in the dtype that row
+    gradients gather. pairs, towards: with rows of x and of g. encoder_bias [N], pre_bias [D]: complete.
+    fired: bool [N]. bound: 0-dim, at least the gradient's norm.
     """
 
     x: ops.Panels
     g: ops.Panels
     pairs: ops.Pairs
+    towards: ops.Pairs
     values_P: Tensor
     delta_P: Tensor
     encoder_bias: Tensor
@@ -109,36 +112,44 @@ class SparseGradient:
 
     @classmethod
     def of(
-        cls, weights: Weights, rows: ops.Panels, g: ops.Panels, selection: Selection, auxiliary: Auxiliary | None
+        cls,
+        weights: Weights,
+        rows: ops.Panels,
+        g: ops.Panels,
+        selection: Selection,
+        auxiliary: Auxiliary | None,
+        nested: Nested,
     ) -> SparseGradient:
         """Products of the active pairs, and everything that is small."""
         n, k, table = weights.latents, selection.values.shape[1], weights.decoder
         on_gpu = table.is_cuda
         dense = on_gpu and table.dtype == torch.bfloat16 and k > DENSE_SHARE * n
         pairs = (ops.DensePairs if dense else ops.Pairs).of(selection.indices, n)
+        towards = nested.towards(pairs)
         x_gathered, g_gathered = rows.to(table.dtype), g.to(table.dtype)
         values_P = pairs.sort(selection.values)
         active_P = values_P > 0
         # A CPU has no sampled product in bfloat16.
-        products_P = pairs.products(table, g_gathered) if on_gpu else pairs.products(weights["decoder"], g)
+        products_P = towards.products(table, g_gathered) if on_gpu else towards.products(weights["decoder"], g)
         delta_P = products_P.to(values_P.dtype) * active_P
         encoder_bias = pairs.totals(delta_P)
         # Triangle inequality, latent by latent: ||sum_p a_p g_b|| <= sum_p a_p ||g_b||, and likewise for the encoder.
         # Usually that is far below the clipping norm, and then no norm is needed before the update.
-        g_norm_B, x_norm_B = g.squares().sqrt(), rows.squares().sqrt()
-        decoder_N = pairs.totals(values_P * g_norm_B[pairs.rows])
+        g_norm_S, x_norm_B = g.squares().sqrt(), rows.squares().sqrt()
+        decoder_N = pairs.totals(values_P * g_norm_S[towards.rows])
         encoder_N = pairs.totals(delta_P.abs() * x_norm_B[pairs.rows])
         extra = []
         if auxiliary is not None:
             latents = auxiliary.latents
             encoder_bias.index_copy_(0, latents, encoder_bias[latents] + auxiliary.bias_M)
             extra = [auxiliary.encoder_MD.norm(), auxiliary.decoder_MD.norm()]
-        pre_bias = torch.cat([part.sum(0) for part in g.parts]) - weights.through_encoder(encoder_bias)
+        pre_bias = torch.cat([part[:: len(nested)].sum(0) for part in g.parts]) - weights.through_encoder(encoder_bias)
         sparse = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm()
         return cls(
             x_gathered,
             g_gathered,
             pairs,
+            towards,
             values_P,
             delta_P,
             encoder_bias,
@@ -153,7 +164,7 @@ class SparseGradient:
         if name == "encoder":
             rows = self.pairs.latent_rows(self.x, self.delta_P, start, stop)
         else:
-            rows = self.pairs.latent_rows(self.g, self.values_P, start, stop)
+            rows = self.towards.latent_rows(self.g, self.values_P, start, stop)
         if self.auxiliary is not None:
             latents = self.auxiliary.latents
             extra_MD = self.auxiliary.encoder_MD if name == "encoder" else self.auxiliary.decoder_MD

@@ -11,7 +11,7 @@ Legend: B rows (tokens), D hidden, N latents, K active latents per row, M dead l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from qwenscope.training.fit import Fit, OnStep, fit
 from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
 from qwenscope.training.guards import check_arguments, check_rows, check_state
 from qwenscope.training.metrics import StepMetrics
+from qwenscope.training.nested import Nested
 from qwenscope.training.optimizer import Adam, update
 from qwenscope.training.schedule import learning_rate
 from qwenscope.training.weights import PARAMETERS, Weights, master_dtype
@@ -57,9 +58,9 @@ class SAETrainer:
         precision: "fp32", "bf16", "exact" (candidates by fewer bits, float32 values and gradients) or "auto".
         betas, eps: Adam's.
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
-        moments: dtype of Adam's moments: None, that of the weights (float32, or float64 of an SAE in float64), or
-            bfloat16, the second one rounded stochastically.
+        moments: dtype of Adam's moments: None, that of the weights, or bfloat16, the second one rounded stochastically.
         seed: of the resampling.
+        prefixes: latents at which nested dictionaries end whose losses are added (Matryoshka); see `nested`.
 
     Raises:
         TrainingError: an impossible value.
@@ -84,6 +85,7 @@ class SAETrainer:
         clip_norm: float | None = 1.0,
         moments: torch.dtype | None = None,
         seed: int = 0,
+        prefixes: Sequence[int] = (),
     ) -> None:
         check_arguments(
             lr=lr >= 0,
@@ -98,16 +100,15 @@ class SAETrainer:
             clip_norm=clip_norm is None or clip_norm > 0,
             moments=moments in (None, master_dtype(sae), torch.bfloat16),
         )
-        self.config = sae.config
         self.device = sae.pre_bias.device
+        self.nested = Nested(prefixes, sae.dict_size, self.device)
+        self.config = sae.config | self.nested.described()
         self.lr, self.tokens, self.warmup_tokens, self.decay_share = lr, tokens, warmup_tokens, decay_share
-        self.aux_coefficient = aux_coefficient
+        self.aux_coefficient, self.resample_every_steps = aux_coefficient, resample_every_steps
         self.aux_k = max(1, sae.hidden_dim // 2) if aux_k is None else aux_k
-        self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
-        self.resample_every_steps = resample_every_steps
+        self.betas, self.eps, self.clip_norm, self.normalise = betas, eps, clip_norm, normalise
         self._precision_is_free = precision == "auto"
         self.precision: Precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
-        self.normalise = normalise
         self.weights = self._take(sae, moments)
         self.active = self._active(sae)
         self.centre_D = torch.zeros_like(self.weights["pre_bias"])
@@ -247,7 +248,7 @@ class SAETrainer:
         metrics, gradient, loss_B = self.device_step(x_BD)
         if self.pool is not None:
             if -self.steps % self.resample_every_steps < POOL_STEPS:
-                self.pool.add(gradient.g, loss_B, self.generator)
+                self.pool.add(self.nested.whole(gradient.g), loss_B, self.generator)
             if self.steps % self.resample_every_steps == 0:
                 self._resample(self.pool)
         return StepMetrics(lr=lr, **metrics)
@@ -261,8 +262,8 @@ class SAETrainer:
         weights, names, dead = self.weights, self._names, self.ages.dead().sum()
         rows = self._rows(x_BD)
         selection = self.active.select(rows, names)
-        x_hat = weights.decode(selection.indices, selection.values)
-        error = x_hat.sub_(rows)
+        errors = self.nested.errors(self.nested.decode(weights, selection), rows)
+        error = self.nested.whole(errors)
         loss_B, whole = error.squares(), variance(rows)
         fvu = loss_B.sum() / whole
         auxiliary = None
@@ -270,10 +271,10 @@ class SAETrainer:
             kept_BM = self.active.largest(selection.named, self.aux_k)
             auxiliary = Auxiliary.of(weights, rows, error, selection.named, kept_BM, names, self.aux_coefficient)
         aux_loss = auxiliary.loss if auxiliary else torch.zeros_like(fvu)
-        loss = fvu + self.aux_coefficient * aux_loss
-        g = error.mul_(2 / whole)  # dLoss/dx_hat, in the error's place
-        gradient = SparseGradient.of(weights, rows, g, selection, auxiliary)
-        del rows, x_hat, error, g  # in bf16 the gradient has copies of its own
+        loss = self.nested.loss(errors, fvu, whole) + self.aux_coefficient * aux_loss
+        g = self.nested.gradient(errors, 2 / whole)  # dLoss/dx_hat, in the errors' place
+        gradient = SparseGradient.of(weights, rows, g, selection, auxiliary, self.nested)
+        del rows, errors, error, g  # in bf16 the gradient has copies of its own
         finite = torch.isfinite(gradient.bound) & torch.isfinite(loss)
         adam = Adam(self._lr, self.betas, self.eps, self._step)
         norm = update(weights, gradient, adam, self.clip_norm, finite)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,19 @@ from qwenscope.errors import FormatError
 from qwenscope.files import public_name, whole_folder
 from qwenscope.hub import check_repo_id, download
 from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE, check_inside, check_sae_id, join_below
-from qwenscope.sae.formats import dictionary_learning, neuronpedia, published, qwen_scope, saelens, sparsify
+from qwenscope.sae.formats import (
+    dictionary_learning,
+    directions,
+    gemma_scope,
+    llama_scope,
+    neuronpedia,
+    published,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from qwenscope.sae.formats.common import Parts, build
+from qwenscope.sae.formats.directions import Push
 from qwenscope.sae.loading import iterate_suite
 from qwenscope.sae.sae import SAE
 
@@ -41,7 +52,7 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "saelens": Format(
-        (saelens.WEIGHTS, saelens.CONFIG),
+        (saelens.WEIGHTS, saelens.CONFIG, saelens.SCALER),
         lambda path, _: saelens.read(path.parent),
         lambda sae, sae_id, out, _: saelens.write(sae, join_below(out, sae_id)),
         tuple(saelens.ARCHITECTURES),
@@ -56,14 +67,21 @@ FORMATS: dict[str, Format] = {
         (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG),
         lambda path, _: dictionary_learning.read(path.parent),
         lambda sae, sae_id, out, _: dictionary_learning.write(sae, join_below(out, sae_id)),
-        dictionary_learning.ACTIVATIONS,
+        tuple(dictionary_learning.WRITTEN),
     ),
     "neuronpedia": Format(write=neuronpedia.write),
     "qwen-scope": Format(("layer*.sae.pt",), qwen_scope.read),
+    "gemma-scope": Format((gemma_scope.PARAMS,), gemma_scope.read),
+    "llama-scope": Format((llama_scope.CONFIG, llama_scope.WEIGHTS), lambda path, _: llama_scope.read(path.parent)),
     "qwenscope": Format((WEIGHTS_FILE, CONFIG_FILE), lambda path, _: published.read(path.parent)),
 }
 EXPORTS = tuple(name for name, known in FORMATS.items() if known.write)
 IMPORTS = tuple(name for name, known in FORMATS.items() if known.read)
+OF_LATENTS: dict[str, Callable[[Mapping[str, SAE], Sequence[Push], Path], None]] = {
+    "control-vector": directions.write_control_vector,
+    "directions": directions.write_directions,
+}
+"""Formats that hold chosen latents of a suite rather than its SAEs."""
 
 
 def export_sae(sae: SAE, sae_id: str, to: str, out: Path, suite: str | Path) -> None:
@@ -97,6 +115,29 @@ def export_suite(target: str | Path, to: str, out: Path) -> None:
         for sae_id, sae in iterate_suite(target):
             sae.config.setdefault("sae_id", sae_id)
             export_sae(sae, sae_id, to, temporary, target)
+
+
+def export_latents(target: str | Path, to: str, pushes: Sequence[Push], out: Path) -> None:
+    """Write the directions of chosen latents of a run, release or repository.
+
+    Args:
+        target: what `load_suite` takes.
+        to: one of `OF_LATENTS`.
+        pushes: the latents, at least one.
+        out: a new or empty folder.
+
+    Raises:
+        FormatError: no latents, or as the format has it; then nothing is written.
+        ResourceError: the format needs a package that is not installed.
+    """
+    if not pushes:
+        raise FormatError(f"{to} holds chosen latents; name them by --sae and --latent")
+    chosen = {push.sae_id for push in pushes}
+    saes = {sae_id: sae for sae_id, sae in iterate_suite(target) if sae_id in chosen}
+    if missing := sorted(chosen - saes.keys()):
+        raise FormatError(f"{target} has no SAE {missing[0]}")
+    with whole_folder(out) as temporary:
+        OF_LATENTS[to](saes, pushes, temporary)
 
 
 def import_suite(source: str | Path, origin: str, out: Path) -> None:

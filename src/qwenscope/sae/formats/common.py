@@ -1,30 +1,24 @@
-"""What the formats share: a neutral SAE, reading other libraries' files safely, and exact re-parametrisations.
+"""What the formats share: a neutral SAE, exact re-parametrisations, and what their configurations say.
 
 Legend: D hidden, N latents, K active latents.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenscope.errors import FormatError
-from qwenscope.files import atomic_path
 from qwenscope.sae.activation import ACTIVATIONS, TopK, described
-from qwenscope.sae.files import check_config, check_finite
+from qwenscope.sae.files import check_config
 from qwenscope.sae.sae import SAE
 
 _UNIT_TOLERANCE = 1e-4
 _ROUNDING = 1e-6
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass
@@ -62,23 +56,48 @@ def subtract_pre_bias(parts: Parts) -> None:
     parts.changed.append("encoder bias takes in encoder @ pre_bias, as the input was not centred before the encoder")
 
 
-def has_unit_norms(decoder_ND: Tensor) -> bool:
+def scale_input(parts: Parts, scale: float, what: str) -> None:
+    """From an SAE of rows times `scale`, whose reconstruction is divided by it, to one of the rows themselves.
+
+    `what` names the scale where it was found.
+    """
+    if not 0 < scale < float("inf"):
+        raise FormatError(f"{parts.where}: {what} must be a number above 0, not {scale!r}")
+    parts.encoder_ND = (parts.encoder_ND.double() * scale).float()
+    parts.decoder_ND = (parts.decoder_ND.double() / scale).float()
+    parts.pre_bias_D = (parts.pre_bias_D.double() / scale).float()
+    parts.changed.append(f"encoder rows times, decoder rows and pre_bias divided by {scale!r} ({what})")
+
+
+def fold_gate(parts: Parts, log_scale_N: Tensor, gate_bias_N: Tensor) -> None:
+    """From a gated SAE whose two paths share the encoder's directions (Rajamanoharan et al. 2024) to a JumpReLU.
+
+    With e = E (x - p) a latent is e exp(r) + b where e + g > 0 and that value is above 0. Hence it is what is above
+    b - g exp(r), with the encoder's rows times exp(r); in float64, so that only rounding moves the gate.
+    """
+    scale_N = log_scale_N.double().exp()
+    parts.encoder_ND = (parts.encoder_ND.double() * scale_N[:, None]).float()
+    parts.threshold_N = (parts.bias_N.double() - gate_bias_N.double() * scale_N).float()
+    parts.changed.append("encoder rows take in the gate's scale, thresholds its bias (gated SAE as JumpReLU)")
+
+
+def has_unit_norms(decoder_ND: Tensor, tolerance: float = _ROUNDING) -> bool:
     """Whether all decoder norms are 1 but for float32 rounding, so that multiplying by them changes nothing else."""
-    return bool(((decoder_ND.detach().double().norm(dim=1) - 1).abs() < _ROUNDING).all())
+    return bool(((decoder_ND.detach().double().norm(dim=1) - 1).abs() < tolerance).all())
 
 
 def fold_decoder_norms(parts: Parts) -> None:
-    """From a selection by pre-activations times decoder norms to ours: the norms move into the encoder.
+    """From a selection by pre-activations times decoder norms, or above 0, to ours: the norms move into the encoder.
 
     The selection acted on the scaled pre-activations, so nothing about the codes changes but their unit.
     """
     norm_N = parts.decoder_ND.double().norm(dim=1)
     if not bool((norm_N > 0).all()):
-        raise FormatError(f"{parts.where}: a decoder direction is 0, so rescale_acts_by_decoder_norm cannot be undone")
+        raise FormatError(f"{parts.where}: a decoder direction is 0, so its norm cannot move into the encoder")
     parts.encoder_ND = (parts.encoder_ND.double() * norm_N[:, None]).float()
     parts.bias_N = (parts.bias_N.double() * norm_N).float()
     parts.decoder_ND = (parts.decoder_ND.double() / norm_N[:, None]).float()
-    parts.changed.append("encoder rows and biases take in the decoder norms (rescale_acts_by_decoder_norm)")
+    parts.changed.append("encoder rows and biases take in the decoder norms")
 
 
 def build(parts: Parts, origin: str) -> SAE:
@@ -125,54 +144,6 @@ def build(parts: Parts, origin: str) -> SAE:
     return SAE.of(check_config(parts.where, config), weights)
 
 
-def read_pickle(path: Path, names: Mapping[str, int]) -> dict[str, Tensor]:
-    """Tensors of a `torch.save`d state dict, by torch's restricted unpickler: no code in the file can run.
-
-    Args:
-        path: the file.
-        names: the floating tensors it must hold, with their numbers of dimensions; further tensors are kept.
-
-    Raises:
-        FormatError: not such a file, code in the pickle, a tensor is missing, of another rank or type, or not finite.
-    """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split(".")[0].splitlines()[0]
-        raise FormatError(f"{path} is refused: its pickle asks for more than tensors ({reason})") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise FormatError(f"{path} is not a whole file of tensors ({error}); download it again") from None
-    if not isinstance(loaded, dict):
-        raise FormatError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-    _check_tensors(path, tensors, names)
-    return tensors
-
-
-def read_tensors(path: Path, names: Mapping[str, int]) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, which must be exactly those in `names`; errors as `read_pickle`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is not a whole safetensors file ({error}); download it again") from None
-    if extra := sorted(set(tensors) - set(names)):
-        raise FormatError(f"{path}: tensor {extra[0]} cannot be represented here")
-    _check_tensors(path, tensors, names)
-    return tensors
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, int]) -> None:
-    for name, dimensions in names.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise FormatError(f"{path}: tensor {name} is missing; it holds {', '.join(sorted(tensors)) or 'none'}")
-        if tensor.dtype not in _FLOATS or tensor.dim() != dimensions or not tensor.numel() or tensor.is_sparse:
-            kind = f"{list(tensor.shape)} of {tensor.dtype}"
-            raise FormatError(f"{path}: {name} is {kind}, not a floating tensor of {dimensions} dimensions")
-        check_finite(path, name, tensor)
-
-
 def refuse_unless(path: Path, config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
     """FormatError naming the first key of `config` whose value cannot be represented (absent keys pass)."""
     for key, values in allowed.items():
@@ -204,10 +175,3 @@ def carried_config(parts: Parts, carried: Any) -> dict[str, Any]:
         return {}
     parts.activation, parts.k = activation, carried["k"]
     return dict(carried)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write contiguous float32 tensors as safetensors, whole or not at all."""
-    plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={"format": "pt"})

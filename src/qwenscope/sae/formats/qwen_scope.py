@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 from qwenscope.errors import FormatError
-from qwenscope.sae.formats.common import Parts, read_pickle, subtract_pre_bias
+from qwenscope.sae.formats.common import Parts, subtract_pre_bias
+from qwenscope.sae.formats.tensors import read_pickle, refuse_extra
 
 FILE = re.compile(r"layer(\d+)\.sae\.pt")
 _NAME = re.compile(r"SAE-Res-(.+)-W(\d+)K-L0_(\d+)")
@@ -26,7 +27,7 @@ def read(path: Path, name: str) -> Parts:
     Raises:
         FormatError: no k in the name, another width than the name says, code in the pickle, or a damaged file.
     """
-    layer, described = FILE.fullmatch(path.name), _NAME.search(name)
+    layer, described = FILE.fullmatch(path.name), _NAME.search(f"{name}/{path.parent}")
     if layer is None:
         raise FormatError(f"{path} is not named layer<n>.sae.pt")
     if described is None:
@@ -34,9 +35,9 @@ def read(path: Path, name: str) -> Parts:
             f"{path}: k stands in Qwen-Scope's repository names only; let the folder be called as the repository, "
             "such as SAE-Res-Qwen3.5-35B-A3B-Base-W32K-L0_50"
         )
-    tensors = read_pickle(path, {"W_enc": 2, "W_dec": 2, "b_enc": 1, "b_dec": 1})
-    if extra := sorted(set(tensors) - {"W_enc", "W_dec", "b_enc", "b_dec"}):
-        raise FormatError(f"{path}: tensor {extra[0]} cannot be represented here")
+    names = {"W_enc": 2, "W_dec": 2, "b_enc": 1, "b_dec": 1}
+    tensors = read_pickle(path, names)
+    refuse_extra(path, tensors, names)
     dict_size = 1024 * int(described[2])
     if len(tensors["W_enc"]) != dict_size:
         raise FormatError(f"{path}: W_enc has {len(tensors['W_enc']):,} latents, but the name says {dict_size:,}")

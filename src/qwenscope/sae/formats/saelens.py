@@ -2,14 +2,19 @@
 
 Its "topk" is ours when apply_b_dec_to_input is true; other SAEs are re-parametrised on import. Decoder norms of 1 are
 said with rescale_acts_by_decoder_norm, for its fold_W_dec_norm and what stands on it refuse a TopK SAE without. A
-BatchTopK SAE is there, as in SAELens' own saves, the "jumprelu" that it is once trained; what is above 0 alone is
-called "standard". https://github.com/decoderesearch/SAELens
+BatchTopK SAE, Matryoshka or not, is there, as in SAELens' own saves, the "jumprelu" that it is once trained; its
+training checkpoints hold one topk_threshold. What is above 0 alone is called "standard"; "gated" becomes a JumpReLU.
+The configurations of SAELens below 6 are read as SAELens 6 reads them. https://github.com/decoderesearch/SAELens
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from qwenscope.errors import FormatError
 from qwenscope.files import read_json, write_json
@@ -18,17 +23,18 @@ from qwenscope.sae.formats.common import (
     Parts,
     carried_config,
     fold_decoder_norms,
+    fold_gate,
     has_unit_norms,
-    read_tensors,
     refuse_unless,
+    scale_input,
     subtract_pre_bias,
     whole_number,
-    write_tensors,
 )
 from qwenscope.sae.formats.hooks import module_name, site_of, transformer_lens_name
+from qwenscope.sae.formats.tensors import read_tensors, write_tensors
 from qwenscope.sae.sae import SAE
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 ARCHITECTURES = {
     TopK.name: "topk",
     BatchTopK.name: "jumprelu",
@@ -36,7 +42,25 @@ ARCHITECTURES = {
     ReLU.name: "standard",
 }
 """What an activation is called."""
-_READ = {"topk": TopK.name, "jumprelu": JumpReLU.name, "standard": ReLU.name}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """An architecture: the activation that it has here, and its tensors beside W_enc, W_dec and b_dec."""
+
+    activation: str
+    tensors: dict[str, int]
+
+
+_BATCH = _Kind(BatchTopK.name, {"b_enc": 1, "topk_threshold": 0})
+_READ = {
+    "topk": _Kind(TopK.name, {"b_enc": 1}),
+    "jumprelu": _Kind(JumpReLU.name, {"b_enc": 1, "threshold": 1}),
+    "standard": _Kind(ReLU.name, {"b_enc": 1}),
+    "gated": _Kind(JumpReLU.name, {"b_mag": 1, "r_mag": 1, "b_gate": 1}),
+    "batchtopk": _BATCH,
+    "matryoshka_batchtopk": _BATCH,
+}
 _SCHEMA_VERSION = "6.0.0"  # the first whose loader reads this cfg.json as it stands
 _CONTEXT = 1024
 """Tokens of a sequence that SAELens evaluates on; it takes a whole number and no other sign of what rows were."""
@@ -90,49 +114,118 @@ def _metadata(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Parts:
-    """One SAE of a folder that SAELens 6 wrote, or that `write` did.
+    """One SAE of a folder that SAELens wrote, or that `write` did.
 
     Raises:
-        FormatError: another architecture than those of `ARCHITECTURES`, activations that are normalised or reshaped, or
-            damaged files.
+        FormatError: another architecture than those of `_READ`, activations that are normalised by a factor that is not
+            in the folder, row by row, or reshaped, or damaged files.
     """
     path = folder / CONFIG
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} is not a JSON object")
-    metadata = config.get("metadata")
-    if not isinstance(metadata, dict) or not metadata.get("sae_lens_version"):
-        raise FormatError(f"{path} was written by SAELens below 6; load and save it with SAELens 6 first")
-    activation = _READ.get(str(config.get("architecture")))
-    if activation is None:
-        raise FormatError(f"{path}: architecture {config.get('architecture')!r} cannot be represented here")
-    refuse_unless(path, config, {"normalize_activations": ("none", None), "reshape_activations": ("none", None)})
+    config = _modern(path, read_json(path))
+    kind = _READ.get(str(config.get("architecture")))
+    if kind is None:
+        known = ", ".join(_READ)
+        raise FormatError(f"{path}: architecture {config.get('architecture')!r} is refused; only {known} fit")
+    scale = _scale(folder, config)
+    refuse_unless(path, config, {"reshape_activations": ("none", None), "activation_fn": ("relu", "topk")})
     hidden_dim, dict_size = (whole_number(path, config, key) for key in ("d_in", "d_sae"))
-    names = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1} | ({"threshold": 1} if activation == JumpReLU.name else {})
-    tensors = read_tensors(folder / WEIGHTS, names)
+    tensors = _tensors(folder / WEIGHTS, {"W_enc": 2, "W_dec": 2, "b_dec": 1} | kind.tensors)
     parts = Parts(
         folder / WEIGHTS,
         tensors["W_enc"].T,
-        tensors["b_enc"],
+        tensors["b_mag" if "b_mag" in tensors else "b_enc"],
         tensors["W_dec"],
         tensors["b_dec"],
-        whole_number(path, config, "k") if activation == TopK.name else None,
-        activation=activation,
+        _k(path, config) if kind.activation in (TopK.name, BatchTopK.name) else None,
+        activation=kind.activation,
         threshold_N=tensors.get("threshold"),
     )
     if parts.encoder_ND.shape != (dict_size, hidden_dim):
         raise FormatError(f"{folder / WEIGHTS}: W_enc has shape {list(tensors['W_enc'].shape)}, not d_in x d_sae")
-    parts.config = carried_config(parts, metadata.get("qwenscope")) or _describe(metadata)
+    metadata = config["metadata"]
+    rescaled = config.get("rescale_acts_by_decoder_norm", False)
+    if kind is _BATCH:
+        threshold = tensors["topk_threshold"].double() / (scale if rescaled else 1.0)
+        parts.threshold_N = threshold.float().expand(dict_size)
+    parts.config = carried_config(parts, metadata.get("qwenscope")) or _describe(path, metadata) | _prefixes(config)
+    if scale != 1:
+        scale_input(parts, scale, SCALER)
+    if "r_mag" in tensors:
+        fold_gate(parts, tensors["r_mag"], tensors["b_gate"])
     if not config.get("apply_b_dec_to_input", True):
         subtract_pre_bias(parts)
-    if config.get("rescale_acts_by_decoder_norm", False) and not has_unit_norms(parts.decoder_ND):
+    if rescaled and not has_unit_norms(parts.decoder_ND):
         fold_decoder_norms(parts)
     return parts
 
 
-def _describe(metadata: dict[str, Any]) -> dict[str, Any]:
+def _modern(path: Path, config: Any) -> dict[str, Any]:
+    """A configuration as SAELens 6 has it: one of SAELens below 6 has the language model's keys among its own."""
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    if isinstance(config.get("metadata"), dict):
+        return config
+    config = {"hook_name": config.get("hook_point"), "activation_fn": config.get("activation_fn_str"), **config}
+    if config["activation_fn"] is None:
+        config["activation_fn"] = "relu"
+    options = config.get("activation_fn_kwargs")
+    if config["activation_fn"] == "topk" and isinstance(options, dict):
+        config |= {"architecture": "topk", "k": options.get("k")}
+    if "hook_z" in str(config["hook_name"]):
+        config.setdefault("reshape_activations", "hook_z")
+    if isinstance(config.get("normalize_activations"), bool):
+        config["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
+    return {"architecture": "standard", **config, "metadata": config}
+
+
+def _scale(folder: Path, config: dict[str, Any]) -> float:
+    """By what rows are multiplied before the encoder, and the reconstruction is divided.
+
+    Raises:
+        FormatError: they are normalised in another way, or nothing says the factor.
+    """
+    path = folder / CONFIG
+    if config.get("normalize_activations") != "expected_average_only_in":
+        refuse_unless(path, config, {"normalize_activations": ("none", None)})
+        return 1.0
+    if not (folder / SCALER).is_file():
+        raise FormatError(
+            f"{path}: normalize_activations='expected_average_only_in', and no {SCALER} says the factor; where "
+            "SAELens' registry does, load the SAE there by its name, and import what save_model writes"
+        )
+    scaler = read_json(folder / SCALER)
+    scale = scaler.get("scaling_factor") if isinstance(scaler, dict) else None
+    if not isinstance(scale, float | int) or isinstance(scale, bool) or not 0 < scale < float("inf"):
+        raise FormatError(f"{folder / SCALER}: scaling_factor must be a number above 0, not {scale!r}")
+    return float(scale)
+
+
+def _tensors(path: Path, names: dict[str, int]) -> dict[str, Tensor]:
+    """The tensors of one SAE; SAELens below 6 may have written a scaling_factor of ones beside them."""
+    tensors = read_tensors(path, names, {"scaling_factor": 1})
+    factor = tensors.pop("scaling_factor", None)
+    if factor is not None and not torch.allclose(factor.float(), torch.ones(1)):
+        raise FormatError(f"{path}: its scaling_factor is not 1, which cannot be represented here")
+    return tensors
+
+
+def _k(path: Path, config: dict[str, Any]) -> int:
+    """Active latents per row; a mean, as BatchTopK has it, may be a fraction."""
+    k = config.get("k")
+    return whole_number(path, {"k": round(k)} if isinstance(k, float) and 1 <= k < 1 << 31 else config, "k")
+
+
+def _prefixes(config: dict[str, Any]) -> dict[str, Any]:
+    widths = config.get("matryoshka_widths")
+    return {"prefixes": widths} if widths else {}
+
+
+def _describe(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Language model and site, or the hook's name where it is none of our sites."""
     config: dict[str, Any] = {}
     if isinstance(metadata.get("model_name"), str) and metadata["model_name"]:
         config["model"] = metadata["model_name"]
     hook = str(metadata.get("hook_name") or "")
-    return config | (site_of(hook) or ({"hook_name": hook} if hook else {}))
+    if hook.endswith("hook_z"):
+        raise FormatError(f"{path}: {hook} is refused; what the heads of an attention return is no site")
+    return config | (site_of(hook, config.get("model", "")) or ({"hook_name": hook} if hook else {}))

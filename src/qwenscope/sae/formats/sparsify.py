@@ -19,12 +19,11 @@ from qwenscope.sae.files import join_below
 from qwenscope.sae.formats.common import (
     Parts,
     carried_config,
-    read_tensors,
     refuse_unless,
     whole_number,
-    write_tensors,
 )
 from qwenscope.sae.formats.hooks import module_name, site_of
+from qwenscope.sae.formats.tensors import read_tensors, write_tensors
 from qwenscope.sae.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"

@@ -75,11 +75,12 @@ function quality(sae) {
 }
 
 function card([id, sae]) {
+  const active = sae.activation ? `${sae.activation} ` : "";
   return h(
     "article",
     { class: `card ${sae.kind ?? "plain"}` },
     h("h3", null, h("a", { href: link.sae(id) }, id)),
-    h("p", { class: "faint" }, `layer ${place(sae)} · ${number(sae.dict_size)} latents · ${sae.activation ?? ""} k ${sae.k}`),
+    h("p", { class: "faint" }, `layer ${place(sae)} · ${number(sae.dict_size)} latents · ${active}k ${sae.k}`),
     sparkline(sae.density),
     quality(sae),
     h("p", { class: "faint" }, `${percent(1 - sae.dead / sae.dict_size)} of latents alive · L0 ${sae.l0.toFixed(1)}`),
