@@ -12,6 +12,8 @@ from playwright.sync_api import Browser, Page, expect
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
 from visiting import Visit, serving
 
 from qwenscope.features.store import Index, explaining
@@ -28,6 +30,20 @@ ROUTES = [
     "#/notes",
     "#/nowhere",
 ]
+
+
+@pytest.fixture
+def model_passes() -> Iterator[list[str]]:
+    """Grows with every pass of a language model in this process."""
+    passes: list[str] = []
+
+    def count(module: Module, _inputs: object) -> None:
+        if (name := type(module).__name__).endswith("ForCausalLM"):
+            passes.append(name)
+
+    hook = register_module_forward_pre_hook(count)
+    yield passes
+    hook.remove()
 
 
 def test_the_suite_shows_every_sae_by_depth_and_kind(visit: Visit) -> None:
@@ -109,6 +125,24 @@ def test_steering_shows_its_controls(visit: Visit) -> None:
     expect(page.locator("h1")).to_have_text("Steer")
     expect(page.get_by_label("Prompt")).to_have_value("order status")
     expect(page.get_by_label("Latent", exact=True)).to_have_value(str(PLANTED_LATENT))
+
+
+@pytest.mark.parametrize("closes_the_tab", [False, True])
+def test_esc_or_a_closed_tab_ends_a_steer(visit: Visit, model_passes: list[str], closes_the_tab: bool) -> None:
+    page = visit.go(LATENT)
+    longer = {"tokens": 200}  # five runs of them
+    page.route("**/api/steer", lambda route: route.continue_(post_data={**route.request.post_data_json, **longer}))
+    page.get_by_role("button", name="Steer").click()
+    expect(page.locator(".run h3", has_text="steered").first).to_be_visible()
+    if closes_the_tab:
+        page.close()
+    else:
+        page.keyboard.press("Escape")
+        expect(page.locator("form.steer").get_by_role("status")).to_have_text("stopped")
+    headers = {"Content-Type": "application/json"}
+    answer = visit.context.request.post(f"{visit.site}api/read", data={"text": "order"}, headers=headers)
+    assert answer.ok
+    assert 2 < len(model_passes) < 5 * 200  # the read went behind the steer, which did not come to its end
 
 
 def test_several_latents_steer_together_from_a_link(visit: Visit) -> None:

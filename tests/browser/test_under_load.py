@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from planted_suite import PLANTED_LATENT
+from served import Served, serve_apart
+from starlette.types import ASGIApp
+from visiting import serving
 
-from qwenscope.features.browser import listening
+from qwenscope.features.browser import edge, listening
 
 PUSH = {"sae": "sae_delta", "latent": PLANTED_LATENT, "strength": 1.0, "mode": "add", "unit": "max", "where": "all"}
 READ = ("POST", "/api/read", {"text": "order status", "chat": False})
@@ -26,75 +29,26 @@ PAGES: list[tuple[str, str, Any]] = [
 ]
 
 
-class Served:
-    """`qwenscope browse` in a process of its own."""
-
-    def __init__(self, index: Path) -> None:
-        command = [sys.executable, "-m", "qwenscope", "browse", str(index), "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        self.port = int(self.process.stderr.readline().split()[0].rstrip("/").rsplit(":", 1)[1])
-
-    def ask(self, method: str, path: str, value: Any = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        body = None if value is None else json.dumps(value)
-        connection.request(method, path, body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        assert answer.status != 503 or int(answer.headers["Retry-After"]) > 0
-        return answer.status, answer.read()
-
-    def abandon(self, tokens: int, pieces: bool) -> None:
-        """Ask for a steer and go away, after its first bytes or at once."""
-        body = json.dumps({"prompt": "order status", "tokens": tokens, "pushes": [PUSH]})
-        with socket.create_connection(("127.0.0.1", self.port)) as connection:
-            connection.sendall(
-                f"POST /api/steer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-            )
-            if pieces:
-                connection.recv(64)
-
-    @property
-    def threads(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/task"))
-
-    @property
-    def resident(self) -> int:
-        """Bytes."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def end(self, number: int) -> tuple[int, str]:
-        """(exit code, what it wrote on stderr)."""
-        self.process.send_signal(number)
-        _, written = self.process.communicate(timeout=60)
-        return self.process.returncode, written
-
-
 @pytest.fixture
 def served(index: Path) -> Iterator[Served]:
-    opened = Served(index)
-    yield opened
-    opened.process.kill()
-    opened.process.wait()
-    assert opened.process.stderr is not None
-    opened.process.stderr.close()
+    with serve_apart(index) as opened:
+        yield opened
 
 
 def _abandon_and_ask(served: Served, abandoned: int, mixed: int) -> None:
     assert served.ask(*READ)[0] == 200
+    steer = {"prompt": "order status", "tokens": 200, "pushes": [PUSH]}
     with ThreadPoolExecutor(16) as pool:  # once each, so that pools and caches stand
         list(pool.map(lambda i: served.ask(*PAGES[i % len(PAGES)]), range(100)))
         threads, resident = served.threads, served.resident
-        list(pool.map(lambda i: served.abandon(200, pieces=i % 8 == 0), range(abandoned)))
+        list(pool.map(lambda i: served.abandon(steer, pieces=i % 8 == 0), range(abandoned)))
         asked = [READ if i % 50 == 0 else PAGES[i % len(PAGES)] for i in range(mixed)]
         found = list(pool.map(lambda one: served.ask(*one)[0], asked))
     assert set(found) == {200}
     assert served.ask(*READ)[0] == 200
     assert served.threads <= threads + 40  # the pool that reads SQLite grows to 40 once, and no further
     assert served.resident < resident + (64 << 20)
-    code, written = served.end(signal.SIGINT)
-    assert code == 130
-    assert "Traceback" not in written
+    assert served.end(signal.SIGINT) == (130, "")
 
 
 def test_clients_that_go_away_leave_the_model_to_others(served: Served) -> None:
@@ -127,6 +81,43 @@ def test_a_signal_ends_a_generation_under_way(served: Served) -> None:
         code, written = served.end(signal.SIGTERM)
     assert code == -signal.SIGTERM
     assert written.strip() == ""
+
+
+def test_what_is_dropped_halfway_prints_nothing(served: Served) -> None:
+    heads = ["POST /api/read", "POST /api/steer", f"PUT /api/notes/sae_delta/{PLANTED_LATENT}", "GET /"]
+    for head in heads:
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(
+                f"{head} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                'Content-Length: 999\r\n\r\n{"text": "ord'.encode()
+            )
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )  # a reset, not a goodbye
+    assert served.ask(*READ)[0] == 200
+    assert served.end(signal.SIGTERM) == (-signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("half", ["", "GET / HTTP/1.1\r\nHost: local"])
+def test_half_a_request_is_not_waited_for(app: ASGIApp, monkeypatch: pytest.MonkeyPatch, half: str) -> None:
+    monkeypatch.setattr(listening, "REQUEST_SECONDS", 0.2)
+    with serving(app) as address, socket.create_connection(("127.0.0.1", urlsplit(address).port)) as connection:
+        connection.settimeout(60)
+        connection.sendall(half.encode())
+        with suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+
+
+def test_half_a_body_is_not_waited_for(app: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "BODY_SECONDS", 0.2)
+    head = "POST /api/read HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with serving(app) as address, socket.create_connection(("127.0.0.1", urlsplit(address).port)) as connection:
+        connection.settimeout(60)
+        connection.sendall(head.encode())
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 400
+        assert b"did not arrive" in answer.read()
 
 
 def test_answers_leave_at_once() -> None:

@@ -10,6 +10,8 @@ import uvicorn
 from playwright.sync_api import Browser, Page
 from starlette.types import ASGIApp
 
+from qwenscope.features.browser.listening import Connection
+
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -23,8 +25,8 @@ FLAGS = [
 
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
-    """The address of `app` on a free port, until the block ends."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    """The address of `app` on a free port, until the block ends; its connections are held as by `qwenscope browse`."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", http=Connection))
     ready = threading.Event()
     startup = server.startup
 

@@ -12,6 +12,7 @@ from typing import Any
 import privacy_set
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,9 @@ REASON = {
     "toxic": "toxic",
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
+FORMATS: dict[str, list[str]] = yaml.safe_load(
+    Path(__file__).with_name("privacy_formats.yaml").read_text(encoding="utf-8")
+)
 PLANTED = {
     "EMAIL_ADDRESS": "maria.rossi@posta-esempio.it",
     "IBAN_CODE": "DE89370400440532013000",
@@ -288,6 +292,17 @@ def test_the_privacy_set_is_found_and_the_docs_say_so() -> None:
         assert score.right / score.planted >= 0.98, (name, errors)
         assert score.right / score.found >= 0.98, (name, errors)
     assert privacy_set.table() in (REPOSITORY / "docs" / "corpus.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_programs_write(kind: str) -> None:
+    """Logs, tables, JSON, mails, chats and code in further languages: what stands in «» goes, and nothing else does."""
+    for marked in FORMATS[kind]:
+        before, _, rest = marked.partition("«")
+        value, _, after = rest.partition("»")
+        text = before + value + after
+        planted = [(kind, len(before), len(before) + len(value))] if value else []
+        assert [(found.kind, found.start, found.end) for found in find_identifiers(text)] == planted, marked
 
 
 def test_real_text_loses_little(shared_data: Path) -> None:

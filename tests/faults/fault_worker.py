@@ -5,6 +5,7 @@ The worker has `shim.c` preloaded and everything imported; each session is a pro
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qwenscope.recipe import Recipe, load_recipe
 
 SHORT, KILL = -1, -2  # beside errnos, what may strike a call
 
@@ -100,34 +103,37 @@ def _serve() -> None:
 
     import tiny_run  # noqa: F401
     import torch
-    import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe  # noqa: F401 - once, before the forks
+
+    from qwenscope.training import admission
 
     torch.set_num_threads(1)
+    load = functools.cache(admission.load_language_model)  # once, before the forks: it lies outside of every run folder
+    admission.load_language_model = load
     shim = ctypes.CDLL(None)
     shim.faults_calls.restype = ctypes.c_long
     for line in sys.stdin:
         job = json.loads(line)
+        recipe = load_recipe(job["recipe"])
+        load(recipe.lm, last_layer=recipe.last_layer)
         with tempfile.TemporaryDirectory() as folder:
             said, counted = Path(folder) / "said", Path(folder) / "counted"
             pid = os.fork()
             if not pid:
-                _session(shim, job, said, counted)
+                _session(shim, recipe, job, said, counted)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             count = json.loads(counted.read_text()) if counted.exists() else {"calls": 0, "struck": code < 0}
             print(json.dumps({"code": code, "said": said.read_text(), **count}), flush=True)
 
 
-def _session(shim: Any, job: dict[str, Any], said: Path, counted: Path) -> None:
+def _session(shim: Any, recipe: Recipe, job: dict[str, Any], said: Path, counted: Path) -> None:
     import ctypes
 
     from qwenscope.errors import QwenscopeError
-    from qwenscope.recipe import load_recipe
     from qwenscope.training.run import train
 
     code = 0
     try:
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT, 0o600), 2)
-        recipe = load_recipe(job["recipe"])
         trace = os.open(job["trace"], os.O_WRONLY | os.O_CREAT, 0o600) if job["trace"] else -1
         where = job["run"].encode()
         shim.faults_arm(where, ctypes.c_long(job["nth"]), job["fault"], int(job["sticky"]), trace)

@@ -3,7 +3,8 @@
 Calls count that concern `prefix`, what lies below it, or the folder that it stands in. Call number `nth` gets its fault:
 an errno, half a write (SHORT) or SIGKILL (KILL). With `sticky`, so does every changing call after it: a disk that has
 turned read-only, or full. Changes that succeed are written to `trace_fd`, one at a time, in the order they took:
-a line "what\tfd\tfirst path\tsecond path\tnumber\tbytes\n", then the bytes; an open has its inode for a second path. */
+a line "what\tfd\tfirst path\tsecond path\tnumber\tbytes\n", then the bytes; an open has its inode for a second path.
+Before each call that counts stands a line "call", whose paths are libc's name and the path. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -54,9 +55,18 @@ static const char *resolve(int folder, const char *path, char *room) {
     return concerns(room) ? room : 0;
 }
 
+static void trace(const char *what, int fd, const char *first, const char *second, long number, const void *data, long n) {
+    if (trace_fd < 0) return;
+    char line[3 * LONGEST];
+    int length = snprintf(line, sizeof line, "%s\t%d\t%s\t%s\t%ld\t%ld\n", what, fd, first, second, number, n);
+    syscall(SYS_write, trace_fd, line, length);
+    if (n) syscall(SYS_write, trace_fd, data, n);
+}
+
 /* Count a call. 1: it must fail, errno is set; 2: it must write only half; 0: go on. */
-static int struck(int changes) {
+static int struck(const char *what, const char *where, int changes) {
     calls++;
+    trace("call", -1, what, where, calls, 0, 0);
     if (calls != nth && !(sticky && changes && calls > nth && nth > 0)) return 0;
     if (fault == KILL) syscall(SYS_kill, getpid(), SIGKILL);
     if (fault == 0) return 0;
@@ -66,14 +76,6 @@ static int struck(int changes) {
     return 1;
 }
 
-static void trace(const char *what, int fd, const char *first, const char *second, long number, const void *data, long n) {
-    if (trace_fd < 0) return;
-    char line[3 * LONGEST];
-    int length = snprintf(line, sizeof line, "%s\t%d\t%s\t%s\t%ld\t%ld\n", what, fd, first, second, number, n);
-    syscall(SYS_write, trace_fd, line, length);
-    if (n) syscall(SYS_write, trace_fd, data, n);
-}
-
 #define REAL(name) static __typeof__(&name) real; if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 #define LOCKED pthread_mutex_lock(&mutex)
 #define UNLOCKED pthread_mutex_unlock(&mutex)
@@ -81,7 +83,7 @@ static void trace(const char *what, int fd, const char *first, const char *secon
 #define ON_PATH(type, bad, where, changes, call, note) do { \
     if (!(where)) return call; \
     LOCKED; type result = bad; \
-    if (struck(changes) != 1) { result = call; if (result != (bad)) { int kept = errno; note; errno = kept; } } \
+    if (struck(__func__, where, changes) != 1) { result = call; if (result != (bad)) { int kept = errno; note; errno = kept; } } \
     UNLOCKED; return result; } while (0)
 #define NOTHING (void)0
 
@@ -117,7 +119,7 @@ ssize_t write(int fd, const void *data, size_t n) {
     REAL(write);
     if (!path_of(fd)) return real(fd, data, n);
     LOCKED;
-    int how = struck(1);
+    int how = struck(__func__, path_of(fd), 1);
     ssize_t done = how == 1 ? -1 : real(fd, data, how == 2 && n > 1 ? n / 2 : n);
     if (done > 0) { off_t end = syscall(SYS_lseek, fd, 0, SEEK_CUR); trace("write", fd, "", "", end - done, data, done); }
     UNLOCKED;

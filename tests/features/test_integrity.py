@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import sqlite3
+import sys
 import tracemalloc
 import zlib
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tiny_run import context, start_server
 
 from qwenscope.checksums import CHECKSUMS_FILE
-from qwenscope.errors import FormatError, LockError
+from qwenscope.errors import FormatError, LockError, QwenscopeError
 from qwenscope.features.browser.notes import Notes
 from qwenscope.features.index import build_index
 from qwenscope.features.store import Index, explaining
@@ -103,6 +106,29 @@ def test_two_do_not_index_into_one_folder(release: Path, corpus: Path, tmp_path:
         build_index(release, tmp_path / "index", data=corpus, tokens=500)
     build_index(release, tmp_path / "index", data=corpus, tokens=500)
     assert Index(tmp_path / "index").meta["tokens"] > 0
+
+
+def test_of_two_processes_that_index_into_one_folder_one_says_why_it_does_not(
+    release: Path, corpus: Path, tmp_path: Path
+) -> None:
+    start_server()
+    both = [context.Process(target=_index, args=(release, corpus, tmp_path, name)) for name in ("a", "b")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert sorted(process.exitcode or 0 for process in both) in ([0, LockError.exit_code], [0, FormatError.exit_code])
+    (said,) = (path.read_text() for path in tmp_path.glob("said-*"))
+    assert re.fullmatch(r".*(in use by process|holds a finished index).*", said)
+    assert Index(tmp_path / "index").meta["tokens"] > 0
+
+
+def _index(release: Path, corpus: Path, folder: Path, name: str) -> None:
+    try:
+        build_index(release, folder / "index", data=corpus, tokens=500)
+    except QwenscopeError as error:
+        (folder / f"said-{name}").write_text(str(error))
+        sys.exit(error.exit_code)
 
 
 def _change(folder: Path, statement: str, *values: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import webbrowser
 from enum import StrEnum
 from pathlib import Path
@@ -49,7 +50,10 @@ def browse(
         if open_:
             webbrowser.open(address)
 
-    serve(path, port, on_ready=ready)
+    try:
+        serve(path, port, on_ready=ready)
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: the interpreter's own end takes seconds among so many modules, or waits for a model
 
 
 class Mode(StrEnum):

@@ -11,7 +11,7 @@ from qwenscope.corpus.identifiers import find_identifiers
 from qwenscope.corpus.repair import Dropped
 from qwenscope.recipe import PrivacyRecipe
 
-FILTER_VERSION = 2
+FILTER_VERSION = 3
 """Counts up when the same row could get another decision."""
 NOT_DETECTED = "names of persons, postal addresses, dates of birth, anything in free prose"
 REASONS = ("country", "unknown_country", "redacted", "toxic")

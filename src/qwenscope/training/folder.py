@@ -151,9 +151,14 @@ class RunFolder:
         self._written = time.monotonic()
 
     def write_failure(self, error: BaseException, group: Group) -> None:
-        """status.json of a failed run, with the word that a lost rank left; whichever rank is left writes it."""
+        """status.json of a failed run, with the word that a lost rank left; whichever rank is left writes it.
+
+        Without its recipe no run has begun, and a status alone would hold the folder against the next one.
+        """
         lost = isinstance(error, RankLostError)
         try:
+            if not (self.path / "recipe.yaml").exists():
+                return
             if group.leads:
                 words = [path.read_text(encoding="utf-8") for path in sorted(self.path.glob(_LAST_WORDS.format("*")))]
                 self.write_status("failed", "; ".join([describe(error), *(words if lost else [])]))
@@ -230,8 +235,9 @@ def open_run(recipe: Recipe, out: Path, resume: bool, group: Group = ALONE) -> I
     with ExitStack() as held:
         with disk_errors_named(out):
             holder = group.broadcast_object(lambda: _enter(recipe, out, resume, held))
-        group.all_gather_object(lambda: _check_shared(out, holder))
-        yield RunFolder(out, recipe.training.tokens, group.leads)
+            group.all_gather_object(lambda: _check_shared(out, holder))
+            folder = RunFolder(out, recipe.training.tokens, group.leads)
+        yield folder
 
 
 def _enter(recipe: Recipe, out: Path, resume: bool, held: ExitStack) -> Any:

@@ -49,8 +49,8 @@ _HANDLE = re.compile(
     r"(?<![0-9A-Za-z_@./`\\{\"'<*])@([A-Za-z0-9_](?:[A-Za-z0-9_.]{0,38}[A-Za-z0-9_]))(?![@(0-9A-Za-z_/=])"
 )
 _SITES = (
-    r"twitter|instagram|insta|ig|telegram|tiktok|snap(?:chat)?|threads|mastodon|bluesky|twitch|discord|youtube|github|"
-    r"linkedin|venmo|facebook|reddit|line id|wechat|kik"
+    r"(?:twitter|instagram|telegram|tiktok|facebook)[a-z]{0,3}|insta|ig|snap(?:chat)?|threads|mastodon|bluesky|twitch|discord|youtube|github|"
+    r"linkedin|venmo|reddit|line id|wechat|kik"
 )
 _BEFORE = cue(
     rf"(?<![A-Za-z])(?:{_SITES}|follow(?:ing|ed)?|tweet(?:s|ed)?|retweet(?:ed)?|rt|dm|dms|handle|user ?name"

@@ -63,6 +63,7 @@ _EXAMPLE_DOMAIN = re.compile(
     r"(?:.+\.)?(?:example(?:\.[a-z]{2,3}){0,2}|.+\.(?:test|example|invalid)|(?:company|domain|mydomain"
     r"|test)\.(?:com|org|net))"
 )
+_PASSWORD_BEFORE = re.compile(r"://[^\s:@/]{0,64}:$")
 _METHOD_CALL = re.compile(r"\(\s*(?:\)|-?\d+\s*[,)]|\w+\s*=)|\s*@")
 
 
@@ -77,6 +78,8 @@ def _email(match: re.Match[str]) -> Span | None:
     if not name or _STAYS.fullmatch(spelled) or _METHOD_CALL.match(text, domain.end()):
         return None
     start = at - len(name)
+    if _PASSWORD_BEFORE.search(text[max(0, start - 80) : start]):
+        return None
     if _EXAMPLE_DOMAIN.fullmatch(domain[0].lower()) and not claimed_at(text, start):
         return None
     return start, domain.end()
@@ -94,7 +97,8 @@ _PHONE_CUE = cue(
     r"telefon[oa]?|t[eé]l[eé]phone|t[eé]l|telefoon|teléfono|celular|móvil|portable|mobile?|mobil|mob|cell|fax"
     r"|call|ring|dial|"
     r"whats?app|viber|signal|sms|text (?:me|us)|(?:my|our) number|(?:reach|contact) (?:me|us)|handy|rufen sie|ruf"
-    r"|telp|hp|gsm|puhelin|tlf|điện thoại|đt|sđt|cep)(?![A-Za-z])"
+    r"|zadzwo[nń]\w*|dzwo[nń]\w*|bel|volej\w*|zavolej\w*|cellulare|chiama\w*|sun[aă]\w*|h[ií]vj\w*|soita|telefonsz[aá]m\w*|hubungi|"
+    r"telp|hp|gsm|puhelin|tlf|điện thoại|đt|sđt|cep)(?![A-Za-z])"
     r"|wa\.me/|[?&]phone=|telegram|телефон|тел(?!\w)|моб|звони|факс|позвони|номер|電話|电话|手机|手機|致电|致電|拨打|撥打|携帯|ファックス"
     r"|传真|傳真|전화|휴대폰|연락처|핸드폰|هاتف|جوال|اتصل|تلفن|موبايل|موبایل|טלפון|נייד|फ.?ोन|मोबाइल|โทร|มือถือ|τηλ"
 )

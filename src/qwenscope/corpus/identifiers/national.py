@@ -56,11 +56,12 @@ _CUE = cue(
     r"teudat zehut|national insurance|national id(?:entity)?|identity (?:card|number|no)|"
     r"id card|id[ _]?number|id no|social insurance|medicare|snils|nric|my ?kad|rrn|rodn[ée] [čc][íi]slo|curp|"
     r"cuit|cuil|c[ée]dula|svnr|kennitala|cnic|isikukood|asmens kodas|citizen id|rsa id|my number|"
-    r"(?-i:TFN|PAN|TIN|DNI|NIE|NIF|NIR|TC|TCKN|CNP|EGN|OIB|AMKA|PPSN?|NHS|NINO|SIN|INN|NIK|KTP|RUT|RUN|AHV|AVS"
+    r"tckn|cnp|egn|amka|(?-i:TFN|PAN|TIN|DNI|NIE|NIF|NIR|TC|OIB|PPSN?|NHS|NINO|SIN|INN|NIK|KTP|RUT|RUN|AHV|AVS"
     r"|AK)|dni)(?![A-Za-z])"
     r"|身份证|身份證|身分證|税号|инн(?!\w)|снилс|иин|рнокпп|іпн|егн|マイナンバー|個人番号|주민등록|주민번호|आधार|पैन|บัตรประชาชน|ประชาชน"
     r"|ประจำตัว|הזהות|תעודת|זהות|ת\.ז|ת\"ז|הות|الهوية|الوطنية|الرقم القومي|کد ملی|αφμ|αμκα"
 )
+_LABEL = re.compile(rf"(?:{_CUE.pattern})[ A-Za-z\u00c0-\u024f]{{1,24}}[:=] ?$", re.IGNORECASE)  # "BSN of the client: "
 _SSN_CUE = re.compile(r"(?<![A-Za-z])(?:ssn|social security|itin)(?![A-Za-z])", re.IGNORECASE)
 _PASSPORT_CUE = cue(
     r"(?<![A-Za-z])(?:passports?|pasaporte|passaporto|passaporte|passeport|reisepass|paspoort|paszport\w?|pass"
@@ -106,7 +107,7 @@ def _shape_rule(gate: Gate, shapes: dict[str, str]) -> Rule:
 
 def _named(match: re.Match[str]) -> Span | None:
     text = before(match)
-    if not is_named_by(_CUE, text):
+    if not is_named_by(_CUE, text) and not _LABEL.search(text):
         return None
     compact = re.sub(r"[ \t.\-/]", "", match[0]).upper()
     return match.span() if _has_checksum(compact) or (len(compact) == 9 and is_named_by(_SSN_CUE, text)) else None

@@ -15,7 +15,7 @@ _MAC = re.compile(
     r"|[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4})(?![0-9A-Za-z]|[:\-.][0-9A-Fa-f])"
 )
 _VERSION_BEFORE = re.compile(
-    r"(?:\b(?:v|ver|version|release|build|firmware|chapter|section|oid|driver|update|patch|sdk|chrome|chromium"
+    r"(?:\b(?:v|ver|version|release|build|firmware|chapter|section|oid|asn\.1|driver|update|patch|sdk|chrome|chromium"
     r"|edge?|opr|"
     r"opera|safari|firefox|kernel|linux|windows|macos|ios|android|cuda|nginx|apache|openssl|php|java|jdk)\W{0,3}"
     r"|[=<>~^]=\s?[\"']?)$",

@@ -110,9 +110,10 @@ _OTHER_VALUE = re.compile(r"[A-Za-z_]\(|\n\s*\n|[;{}|].*[;{}|]")
 _FILLERS = frozenset(
     re.findall(
         r"\S+",
-        """a al am an and at auf au back below code de der die direct do e es est et for free ganz given home is ist it
-        la le lautet line me meine mi mein my n na new no nr num number numbers numer nummer numero número
-        numéro número o of office on only or our please por private self sob số sur the their them this to
-        toll un una under unter us was werk with work you your her his him id là é è és""",
+        """a al am an and at auf back below code de deg della der die direct dit do e es est et for free
+        ganz given her him his home id is ist it la lautet le line là me meg mein meine mi mig mij minut
+        mnie my mě n na naar nam new no nr num number numbers numer numero numeroon numerze nummer numéro
+        número o of office on only op or our please pod por private på self sob sur số the their them this
+        til to toll un una under unter us van ved voor was werk with work you your è é és čísle číslo""",
     )
 )

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 from qwenscope.errors import QwenscopeError
 
-WAITING = 64
-"""Jobs that may wait; more are refused."""
+WAITING = 16
+"""Jobs that may wait; more are refused at once, rather than answered when nobody waits any more."""
 
 
 class BusyError(QwenscopeError):

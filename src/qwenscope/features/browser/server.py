@@ -8,9 +8,8 @@ that run the language model wait for it.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import os
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from importlib.resources import files
@@ -35,6 +34,8 @@ from qwenscope.features.store import Index, MissingLatentError
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 SEARCH_LIMIT = 1000
 RETRY_SECONDS = 5
+SWITCH_SECONDS = 0.0005
+"""How long the model's thread keeps the interpreter when an answer needs it: each answer does several times."""
 
 
 def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | None = None) -> None:
@@ -54,15 +55,14 @@ def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | No
         listener = listener_on(port)
     except (OSError, OverflowError) as error:
         raise FormatError(f"port {port} cannot be used ({error}); choose another with --port") from None
+    sys.setswitchinterval(SWITCH_SECONDS)
     with closing(listener):
         if on_ready is not None:
             on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
         try:
             Server(make_app(opened, runner), runner.close).run(sockets=[listener])
         finally:
-            gc.freeze()  # the interpreter's last search for garbage would take seconds among so many modules
-            if not runner.close():  # it loads a model, say: nothing that can be interrupted, nor that anybody waits for
-                os._exit(130)
+            runner.close()
 
 
 def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
