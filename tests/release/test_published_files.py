@@ -43,11 +43,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_language_model(home / "my-model"),
         corpus__sources=[{"name": "files", "weight": 1.0, "path": str(home / "chats.jsonl")}],
         activations__cache="memory://alice:hunter2@cache/4-secret-name",
+        corpus__held_out_share=0.2,
         training__tokens=1000,
     )
     run, out = home / "my-run", tmp_path_factory.mktemp("out")
     train(recipe, run)
-    evaluate(run, data=home / "chats.jsonl", tokens=300)
+    evaluate(run, tokens=300)
     release(run, out / "release")
     build_index(run, home / "index", tokens=1000, data=home / "chats.jsonl")
     export_site(home / "index", out / "site")
