@@ -8,13 +8,14 @@ PAGE := src/qwenscope/features/browser/page
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-slow test-bounds check format clean
+.PHONY: help demo test test-slow test-bounds check docs format clean
 help:
 	@echo "make demo       set up .venv, then train, evaluate and package nine SAEs on the stand-in -> $(RUN)"
 	@echo "make test       set up .venv, then run the fast tests"
 	@echo "make test-slow  the slow tests as well"
 	@echo "make test-bounds  the fast tests beside the oldest and the newest libraries that pyproject.toml allows"
 	@echo "make check      format, lint and types"
+	@echo "make docs       the documentation as a site -> site/"
 
 # torch comes first and from the lock: packages that depend on it would otherwise choose a build of their own.
 $(VENV)/.installed: requirements.lock pyproject.toml
@@ -35,7 +36,7 @@ test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 # Two environments beside .venv: the floors of pyproject.toml, and the newest that its ranges take. torch is the lock's.
-BOUNDS := pytest pytest-xdist hypothesis playwright axe-playwright-python triton accelerate tensorboard matplotlib hatchling editables
+BOUNDS := pytest pytest-xdist hypothesis playwright axe-playwright-python triton accelerate tensorboard matplotlib hatchling hatch-vcs editables nbclient ipykernel
 test-bounds:
 	for bound in oldest newest; do \
 	  $(PYTHON) -m venv .venv-$$bound && pip="$$PWD/.venv-$$bound/bin/python -m pip --disable-pip-version-check --quiet" && \
@@ -51,6 +52,9 @@ check: $(VENV)/.installed
 	$(BIN)/oxfmt --check '$(PAGE)/*.js'
 	$(BIN)/oxlint --deny-warnings $(PAGE)
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

@@ -17,6 +17,7 @@ The public names, loaded when first used:
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from qwenscope.errors import QwenscopeError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from qwenscope.training.run import train
     from qwenscope.training.trainer import SAETrainer
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "SAE",
@@ -59,6 +60,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # On first use, so that `qwenscope --help` need not wait for torch.
+    if name == "__version__":
+        return version("qwenscope")
     if name not in _HOMES:
         raise AttributeError(f"module 'qwenscope' has no attribute {name!r}")
     return getattr(import_module(f"qwenscope.{_HOMES[name]}"), name)

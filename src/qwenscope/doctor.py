@@ -20,11 +20,11 @@ _OPTIONAL: dict[str, tuple[str, str, bool]] = {
         "pip install accelerate",
         True,
     ),
-    "vllm": ("lm.backend: vllm", "pip install 'qwenscope[vllm]'", False),
-    "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install 'qwenscope[tensorboard]'", False),
-    "wandb": ("telemetry.sinks: [wandb]", "pip install 'qwenscope[wandb]'", False),
-    "gguf": ("export --to control-vector", "pip install 'qwenscope[gguf]'", False),
-    "trackio": ("telemetry.sinks: [trackio]", "pip install 'qwenscope[trackio]'", False),
+    "vllm": ("lm.backend: vllm", "pip install vllm", False),
+    "tensorboard": ("telemetry.sinks: [tensorboard]", "pip install tensorboard", False),
+    "wandb": ("telemetry.sinks: [wandb]", "pip install wandb", False),
+    "gguf": ("export --to control-vector", "pip install gguf", False),
+    "trackio": ("telemetry.sinks: [trackio]", "pip install trackio", False),
 }
 
 

@@ -33,7 +33,7 @@ from qwenscope.strict_yaml import YamlError, read_yaml, set_value
 _SAE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RELEASE_NAMES = (
     *("readme.md", "config.json", "evaluation.json", "evaluation.parquet", "metrics.parquet", "recipe.yaml"),
-    *("run.json", "privacy_report.json", "notebook.ipynb", "sha256sums", "saelens", "license"),
+    *("run.json", "privacy_report.json", "notebook.ipynb", "quality.svg", "sha256sums", "saelens", "license"),
 )
 """What else stands in a release beside the SAEs' folders; no id may be one of them, upper or lower case."""
 

@@ -106,7 +106,7 @@ def test_impossible_devices_are_named(device: str, message: str) -> None:
 
 def test_several_devices_need_accelerate(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=r"over 2 devices, which needs accelerate: pip install 'qwenscope\[cuda\]'"):
+    with pytest.raises(ModelError, match=r"over 2 devices, which needs accelerate: pip install accelerate"):
         load_language_model(LMRecipe(model=str(checkpoint("text")[0]), device="cpu:0,cpu:1"))
 
 

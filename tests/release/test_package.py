@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pyarrow.parquet as pq
 import pytest
@@ -41,6 +42,7 @@ FILES = {
     "metrics.parquet",
     "notebook.ipynb",
     "privacy_report.json",
+    "quality.svg",
     "recipe.yaml",
     "run.json",
 }
@@ -117,7 +119,10 @@ def test_the_index_lists_the_suite(built: Path) -> None:
 def test_every_number_in_the_card_is_the_measured_one(built: Path) -> None:
     for j, (heading, tokens) in enumerate((("**Chat**", "100,000"), ("**Tool use**", "100,001"))):
         assert f"{heading}, {tokens} tokens" in card(built)
-        header, *rows = table(card(built), heading)
+        after = card(built)[card(built).index(heading) :]
+        first, second = table(after, heading), table(after[after.index("| CE clean") - len("| SAE ") :], "| SAE")
+        assert max(len(row) for row in (*first, *second)) <= 8, "as wide as a page shows"
+        header, *rows = [[*fidelity, *effect[1:]] for fidelity, effect in zip(first, second, strict=True)]
         assert header == ["SAE", *(column.heading for column in COLUMNS)]
         for i, (sae_id, row) in enumerate(zip(POINTS, rows, strict=True)):
             assert row[0] == f"`{sae_id}`"
@@ -126,6 +131,15 @@ def test_every_number_in_the_card_is_the_measured_one(built: Path) -> None:
                     assert cell == ("none seen" if j else "0.5")
                 else:
                     assert cell == format(number(i, j, NUMBERS.index(column.key)), column.form)
+
+
+def test_the_figure_shows_every_sae_and_split(built: Path) -> None:
+    assert "](quality.svg)" in card(built)
+    drawn = ElementTree.fromstring((built / "quality.svg").read_text())
+    tips = [title.text or "" for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(tips) == 3 * 2 * len(POINTS)  # FVU, CE recovered and KL; chat and tool use
+    fvu = number(0, 0, NUMBERS.index("fvu"))
+    assert f"sae_delta_mid_pos1, layer 21: {fvu:.4g}" in tips
 
 
 def test_the_overview_is_the_published_cards(built: Path) -> None:

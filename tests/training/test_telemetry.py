@@ -112,7 +112,7 @@ def test_a_service_that_fails_is_dropped_and_named_once(
 
 def test_a_service_that_is_not_installed_is_a_recipe_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(RecipeError, match=r"telemetry\.sinks names trackio.*pip install 'qwenscope\[trackio\]'"):
+    with pytest.raises(RecipeError, match=r"telemetry\.sinks names trackio.*pip install trackio"):
         Telemetry(tmp_path, ["trackio"], {}, 0)
     assert not (tmp_path / "metrics.jsonl").exists()
 

@@ -119,6 +119,7 @@ class FormatCommand(TyperCommand):
     """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As typer's, with the names of the formats in place of FORMAT."""
         for parameter in self.params:
             if parameter.name in ("to", "origin"):
                 parameter.metavar = "|".join(format_names(parameter.name))

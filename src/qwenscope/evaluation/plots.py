@@ -7,14 +7,16 @@ kind); each mark has a <title>, which browsers show on hover and screen readers 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 380, 236
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 34
+LEFT, RIGHT, TOP, BOTTOM = 44, 20, 24, 34
 FOREST_LEFT, ROW = 104, 26
+CHARACTER = 7.8  # width of a tick's digit where plots are drawn smallest
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Dot:
     label: str
     style: str
     interval: Sequence[float] | None = None
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """What an axis must reach to."""
+        return (self.y, *(self.interval or ()))
 
 
 @dataclass(frozen=True)
@@ -47,22 +54,29 @@ class Row:
     style: str
     interval: Sequence[float] | None = None
 
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """What an axis must reach to."""
+        return (self.value, *(self.interval or ()))
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from the first at or below `low` to the first at or above `high`."""
+
+def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """About `count` round numbers from the first at or below `low` to the first at or above `high`; `whole` ones for
+    what is counted."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    steps = [power * factor for factor in (1, 2, 2.5, 5, 10) if not whole or (power * factor) % 1 == 0]
+    step = next((step for step in steps if step >= rough * 0.999), 1.0)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(step * index, 12) for index in range(first, last + 1)]
 
 
 def dots(title: str, values: Sequence[Dot], x_label: str, y_label: str, *, include: Sequence[float] = ()) -> Markup:
     """Values over depth, each with a whisker for its interval; the y axis reaches to every number in `include`."""
-    ends = [end for dot in values for end in (dot.y, *(dot.interval or ()))]
-    plot = _Plot.around([dot.x for dot in values], [*ends, *include], pad_x=True)
+    ends = [end for dot in values for end in dot.ends]
+    plot = _Plot.around([dot.x for dot in values], [*ends, *include], pad_x=True, whole_x=True)
     marks = []
     for dot in values:
         x, y = plot.x(dot.x), plot.y(dot.y)
@@ -89,9 +103,10 @@ def lines(
     include: Sequence[float] = (),
     log_y: bool = False,
 ) -> Markup:
-    """Series as lines with a legend; the y axis reaches to every number in `include`; `log_y` needs values above 0."""
+    """Series over layers or tokens with a legend; the y axis reaches to every number in `include`; `log_y` needs values
+    above 0."""
     xs, ys = [x for line in series for x in line.xs], [y for line in series for y in line.ys]
-    plot = _Plot.around(xs, [*ys, *include], log_y=log_y)
+    plot = _Plot.around(xs, [*ys, *include], log_y=log_y, whole_x=True)
     marks = []
     for line in series:
         points = "L".join(f"{plot.x(x):.1f} {plot.y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
@@ -104,10 +119,10 @@ def lines(
     return plot.draw(title, "".join(marks), x_label, y_label, legend=series)
 
 
-def steps(title: str, series: Sequence[Line], x_label: str, y_label: str) -> Markup:
-    """Histograms as outlines over each other, with a legend."""
+def steps(title: str, series: Sequence[Line], x_label: str, y_label: str, *, include: Sequence[float] = ()) -> Markup:
+    """Histograms as outlines over each other, with a legend; the y axis reaches to every number in `include`."""
     xs = [x for line in series for x in line.xs]
-    plot = _Plot.around(xs, [0.0, *(y for line in series for y in line.ys)])
+    plot = _Plot.around(xs, [0.0, *include, *(y for line in series for y in line.ys)])
     marks = []
     for line in series:
         path = f"M{plot.x(line.xs[0]):.1f} {plot.y(0):.1f}"
@@ -117,9 +132,9 @@ def steps(title: str, series: Sequence[Line], x_label: str, y_label: str) -> Mar
     return plot.draw(title, "".join(marks), x_label, y_label, legend=series)
 
 
-def forest(title: str, rows: Sequence[Row], x_label: str) -> Markup:
-    """Differences around 0, one row each, with intervals."""
-    ends = [end for row in rows for end in (row.value, *(row.interval or ()))]
+def forest(title: str, rows: Sequence[Row], x_label: str, *, include: Sequence[float] = ()) -> Markup:
+    """Differences around 0, one row each, with intervals; the axis reaches to every number in `include`."""
+    ends = [*include, *(end for row in rows for end in row.ends)]
     height = TOP + BOTTOM + ROW * len(rows)
     plot = _Plot.around([0.0, *ends], [0.0, 1.0], height=height, left=FOREST_LEFT, x_count=3)
     marks = [f'<path class="zero" d="M{plot.x(0):.1f} {TOP}V{height - BOTTOM}"/>']
@@ -136,6 +151,35 @@ def forest(title: str, rows: Sequence[Row], x_label: str) -> Markup:
             f'<circle cx="{x:.1f}" cy="{y}" r="4.5"/></g>'
         )
     return plot.draw(title, "".join(marks), x_label, "", y_axis=False)
+
+
+_ALONE = """
+svg { --paper: #fff; --ink: #16191f; --soft: #5c6470; --rule: #dde1e7; --deltanet: #2563c9; --attention: #c2570c; --other: #0f766e }
+@media (prefers-color-scheme: dark) {
+  svg { --paper: #12151a; --ink: #e7eaef; --soft: #99a2af; --rule: #2f353f; --deltanet: #78a9ff; --attention: #ff9b57; --other: #4fd1c5 }
+}
+text { font: 11px system-ui, sans-serif; fill: var(--soft) } .title { font-weight: 600; fill: var(--ink) }
+.paper { fill: var(--paper) } .grid, .axis { stroke: var(--rule) } .whisker { stroke: var(--c); stroke-width: 2; opacity: .55 }
+.deltanet { --c: var(--deltanet) } .attention { --c: var(--attention) } .other { --c: var(--other) } .mark { fill: var(--c) }
+"""  # noqa: E501
+
+
+def sheet(figures: Sequence[Markup], columns: int) -> str:
+    """Figures of `dots` as one SVG file with colours of its own, for a page without a style sheet: light or dark as its
+    reader's."""
+    cells = []
+    for number, figure in enumerate(figures):
+        x, y = number % columns * (WIDTH + 12), number // columns * (HEIGHT + 26)
+        title = re.findall("<figcaption>(.*?)</figcaption>", figure)[0]
+        drawn = re.findall("<svg.*</svg>", figure)[0].replace(
+            'class="plot"', f'x="{x}" y="{y + 20}" width="{WIDTH}" height="{HEIGHT}"'
+        )
+        cells.append(f'<text class="title" x="{x + 2}" y="{y + 16}">{title}</text>{drawn}')
+    width, height = columns * (WIDTH + 12) - 12, math.ceil(len(figures) / columns) * (HEIGHT + 26)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><style>{_ALONE}</style>'
+        f'<rect class="paper" width="{width}" height="{height}"/>{"".join(cells)}</svg>\n'
+    )
 
 
 def _series(line: Line, path: str, extra: str, *, fill: bool = False) -> str:
@@ -172,13 +216,17 @@ class _Plot:
         height: int = HEIGHT,
         left: int = LEFT,
         x_count: int = 6,
+        whole_x: bool = False,
     ) -> _Plot:
-        x_ticks = ticks(min(xs), max(xs), x_count)
+        x_ticks = ticks(min(xs), max(xs), x_count, whole=whole_x)
         low, high = x_ticks[0], x_ticks[-1]
         if pad_x:
             low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
         low_y, high_y = min(ys), max(ys)
         y_ticks = [math.log10(y) for y in _log_ticks(low_y, high_y)] if log_y else ticks(low_y, high_y)
+        if left == LEFT:  # numbers stand there
+            longest = max(len(_number(10**tick if log_y else tick)) for tick in y_ticks)
+            left = max(left, 10 + round(CHARACTER * longest))
         return cls(x_ticks, y_ticks, (low, high), log_y, height, left)
 
     def x(self, value: float) -> float:
@@ -206,8 +254,12 @@ class _Plot:
             value = 10**tick if self.log_y else tick
             parts.append(f'<path class="grid" d="M{self.left} {self.y(value):.1f}H{WIDTH - RIGHT}"/>')
             parts.append(_text("tick", self.left - 6, self.y(value) + 3.5, _number(value), "end"))
-        parts += [_text("tick", self.x(tick), floor + 14, _number(tick), "middle") for tick in self.x_ticks]
-        parts.append(_text("label", WIDTH - RIGHT, floor + 28, x_label, "end"))
+        widths = [CHARACTER * len(_number(tick)) for tick in self.x_ticks]
+        apart = self.x(self.x_ticks[1]) - self.x(self.x_ticks[0])
+        for tick, width in list(zip(self.x_ticks, widths, strict=True))[:: math.ceil((max(widths) + 8) / apart)]:
+            at = min(self.x(tick), WIDTH - width / 2)
+            parts.append(_text("tick", at, floor + 16, _number(tick), "middle"))
+        parts.append(_text("label", WIDTH - RIGHT, floor + 30, x_label, "end"))
         parts.append(_text("label", 2, TOP - 10, y_label))
         svg = (
             f'<svg class="plot" viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(title)}">'

@@ -75,11 +75,11 @@ def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
         number=number,
         place=place,
         headlines=headlines(evaluation),
-        depth_plots=depth_plots(evaluation),
+        depth_plots=depth_plots(evaluation, evaluation["hook_points"], splits),
         difference_plots=difference_plots(evaluation),
         density_plots=density_plots(evaluation, groups),
         routing_plots=downstream_plots(evaluation, "routing", "overlap", groups),
-        state_plots=downstream_plots(evaluation, "recurrent_state", "shift", groups),
+        state_plots=downstream_plots(evaluation, "recurrent_state", "shift", groups, include=(0.0,)),
         curve_plots=curve_plots(evaluation, groups, folder / "metrics.jsonl"),
         roles=list(dict.fromkeys(role for cell in _cells(evaluation) for role in cell["roles"])),
     )
@@ -125,81 +125,104 @@ def headlines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def depth_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
-    """FVU, CE recovered and KL by depth and kind, one figure per metric and split."""
+def depth_plots(
+    evaluation: Mapping[str, Any], hook_points: Mapping[str, Mapping[str, Any]], splits: Sequence[str]
+) -> list[Markup]:
+    """FVU, CE recovered and KL by depth and kind, one figure per metric and split; splits share their scale."""
+    found = evaluation.get("comparison", {}).get("splits", {})
+    intervals = {split: found.get(split, {}).get("intervals", {}) for split in splits}
     figures = []
     for key, name, include in (
         ("fvu", "FVU", (0.0,)),
         ("ce_recovered_mean", "CE recovered against mean ablation", (1.0,)),
         ("kl", "KL from clean to spliced, nats", (0.0,)),
     ):
-        for split in evaluation["data"]["splits"]:
-            values = [
+        values = {
+            split: [
                 plots.Dot(
                     x=point["layer"],
-                    y=evaluation["saes"][sae_id][split][key],
+                    y=cell[key],
                     label=f"{sae_id}, layer {place(point)}",
                     style=_kind(point),
-                    interval=evaluation["comparison"]["splits"][split]["intervals"][sae_id][key],
+                    interval=intervals[split].get(sae_id, {}).get(key),
                 )
-                for sae_id, point in evaluation["hook_points"].items()
-                if evaluation["saes"][sae_id][split][key] is not None
+                for sae_id, point in hook_points.items()
+                if (cell := evaluation["saes"][sae_id].get(split)) and cell[key] is not None
             ]
-            title = f"{name}, {SPLIT_NAMES.get(split, split)}"
-            if values:
-                figures.append(plots.dots(title, values, "layer", "", include=include))
+            for split in splits
+        }
+        reach = [*include, *(end for dots in values.values() for dot in dots for end in dot.ends)]
+        for split, dots in values.items():
+            if dots:
+                title = f"{name}, {SPLIT_NAMES.get(split, split)}"
+                figures.append(plots.dots(title, dots, "layer", "", include=reach))
     return figures
 
 
 def difference_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
-    """Attention minus DeltaNet at matched depths, and the position control below, with intervals."""
+    """Attention minus DeltaNet at matched depths, and the position control below, with intervals; splits share their
+    scale."""
     comparison = evaluation["comparison"]
     figures = []
     for metric, title in DIFFERENCES if comparison["pairs"] else ():
-        for split, found in comparison["splits"].items():
-            rows = []
-            for pair in sorted(comparison["pairs"], key=lambda pair: pair["kind"] != "matched"):
-                cell = found["differences"][f"{pair['first']} -> {pair['second']}"][metric]
-                if cell["difference"] is None:
-                    continue
-                below, above = pair["layers"]
-                control = pair["kind"] != "matched"
-                label = f"{'control ' if control else ''}{above} \N{MINUS SIGN} {below}"
-                style = "control" if control else "attention" if cell["difference"] > 0 else "deltanet"
-                rows.append(plots.Row(label, cell["difference"], style, cell["interval"]))
+        by_split = {split: difference_rows(comparison, split, metric) for split in comparison["splits"]}
+        reach = [end for rows in by_split.values() for row in rows for end in row.ends]
+        for split, rows in by_split.items():
             if rows:
-                figures.append(plots.forest(f"{title}, {SPLIT_NAMES.get(split, split)}", rows, ""))
+                figures.append(plots.forest(f"{title}, {SPLIT_NAMES.get(split, split)}", rows, "", include=reach))
     return figures
 
 
+def difference_rows(comparison: Mapping[str, Any], split: str, metric: str) -> list[plots.Row]:
+    """A row per pair that has the difference, matched pairs first."""
+    rows = []
+    for pair in sorted(comparison["pairs"], key=lambda pair: pair["kind"] != "matched"):
+        cell = comparison["splits"][split]["differences"][f"{pair['first']} -> {pair['second']}"][metric]
+        if cell["difference"] is None:
+            continue
+        below, above = pair["layers"]
+        control = pair["kind"] != "matched"
+        label = f"{'control ' if control else ''}{above} \N{MINUS SIGN} {below}"
+        style = "control" if control else "attention" if cell["difference"] > 0 else "deltanet"
+        rows.append(plots.Row(label, cell["difference"], style, cell["interval"]))
+    return rows
+
+
 def density_plots(evaluation: Mapping[str, Any], groups: Groups) -> dict[str, list[Markup]]:
-    """Histograms of log10 firing frequency by split, neighbours together, from the rarest latent of all on."""
+    """Histograms of log10 firing frequency by split, neighbours together, from the rarest latent of all on; splits
+    share their scale."""
     densities = [cell["density"] for cell in _cells(evaluation)]
     firsts = [next((bin for bin, count in enumerate(density["counts"]) if count), None) for density in densities]
     first = min((bin for bin in firsts if bin is not None), default=0)
+    figures: dict[str, list[Markup]] = {split: [] for split in evaluation["data"]["splits"]}
 
     def histogram(sae_id: str, split: str, style: str) -> plots.Line:
         density = evaluation["saes"][sae_id][split]["density"]
         return plots.Line(_name(evaluation, sae_id), density["log10_edges"][first:], density["counts"][first:], style)
 
-    return {
-        split: [
-            plots.steps(
-                _depth(evaluation, group),
-                [histogram(sae_id, split, style) for sae_id, style in _styled(evaluation, group)],
-                "log10 of firing frequency",
-                "latents",
+    for group in groups:
+        by_split = {
+            split: [histogram(sae_id, split, style) for sae_id, style in _styled(evaluation, group)]
+            for split in figures
+        }
+        most = max(y for series in by_split.values() for line in series for y in line.ys)
+        for split, series in by_split.items():
+            drawn = plots.steps(
+                _depth(evaluation, group), series, "log10 of firing frequency", "latents", include=(most,)
             )
-            for group in groups
-        ]
-        for split in evaluation["data"]["splits"]
-    }
+            figures[split].append(drawn)
+    return figures
 
 
-def downstream_plots(evaluation: Mapping[str, Any], section: str, key: str, groups: Groups) -> dict[str, list[Markup]]:
-    """Shift in the layers above each splice by split, neighbours together; empty where nothing was measured."""
+def downstream_plots(
+    evaluation: Mapping[str, Any], section: str, key: str, groups: Groups, include: Sequence[float] = ()
+) -> dict[str, list[Markup]]:
+    """Shift in the layers above each splice by split, neighbours together, all on one scale that is no wider than what
+    was measured and `include`; empty where nothing was measured."""
     figures: dict[str, list[Markup]] = {}
-    for split, found in evaluation["comparison"][section].items():
+    measured = evaluation["comparison"][section]
+    reach = [*include, *(y for found in measured.values() for entry in found.values() for y in entry[key])]
+    for split, found in measured.items():
         for group in groups:
             series = [
                 plots.Line(_name(evaluation, sae_id), found[sae_id]["layers"], found[sae_id][key], style)
@@ -207,7 +230,7 @@ def downstream_plots(evaluation: Mapping[str, Any], section: str, key: str, grou
                 if sae_id in found
             ]
             if series:
-                drawn = plots.lines(_depth(evaluation, group), series, "layer", "", include=(0.0, 1.0))
+                drawn = plots.lines(_depth(evaluation, group), series, "layer", "", include=reach)
                 figures.setdefault(split, []).append(drawn)
     return figures
 

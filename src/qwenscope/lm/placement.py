@@ -28,7 +28,7 @@ def pick_devices(device: str) -> list[torch.device]:
     if len(picked) > 1 and find_spec("accelerate") is None:
         raise ModelError(
             f"lm.device {device} spreads the layers over {len(picked)} devices, which needs accelerate: "
-            "pip install 'qwenscope[cuda]'"
+            "pip install accelerate"
         )
     return picked
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qwenscope.evaluation import report
+from qwenscope.evaluation import plots, report
 from qwenscope.evaluation.pairs import find_pairs
 from qwenscope.evaluation.report import KIND_NAMES, SPLIT_NAMES
 from qwenscope.lm.sites import Site
@@ -16,6 +16,10 @@ from qwenscope.release.facts import Facts, dataset_of
 from qwenscope.sae.activation import TopK
 
 COLUMNS = tuple(column for column in report.COLUMNS if column.key not in ("mse", "norm_ratio"))
+TABLES = tuple(
+    tuple(c for c in COLUMNS if (c in report.COLUMNS[: report.FIDELITY_COLUMNS]) == here) for here in (True, False)
+)
+"""Of fidelity, and of the effect on the language model: as wide as a page shows."""
 _BLOCK = 4  # Qwen3.5: three Gated DeltaNet layers, then one of attention
 _RESULTS = {
     "explained_variance": "explained variance",
@@ -55,7 +59,6 @@ def model_card(facts: Facts) -> str:
         blocks=in_blocks(facts),
         block=_BLOCK,
         kinds=KIND_NAMES,
-        columns=COLUMNS,
         metrics=list(metrics_tables(facts)),
         differences=list(differences(facts)),
         sources=list(sources(facts)),
@@ -138,15 +141,35 @@ def in_blocks(facts: Facts) -> bool:
     )
 
 
-def metrics_tables(facts: Facts) -> Iterator[tuple[str, int, list[tuple[str, list[str]]]]]:
-    """(split's name, most tokens measured, rows of (SAE id, formatted numbers)) per split."""
+Rows = list[tuple[str, list[str]]]
+"""(SAE id, formatted numbers)."""
+
+
+def metrics_tables(facts: Facts) -> Iterator[tuple[str, int, list[tuple[list[str], Rows]]]]:
+    """(split's name, most tokens measured, (headings, rows) of each table) per split."""
     for split in facts.splits:
         cells = {sae_id: facts.evaluation["saes"][sae_id].get(split) for sae_id in facts.recipe.hook_points}
         measured = {sae_id: cell for sae_id, cell in cells.items() if cell}
-        rows = [
-            (sae_id, [_shown(cell[column.key], column.form) for column in COLUMNS]) for sae_id, cell in measured.items()
+        tables = [
+            (
+                [column.heading for column in columns],
+                [
+                    (sae_id, [_shown(cell[each.key], each.form) for each in columns])
+                    for sae_id, cell in measured.items()
+                ],
+            )
+            for columns in TABLES
         ]
-        yield SPLIT_NAMES.get(split, split), max(cell["tokens"] for cell in measured.values()), rows
+        yield SPLIT_NAMES.get(split, split), max(cell["tokens"] for cell in measured.values()), tables
+
+
+def quality_plots(facts: Facts) -> str:
+    """quality.svg: FVU, CE recovered and KL by depth, a column for each split."""
+    points = {
+        sae_id: {**Site(point.site).described(), "kind": point.kind}
+        for sae_id, point in facts.recipe.hook_points.items()
+    }
+    return plots.sheet(report.depth_plots(facts.evaluation, points, facts.splits), len(facts.splits))
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -1,7 +1,8 @@
 """Build a release folder from a complete, evaluated run; it appears whole or not at all.
 
 README.md (card), config.json (index), <sae_id>/{config.json, weights.safetensors}, saelens/<sae_id>/, evaluation.json,
-evaluation.parquet, metrics.parquet, recipe.yaml, run.json, privacy_report.json, notebook.ipynb, SHA256SUMS.
+evaluation.parquet, metrics.parquet, quality.svg, recipe.yaml, run.json, privacy_report.json, notebook.ipynb,
+SHA256SUMS.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qwenscope.hub import check_repo_id
 from qwenscope.lm.sites import Site
 from qwenscope.opening import check_size
 from qwenscope.recipe import Recipe, load_recipe
-from qwenscope.release.card import example_sae, model_card
+from qwenscope.release.card import example_sae, model_card, quality_plots
 from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
 from qwenscope.release.parquet import write_evaluation, write_training
@@ -54,7 +55,8 @@ def release(run: Path, out: Path, *, repo: str | None = None) -> None:
 
 
 def bind(folder: Path, repo: str | None) -> None:
-    """Write what names the repository: config.json's `repo`, README.md, notebook.ipynb; then the checksums.
+    """Write what names the repository, and what is drawn: config.json's `repo`, README.md, quality.svg, notebook.ipynb;
+    then the checksums.
 
     A pure function of the folder's other files and `repo`: binding twice changes nothing.
 
@@ -66,6 +68,7 @@ def bind(folder: Path, repo: str | None) -> None:
     write_json(folder / "config.json", read_object(folder / "config.json") | {"repo": repo})
     facts = read_facts(folder)
     write_text(folder / "README.md", model_card(facts))
+    write_text(folder / "quality.svg", quality_plots(facts))
     model = str(facts.suite["language_model"]["name"])
     write_json(folder / "notebook.ipynb", notebook(repo or ".", example_sae(facts), model))
     write_checksums(folder)

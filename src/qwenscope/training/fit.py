@@ -45,15 +45,20 @@ class Trains(Protocol):
     steps: int
     tokens_trained: int
 
-    def calibrate(self, rows_RD: Tensor) -> None: ...
+    def calibrate(self, rows_RD: Tensor) -> None:
+        """Measure what depends on the data, from its first rows."""
 
-    def step(self, x_BD: Tensor) -> StepMetrics: ...
+    def step(self, x_BD: Tensor) -> StepMetrics:
+        """One optimizer step."""
 
-    def sae(self) -> SAE: ...
+    def sae(self) -> SAE:
+        """The SAE as it stands."""
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that `load_state_dict` needs to go on to the same bits."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state_dict`."""
 
 
 class _Indexed(Protocol):

@@ -187,9 +187,7 @@ def _import(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise RecipeError(
-            f"telemetry.sinks names {extra}, which is not installed; pip install 'qwenscope[{extra}]'"
-        ) from None
+        raise RecipeError(f"telemetry.sinks names {extra}, which is not installed; pip install {extra}") from None
 
 
 def _step_of(line: str) -> float:

@@ -53,7 +53,7 @@ def vllm_version() -> str:
         ModelError: vLLM is not installed.
     """
     if find_spec("vllm") is None:
-        raise ModelError("lm.backend is vllm, which is not installed: pip install 'qwenscope[vllm]'")
+        raise ModelError("lm.backend is vllm, which is not installed: pip install vllm")
     for package in packages_distributions().get("vllm", ()):
         try:
             return f"{package} {version(package)}"

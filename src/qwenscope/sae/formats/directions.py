@@ -90,7 +90,7 @@ def _gguf() -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError:
-        raise ResourceError("control vectors need the package gguf; pip install 'qwenscope[gguf]'") from None
+        raise ResourceError("control vectors need the package gguf; pip install gguf") from None
 
 
 def write_directions(saes: Mapping[str, SAE], pushes: Sequence[Push], out: Path) -> None:
