@@ -72,10 +72,10 @@ def _umask() -> int:
 
 
 def public_name(model: str) -> str:
-    """A model's name fit for publication: Hub ids as they are, folders by their last part."""
+    """A model's name fit for publication: Hub ids as they are, folders and files by their last part."""
     path = Path(model)
     on_hub = model.count("/") < 2 and not model.startswith((".", "~", "/"))
-    return model if on_hub and not path.is_dir() else path.name
+    return model if on_hub and not path.exists() else path.name
 
 
 def make_folder(folder: Path) -> None:

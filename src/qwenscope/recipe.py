@@ -42,7 +42,7 @@ class LMRecipe(Node):
     """Which language model, and how it is loaded."""
 
     model: str
-    """Hub id, folder, or `standin` for the packaged stand-in."""
+    """Hub id, folder, GGUF file, or `standin` for the packaged stand-in."""
     revision: str | None = None
     """Commit or tag on the Hub; resolved once and recorded in the run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -101,10 +101,12 @@ class LanguageModel:
         weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
         return len(weight)
 
-    def digest(self, last_layer: int) -> str:
-        """16 hex digits that tell models apart: 64 evenly spaced values of every parameter up to `last_layer`."""
+    def digest(self, last_layer: int | None = None) -> str:
+        """16 hex digits that tell models apart: 64 evenly spaced values of every parameter, up to `last_layer`."""
         digest = hashlib.sha256()
-        parts: list[Any] = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
+        parts: list[Any] = [self.model]
+        if last_layer is not None:
+            parts = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
         for name, parameter in (named for part in parts for named in part.named_parameters()):
             values = parameter.detach().flatten()
             sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
