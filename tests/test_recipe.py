@@ -12,7 +12,8 @@ import yaml
 
 from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import RecipeError
-from qwenscope.recipe import Recipe, check_cache, keys, load_recipe, packaged_recipes
+from qwenscope.limits import check_cache
+from qwenscope.recipe import Recipe, keys, load_recipe, packaged_recipes
 
 # The published card's overview table: layer, kind, dictionary size, k, learning rate.
 CARD = {

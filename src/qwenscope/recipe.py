@@ -7,7 +7,6 @@ what was probably meant), an impossible value or a missing file is a RecipeError
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from qwenscope.errors import RecipeError, reason
 from qwenscope.files import public_name
 from qwenscope.recipe_keys import first_problem, keys_of
-from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share
+from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share, file_systems, schemes_of
 from qwenscope.recipe_nodes import HookPoint as HookPoint
 from qwenscope.strict_yaml import YamlError, read_yaml, set_value
 
@@ -188,8 +187,8 @@ class ActivationsRecipe(Node):
             return None
         if not cache.strip(" /"):
             raise ValueError("names no folder; null keeps no windows")
-        for scheme in _schemes(cache):
-            if scheme not in _file_systems().available_protocols():
+        for scheme in schemes_of(cache):
+            if scheme not in file_systems().available_protocols():
                 raise ValueError(
                     f"{scheme}:// is no scheme that fsspec knows; use a folder, or s3://, gs://, az:// ..."
                 )
@@ -348,29 +347,6 @@ class Recipe(Node):
         """16 hex digits that change with every value in the tree."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def check_cache(recipe: Recipe) -> None:
-    """Refuse a cache whose file system needs a package that this machine lacks; one that only reads a run needs none.
-
-    Raises:
-        RecipeError: names the address' scheme and the package.
-    """
-    for scheme in _schemes(recipe.activations.cache or ""):
-        try:
-            _file_systems().get_filesystem_class(scheme)
-        except ImportError as error:
-            raise RecipeError(f"activations.cache: {scheme}:// cannot be used here ({reason(error)})") from None
-
-
-def _file_systems() -> Any:
-    """fsspec's registry: takes 0.2 s to import, and is rarely needed."""
-    return importlib.import_module("fsspec.registry")
-
-
-def _schemes(address: str) -> list[str]:
-    """The file systems that an fsspec address passes through: simplecache and s3 of simplecache::s3://bucket."""
-    return re.findall(r"(?:^|::)([^:/]*)(?=://|::)", address)
 
 
 def packaged_recipes() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Annotated, Any, Literal
 
@@ -96,3 +97,13 @@ class HookPoint(Node):
         if self.k > self.dict_size:
             raise ValueError(f"k {self.k} exceeds dict_size {self.dict_size}")
         return self
+
+
+def file_systems() -> Any:
+    """fsspec's registry: takes 0.2 s to import, and is rarely needed."""
+    return importlib.import_module("fsspec.registry")
+
+
+def schemes_of(address: str) -> list[str]:
+    """The file systems that an fsspec address passes through: simplecache and s3 of simplecache::s3://bucket."""
+    return re.findall(r"(?:^|::)([^:/]*)(?=://|::)", address)

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError, RecipeError
-from qwenscope.limits import check_memory, check_workers
+from qwenscope.limits import check_cache, check_memory, check_workers
 from qwenscope.lm.load import load_config, load_language_model, load_tokenizer
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import site_names, sites_of
 from qwenscope.lm.vllm.engine import VllmModel, check_vllm
 from qwenscope.lm.vllm.parity import check_parity, sample_rows
-from qwenscope.recipe import LMRecipe, Recipe, check_cache
+from qwenscope.recipe import LMRecipe, Recipe
 
 logger = logging.getLogger(__name__)
 
