@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.checksums import read_checksums, write_checksums
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.errors import FormatError, ModelError
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
 from qwenscope.evaluation.pairs import BOOTSTRAP, compare_split, find_pairs, overlap
