@@ -15,12 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qwenscope.errors import RecipeError, reason
 from qwenscope.recipe_keys import first_problem, keys_of
@@ -40,7 +35,7 @@ class LMRecipe(Node):
     """Which language model, and how it is loaded."""
 
     model: str
-    """Hub id, folder, or `standin` for the packaged stand-in."""
+    """Hub id, folder, GGUF file, or `standin` for the packaged stand-in."""
     revision: str | None = None
     """Commit or tag on the Hub; resolved once and recorded in the run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -352,9 +347,9 @@ class Recipe(Node):
 
 
 def public_name(model: str) -> str:
-    """A model's name fit for publication: Hub ids as they are, folders by their last part."""
+    """A model's name fit for publication: Hub ids as they are, folders and files by their last part."""
     path = Path(model)
-    return path.name if path.is_absolute() or model.startswith((".", "~")) or path.is_dir() else model
+    return path.name if path.is_absolute() or model.startswith((".", "~")) or path.exists() else model
 
 
 def packaged_recipes() -> list[str]:

@@ -35,7 +35,7 @@ from qwenscope.cli.options import (
     set_up_output,
     show,
 )
-from qwenscope.cli.progress import train_with_progress
+from qwenscope.cli.progress import phases, train_with_progress
 from qwenscope.cli.tables import (
     comparison_table,
     doctor_table,
@@ -236,13 +236,23 @@ def evaluate(
     target: TargetName,
     data: Data = None,
     tokens: Tokens = None,
+    until_interval: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, metavar="WIDTH", help="Read no more than makes the intervals of FVU and CE recovered so narrow."
+        ),
+    ] = None,
     path: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write, if not TARGET.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure fidelity and the effect on the language model; write evaluation.json and report.html."""
     from qwenscope.evaluation.run import evaluate as run_evaluation
 
-    show(run_evaluation(target, data=data, tokens=tokens, out=path), as_json, evaluation_table)
+    with phases(err) as on_progress:
+        result = run_evaluation(
+            target, data=data, tokens=tokens, until_interval=until_interval, out=path, on_progress=on_progress
+        )
+    show(result, as_json, evaluation_table)
 
 
 @app.command(rich_help_panel="Train and measure")

@@ -115,10 +115,12 @@ class LanguageModel:
         learned = any(longest is not None and 0 <= len(table.weight) - longest <= 2 for table in tables)
         return longest if learned else None
 
-    def digest(self, last_layer: int) -> str:
-        """16 hex digits that tell models apart: 64 evenly spaced values of every parameter up to `last_layer`."""
+    def digest(self, last_layer: int | None = None) -> str:
+        """16 hex digits that tell models apart: 64 evenly spaced values of every parameter, up to `last_layer`."""
         digest = hashlib.sha256()
-        parts: list[Any] = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
+        parts: list[Any] = [self.model]
+        if last_layer is not None:
+            parts = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
         for name, parameter in (named for part in parts for named in part.named_parameters()):
             values = parameter.detach().flatten()
             sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
