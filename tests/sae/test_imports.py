@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from qwenscope import load_suite
 from qwenscope.errors import FormatError
-from qwenscope.sae.formats import import_suite
+from qwenscope.sae.formats import export_suite, import_suite
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -201,6 +201,20 @@ def test_an_npz_that_unpacks_without_end_and_one_that_is_cut_are_refused(tmp_pat
 def test_prefixes_that_do_not_nest_are_refused(tmp_path: Path, prefixes: Any) -> None:
     saelens(tmp_path / "there", 0, "matryoshka_batchtopk", matryoshka_widths=prefixes or [[]])
     refused(tmp_path, tmp_path / "there", "saelens", "prefixes must be whole numbers that rise to dict_size")
+
+
+@pytest.mark.parametrize("origin", ["saelens", "dictionary_learning"])
+def test_matryoshkas_return_to_the_bit(tmp_path: Path, origin: str) -> None:
+    case = {"saelens": "saelens matryoshka", "dictionary_learning": "dictionary_learning matryoshka"}[origin]
+    import_suite(CASES[case](tmp_path / "there", 0).source, origin, tmp_path / "suite")
+    export_suite(tmp_path / "suite", "dictionary_learning", tmp_path / "out")
+    (path,) = (tmp_path / "out").rglob("ae.pt")
+    assert torch.load(path, weights_only=True)["group_sizes"].tolist() == [16, 32, 48]
+    import_suite(tmp_path / "out", "dictionary_learning", tmp_path / "back")
+    (before,), (after,) = load_suite(tmp_path / "suite").values(), load_suite(tmp_path / "back").values()
+    assert after.config == before.config
+    for name, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value), name
 
 
 def test_a_giant_header_of_safetensors_is_refused(tmp_path: Path) -> None:

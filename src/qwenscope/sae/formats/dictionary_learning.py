@@ -72,6 +72,8 @@ def write(sae: SAE, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     dict_class, trainer_class = WRITTEN[sae.activation.name]
+    if dict_class == "BatchTopKSAE" and "prefixes" in sae.config:
+        dict_class, trainer_class = "MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer"
     with atomic_path(folder / WEIGHTS) as temporary:
         torch.save(_state(folder, sae, dict_class), temporary)
     trainer: dict[str, Any] = {
@@ -94,11 +96,15 @@ def _state(folder: Path, sae: SAE, dict_class: str) -> dict[str, Tensor]:
     )
     if dict_class == "JumpReluAutoEncoder":
         bias = (bias.double() - encoder.double() @ pre_bias.double()).float()
+    if "W_enc" in _TENSORS[dict_class]:
         encoder, decoder = encoder.T.contiguous(), decoder.T.contiguous()
-        return dict(zip(_TENSORS[dict_class], (encoder, bias, decoder, pre_bias, state["threshold"]), strict=True))
-    tensors = dict(zip(_TENSORS[dict_class], (encoder, bias, decoder, pre_bias), strict=True))
+    tensors = dict(zip(_TENSORS[dict_class], (encoder, bias, decoder, pre_bias), strict=False))
+    if dict_class == "JumpReluAutoEncoder":
+        return tensors | {"threshold": state["threshold"]}
     if dict_class == "AutoEncoder":
         return tensors
+    if dict_class == "MatryoshkaBatchTopKSAE":
+        tensors["group_sizes"] = torch.tensor(sae.config["prefixes"]).diff(prepend=torch.zeros(1, dtype=torch.int64))
     threshold = torch.tensor(-1.0) if sae.threshold is None else _one(folder, state["threshold"])
     return tensors | {"k": torch.tensor(sae.k, dtype=torch.int), "threshold": threshold}
 

@@ -14,7 +14,7 @@ from qwenscope.sae.formats.common import Parts, subtract_pre_bias
 from qwenscope.sae.formats.tensors import read_pickle, refuse_extra
 
 FILE = re.compile(r"layer(\d+)\.sae\.pt")
-_NAME = re.compile(r"SAE-Res-(.+)-W(\d+)K-L0_(\d+)")
+_NAME = re.compile(r"SAE-Res-([^/]+)-W(\d+)K-L0_(\d+)")
 
 
 def read(path: Path, name: str) -> Parts:
