@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["QWENSCOPE_CACHE"] = ""  # what one test measured is no other test's
 
 import pytest
 import torch

@@ -34,7 +34,8 @@ def run_demo(run: Path, console: Console, out: Console) -> Path:
     train_with_progress(recipe, run, resume=(run / "status.json").exists(), console=console)
     console.rule("[bold]2 of 4: evaluate[/] on held-out conversations, chat and tool use apart", align="left")
     evaluation = run / "evaluation.json"
-    result = read_json(evaluation) if evaluation.exists() else evaluate(run)
+    with phases(console) as on_progress:
+        result = read_json(evaluation) if evaluation.exists() else evaluate(run, on_progress=on_progress)
     out.print(evaluation_table(result))
     console.rule("[bold]3 of 4: package[/]", align="left")
     if not package.exists():

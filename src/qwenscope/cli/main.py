@@ -35,7 +35,7 @@ from qwenscope.cli.options import (
     set_up_output,
     show,
 )
-from qwenscope.cli.progress import train_with_progress
+from qwenscope.cli.progress import phases, train_with_progress
 from qwenscope.cli.tables import (
     comparison_table,
     doctor_table,
@@ -118,17 +118,36 @@ def _help_keys(asked: bool) -> None:
 
 @app.command(rich_help_panel="Before training")
 def recipe(
-    name: RecipeName,
+    name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Packaged recipe or a YAML file.")] = None,
     overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option("--for", metavar="MODEL", help="Write a recipe for this model: Hub id or folder.")
+    ] = None,
+    sites: Annotated[
+        str | None, typer.Option(metavar="SITES", help="With --for: where to read, such as 6,layers.6.mlp.")
+    ] = None,
+    dict_size: Annotated[int | None, typer.Option(min=4, help="With --for: latents of each SAE.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --for: documents or conversations to train on.")
+    ] = None,
     help_keys: Annotated[
         bool,
         typer.Option("--help-keys", help="Say what every key means, and exit.", is_eager=True, callback=_help_keys),
     ] = False,
 ) -> None:
-    """Print a recipe with every key and default written out."""
+    """Print a recipe with every key and default written out, or write one for a language model (--for)."""
     from qwenscope.recipe import load_recipe
 
-    sys.stdout.write(load_recipe(name, overrides or ()).to_yaml())
+    if (name is None) == (model is None):
+        raise RecipeError("name a recipe, or a language model with --for")
+    if name is not None:
+        sys.stdout.write(load_recipe(name, overrides or ()).to_yaml())
+        return
+    from qwenscope.planning.suggest import suggest
+
+    if overrides:
+        raise RecipeError("--for writes a new recipe, to be edited; --set changes one that is there")
+    sys.stdout.write(suggest(str(model), sites=sites.split(",") if sites else (), dict_size=dict_size, data=data))
 
 
 @app.command(rich_help_panel="Before training")
@@ -217,13 +236,23 @@ def evaluate(
     target: TargetName,
     data: Data = None,
     tokens: Tokens = None,
+    until_interval: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, metavar="WIDTH", help="Read no more than makes the intervals of FVU and CE recovered so narrow."
+        ),
+    ] = None,
     path: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write, if not TARGET.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure fidelity and the effect on the language model; write evaluation.json and report.html."""
     from qwenscope.evaluation.run import evaluate as run_evaluation
 
-    show(run_evaluation(target, data=data, tokens=tokens, out=path), as_json, evaluation_table)
+    with phases(err) as on_progress:
+        result = run_evaluation(
+            target, data=data, tokens=tokens, until_interval=until_interval, out=path, on_progress=on_progress
+        )
+    show(result, as_json, evaluation_table)
 
 
 @app.command(rich_help_panel="Train and measure")

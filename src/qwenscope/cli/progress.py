@@ -49,7 +49,8 @@ def train_with_progress(recipe: Recipe, run: Path, resume: bool, console: Consol
 
 @contextmanager
 def phases(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Show work that reports (phase, done, total): a bar per phase on a terminal, a line per phase elsewhere."""
+    """Show work that reports (phase, done, total): a bar per phase on a terminal; elsewhere a line when the phase
+    changes and every quarter of a minute, with the time left."""
     bars = Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
@@ -60,13 +61,16 @@ def phases(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         disable=not console.is_terminal,
     )
     tasks: dict[str, TaskID] = {}
+    lines = _Paced(console)
 
     def report(phase: str, done: int, total: int) -> None:
-        if phase not in tasks:
-            tasks[phase] = bars.add_task(phase, total=total)
-            if not console.is_terminal:
-                console.print(phase, highlight=False)
-        bars.update(tasks[phase], completed=done, total=total)
+        if console.is_terminal:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+        elif (seconds := lines.due(phase)) is not None:
+            left = f"  {_clock(seconds * (total - done) / done)} left" if seconds and done else ""
+            lines.print(f"{phase}  {done:,} of {total:,}{left}" if seconds else phase)
 
     with bars:
         yield report
@@ -128,19 +132,34 @@ class _Panel:
         return Group(self._bar, table)
 
 
-class _Lines:
+class _Paced:
     """A line when the phase changes and every quarter of a minute: readable in a log file."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._phase = ""
-        self._printed = 0.0
+        self._began = self._printed = 0.0
+
+    def due(self, phase: str) -> float | None:
+        """Seconds since the phase began if it is time for a line, 0 for its first; else None."""
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._began = phase, now
+        elif now - self._printed < _LINE_SECONDS:
+            return None
+        self._printed = now
+        return now - self._began
+
+    def print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False)
+
+
+class _Lines(_Paced):
+    """A run's lines."""
 
     def update(self, progress: RunProgress) -> None:
-        now = time.monotonic()
-        if progress.phase == self._phase and now - self._printed < _LINE_SECONDS:
+        if self.due(progress.phase) is None:
             return
-        self._phase, self._printed = progress.phase, now
         line = f"{progress.phase:<14} {progress.tokens:>13,} of {progress.target:,} tokens"
         if progress.tokens_per_second:
             line += f"  {progress.tokens_per_second:,.0f}/s"
@@ -150,4 +169,4 @@ class _Lines:
             fvu = sum(sae.fvu for sae in progress.saes.values()) / len(progress.saes)
             dead = sum(sae.dead_share for sae in progress.saes.values()) / len(progress.saes)
             line += f"  mean FVU {fvu:.4f}, dead {dead:.1%}"
-        self._console.print(line, highlight=False)
+        self.print(line)

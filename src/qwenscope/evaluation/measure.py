@@ -8,8 +8,9 @@ Legend: C conversations, T positions, R kept rows of a batch, P rows with a succ
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwenscope.activations.harvest import harvest
-from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.activations.harvest import LEFT_OUT, harvest
+from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.errors import CorpusError, ModelError
 from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_shifts
 from qwenscope.evaluation.fidelity import Fidelity, Moments
+from qwenscope.evaluation.kept import Kept
 from qwenscope.evaluation.splice import CleanPass, clean_pass, losses, variant_pass
+from qwenscope.evaluation.work import Work
 from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.hooks import find_routers, watch_routers
 from qwenscope.lm.model import LanguageModel
@@ -61,6 +64,7 @@ class SplitMeter:
         sites: {sae_id: hooked site}.
         conversations: the split; at least two different tokens.
         recipe: which rows are left out, and how batches are cut.
+        kept: knows the rows and the ablations that an earlier evaluation measured; None measures all.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class SplitMeter:
         sites: Mapping[str, Site],
         conversations: Sequence[Conversation],
         recipe: Recipe,
+        kept: Kept | None = None,
     ):
         self.lm, self.saes, self.sites, self.conversations, self.recipe = lm, saes, sites, conversations, recipe
         self.hooked = sorted(set(sites.values()))
@@ -82,23 +87,46 @@ class SplitMeter:
         self.routing = {sae_id: RoutingShift() for sae_id in saes}
         self.states = {sae_id: StateShift() for sae_id in saes}
         self.sums: dict[str, dict[str, Tensor]] = {sae_id: {} for sae_id in saes}
+        self.work = Work.of(lm)
+        self.cache = kept
+        self.first = None if kept is None else kept.get(conversations, self._rows_key())
+        self._look_up_ablations(self.first)
+
+    @property
+    def tokens(self) -> int:
+        """Of all conversations."""
+        return sum(len(conversation.token_ids) for conversation in self.conversations)
+
+    @property
+    def units(self) -> int:
+        """What `run` will report, in all."""
+        first = self.work.up_to(self.hooked[-1]) if self.first is None else 0
+        passes = self.work.from_((*self.ablated, *self.ablated, *self.sites.values()))
+        return self.tokens * (first + self.work.whole + self.work.head + passes)
 
     @torch.no_grad()
-    def run(self) -> SplitMeasurement:
-        """Both passes.
+    def run(self, report: Callable[[int], None] = lambda units: None) -> SplitMeasurement:
+        """Both passes; `report` is told the units of `Work` done since it was last called.
 
         Raises:
             CorpusError: the split is too small for its figures to exist.
             ModelError: an ablation leaves the loss as it is, so that CE recovered does not exist.
         """
-        self.kept, self.means_D, left_out = self._first_pass()
+        self.report = report
+        first = self.first or self._first_pass()
+        if self.first is None:
+            self._look_up_ablations(first)
+        self.kept = torch.split(first["kept"], [len(one.token_ids) for one in self.conversations])
+        left_out = dict(zip(LEFT_OUT, first["left_out"].tolist(), strict=True))
+        self.means_D = {site: first[site.name].to(self.lm.device) for site in self.hooked}
         batches = self._batches(range(len(self.conversations)))
         followed = set(range(0, len(batches), max(1, len(batches) // STATE_BATCHES)))
         for number, batch in enumerate(batches):
             self._measure(batch, follow_state="deltanet" in self.lm.layer_kinds and number in followed)
+        self._keep(first)
         sums = {
-            sae_id: {name: value_C.cpu().numpy() for name, value_C in named.items()}
-            for sae_id, named in self.sums.items()
+            sae_id: {name: value_C.cpu().numpy() for name, value_C in (named | self.ablations[site]).items()}
+            for (sae_id, named), site in zip(self.sums.items(), self.sites.values(), strict=True)
         }
         return SplitMeasurement(
             figures={sae_id: self._figures(sae_id, sums[sae_id], left_out) for sae_id in self.saes},
@@ -108,8 +136,8 @@ class SplitMeter:
             states={sae_id: shift.figures() for sae_id, shift in self.states.items() if shift.shifts},
         )
 
-    def _first_pass(self) -> tuple[list[Tensor], dict[Site, Tensor], dict[str, int]]:
-        """Which tokens of each conversation are kept, each hooked site's mean over them, and what was left out."""
+    def _first_pass(self) -> dict[str, Tensor]:
+        """Which tokens are `kept` (bool, of all conversations in turn), `left_out` by reason, the mean of each site."""
         kept = [torch.zeros(len(conversation.token_ids), dtype=torch.bool) for conversation in self.conversations]
         moments = {site: Moments(self.lm.hidden_dim, self.lm.device) for site in self.hooked}
         left_out: Counter[str] = Counter()
@@ -121,7 +149,34 @@ class SplitMeter:
                 for part_RD in torch.split(x_RD, ENCODE_ROWS):
                     moments[site].update(part_RD)
             left_out.update(rows.left_out)
-        return kept, {site: moment.mean for site, moment in moments.items()}, dict(left_out)
+            self.report(self.work.up_to(self.hooked[-1]) * sum(len(one.token_ids) for one in window))
+        return {
+            "kept": torch.cat(kept),
+            "left_out": torch.tensor([left_out[reason] for reason in LEFT_OUT]),
+            **{site.name: moment.mean.cpu() for site, moment in moments.items()},
+        }
+
+    def _look_up_ablations(self, first: Mapping[str, Tensor] | None) -> None:
+        """Take the sums of ablations that are known; `ablated` are the other sites, which this evaluation measures."""
+        self.ablations: dict[Site, dict[str, Tensor]] = {site: {} for site in self.hooked}
+        if self.cache is not None and first is not None:
+            for site in self.hooked:
+                self.ablations[site] = self.cache.get(self.conversations, _ablation_key(site, first)) or {}
+        self.ablated = tuple(site for site, sums in self.ablations.items() if not sums)
+
+    def _keep(self, first: Mapping[str, Tensor]) -> None:
+        """Keep for the next evaluation what this one had to measure and holds of no SAE."""
+        if self.cache is None:
+            return
+        if self.first is None:
+            self.cache.put(self.conversations, self._rows_key(), first)
+        for site in self.ablated:
+            self.cache.put(self.conversations, _ablation_key(site, first), self.ablations[site])
+
+    def _rows_key(self) -> dict[str, Any]:
+        """What decides, with the conversations, which rows are kept, and their means."""
+        rule = self.recipe.activations.model_dump(mode="json", exclude={"cache", "overlap"})
+        return {"rows": [site.name for site in self.hooked], "activations": rule}
 
     def _windows(self) -> Iterator[tuple[int, list[Conversation]]]:
         """Conversations in runs of about one training window, each with the position of its first."""
@@ -150,21 +205,28 @@ class SplitMeter:
         special_R = torch.isin(batch.input_ids_CT.to(self.lm.device)[kept_CT], self.special_ids)
         real_R = clean.real_CT.flatten().nonzero().squeeze(1)
         variants: dict[tuple[str, str | Site], Tensor] = {}
-        for site in self.hooked:
-            for name, value_D in (("zero", torch.zeros_like(self.means_D[site])), ("mean", self.means_D[site])):
+        self.report(len(clean.target_P) * self.work.whole)
+        for site in self.ablated:
+            mean_D = self.means_D[site]
+            for name, value_D in (("zero_ablation", torch.zeros_like(mean_D)), ("mean_ablation", mean_D)):
                 ablated_CTD = _replaced(rows[site], kept_CT, value_D)
-                variants[name, site] = variant_pass(self.lm, clean, site, ablated_CTD)
+                variants[name, site] = self._variant(clean, site, ablated_CTD)
         for sae_id, site in self.sites.items():
             x_hat_RD = self._reconstruct(sae_id, batch, rows[site], kept_CT, roles_R, special_R)
             x_CTD = _replaced(rows[site], kept_CT, x_hat_RD)
             above = {layer: router for layer, router in self.routers.items() if _before(site, layer)}
             routing: dict[int, Tensor] = {}
             with watch_routers(above, routing.__setitem__):
-                variants["splice", sae_id] = variant_pass(self.lm, clean, site, x_CTD)
+                variants["spliced", sae_id] = self._variant(clean, site, x_CTD)
             self.routing[sae_id].update(self.routers, clean_routing, routing, real_R)
         if follow_state:
             self._follow_state(batch, kept_CT)
         self._add_losses(batch, clean, variants)
+
+    def _variant(self, clean: CleanPass, site: Site, edited_CTD: Tensor) -> Tensor:
+        hidden_PD = variant_pass(self.lm, clean, site, edited_CTD)
+        self.report(len(hidden_PD) * (self.work.from_([site]) - self.work.head))
+        return hidden_PD
 
     def _follow_state(self, batch: Batch, kept_CT: Tensor) -> None:
         """Recurrent state at the end of the batch's first conversations, all cut to the shortest of these."""
@@ -197,32 +259,30 @@ class SplitMeter:
             self.fidelity[sae_id].update(x_RD[part], codes, x_hat_RD[part], roles_R[part], special_R[part])
             x_BD = x_RD[part].double()
             residual_B = (x_BD - x_hat_RD[part].double()).square_().sum(1)
-            self._add(sae_id, "residual", conversation_R[part], residual_B)
-            self._add(sae_id, "deviation", conversation_R[part], (x_BD - mean_D).square_().sum(1))
+            sums = self.sums[sae_id]
+            self._add(sums, "residual", conversation_R[part], residual_B)
+            self._add(sums, "deviation", conversation_R[part], (x_BD - mean_D).square_().sum(1))
         return x_hat_RD
 
     def _add_losses(self, batch: Batch, clean: CleanPass, variants: Mapping[tuple[str, str | Site], Tensor]) -> None:
-        clean_ce_P, scored = losses(self.lm, clean, variants)
+        head = self.work.head
+        clean_ce_P, scored = losses(self.lm, clean, variants, on_rows=lambda rows: self.report(rows * head))
         conversation_P = self._members(batch)[clean.row_P]
-        for sae_id, site in self.sites.items():
-            self._add(sae_id, "predicted", conversation_P, torch.ones_like(clean_ce_P))
-            self._add(sae_id, "ce_clean", conversation_P, clean_ce_P)
-            keys: dict[str, tuple[str, str | Site]] = {
-                "spliced": ("splice", sae_id),
-                "zero_ablation": ("zero", site),
-                "mean_ablation": ("mean", site),
-            }
-            for name, key in keys.items():
-                self._add(sae_id, f"ce_{name}", conversation_P, scored[key].ce_P)
-                self._add(sae_id, f"kl_{name}", conversation_P, scored[key].kl_P)
+        for sums in self.sums.values():
+            self._add(sums, "predicted", conversation_P, torch.ones_like(clean_ce_P))
+            self._add(sums, "ce_clean", conversation_P, clean_ce_P)
+        for (variant, where), found in scored.items():
+            sums = self.ablations[where] if isinstance(where, Site) else self.sums[where]
+            self._add(sums, f"ce_{variant}", conversation_P, found.ce_P)
+            self._add(sums, f"kl_{variant}", conversation_P, found.kl_P)
 
     def _members(self, batch: Batch) -> Tensor:
         return torch.tensor(batch.members, device=self.lm.device)
 
-    def _add(self, sae_id: str, name: str, conversation_B: Tensor, value_B: Tensor) -> None:
+    def _add(self, sums: dict[str, Tensor], name: str, conversation_B: Tensor, value_B: Tensor) -> None:
         """Add values to their conversations' sums."""
         empty_C = torch.zeros(len(self.conversations), dtype=torch.float64, device=self.lm.device)
-        self.sums[sae_id].setdefault(name, empty_C).index_add_(0, conversation_B, value_B)
+        sums.setdefault(name, empty_C).index_add_(0, conversation_B, value_B)
 
     def _figures(self, sae_id: str, sums: Sums, left_out: Mapping[str, int]) -> dict[str, Any]:
         fidelity = self.fidelity[sae_id].figures()
@@ -257,6 +317,12 @@ class SplitMeter:
                 "as it is, so CE recovered does not exist; hook a site that the model uses"
             )
         return (mean[f"ce_{baseline}_ablation"] - mean["ce_spliced"]) / lost
+
+
+def _ablation_key(site: Site, first: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What decides, with the conversations, how ablations at a site turn out: the kept rows and their mean."""
+    rows = hashlib.sha256(first["kept"].numpy().tobytes() + first[site.name].numpy().tobytes())
+    return {"ablation": site.name, "rows": rows.hexdigest()}
 
 
 def _before(site: Site, layer: int) -> bool:

@@ -36,6 +36,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError, ResourceError, reason
+from qwenscope.lm.gguf import checked_revision, is_gguf, where
+from qwenscope.lm.gguf import tensors as gguf_tensors
 from qwenscope.lm.model import Kind, LanguageModel, as_language_model, decoder_layers, kind_of
 from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.lm.sites import Site, hooked_sites, module_at
@@ -73,7 +75,13 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
     devices = pick_devices(lm.device)
     with _model_errors(lm.model):
         # Tied weights may stand in the checkpoint under either name, or under both with a head of its own.
-        slices = _open_slices(lm, folder, revision, last, lm_head or bool(cut.tie_word_embeddings))
+        head = lm_head or bool(cut.tie_word_embeddings)
+        if is_gguf(folder):
+            with _quiet_transformers():
+                whole = gguf_tensors(folder, pick_dtype(lm, config))
+            slices = {key: tensor for key, tensor in whole.items() if _needed(key, last, head)}
+        else:
+            slices = _open_slices(lm, folder, revision, last, head)
         model = _build(cut, slices, pick_dtype(lm, config), devices, lm_head)
         if lm_head and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -148,7 +156,7 @@ def load_tokenizer(lm: LMRecipe) -> Tokenizer:
 def _tokenizer(name: str, folder: Path) -> Tokenizer:
     """Never asks for, nor runs, code of the checkpoint; truncation and padding that it was saved with are off."""
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**where(folder), trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, transformers whatever a foreign file leads to
@@ -197,7 +205,8 @@ def check_hook_points(lm_or_kinds: LanguageModel | Sequence[Kind], hook_points: 
 
 
 def resolve(lm: LMRecipe) -> tuple[Path, str | None]:
-    """Folder with config, tokenizer and (for local models) weights, and the commit of a Hub model."""
+    """Folder with config, tokenizer and (for local models) weights, or a GGUF file with all of them; and the commit of
+    a Hub model, or the digest of that file."""
     if lm.model == "standin":
         from qwenscope.lm.standin import STANDIN_FOLDER  # here: its training script imports this module
 
@@ -205,6 +214,8 @@ def resolve(lm: LMRecipe) -> tuple[Path, str | None]:
     folder = Path(lm.model)
     if folder.is_dir():
         return folder, None
+    if is_gguf(folder):
+        return folder, checked_revision(folder, lm.revision)
     with _hub_errors(lm):
         snapshot = Path(snapshot_download(lm.model, revision=lm.revision, allow_patterns=_SMALL_FILES))
     return snapshot, snapshot.name
@@ -212,7 +223,7 @@ def resolve(lm: LMRecipe) -> tuple[Path, str | None]:
 
 def _text_config(name: str, folder: Path) -> PretrainedConfig:
     with _model_errors(name):
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(**where(folder), trust_remote_code=False)
     config: PretrainedConfig = whole.get_text_config(decoder=True)
     if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
