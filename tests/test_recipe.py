@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qwenscope.corpus.chat import ROLES
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import RecipeError
 from qwenscope.recipe import Recipe, keys, load_recipe, packaged_recipes
 

@@ -28,8 +28,10 @@ def filled(module, draw):
             random = random.abs() + 0.5
         elif name == "r_mag":
             random *= 0.3
-        elif name in ("b_enc", "b_gate", "gate_bias", "encoder.bias"):
+        elif name in ("b_enc", "encoder.bias"):
             random -= 1
+        elif name in ("b_gate", "gate_bias"):
+            random -= 2
         value.data.copy_(random)
     return module
 

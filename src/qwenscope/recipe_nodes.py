@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 _SITE = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.|$)")
 MOST = 10**15  # of anything that is counted
 
-Role = Literal["system", "user", "assistant", "tool_call", "tool_result", "think", "template"]
+Role = Literal["system", "user", "assistant", "tool_call", "tool_result", "think", "template", "text"]
 """What a token of a conversation belongs to."""
 
 Positive = Annotated[int, Field(gt=0, le=MOST)]

@@ -52,7 +52,9 @@ def imported(folder: Path, model: Path, kind: str, seed: int) -> Path:
     return folder / "suite"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in ("topk", "jumprelu") else ()) for kind in KINDS]
+)
 def test_a_foreign_suite_does_what_ours_does(
     kind: str, model: Path, lm: LanguageModel, corpus: Path, tmp_path: Path
 ) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_run import tiny_recipe
 from torch import Tensor
 
-from qwenscope import SAE, SAETrainer
+from qwenscope import SAE, SAETrainer, load_suite
 from qwenscope.errors import RecipeError, TrainingError
 from qwenscope.recipe import load_recipe
+from qwenscope.training.run import train as run_training
 
 HIDDEN, LATENTS, K, BATCH = 160, 96, 5, 64  # two panels of columns
 
@@ -94,6 +97,12 @@ def test_a_resumed_trainer_goes_on_to_the_same_bits() -> None:
         resumed.step(rows(BATCH, 100 + step))
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_run_trains_by_its_prefixes_and_records_them(model: Path, tmp_path: Path) -> None:
+    run_training(tiny_recipe(model, training__prefixes=[32, 96]), tmp_path / "run")
+    found = {sae_id: sae.config["prefixes"] for sae_id, sae in load_suite(tmp_path / "run").items()}
+    assert found == {"sae_attn": [32, 96, 192], "sae_delta": [32, 96, 256]}
 
 
 @pytest.mark.parametrize("prefixes", [(0, 16), (32, 16), (16, 16), (16, LATENTS + 1), (-1,)])

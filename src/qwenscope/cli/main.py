@@ -118,17 +118,36 @@ def _help_keys(asked: bool) -> None:
 
 @app.command(rich_help_panel="Before training")
 def recipe(
-    name: RecipeName,
+    name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Packaged recipe or a YAML file.")] = None,
     overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option("--for", metavar="MODEL", help="Write a recipe for this model: Hub id or folder.")
+    ] = None,
+    sites: Annotated[
+        str | None, typer.Option(metavar="SITES", help="With --for: where to read, such as 6,layers.6.mlp.")
+    ] = None,
+    dict_size: Annotated[int | None, typer.Option(min=4, help="With --for: latents of each SAE.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --for: documents or conversations to train on.")
+    ] = None,
     help_keys: Annotated[
         bool,
         typer.Option("--help-keys", help="Say what every key means, and exit.", is_eager=True, callback=_help_keys),
     ] = False,
 ) -> None:
-    """Print a recipe with every key and default written out."""
+    """Print a recipe with every key and default written out, or write one for a language model (--for)."""
     from qwenscope.recipe import load_recipe
 
-    sys.stdout.write(load_recipe(name, overrides or ()).to_yaml())
+    if (name is None) == (model is None):
+        raise RecipeError("name a recipe, or a language model with --for")
+    if name is not None:
+        sys.stdout.write(load_recipe(name, overrides or ()).to_yaml())
+        return
+    from qwenscope.planning.suggest import suggest
+
+    if overrides:
+        raise RecipeError("--for writes a new recipe, to be edited; --set changes one that is there")
+    sys.stdout.write(suggest(str(model), sites=sites.split(",") if sites else (), dict_size=dict_size, data=data))
 
 
 @app.command(rich_help_panel="Before training")

@@ -41,6 +41,7 @@ class Meta(TypedDict):
     data: str
     privacy: _Privacy
     splits: list[str]
+    roles: list[str]
 
 
 class _Densities(TypedDict):

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwenscope.corpus.chat import ROLES, render
+from qwenscope.corpus.chat import render
+from qwenscope.corpus.conversation import ROLES
+from qwenscope.corpus.documents import Documents
 from qwenscope.corpus.repair import Dropped
 from qwenscope.errors import CorpusError
 from qwenscope.features.token_text import pieces_of, readable
@@ -60,7 +62,8 @@ def read(
     Args:
         model: a transformers causal language model, or a loaded `LanguageModel`.
         tokenizer: its tokenizer.
-        text_or_messages: plain text, or messages for the tokenizer's chat template.
+        text_or_messages: plain text, read as a document of the corpus (with BOS where the tokenizer writes it), or
+            messages for the tokenizer's chat template.
         suite: SAEs by id.
         sites: {sae_id: where it reads}; None takes each SAE's own configuration, or the published suite's by id.
         tools: tool schemas of a conversation.
@@ -88,10 +91,10 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, given: str | Messages, tools: list[dict[str, Any]] | None, max_length: int
 ) -> tuple[list[int], list[str] | None]:
     if isinstance(given, str):
-        token_ids: list[int] = tokenizer(given, add_special_tokens=False).input_ids[:max_length]
-        if not token_ids:
+        (rows,) = Documents(tokenizer, max_length).encode([given])
+        if not rows:
             raise CorpusError("there is no text to read")
-        return token_ids, None
+        return rows[0].token_ids.tolist(), None
     try:
         rendered = render([dict(message) for message in given], tools, tokenizer, max_length)
     except Dropped as dropped:

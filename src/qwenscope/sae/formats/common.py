@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qwenscope.errors import FormatError
@@ -51,7 +52,8 @@ class Parts:
 
 def subtract_pre_bias(parts: Parts) -> None:
     """From pre-activations `E x + b` to ours, `E (x - p) + b'`: b' = b + E p, summed in float64."""
-    product_N = parts.encoder_ND.double() @ parts.pre_bias_D.double()
+    pre_bias_D = parts.pre_bias_D.double()
+    product_N = torch.cat([rows_RD.double() @ pre_bias_D for rows_RD in torch.split(parts.encoder_ND, 1 << 16)])
     parts.bias_N = (parts.bias_N.double() + product_N).float()
     parts.changed.append("encoder bias takes in encoder @ pre_bias, as the input was not centred before the encoder")
 
