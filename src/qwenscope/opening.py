@@ -24,7 +24,7 @@ from qwenscope.corpus.chat import with_template
 from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError, FormatError, HubError, ModelError
-from qwenscope.files import read_json
+from qwenscope.files import read_object
 from qwenscope.hub import check_repo_id, download
 from qwenscope.lm.load import check_hook_points, load_language_model
 from qwenscope.lm.model import LanguageModel
@@ -161,7 +161,7 @@ def open_target(target: Path | str, *, revision: str | None = None, like: Target
     saes = {sae_id: SAE.from_pretrained(root, sae_id) for sae_id in recipe.hook_points}
     for sae_id, point in recipe.hook_points.items():
         check_size(root / sae_id, saes[sae_id], point)
-    revisions = read_json(folder / _RUN).get("revisions") if (folder / _RUN).is_file() else None
+    revisions = read_object(folder / _RUN).get("revisions") if (folder / _RUN).is_file() else None
     return Target(str(target), folder, recipe, saes, revisions or {}, on_hub=on_hub)
 
 

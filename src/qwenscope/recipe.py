@@ -18,8 +18,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qwenscope.errors import RecipeError, reason
+from qwenscope.files import public_name
 from qwenscope.recipe_keys import first_problem, keys_of
-from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share
+from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share, file_systems, schemes_of
 from qwenscope.recipe_nodes import HookPoint as HookPoint
 from qwenscope.strict_yaml import YamlError, read_yaml, set_value
 
@@ -182,10 +183,12 @@ class ActivationsRecipe(Node):
     @field_validator("cache")
     @classmethod
     def _a_known_place(cls, cache: str | None) -> str | None:
-        from fsspec.registry import available_protocols  # type: ignore[import-untyped]  # 0.2 s, and rarely needed
-
-        for scheme in re.findall(r"(?:^|::)([^:/]*)(?=://|::)", cache or ""):
-            if scheme not in available_protocols():
+        if cache is None:
+            return None
+        if not cache.strip(" /"):
+            raise ValueError("names no folder; null keeps no windows")
+        for scheme in schemes_of(cache):
+            if scheme not in file_systems().available_protocols():
                 raise ValueError(
                     f"{scheme}:// is no scheme that fsspec knows; use a folder, or s3://, gs://, az:// ..."
                 )
@@ -344,12 +347,6 @@ class Recipe(Node):
         """16 hex digits that change with every value in the tree."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def public_name(model: str) -> str:
-    """A model's name fit for publication: Hub ids as they are, folders and files by their last part."""
-    path = Path(model)
-    return path.name if path.is_absolute() or model.startswith((".", "~")) or path.exists() else model
 
 
 def packaged_recipes() -> list[str]:

@@ -32,6 +32,7 @@ from qwenscope.cli.options import (
     import_format,
     out,
     per_latent,
+    read_recipe,
     set_up_output,
     show,
 )
@@ -136,12 +137,10 @@ def recipe(
     ] = False,
 ) -> None:
     """Print a recipe with every key and default written out, or write one for a language model (--for)."""
-    from qwenscope.recipe import load_recipe
-
     if (name is None) == (model is None):
         raise RecipeError("name a recipe, or a language model with --for")
     if name is not None:
-        sys.stdout.write(load_recipe(name, overrides or ()).to_yaml())
+        sys.stdout.write(read_recipe(name, overrides).to_yaml())
         return
     from qwenscope.planning.suggest import suggest
 
@@ -170,9 +169,8 @@ def plan(
     from qwenscope.planning.measure import measurable, measure
     from qwenscope.planning.plan import plan as make_plan
     from qwenscope.planning.plan import read_config
-    from qwenscope.recipe import load_recipe
 
-    recipe = load_recipe(name, overrides or ())
+    recipe = read_recipe(name, overrides)
     measured = None
     if gpu is None and measurable(recipe):
         config = read_config(recipe)
@@ -194,9 +192,8 @@ def survey(
     from qwenscope.corpus.survey import survey as run_survey
     from qwenscope.lm.batches import cut
     from qwenscope.lm.load import load_tokenizer
-    from qwenscope.recipe import load_recipe
 
-    loaded = load_recipe(name, overrides or ())
+    loaded = read_recipe(name, overrides)
     report = run_survey(loaded, load_tokenizer(loaded.lm), cut, limit=limit, dump=dump)
     show(report, as_json, survey_tables)
 
@@ -225,10 +222,8 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train every SAE of a recipe in one pass of the language model; under torchrun, on several devices at once."""
-    from qwenscope.recipe import load_recipe
-
     console = err if _RANK in (None, "0") else Console(quiet=True)
-    train_with_progress(load_recipe(name, overrides or ()), run, resume, console)
+    train_with_progress(read_recipe(name, overrides), run, resume, console)
 
 
 @app.command(rich_help_panel="Train and measure")

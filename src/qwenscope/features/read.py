@@ -12,26 +12,21 @@ Legend: T tokens, K active latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwenscope.corpus.chat import render
+from qwenscope.corpus.anything import Messages, render_given
 from qwenscope.corpus.conversation import ROLES
-from qwenscope.corpus.documents import Documents
-from qwenscope.corpus.repair import Dropped
-from qwenscope.errors import CorpusError
 from qwenscope.features.token_text import pieces_of, readable
 from qwenscope.lm.forward import site_rows
 from qwenscope.lm.model import LanguageModel, as_language_model
 from qwenscope.lm.sites import Site, Where
 from qwenscope.opening import check_widths, sites_of_suite
 from qwenscope.sae.sae import SAE, Codes
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,9 @@ def read(
     lm = as_language_model(model, tokenizer)
     at = sites_of_suite(suite) if sites is None else {sae_id: Site.of(site) for sae_id, site in sites.items()}
     check_widths(suite, lm)
-    token_ids, roles = _tokens(tokenizer, text_or_messages, tools, max_length)
+    rendered = render_given(tokenizer, text_or_messages, tools, max_length)
+    token_ids = rendered.token_ids.tolist()
+    roles = None if isinstance(text_or_messages, str) else [ROLES[role] for role in rendered.roles.tolist()]
     rows = site_rows(lm, torch.tensor([token_ids]), sorted({at[sae_id] for sae_id in suite}))
     codes = {}
     with torch.no_grad():
@@ -85,18 +82,3 @@ def read(
             found = sae.encode(rows[at[sae_id]][0].to(sae.pre_bias.device))
             codes[sae_id] = Codes(found.values.cpu(), found.indices.cpu(), sae.dict_size)
     return Reading(token_ids, readable(pieces_of(tokenizer, token_ids)), roles, codes)
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, given: str | Messages, tools: list[dict[str, Any]] | None, max_length: int
-) -> tuple[list[int], list[str] | None]:
-    if isinstance(given, str):
-        (rows,) = Documents(tokenizer, max_length).encode([given])
-        if not rows:
-            raise CorpusError("there is no text to read")
-        return rows[0].token_ids.tolist(), None
-    try:
-        rendered = render([dict(message) for message in given], tools, tokenizer, max_length)
-    except Dropped as dropped:
-        raise CorpusError(f"the messages cannot be rendered: {dropped}") from None
-    return rendered.token_ids.tolist(), [ROLES[role] for role in rendered.roles.tolist()]
