@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -51,7 +52,12 @@ err = _Console(stderr=True, soft_wrap=True)
 
 
 def set_up_output(debug: bool) -> None:
-    """Log to stderr, and write escapes for what an output's encoding lacks (a pipe's may be ASCII)."""
+    """Log to stderr, and write escapes for what an output's encoding lacks (a pipe's may be ASCII).
+
+    Warnings of other libraries are for their developers: they are shown with --debug, or where Python's -W asks.
+    """
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
