@@ -50,12 +50,13 @@ class Work:
 
     def per_second(self, lm: LanguageModel) -> float:
         """Units per second here, from the second of two passes of a few tokens."""
-        ids = torch.zeros((1, _PROBE), dtype=torch.int64, device=lm.device)
+        length = min(_PROBE, lm.known_positions or _PROBE)
+        ids = torch.zeros((1, length), dtype=torch.int64, device=lm.device)
         for _ in range(2):
             began = time.monotonic()
             logits(lm, final_hidden(lm, ids)[0]).sum().item()
             seconds = time.monotonic() - began
-        return _PROBE * (self.whole + self.head) / max(seconds, 1e-9)
+        return length * (self.whole + self.head) / max(seconds, 1e-9)
 
 
 class Meter:
