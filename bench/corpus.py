@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core each
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.lm.batches import make_batches
 from qwenscope.recipe import CorpusRecipe, SourceRecipe

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenscope.corpus.chat import ROLES
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.features.form import pack
 from qwenscope.features.integrity import FILE, PEAKS_BY_TOKEN, SCHEMA
 from qwenscope.features.store import VERSION, key_of

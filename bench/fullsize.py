@@ -36,7 +36,7 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
 
 from qwenscope.activations.windows import Windows
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.costs import GPUS
 from qwenscope.doctor import examine
 from qwenscope.lm.load import cut_config, layer_kinds, pick_dtype

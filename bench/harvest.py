@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwenscope.activations.source import WindowSource
 from qwenscope.activations.windows import Windows
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.forward import final_hidden, logits, site_rows

@@ -12,7 +12,7 @@ from torch import Tensor
 from truth import GroundTruth, Kind, ground_truth
 
 from qwenscope.activations.harvest import harvest
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.evaluation.measure import SplitMeter
 from qwenscope.lm.load import load_language_model

@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
 Fault = int | str  # a status code, "reset", or "truncate"
 
@@ -140,6 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
         if match.re is _INFO:
             siblings = [{"rfilename": name} for name in files]
             answer: Any = {"id": match[2], "sha": sha, "private": False, "tags": [], "siblings": siblings}
+            card = files.get("README.md", b"")
+            if card.startswith(b"---\n"):
+                answer["cardData"] = yaml.safe_load(card.split(b"---\n")[1])
         elif match.re is _TREE:
             prefix = f"{match[4]}/" if match[4] else ""
             answer = [_entry(name, data) for name, data in files.items() if name.startswith(prefix)]

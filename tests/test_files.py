@@ -29,6 +29,9 @@ from qwenscope.files import (
     write_text,
 )
 from qwenscope.sae.sae import TopKSAE
+from qwenscope.training.checkpoint import save
+from qwenscope.training.lock import run_lock
+from qwenscope.training.telemetry import MetricsFile
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002, 0o027], ids=oct)
@@ -206,3 +209,31 @@ def test_messages_keep_what_can_be_read() -> None:
     assert str(FormatError("\x1b[31mred\x07 \u202eevil \udcff")) == r"\x1b[31mred\x07 \u202eevil \udcff"
     assert reason(KeyError()) == "KeyError"
     assert reason(torch.OutOfMemoryError("no\nroom")) == "no room"
+
+
+def test_no_file_of_a_run_is_written_through_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".lock", "metrics.jsonl"):
+        (run / name).symlink_to(victim)
+    with pytest.raises(OSError, match=r"symbolic links.*\.lock"), run_lock(run):
+        pass
+    MetricsFile(run / "metrics.jsonl", 0).close()  # lines that are none are taken out, by a file of its own
+    assert not (run / "metrics.jsonl").is_symlink()
+    empty = tmp_path / "empty"
+    empty.touch()
+    (run / "other.jsonl").symlink_to(empty)
+    with pytest.raises(OSError, match=r"symbolic links.*other\.jsonl"):
+        MetricsFile(run / "other.jsonl", 0)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / ".step-00000001.tmp").symlink_to(tmp_path)
+    save(run / "checkpoints", 1, {"step": 1}, {"sae": {"a": torch.zeros(2)}})
+    assert victim.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run", "victim"]
+
+
+def test_a_lock_has_the_mode_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        assert mode(tmp_path / ".lock") == 0o666 & ~umask

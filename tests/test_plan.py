@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm.families import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, Qwen3_5MoeTextConfig
@@ -59,6 +60,20 @@ def test_parameters_and_active_share_match_a_built_model() -> None:
     matrices = sum(w.numel() for name, w in model.named_parameters() if w.ndim >= 2 and "embed" not in name)
     assert size.active_parameters == matrices - experts * 3 // 4
     assert model_size(config, 3).parameters < size.parameters
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_moe"])
+def test_of_any_mixture_of_experts_the_routed_share_is_active(family: str) -> None:
+    """Two of four experts, however the family names their number."""
+    model = tiny(family)
+    weights = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim >= 2 and "embed" not in name and "lm_head" not in name
+    }
+    experts = sum(count for name, count in weights.items() if ".experts." in name)
+    assert experts
+    assert model_size(model.config, 3).active_parameters == sum(weights.values()) - experts // 2
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

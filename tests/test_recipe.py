@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from qwenscope.corpus.chat import ROLES
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import RecipeError
+from qwenscope.limits import check_cache
 from qwenscope.recipe import Recipe, keys, load_recipe, packaged_recipes
 
 # The published card's overview table: layer, kind, dictionary size, k, learning rate.
@@ -275,3 +277,45 @@ def test_every_key_of_a_recipe_is_explained() -> None:
     written = leaves(load_recipe("standin").model_dump(mode="json"))
     assert set(explained) == written | {"hook_points.<id>.site"}  # instead of layer
     assert all(meaning.endswith((".", "?")) for meaning in explained.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seed: 42", "seed: 010", r"'010' would be read as 8.*line 1"),
+        ("seed: 42", "seed: 1:30", r"'1:30' would be read as 90.*line 1"),
+        ("seed: 42", "seed: yes", "seed: true and false stand for no value here"),
+        ("dict_size: 256", "dict_size: true", "dict_size: true and false"),
+        ("lr: 0.006", "lr: on", "lr: true and false"),
+        ("layer: 6", "layer: true", "layer: true and false"),
+        ("layer: 6", "layer: ' 6'", "layer ' 6' is no layer's number"),
+        ("layer: 6", "layer: '+6'", "layer '\\+6' is no layer's number"),
+        ("cache: null", "cache: ''", "cache: names no folder"),
+        ("cache: null", "cache: '  /'", "cache: names no folder"),
+        ("cache: null", 'cache: "a\\0b"', "cache: holds a character that cannot be shown"),
+        ("model: standin", 'model: "\\e[31m"', "lm.model: holds a character that cannot be shown"),
+    ],
+)
+def test_what_would_be_read_as_something_else_is_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    text = load_recipe("standin").to_yaml()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(RecipeError, match=f"recipe.yaml.*{said}"):
+        load_recipe(path)
+
+
+def test_a_quoted_layer_is_the_layer(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(load_recipe("standin").to_yaml().replace("layer: 6", "layer: '6'", 1))
+    assert load_recipe(path) == load_recipe("standin")
+
+
+def test_a_cache_whose_library_is_missing_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(scheme: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "get_filesystem_class", missing)
+    recipe = load_recipe("standin", ["activations.cache=simplecache::s3://bucket/x"])  # a run of another machine's
+    with pytest.raises(RecipeError, match=r"activations.cache: \w+:// cannot be used here \(Install s3fs"):
+        check_cache(recipe)

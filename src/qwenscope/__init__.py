@@ -8,7 +8,9 @@ The public names, loaded when first used:
 
 - `TopKSAE`, `Codes`, `load_suite`: an SAE, its sparse codes, a whole suite from a folder or the Hub. `SAE` is the same
   with any activation (BatchTopK, JumpReLU, ReLU).
-- `SAETrainer`: one optimizer step at a time, on anyone's activations.
+- `SAETrainer`: one optimizer step at a time, or `fit` on rows that are there; on anyone's activations.
+- `harvest`, `read`, `intervene`, `steer` and `Steering`: rows, codes and edits of any transformers model.
+- `open_target`: a run, a release, a foreign suite or a Hub repository, with what its SAEs were made for.
 - `Recipe`, `load_recipe`: everything a run depends on.
 - `train`, `evaluate`: a run and its measurements.
 - `QwenscopeError`: base class of every error a user can cause and cure.
@@ -23,7 +25,11 @@ from typing import TYPE_CHECKING, Any
 from qwenscope.errors import QwenscopeError
 
 if TYPE_CHECKING:
+    from qwenscope.activations.plain import harvest, intervene
     from qwenscope.evaluation.run import evaluate
+    from qwenscope.features.read import read
+    from qwenscope.features.steering import Steering, steer
+    from qwenscope.opening import open_target
     from qwenscope.recipe import Recipe, load_recipe
     from qwenscope.sae.loading import load_suite
     from qwenscope.sae.sae import SAE, Codes, TopKSAE
@@ -38,10 +44,16 @@ __all__ = [
     "QwenscopeError",
     "Recipe",
     "SAETrainer",
+    "Steering",
     "TopKSAE",
     "evaluate",
+    "harvest",
+    "intervene",
     "load_recipe",
     "load_suite",
+    "open_target",
+    "read",
+    "steer",
     "train",
 ]
 
@@ -55,6 +67,12 @@ _HOMES = {
     "load_recipe": "recipe",
     "train": "training.run",
     "evaluate": "evaluation.run",
+    "harvest": "activations.plain",
+    "intervene": "activations.plain",
+    "open_target": "opening",
+    "read": "features.read",
+    "steer": "features.steering",
+    "Steering": "features.steering",
 }
 
 

@@ -63,6 +63,7 @@ GPUS: dict[str, Card] = {
     "l40s": Card(45, 362, 0.86, 32, (0.8, 1.9)),
     "4090": Card(24, 165, 1.0, 32, (0.3, 0.7)),
 }
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as families call their number
 NETWORK_GB_S = 50.0
 """Between machines: one adapter of 400 Gbit/s per card."""
 
@@ -105,7 +106,8 @@ def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> Model
     active; embeddings are looked up, not multiplied. The length-dependent part of attention is left out: below 1 % at
     2,048 tokens.
     """
-    routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    experts = next((count for name in _EXPERTS if (count := getattr(config, name, None))), None)
+    routed = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
     parameters = active = 0.0
     for name, weight in model.named_parameters():
         parameters += weight.numel()

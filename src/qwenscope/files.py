@@ -71,6 +71,13 @@ def _umask() -> int:
     return mask
 
 
+def public_name(model: str) -> str:
+    """A model's name fit for publication: Hub ids as they are, folders and files by their last part."""
+    path = Path(model)
+    on_hub = model.count("/") < 2 and not model.startswith((".", "~", "/"))
+    return model if on_hub and not path.exists() else path.name
+
+
 def make_folder(folder: Path) -> None:
     """Make `folder` and its missing parents, so that their names survive a power cut."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -209,6 +216,18 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path} is not JSON ({reason(error)}); restore it or make it again") from None
     except OSError as error:
         raise FormatError(f"{path} cannot be read ({reason(error)})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object.
+
+    Raises:
+        FormatError: as `read_json`, or it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} is no JSON object; restore it or make it again")
+    return value
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import os
 import psutil
 import torch
 
-from qwenscope.errors import RecipeError, ResourceError
+from qwenscope.errors import RecipeError, ResourceError, reason
 from qwenscope.recipe import Recipe
+from qwenscope.recipe_nodes import file_systems, schemes_of
 
 WORKERS_PER_CORE = 4
 
@@ -49,3 +50,16 @@ def check_memory(recipe: Recipe, hidden_dim: int, ranks: int = 1) -> None:
             raise ResourceError(
                 f"{key} needs {needed:,} bytes of memory at least, {ranks * present:,} are there; lower it"
             )
+
+
+def check_cache(recipe: Recipe) -> None:
+    """Refuse a cache whose file system needs a package that this machine lacks; one that only reads a run needs none.
+
+    Raises:
+        RecipeError: names the address' scheme and the package.
+    """
+    for scheme in schemes_of(recipe.activations.cache or ""):
+        try:
+            file_systems().get_filesystem_class(scheme)
+        except ImportError as error:
+            raise RecipeError(f"activations.cache: {scheme}:// cannot be used here ({reason(error)})") from None

@@ -99,5 +99,5 @@ def _device(index: int) -> dict[str, Any]:
 def _bf16_products() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware, read from what the kernel reports."""
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    text = cpuinfo.read_text("utf-8", "replace") if cpuinfo.exists() else ""
     return "avx512_bf16" in text or "amx_bf16" in text

@@ -11,7 +11,7 @@ SAEs' configurations name language model and layer, or it is the published suite
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qwenscope.checksums import CHECKSUMS_FILE, verify_folder
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.chat import with_template
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError, FormatError, HubError, ModelError
-from qwenscope.files import read_json
+from qwenscope.files import read_object
 from qwenscope.hub import check_repo_id, download
 from qwenscope.lm.load import check_hook_points, load_language_model
 from qwenscope.lm.model import LanguageModel
@@ -33,7 +34,7 @@ from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE
 from qwenscope.sae.loading import iterate_suite
 from qwenscope.sae.sae import SAE
 
-SPLITS = ("chat", "tool_use")
+SPLITS = ("chat", "tool_use", "text")
 PUBLISHED = "qwen3.5-35b-a3b"
 PATIENCE = 10  # times a split's tokens that are read of an endless stream before what is rare there is given up
 _RECIPE, _RUN, _EVALUATION = "recipe.yaml", "run.json", "evaluation.json"
@@ -74,6 +75,7 @@ class Target:
         revision = self.revisions.get("model") or self.recipe.lm.revision
         recipe = self.recipe.lm.model_copy(update={"revision": revision})
         lm = load_language_model(recipe, last_layer=self.recipe.last_layer if truncated else None, lm_head=True)
+        lm.tokenizer = with_template(lm.tokenizer, self.recipe.corpus.chat_template)
         check_hook_points(lm, self.recipe.hook_points)
         check_widths(self.saes, lm)
         for sae in self.saes.values():
@@ -113,7 +115,7 @@ class Target:
             CorpusError: as `conversations`, or there are none.
         """
         with self.conversations(tokenizer, data) as stream:
-            splits = fill_splits(stream, tokens, limit=PATIENCE * tokens if data is None else None)
+            splits = fill_splits(stream, tokens, stream.splits, PATIENCE * tokens if data is None else None)
         if not splits:
             raise self.nothing_to_read(data)
         return splits
@@ -159,7 +161,7 @@ def open_target(target: Path | str, *, revision: str | None = None, like: Target
     saes = {sae_id: SAE.from_pretrained(root, sae_id) for sae_id in recipe.hook_points}
     for sae_id, point in recipe.hook_points.items():
         check_size(root / sae_id, saes[sae_id], point)
-    revisions = read_json(folder / _RUN).get("revisions") if (folder / _RUN).is_file() else None
+    revisions = read_object(folder / _RUN).get("revisions") if (folder / _RUN).is_file() else None
     return Target(str(target), folder, recipe, saes, revisions or {}, on_hub=on_hub)
 
 
@@ -200,11 +202,13 @@ def sites_of_suite(suite: Mapping[str, SAE]) -> dict[str, Site]:
 
 
 def fill_splits(
-    stream: Iterable[Conversation], tokens: int, *, limit: int | None = None
+    stream: Iterable[Conversation], tokens: int, expected: Sequence[str] = SPLITS, limit: int | None = None
 ) -> dict[str, list[Conversation]]:
-    """Deal conversations into splits until each has `tokens` tokens, the stream ends, or `limit` tokens were read."""
+    """Deal conversations into splits until each `expected` one has `tokens` tokens, the stream ends, or `limit` tokens
+    were read.
+    """
     splits: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
-    room = dict.fromkeys(SPLITS, tokens)
+    room = dict.fromkeys(expected, tokens)
     read = 0
     for conversation in stream:
         read += len(conversation.token_ids)

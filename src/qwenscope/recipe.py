@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qwenscope.errors import RecipeError, reason
+from qwenscope.files import public_name
 from qwenscope.recipe_keys import first_problem, keys_of
-from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share
+from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share, file_systems, schemes_of
 from qwenscope.recipe_nodes import HookPoint as HookPoint
 from qwenscope.strict_yaml import YamlError, read_yaml, set_value
 
@@ -67,7 +63,7 @@ class SourceRecipe(Node):
 
     name: Literal["ultrachat", "wildchat", "tool_use", "chat", "files"]
     """Which schema: ultrachat_200k, WildChat-1M, tool-use or plain conversations (generated unless a path or a repo is
-    given), or files with `messages` rows."""
+    given), or files (of a path or a Hub dataset) with rows of `messages` or `text`."""
     weight: Annotated[float, Field(ge=1e-9, le=1e9)]
     """Share of tokens, relative to the other sources' weights."""
     path: Path | None = None
@@ -76,18 +72,39 @@ class SourceRecipe(Node):
     """Hub dataset instead of the source's own."""
     revision: str | None = None
     """Commit or tag of the Hub dataset; resolved once and recorded in the run."""
+    config: str | None = None
+    """Configuration of the Hub dataset, as sample-10BT of fineweb; null takes its default."""
+    text: str | None = None
+    """Column that holds documents; with neither this nor messages, rows have `messages` or else `text`."""
+    messages: str | None = None
+    """Column that holds conversations."""
+    tools: str | None = None
+    """Column that holds the tools of conversations; null is `tools`."""
 
     @property
     def generated(self) -> bool:
         """Whether the built-in generator writes its conversations."""
         return self.name in ("tool_use", "chat") and self.path is None and self.repo is None
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What its rows may be: of `text`, `chat` and `tool_use`."""
+        if self.generated or self.name == "wildchat":
+            return (self.name,) if self.generated else ("chat",)
+        documents = self.name == "files" and (self.text is not None or self.messages is None)
+        conversations = self.text is None or self.messages is not None
+        return ("text",) * documents + ("chat", "tool_use") * conversations
+
     @model_validator(mode="after")
     def _files_need_a_path(self) -> SourceRecipe:
-        if self.name == "files" and self.path is None:
-            raise ValueError("a source named files needs a path")
-        if self.path is not None and (self.repo or self.revision):
-            raise ValueError("path and repo/revision exclude each other")
+        if self.name == "files" and self.path is None and self.repo is None:
+            raise ValueError("a source named files needs a path or a repo")
+        if self.path is not None and (self.repo or self.revision or self.config):
+            raise ValueError("path and repo/revision/config exclude each other")
+        if self.name != "files" and (self.text or self.messages or self.tools):
+            raise ValueError("text, messages and tools name the columns of a source named files")
+        if self.generated and (self.revision or self.config):
+            raise ValueError("revision and config belong to a Hub dataset; name it with repo")
         return self
 
 
@@ -107,20 +124,35 @@ class PrivacyRecipe(Node):
 
 
 class CorpusRecipe(Node):
-    """Conversations: sources, filter, length, batches."""
+    """Conversations and documents: sources, filter, length, batches."""
 
     sources: Annotated[tuple[SourceRecipe, ...], Field(min_length=1)]
-    """Where conversations come from; weights are shares of tokens."""
+    """Where conversations and documents come from; weights are shares of tokens."""
     privacy: PrivacyRecipe = PrivacyRecipe()
     """The filter's rules."""
     max_length: Annotated[int, Field(ge=2, le=MOST)] = 2048
-    """Tokens per conversation; longer ones are truncated and counted."""
+    """Tokens per conversation or document; longer conversations are truncated and counted."""
+    long_documents: Literal["truncate", "split"] = "truncate"
+    """What becomes of longer documents: truncated and counted, or split into rows."""
+    chat_template: str | None = None
+    """File with the Jinja template that renders conversations, instead of the tokenizer's own; a resolved recipe holds
+    its text."""
     batch_tokens: Positive = 32_768
     """Token budget of one language-model batch, padding included."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of conversations kept for evaluation (by hash) where a source has no test split."""
     workers: Count = 0
     """Processes that render and tokenise ahead of the model; 0 does it in the main process."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _the_templates_text(cls, given: str | None) -> str | None:
+        if given is None or "{" in given:
+            return given
+        try:
+            return Path(given).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the file cannot be read: {reason(error)}") from None
 
     @model_validator(mode="after")
     def _a_conversation_fits_a_batch(self) -> CorpusRecipe:
@@ -151,10 +183,12 @@ class ActivationsRecipe(Node):
     @field_validator("cache")
     @classmethod
     def _a_known_place(cls, cache: str | None) -> str | None:
-        from fsspec.registry import available_protocols  # type: ignore[import-untyped]  # 0.2 s, and rarely needed
-
-        for scheme in re.findall(r"(?:^|::)([^:/]*)(?=://|::)", cache or ""):
-            if scheme not in available_protocols():
+        if cache is None:
+            return None
+        if not cache.strip(" /"):
+            raise ValueError("names no folder; null keeps no windows")
+        for scheme in schemes_of(cache):
+            if scheme not in file_systems().available_protocols():
                 raise ValueError(
                     f"{scheme}:// is no scheme that fsspec knows; use a folder, or s3://, gs://, az:// ..."
                 )
@@ -313,12 +347,6 @@ class Recipe(Node):
         """16 hex digits that change with every value in the tree."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def public_name(model: str) -> str:
-    """A model's name fit for publication: Hub ids as they are, folders and files by their last part."""
-    path = Path(model)
-    return path.name if path.is_absolute() or model.startswith((".", "~")) or path.exists() else model
 
 
 def packaged_recipes() -> list[str]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 _SITE = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.|$)")
 MOST = 10**15  # of anything that is counted
 
-Role = Literal["system", "user", "assistant", "tool_call", "tool_result", "think", "template"]
+Role = Literal["system", "user", "assistant", "tool_call", "tool_result", "think", "template", "text"]
 """What a token of a conversation belongs to."""
 
 Positive = Annotated[int, Field(gt=0, le=MOST)]
@@ -22,6 +32,16 @@ class Node(BaseModel):
     """A part of the recipe: frozen, strict about keys, each field documented by the string under it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, given: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and YAML takes yes and on for true; no name or path holds control characters."""
+        if isinstance(given, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false stand for no value here")
+        if isinstance(given, str) and not given.isprintable():
+            raise ValueError("holds a character that cannot be shown")
+        return given
 
 
 class HookPoint(Node):
@@ -54,8 +74,10 @@ class HookPoint(Node):
         if ("layer" in given) == ("site" in given):
             raise ValueError("give one of the keys layer and site" + (", not both" if "layer" in given else ""))
         if "layer" in given:
-            whole = str(given["layer"]).removesuffix(".0")
-            return {**given, "site": f"layers.{whole}"}
+            layer = given["layer"]
+            if isinstance(layer, str) and not re.fullmatch("0|[1-9][0-9]{0,5}", layer):
+                raise ValueError(f"layer {layer!r} is no layer's number")
+            return {**given, "site": f"layers.{str(layer).removesuffix('.0')}"}
         found = _SITE.match(str(given["site"]))
         if found is None:
             raise ValueError(
@@ -75,3 +97,13 @@ class HookPoint(Node):
         if self.k > self.dict_size:
             raise ValueError(f"k {self.k} exceeds dict_size {self.dict_size}")
         return self
+
+
+def file_systems() -> Any:
+    """fsspec's registry: takes 0.2 s to import, and is rarely needed."""
+    return importlib.import_module("fsspec.registry")
+
+
+def schemes_of(address: str) -> list[str]:
+    """The file systems that an fsspec address passes through: simplecache and s3 of simplecache::s3://bucket."""
+    return re.findall(r"(?:^|::)([^:/]*)(?=://|::)", address)

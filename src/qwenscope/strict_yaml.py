@@ -1,7 +1,8 @@
 """YAML as a recipe needs it: plain values, every key once, and one line for whatever is wrong with the text.
 
 PyYAML takes the last of two equal keys without a word, lets Python's own errors through where a value is impossible
-(`2024-13-45`, a number of 5,000 digits) and follows nesting and aliases as far as memory goes.
+(`2024-13-45`, a number of 5,000 digits), follows nesting and aliases as far as memory goes, and reads `0100` as 64 and
+`1:30` as 90, as YAML 1.1 has it and no one means it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import yaml
 
 from qwenscope.errors import printable
 
+_OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*:.*)")
 _LEVELS = 32
 _BYTES = 1 << 20
 _NODES = 100_000
@@ -68,6 +70,8 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > 64:
                 raise OverflowError
+            if isinstance(value, int | float) and _OLD_NUMBER.fullmatch(node.value):
+                raise _at(node, f"{_shown(node)} would be read as {value}; write that, or the number without its zeros")
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
             raise _at(node, f"{_shown(node)} is not a possible {kind}") from error

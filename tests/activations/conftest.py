@@ -11,7 +11,7 @@ import pytest
 import torch
 from lm.tiny_models import save
 
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site

@@ -17,7 +17,7 @@ from activations.conftest import LAYERS, ListStream, conversation
 from damage import damaged
 from torch import Tensor
 
-from qwenscope.activations.cache import WindowCache, cache_bytes
+from qwenscope.activations.cache import WindowCache, _Files, cache_bytes
 from qwenscope.activations.windows import Windows
 from qwenscope.errors import FormatError, ResourceError
 from qwenscope.lm.model import LanguageModel
@@ -189,3 +189,13 @@ def test_too_small_a_disk_is_refused_before_the_run(
         Windows(lm, ListStream(CORPUS), recipe(cache=str(tmp_path)))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     Windows(lm, ListStream(CORPUS), recipe(cache=str(tmp_path)))
+
+
+def test_a_file_system_that_fails_is_one_line_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(url: str) -> None:
+        raise RuntimeError(f"cannot reach {url}")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", opened)
+    with pytest.raises(ResourceError, match=r"activations\.cache memory://.*cannot be used") as caught:
+        _Files("memory://alice:hunter2@host/x")
+    assert "hunter2" not in str(caught.value)

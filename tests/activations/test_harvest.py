@@ -8,7 +8,7 @@ import torch
 from activations.conftest import BROKEN, LAYERS, LOUD, conversation
 
 from qwenscope.activations.harvest import LEFT_OUT, harvest
-from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.errors import CorpusError, TrainingError
 from qwenscope.lm.forward import site_rows
 from qwenscope.lm.model import LanguageModel

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qwenscope.corpus.chat import ROLES, Renderer, render
+from qwenscope.corpus.chat import Renderer, render
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.corpus.repair import Dropped, clean
 from qwenscope.errors import CorpusError
 
@@ -301,7 +302,7 @@ def test_a_conversation_beyond_all_bounds_is_dropped_before_it_costs_memory(
 def test_long_conversations_are_tokenised_in_groups_to_the_same_end(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwenscope.corpus.chat._MOST_CHARACTERS", 2000)
+    monkeypatch.setattr("qwenscope.corpus.tokens.MOST_CHARACTERS", 2000)
     renderer = Renderer(tokenizer, 10**7)
     layouts = [
         renderer.layout([{"role": "user", "content": letter * size}], None)

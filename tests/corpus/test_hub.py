@@ -166,3 +166,44 @@ def test_only_the_wildchat_columns_that_are_needed_are_read(hub: FakeHub, shared
     assert {key for row in rows for key in row} == {"conversation", "country", "redacted", "toxic"}
     turn_keys = {key for row in rows for turn in row["conversation"] for key in turn}
     assert turn_keys == {"content", "role", "country", "redacted", "toxic"}
+
+
+CARD = b"""---
+configs:
+- config_name: small
+  data_files:
+  - {split: train, path: sample/small/*}
+  - {split: test, path: sample/test/*}
+- config_name: all
+  data_files: "**/*.parquet"
+---
+"""
+
+
+def texts(recipe: SourceRecipe) -> list[str]:
+    source = open_source(recipe, "it", 0, False, None)
+    return sorted(row["text"] for chunk in source.chunks(0, 0) for _, row in chunk.rows)
+
+
+def test_documents_of_a_dataset_are_read_by_configuration_and_column(hub: FakeHub) -> None:
+    files = {
+        f"sample/{name}.parquet": parquet([{"body": name, "id": 1}])
+        for name in ("small/a", "small/b", "small/deep/c", "test/d", "big/e")
+    }
+    hub.add("datasets", "org/web", {"README.md": CARD, **files})
+    recipe = SourceRecipe(name="files", repo="org/web", config="small", text="body", weight=1)
+    assert texts(recipe) == ["small/a", "small/b"]
+    assert len(texts(recipe.model_copy(update={"config": "all"}))) == 5
+    assert texts(recipe.model_copy(update={"config": "sample/big"})) == ["big/e"]  # a folder, undeclared
+    with pytest.raises(CorpusError, match=r"org/web\) has the configs all, small; name one with config"):
+        texts(recipe.model_copy(update={"config": None}))
+    with pytest.raises(CorpusError, match=r"org/web none\) has no config none; it has all, small"):
+        texts(recipe.model_copy(update={"config": "none"}))
+    with pytest.raises(CorpusError, match=r"no column messages or text; its columns are body, id"):
+        texts(recipe.model_copy(update={"text": None}))
+
+
+def test_of_a_dataset_without_configurations_the_training_files_are_read(hub: FakeHub) -> None:
+    names = ("data/train-00000", "data/test-00000", "data/constrained")
+    hub.add("datasets", "org/plain", {f"{name}.parquet": parquet([{"text": name}]) for name in names})
+    assert texts(SourceRecipe(name="files", repo="org/plain", weight=1)) == ["data/train-00000"]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwenscope.corpus.chat import Renderer
 from qwenscope.corpus.countries import is_protected
+from qwenscope.corpus.documents import Documents
 from qwenscope.corpus.identifiers import KINDS, RULES, find_identifiers
 from qwenscope.corpus.identifiers.folding import fold
 from qwenscope.corpus.identifiers.rules import MARGIN, Rule, numbers
@@ -151,7 +152,16 @@ def test_every_string_that_is_rendered_is_scrubbed() -> None:
 def test_an_identifier_cut_into_text_parts_goes(tokenizer: PreTrainedTokenizerBase) -> None:
     row = wildchat()
     row["conversation"][0]["content"] = [{"type": "text", "text": "mail bo@fi"}, {"type": "text", "text": "rm.de"}]
-    preparer = Preparer("wildchat", "wildchat", Renderer(tokenizer, 64), STRICT, 0, held_out=False, hash_share=0)
+    preparer = Preparer(
+        "wildchat",
+        "wildchat",
+        Renderer(tokenizer, 64),
+        Documents(tokenizer, 64),
+        STRICT,
+        0,
+        held_out=False,
+        hash_share=0,
+    )
     (outcome,) = preparer([(0, row)])
     assert outcome.conversation is not None
     assert "mail <EMAIL_ADDRESS>" in outcome.conversation.text

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError
 from qwenscope.recipe import CorpusRecipe, SourceRecipe
@@ -262,7 +262,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
     (folder / "no gzip.jsonl.gz").write_bytes(lines)
     (folder / "cut.parquet").write_bytes((folder / "whole.parquet").read_bytes()[:-40])
     (folder / "no rows.jsonl").write_bytes(b"\n\n")
-    pq.write_table(pa.table({"text": ["a"]}), folder / "no messages.parquet")
+    pq.write_table(pa.table({"body": ["a"]}), folder / "no messages.parquet")
     pq.write_table(pa.table({"messages": [1, 2]}), folder / "numbers.parquet")
     damaged = bytearray((folder / "whole.parquet").read_bytes())
     damaged[4:60] = bytes(56)
@@ -281,7 +281,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
         ("cut.parquet", "cut.parquet cannot be read"),
         ("damaged.parquet", "damaged.parquet cannot be read"),
         ("no rows.jsonl", "has no rows"),
-        ("no messages.parquet", "no column messages"),
+        ("no messages.parquet", "no column messages or text; its columns are body"),
         ("numbers.parquet", r"keeps none of its 2 rows \(malformed_messages 2\)"),
     ],
 )

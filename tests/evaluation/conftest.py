@@ -7,7 +7,7 @@ import torch
 from evaluation_cases import DIM, LAYER_OF, LAYERS, VOCABULARY, conversation, tiny_tokenizer
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.lm.load import layer_kinds
 from qwenscope.lm.model import LanguageModel
 from qwenscope.recipe import Recipe

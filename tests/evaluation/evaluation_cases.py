@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.lm.sites import Site
 from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import TopKSAE

@@ -11,7 +11,7 @@ import pytest
 import torch
 from planted_suite import PLANTED, PLANTED_LATENT
 
-from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.errors import CorpusError, FormatError
 from qwenscope.features import corpus_pass
 from qwenscope.features.geometry import CoActivation
@@ -22,7 +22,7 @@ from qwenscope.lm.forward import final_norm, site_rows, unembedding
 from qwenscope.lm.hooks import find_routers, watch_routers
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import SPLITS, Target, open_target
 
 TOKENS = 2500  # as the index of conftest
 
@@ -158,7 +158,7 @@ def test_shares_by_role_split_and_expert(index: Index, plain: Plain) -> None:
         for latent in range(0, fires.shape[1], 11):
             detail, mine = index.latent(sae_id, latent), fires[:, latent]
             assert detail["roles"] == torch.bincount(roles[mine], minlength=len(ROLES)).tolist()
-            assert detail["splits"] == torch.bincount(splits[mine], minlength=2).tolist()
+            assert detail["splits"] == torch.bincount(splits[mine], minlength=len(SPLITS)).tolist()
             for expert, share, base in detail["experts"]:
                 chosen = (experts == expert).any(1)
                 assert share == pytest.approx(float(chosen[mine].float().mean()), rel=1e-3)

@@ -17,6 +17,7 @@ from tiny_run import context, start_server
 
 from qwenscope.checksums import CHECKSUMS_FILE
 from qwenscope.errors import FormatError, LockError, QwenscopeError
+from qwenscope.features.browser.notes import Notes
 from qwenscope.features.index import build_index
 from qwenscope.features.store import Index, explaining
 from qwenscope.training.lock import run_lock
@@ -138,3 +139,13 @@ def _change(folder: Path, statement: str, *values: object) -> None:
             database.execute(statement, values)
         else:
             database.executescript(statement)
+
+
+@pytest.mark.parametrize("row", [(b"\xff", 1, "n"), ("sae", "one", "n"), ("sae", 1, b"\xff"), (None, 1, "n")])
+def test_notes_of_another_kind_are_named(row: tuple[object, ...], tmp_path: Path) -> None:
+    notes = Notes(tmp_path)
+    notes.put("sae", 0, "mine", True)
+    with closing(sqlite3.connect(tmp_path / "notes.sqlite")) as database, database:
+        database.execute("INSERT INTO notes VALUES (?, ?, ?, 0, 0)", row)
+    with pytest.raises(FormatError, match=r"notes\.sqlite is damaged"):
+        notes.all()

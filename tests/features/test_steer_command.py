@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,30 @@ def test_what_does_not_fit_is_named(release: Path, index: Index, options: list[s
     if "256" in options:
         with pytest.raises(FormatError, match=named):
             steer(release, *PUSH, *options, "--index", str(index.folder))
+
+
+def test_the_range_is_shown_and_its_end_is_taken(release: Path) -> None:
+    written = steer(release, "--sae", "sae_delta", "--latent", "40", "--range")
+    assert "0.000  as it is" in written
+    assert "text up to strength" in written
+    with pytest.raises(FormatError, match="--range tries strengths of one latent"):
+        steer(release, *PUSH, "--latent", "9", "--range")
+
+
+def test_the_answer_is_steered_from_its_beginning_by_default(release: Path) -> None:
+    assert (
+        steer(release, *PUSH) == steer(release, *PUSH, "--where", "answer") != steer(release, *PUSH, "--where", "all")
+    )
+
+
+def test_warnings_of_other_libraries_stay_out_of_the_text() -> None:
+    for debug in (False, True):
+        code = (
+            "import warnings; from qwenscope.cli.options import set_up_output; "
+            f"set_up_output({debug}); warnings.warn('cache is called otherwise', FutureWarning)"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert ("called otherwise" in ran.stderr) == debug
 
 
 def test_an_unknown_sae_is_named(release: Path) -> None:

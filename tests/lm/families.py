@@ -68,6 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "first_k_dense_replace": 1, "num_key_value_heads": 2, "head_dim": 8,
     },
+    "glm4_moe": {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "minicpm3": {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
         "dim_model_base": 16, "num_key_value_heads": 2,
@@ -84,9 +85,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny(name: str) -> PreTrainedModel:
-    """A random model of a family, seeded by its name, in float32 and eval mode."""
+def tiny(name: str, **changes: Any) -> PreTrainedModel:
+    """A random model of a family, seeded by its name, in float32 and eval mode; `changes` to its configuration."""
     torch.manual_seed(sum(name.encode()))
-    sizes = {key: value for key, value in {**_SIZES, **FAMILIES[name]}.items() if value is not ...}
+    sizes = {key: value for key, value in {**_SIZES, **FAMILIES[name], **changes}.items() if value is not ...}
     config = AutoConfig.for_model(name, **sizes)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

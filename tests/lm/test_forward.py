@@ -8,6 +8,7 @@ import pytest
 import torch
 from by_layer import residual_streams
 from lm.conftest import Checkpoint
+from lm.families import tiny
 from lm.tiny_models import FAMILIES
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from qwenscope.errors import ModelError
 from qwenscope.lm.batches import make_batches
 from qwenscope.lm.forward import final_hidden, logits, unembedding
 from qwenscope.lm.load import load_language_model
-from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.model import LanguageModel, as_language_model
 from qwenscope.recipe import LMRecipe
 
 LENGTHS = [1, 2, 3, 5, 17, 63, 64, 65, 127, 128, 129, 300, 511, 512, 777, 1024, 1500, 2047, 2048]
@@ -152,3 +153,11 @@ def test_what_was_not_built_is_named(checkpoint: Checkpoint) -> None:
     headless = load_language_model(LMRecipe(model=folder))
     with pytest.raises(ModelError, match="without its LM head"):
         logits(headless, final_hidden(headless, ids(1, 3)))
+
+
+def test_rows_beyond_a_models_learned_positions_are_refused() -> None:
+    learned = as_language_model(tiny("gpt2").requires_grad_(False))
+    assert learned.known_positions == 64
+    with pytest.raises(ModelError, match=r"knows 64 positions.*has 65 tokens; set corpus.max_length to 64"):
+        residual_streams(learned, ids(1, 65), [0])
+    assert as_language_model(tiny("llama")).known_positions is None

@@ -430,3 +430,35 @@ def test_every_cell_of_the_notebook_runs(standin_release: Path, tmp_path: Path) 
     shown = run_python("\n".join(code), folder)
     assert "sae_attn_mid" in shown
     assert "layer  23" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("run.json", "machine", 5),
+        ("run.json", "machine.devices", [{}]),
+        ("run.json", "machine.devices", [{"name": "\ud800", "memory_bytes": 1}]),
+        ("run.json", "machine.versions", "x"),
+        ("run.json", "revisions", []),
+        ("run.json", "revisions.corpus", []),
+        ("privacy_report.json", "sources", []),
+        ("privacy_report.json", "sources.ultrachat", 1),
+        ("privacy_report.json", "sources.ultrachat.truncated", "x"),
+        ("privacy_report.json", "sources.ultrachat.dropped", "x"),
+        ("privacy_report.json", "scrubbed", {"email": None}),
+        ("status.json", "", [1]),
+    ],
+)
+def test_an_odd_record_of_a_run_is_named(name: str, key: str, value: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    tree = json.loads((run / name).read_text())
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        node = node[part]
+    node[last] = value
+    (run / name).write_text(json.dumps(tree if key else value))
+    with pytest.raises(FormatError, match=name) as caught:
+        release(run, tmp_path / "out")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "out").exists()

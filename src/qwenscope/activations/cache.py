@@ -16,7 +16,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from qwenscope.activations.harvest import Harvest
-from qwenscope.errors import FormatError, ResourceError
+from qwenscope.errors import FormatError, ResourceError, reason
 from qwenscope.files import atomic_path
+from qwenscope.hub import redact
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import Site
 from qwenscope.recipe import Recipe
@@ -67,13 +69,14 @@ class WindowCache:
             recipe: Its lm, corpus, activations, seed and layers make the fingerprint.
 
         Raises:
-            ResourceError: a local disk that cannot hold what is still to be written of the run.
+            ResourceError: a local disk that cannot hold what is still to be written of the run, or an address that
+                cannot be opened.
         """
         self._lm = lm
         self._files = _Files(f"{root.rstrip('/')}/{_fingerprint(lm, recipe)}")
         total = cache_bytes(recipe.training.tokens, len(recipe.sites), lm.hidden_dim, lm.dtype)
         self._files.make_room(total)
-        logger.info("activation cache %s: %.1f GB when whole", self._files.root, total / 1e9)
+        logger.info("activation cache %s: %.1f GB when whole", self._files.name(""), total / 1e9)
 
     def read(self, index: int, cursor: dict[str, Any], layers: Sequence[Site]) -> Window | None:
         """Window `index` with the rows of `layers`, or None if it is not there.
@@ -183,15 +186,28 @@ class _Files:
     """Whole-file reads and atomic writes below one root: a local folder, or any file system that fsspec knows."""
 
     def __init__(self, root: str) -> None:
-        self.root = root
+        self._root = root
         self._remote: Any = None  # an fsspec file system
         if "://" in root:
-            self._remote, self._base = fsspec.core.url_to_fs(root)
+            with self._errors_named():
+                self._remote, self._base = fsspec.core.url_to_fs(root)
         else:
             self._local = Path(root)
 
     def name(self, file: str) -> str:
-        return f"{self.root}/{file}"
+        """`file` for messages: its address without what a user logs in with."""
+        return redact(f"{self._root}/{file}".rstrip("/"))
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """One line for whatever a file system that others wrote may raise; a missing file is no such error."""
+        try:
+            yield
+        except (FileNotFoundError, MemoryError):
+            raise
+        except Exception as error:
+            said = redact(reason(error))
+            raise ResourceError(f"activations.cache {self.name('')} cannot be used ({said}); see to it") from error
 
     def make_room(self, total: int) -> None:
         """Refuse a local disk whose free space is below `total` bytes less what is already there."""
@@ -211,7 +227,8 @@ class _Files:
         try:
             if self._remote is None:
                 return (self._local / file).read_bytes()
-            data: bytes = self._remote.cat_file(f"{self._base}/{file}")
+            with self._errors_named():
+                data: bytes = self._remote.cat_file(f"{self._base}/{file}")
         except FileNotFoundError:
             return None
         return data
@@ -221,14 +238,16 @@ class _Files:
         try:
             if self._remote is None:
                 return (self._local / file).stat().st_size
-            return int(self._remote.size(f"{self._base}/{file}"))
+            with self._errors_named():
+                return int(self._remote.size(f"{self._base}/{file}"))
         except FileNotFoundError:
             return None
 
     def write(self, file: str, data: bytes) -> None:
         if self._remote is not None:
-            self._remote.makedirs(f"{self._base}/{file}".rpartition("/")[0], exist_ok=True)
-            self._remote.pipe_file(f"{self._base}/{file}", data)
+            with self._errors_named():
+                self._remote.makedirs(f"{self._base}/{file}".rpartition("/")[0], exist_ok=True)
+                self._remote.pipe_file(f"{self._base}/{file}", data)
             return
         path = self._local / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwenscope.corpus.chat import ROLES
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import TrainingError
 from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.model import RowSource

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import webbrowser
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 from rich.markup import escape
@@ -14,6 +15,10 @@ from rich.markup import escape
 from qwenscope.cli.options import Data, Out, TargetName, err, out, per_latent
 from qwenscope.cli.progress import phases
 from qwenscope.errors import FormatError
+
+if TYPE_CHECKING:
+    from qwenscope.features.steering import Steering
+    from qwenscope.lm.model import LanguageModel
 
 
 def index(
@@ -67,6 +72,7 @@ class Mode(StrEnum):
 class Where(StrEnum):
     """Which positions are steered."""
 
+    answer = "answer"
     all = "all"
     prefill = "prefill"
     decode = "decode"
@@ -78,27 +84,37 @@ def steer(
     sae: Annotated[list[str], typer.Option(help="SAE id; once, or once per --latent.")],
     latent: Annotated[list[int], typer.Option(min=0, help="Its latent; repeat it to steer several together.")],
     strength: Annotated[
-        list[float], typer.Option(help="In units of the residual stream's norm, or see --index; once, or per --latent.")
+        list[float], typer.Option(help="Share of the stream's norm, or see --index; once, or per --latent.")
     ] = [1.0],  # noqa: B006 - typer copies it
     mode: Annotated[Mode, typer.Option(help="What to do with the latents.")] = Mode.add,
-    where: Annotated[Where, typer.Option(help="Positions.")] = Where.all,
+    where: Annotated[
+        Where, typer.Option(help="Positions; answer: from the beginning of the assistant's turn.")
+    ] = Where.answer,
+    find_range: Annotated[
+        bool, typer.Option("--range", help="Of one latent: try strengths until the text is none; take the one before.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per run.")] = 64,
     feature_index: Annotated[
         Path | None, typer.Option("--index", metavar="INDEX", help="Take each latent's maximum there as its unit.")
     ] = None,
 ) -> None:
     """Write on under steered latents, beside the unsteered model and the controls that tell an effect from noise."""
-    from qwenscope.features.steering import Steering, prompt_tokens, side_by_side
+    from qwenscope.features.steering import Steering, answer_start, prompt_tokens, side_by_side
+    from qwenscope.features.steering import Where as At
     from qwenscope.features.store import Index
     from qwenscope.opening import open_target
 
     saes, strengths = per_latent("--sae", sae, latent), per_latent("--strength", strength, latent)
     opened = open_target(target)
     opened_index = None if feature_index is None else Index(feature_index)
-    pushes = []
-    for id, number, amount in zip(saes, latent, strengths, strict=True):
+    for id in saes:
         if id not in opened.saes:
             raise FormatError(f"--sae {id} is not in {target}; it holds {', '.join(opened.saes)}")
+    lm = opened.language_model()
+    prompt_ids = prompt_tokens(lm, prompt)
+    places: At = slice(answer_start(lm, prompt), None) if where is Where.answer else cast(At, where.value)
+    pushes = []
+    for id, number, amount in zip(saes, latent, strengths, strict=True):
         unit: float | Literal["norm"] = "norm" if opened_index is None else opened_index.latent(id, number)["max"]
         pushes.append(
             Steering(
@@ -108,17 +124,38 @@ def steer(
                 latent=number,
                 mode=mode.value,
                 unit=unit,
-                where=where.value,
+                where=places,
             )
         )
-    lm = opened.language_model()
-    for piece in side_by_side(lm, prompt_tokens(lm, prompt), pushes, max_new_tokens=max_new_tokens):
+    if find_range:
+        pushes = [_within_range(lm, prompt_ids, pushes, max_new_tokens)]
+    for piece in side_by_side(lm, prompt_ids, pushes, max_new_tokens=max_new_tokens):
         if piece.effect is not None:
             out.print(
                 f"\n[bold]{escape(piece.run)}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False
             )
         out.print(piece.text, end="", markup=False, highlight=False)
     out.print()
+
+
+def _within_range(lm: LanguageModel, prompt_ids: list[int], pushes: list[Steering], max_new_tokens: int) -> Steering:
+    """Show each strength that is tried, in shares of the stream's norm; the push at the strongest with text."""
+    from qwenscope.features.steering_range import Trial, text_range
+
+    def show_trial(trial: Trial) -> None:
+        verdict = "as it is" if not trial.strength else "text" if trial.is_text else "no text"
+        line = f"{trial.strength:>7.3f}  {verdict:<8} {trial.surprise:5.2f} nats  {' '.join(trial.text.split())[:70]}"
+        out.print(line, highlight=False, markup=False)
+
+    if len(pushes) > 1 or pushes[0].mode == "ablate":
+        raise FormatError("--range tries strengths of one latent, added or clamped")
+    push = replace(pushes[0], unit="norm")
+    found = text_range(lm, prompt_ids, push, max_new_tokens=max_new_tokens, on_trial=show_trial)
+    if found.strongest is None:
+        raise FormatError("the weakest push that is tried breaks the text; this latent cannot be steered so")
+    changed = "no strength below changes it" if found.weakest is None else f"changed from {found.weakest:g} on"
+    out.print(f"text up to strength {found.strongest:g}, {changed}", highlight=False)
+    return replace(push, strength=found.strongest)
 
 
 def explain(

@@ -32,6 +32,7 @@ from qwenscope.cli.options import (
     import_format,
     out,
     per_latent,
+    read_recipe,
     set_up_output,
     show,
 )
@@ -118,17 +119,34 @@ def _help_keys(asked: bool) -> None:
 
 @app.command(rich_help_panel="Before training")
 def recipe(
-    name: RecipeName,
+    name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Packaged recipe or a YAML file.")] = None,
     overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option("--for", metavar="MODEL", help="Write a recipe for this model: Hub id or folder.")
+    ] = None,
+    sites: Annotated[
+        str | None, typer.Option(metavar="SITES", help="With --for: where to read, such as 6,layers.6.mlp.")
+    ] = None,
+    dict_size: Annotated[int | None, typer.Option(min=4, help="With --for: latents of each SAE.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --for: documents or conversations to train on.")
+    ] = None,
     help_keys: Annotated[
         bool,
         typer.Option("--help-keys", help="Say what every key means, and exit.", is_eager=True, callback=_help_keys),
     ] = False,
 ) -> None:
-    """Print a recipe with every key and default written out."""
-    from qwenscope.recipe import load_recipe
+    """Print a recipe with every key and default written out, or write one for a language model (--for)."""
+    if (name is None) == (model is None):
+        raise RecipeError("name a recipe, or a language model with --for")
+    if name is not None:
+        sys.stdout.write(read_recipe(name, overrides).to_yaml())
+        return
+    from qwenscope.planning.suggest import suggest
 
-    sys.stdout.write(load_recipe(name, overrides or ()).to_yaml())
+    if overrides:
+        raise RecipeError("--for writes a new recipe, to be edited; --set changes one that is there")
+    sys.stdout.write(suggest(str(model), sites=sites.split(",") if sites else (), dict_size=dict_size, data=data))
 
 
 @app.command(rich_help_panel="Before training")
@@ -151,9 +169,8 @@ def plan(
     from qwenscope.planning.measure import measurable, measure
     from qwenscope.planning.plan import plan as make_plan
     from qwenscope.planning.plan import read_config
-    from qwenscope.recipe import load_recipe
 
-    recipe = load_recipe(name, overrides or ())
+    recipe = read_recipe(name, overrides)
     measured = None
     if gpu is None and measurable(recipe):
         config = read_config(recipe)
@@ -175,9 +192,8 @@ def survey(
     from qwenscope.corpus.survey import survey as run_survey
     from qwenscope.lm.batches import cut
     from qwenscope.lm.load import load_tokenizer
-    from qwenscope.recipe import load_recipe
 
-    loaded = load_recipe(name, overrides or ())
+    loaded = read_recipe(name, overrides)
     report = run_survey(loaded, load_tokenizer(loaded.lm), cut, limit=limit, dump=dump)
     show(report, as_json, survey_tables)
 
@@ -206,10 +222,8 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train every SAE of a recipe in one pass of the language model; under torchrun, on several devices at once."""
-    from qwenscope.recipe import load_recipe
-
     console = err if _RANK in (None, "0") else Console(quiet=True)
-    train_with_progress(load_recipe(name, overrides or ()), run, resume, console)
+    train_with_progress(read_recipe(name, overrides), run, resume, console)
 
 
 @app.command(rich_help_panel="Train and measure")

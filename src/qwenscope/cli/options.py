@@ -7,9 +7,10 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,6 +19,9 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from qwenscope.errors import FormatError
+
+if TYPE_CHECKING:
+    from qwenscope.recipe import Recipe
 
 T = TypeVar("T")
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -48,7 +52,12 @@ err = _Console(stderr=True, soft_wrap=True)
 
 
 def set_up_output(debug: bool) -> None:
-    """Log to stderr, and write escapes for what an output's encoding lacks (a pipe's may be ASCII)."""
+    """Log to stderr, and write escapes for what an output's encoding lacks (a pipe's may be ASCII).
+
+    Warnings of other libraries are for their developers: they are shown with --debug, or where Python's -W asks.
+    """
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -78,6 +87,22 @@ Data = Annotated[
 ]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens per split at most.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+
+
+def read_recipe(name: str, overrides: list[str] | None) -> Recipe:
+    """A recipe that is to be used on this machine.
+
+    Raises:
+        RecipeError: what `load_recipe` refuses, or a cache that cannot be reached from here.
+    """
+    from qwenscope.recipe import load_recipe
+
+    recipe = load_recipe(name, overrides or ())
+    if recipe.activations.cache is not None:
+        from qwenscope.limits import check_cache  # with torch, which takes seconds
+
+        check_cache(recipe)
+    return recipe
 
 
 def show(report: Any, as_json: bool, tables: Callable[[Any], Table | Iterable[Table]]) -> None:

@@ -9,93 +9,33 @@ and ends.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-from tokenizers import Encoding, decoders
 
-from qwenscope.corpus.repair import Dropped, Message, clean, split_of
+from qwenscope.corpus.conversation import ROLES, Rendered, Roles
+from qwenscope.corpus.repair import Dropped, Message, clean
+from qwenscope.corpus.tokens import MOST_CHARACTERS, encoder_for
 from qwenscope.errors import CorpusError, reason
-from qwenscope.recipe_nodes import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES: tuple[str, ...] = get_args(Role)
-"""Index = code in `roles`. Delimiters such as <|im_start|>, <think> and <tool_call>, and the role names after them, are
-`template`; the tool list is `system`; everything between <tool_call> and </tool_call> is `tool_call`."""
-
-_SYSTEM, _USER, _ASSISTANT, _TOOL_CALL, _TOOL_RESULT, _THINK, _TEMPLATE = range(len(ROLES))
+_SYSTEM, _USER, _ASSISTANT, _TOOL_CALL, _TOOL_RESULT, _THINK, _TEMPLATE, _ = range(len(ROLES))
 _CODES = {"system": _SYSTEM, "user": _USER, "assistant": _ASSISTANT, "tool": _TOOL_RESULT}
-_MOST_CHARACTERS = 2_000_000
-"""Of one conversation, and of what is tokenised at a time: the tokenizer takes some 130 bytes for each."""
 _MOST_MESSAGES = 10_000
 _MOST_OBJECTS = 10_000  # of JSON that are looked at in one rendered text
 _OPEN, _CLOSE = 0xFDD0, chr(0xFDDF)
 _MARKERS = re.compile("([\ufdd0-\ufddf])")
-_Roles = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as the language model sees it (T tokens)."""
-
-    token_ids: NDArray[np.int32]
-    """[T]"""
-    roles: _Roles
-    """[T], codes of ROLES."""
-    truncated: bool
-    text: str
-    """The whole rendered text, before truncation."""
-    messages: list[Message]
-    """What was rendered, after repairs."""
-    tools: list[dict[str, Any]] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """One conversation of the corpus (T tokens)."""
-
-    id: str
-    """16 hex digits of the content's hash: stable over runs."""
-    source: str
-    """The source's id in the recipe: its name, with #2, #3 ... where the name stands more than once."""
-    split: str
-    """`chat`, or `tool_use` if it has tools or tool calls."""
-    token_ids: NDArray[np.int32]
-    """[T]"""
-    roles: _Roles
-    """[T], codes of ROLES."""
-    truncated: bool
-    messages: list[Message]
-    """What was rendered, after privacy filter and repairs."""
-    tools: list[dict[str, Any]] | None
-    text: str
-    """The whole rendered text, before truncation."""
-
-    @classmethod
-    def of(cls, rendered: Rendered, id: str, source: str) -> Conversation:
-        """A rendered conversation under its source's id."""
-        return cls(
-            id=id,
-            source=source,
-            split=split_of(rendered.messages, rendered.tools),
-            token_ids=rendered.token_ids,
-            roles=rendered.roles,
-            truncated=rendered.truncated,
-            messages=rendered.messages,
-            tools=rendered.tools,
-            text=rendered.text,
-        )
 
 
 def render(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Rendered:
@@ -105,8 +45,17 @@ def render(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, max_le
         Dropped: malformed beyond lossless repair, or refused by the template.
         CorpusError: the tokenizer has no chat template or is not a fast one.
     """
-    renderer = renderer_for(tokenizer, max_length)
+    renderer = Renderer(tokenizer, max_length)
     return renderer.encode([renderer.layout(*clean(messages, tools))])[0]
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or one that renders conversations by another template."""
+    if template is None:
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    changed.chat_template = template
+    return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,62 +63,54 @@ class Layout:
     """A conversation as text, before the tokenizer."""
 
     text: str
-    roles: _Roles
+    roles: Roles
     """[characters], codes of ROLES."""
     messages: list[Message]
     tools: list[dict[str, Any]] | None
 
 
 class Renderer:
-    """Renders conversations with one tokenizer; holds what can be worked out once."""
+    """Renders conversations with one tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        """Raises CorpusError if the tokenizer has no chat template, several without a default, or is not a fast one."""
-        template = getattr(tokenizer, "chat_template", None)
-        if not template:
-            raise CorpusError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use a chat model's")
-        if isinstance(template, dict) and "default" not in template:
-            raise CorpusError(
-                f"the tokenizer of {tokenizer.name_or_path} has the chat templates {', '.join(sorted(template))} and "
-                "none named default; name one of them so in its tokenizer_config.json"
-            )
-        if not tokenizer.is_fast:
-            raise CorpusError(
-                f"the tokenizer of {tokenizer.name_or_path} has no tokenizer.json; only fast ones are read"
-            )
+        """Raises CorpusError if the tokenizer is not a fast one."""
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._backend = tokenizer.backend_tokenizer
-        self._normalise: Callable[[str], str] | None = None
-        if self._backend.normalizer is not None:
-            self._normalise = self._backend.normalizer.normalize_str
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        added = set(tokenizer.get_added_vocab())
-        size = max(vocabulary.values()) + 1
-        self._is_added_V = np.zeros(size, dtype=bool)
-        self._is_added_V[[vocabulary[token] for token in added]] = True
-        self._bytes_V: NDArray[np.int64] | None = None
-        if isinstance(self._backend.decoder, decoders.ByteLevel):  # one character of a token's name is one byte
-            self._bytes_V = np.zeros(size, dtype=np.int64)
-            for token, index in vocabulary.items():
-                self._bytes_V[index] = len(token.encode()) if token in added else len(token)
+        self.encoder = encoder_for(tokenizer)
+
+    def check_template(self) -> None:
+        """Raises CorpusError if the tokenizer has no chat template, or several without a default."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not template:
+            raise CorpusError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template, which conversations need: name "
+                "one with corpus.chat_template, take a chat model's, or give rows with text"
+            )
+        if isinstance(template, dict) and "default" not in template:
+            raise CorpusError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has the chat templates {', '.join(sorted(template))} "
+                "and none named default; name one of them so in its tokenizer_config.json"
+            )
 
     def layout(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> Layout:
         """Render cleaned messages to text with a role for each character.
 
         Raises:
             Dropped: the template refuses, the text cannot be encoded, or is too long to be looked at.
+            CorpusError: there is no template.
         """
-        if len(messages) > _MOST_MESSAGES or sum(len(message["content"]) for message in messages) > _MOST_CHARACTERS:
+        self.check_template()
+        if len(messages) > _MOST_MESSAGES or sum(len(message["content"]) for message in messages) > MOST_CHARACTERS:
             raise Dropped("too_long")
         text = self._apply(messages, tools)
-        if len(text) > _MOST_CHARACTERS:
+        if len(text) > MOST_CHARACTERS:
             raise Dropped("too_long")
         if not text.isascii():
             _check_characters(text)
-            if self._normalise is not None and self._normalise(text) != text:  # the tokenizer would do it unseen
+            normalise = self.encoder.normalise
+            if normalise is not None and normalise(text) != text:  # the tokenizer would do it unseen
                 try:
-                    messages, tools = _map_strings(self._normalise, messages), _map_strings(self._normalise, tools)
+                    messages, tools = _map_strings(normalise, messages), _map_strings(normalise, tools)
                 except RecursionError:
                     raise Dropped("not_json") from None
                 text = self._apply(messages, tools)
@@ -178,14 +119,8 @@ class Renderer:
 
     def encode(self, layouts: Sequence[Layout]) -> list[Rendered]:
         """Tokenise, truncate and carry roles from characters to tokens."""
-        self._backend.no_truncation()  # a tokenizer may have been saved, or called elsewhere, with either
-        self._backend.no_padding()
-        encode = self._backend.encode_batch if self._bytes_V is None else self._backend.encode_batch_fast  # no offsets
-        rendered: list[Rendered] = []
-        for group in _groups(layouts):
-            encodings = encode([layout.text for layout in group], add_special_tokens=False)
-            rendered += map(self._rendered, group, encodings)
-        return rendered
+        encoded = self.encoder([layout.text for layout in layouts])
+        return [self._rendered(layout, *found) for layout, found in zip(layouts, encoded, strict=True)]
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         try:
@@ -197,7 +132,7 @@ class Renderer:
         except Exception as error:  # a template is a program, and may fail like one; its words may hold the content
             raise Dropped(f"template: {type(error).__name__}") from None
 
-    def _character_roles(self, text: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> _Roles:
+    def _character_roles(self, text: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> Roles:
         roles = np.full(len(text), _TEMPLATE, dtype=np.uint8)
         marked, cores = _mark(messages)
         starts = _only_placement(text, cores)
@@ -217,13 +152,11 @@ class Renderer:
             roles[start:end] = _SYSTEM
         return roles
 
-    def _rendered(self, layout: Layout, encoding: Encoding) -> Rendered:
-        ids = np.array(encoding.ids, dtype=np.int32)
-        starts = self._starts(layout.text, ids, encoding)
+    def _rendered(self, layout: Layout, ids: NDArray[np.int32], starts: NDArray[np.int64]) -> Rendered:
         roles = layout.roles[starts]
         # What the template writes around a call's name, up to the next special token, belongs to the call. The name may
         # begin inside a token ("=sum"), so the tokens that hold it are found by its characters.
-        is_added = self._is_added_V[ids]
+        is_added = self.encoder.is_added_V[ids]
         run = np.cumsum(is_added)
         has_call = np.zeros(len(ids) + 1, dtype=bool)
         names = np.flatnonzero(layout.roles == _TOOL_CALL)
@@ -233,45 +166,8 @@ class Renderer:
         truncated = len(ids) > self.max_length
         return Rendered(ids[kept], roles[kept], truncated, layout.text, layout.messages, layout.tools)
 
-    def _starts(self, text: str, ids: NDArray[np.int32], encoding: Encoding) -> NDArray[np.int64]:
-        """Index of each token's first character, [T]."""
-        if self._bytes_V is not None:
-            raw = np.frombuffer(text.encode(), dtype=np.uint8)
-            lengths = self._bytes_V[ids]
-            ends = np.cumsum(lengths)
-            if len(ends) and ends[-1] == len(raw):
-                starts = ends - lengths
-                return starts if text.isascii() else (np.cumsum((raw & 0xC0) != 0x80) - 1)[starts]
-            encoding = self._backend.encode(text, add_special_tokens=False)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        return np.minimum(offsets[:, 0], len(text) - 1)
 
-
-@lru_cache(maxsize=4)
-def renderer_for(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Renderer:
-    """The tokenizer's renderer; its tables over the vocabulary are worked out once (0.3 s for 150,000 tokens).
-
-    Raises:
-        CorpusError: the tokenizer has no chat template or is not a fast one.
-    """
-    return Renderer(tokenizer, max_length)
-
-
-def _groups(layouts: Sequence[Layout]) -> Iterator[list[Layout]]:
-    """All layouts in their order, in groups of at most _MOST_CHARACTERS."""
-    group: list[Layout] = []
-    characters = 0
-    for layout in layouts:
-        if group and characters + len(layout.text) > _MOST_CHARACTERS:
-            yield group
-            group, characters = [], 0
-        group.append(layout)
-        characters += len(layout.text)
-    if group:
-        yield group
-
-
-def _tool_places(text: str, roles: _Roles, tools: Sequence[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+def _tool_places(text: str, roles: Roles, tools: Sequence[dict[str, Any]]) -> Iterator[tuple[int, int]]:
     """(start, end) of each tool's schema: as transformers' tojson writes it by default, else any JSON of its value.
 
     Raises:
@@ -295,7 +191,7 @@ def _tool_places(text: str, roles: _Roles, tools: Sequence[dict[str, Any]]) -> I
             yield place
 
 
-def _objects(text: str, roles: _Roles) -> list[tuple[int, int, Any]]:
+def _objects(text: str, roles: Roles) -> list[tuple[int, int, Any]]:
     """(start, end, value) of the JSON objects that the template wrote, nested ones too."""
     decoder = json.JSONDecoder()
     objects = []
@@ -364,7 +260,7 @@ def _mark(messages: Iterable[Message]) -> tuple[list[Message], list[tuple[int, s
     return marked, cores
 
 
-def _fill_between_markers(roles: _Roles, pieces: list[str]) -> None:
+def _fill_between_markers(roles: Roles, pieces: list[str]) -> None:
     """`pieces` alternate between text and single markers."""
     position, code = 0, _TEMPLATE
     for text, marker in zip(pieces[::2], [*pieces[1::2], _CLOSE], strict=True):

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.prepare import Outcome, Preparer
 from qwenscope.corpus.sources import Chunk, Source
 from qwenscope.corpus.workers import prepare_in_worker
@@ -24,10 +25,12 @@ _Prepared = tuple[int, list[Outcome]]  # shard number and what became of its row
 
 @dataclass
 class Counts:
-    """What a source gave so far; rows_in = conversations + dropped + other_split."""
+    """What a source gave so far; rows_in = conversations - split_off + dropped + other_split."""
 
     rows_in: int = 0
     conversations: int = 0
+    split_off: int = 0
+    """Of these, parts of documents beyond the first of each."""
     tokens: int = 0
     truncated: int = 0
     other_split: int = 0
@@ -36,8 +39,9 @@ class Counts:
     scrubbed: dict[str, int] = field(default_factory=dict)
 
     def add(self, outcome: Outcome) -> None:
-        """Count one row."""
-        self.rows_in += 1
+        """Count one row, or one part of it."""
+        self.rows_in += not outcome.part
+        self.split_off += outcome.part > 0
         if outcome.dropped is not None:
             known = outcome.dropped in self.dropped or len(self.dropped) < _MOST_REASONS
             _increase(self.dropped, outcome.dropped if known else "other")
@@ -55,13 +59,13 @@ class Counts:
     def report(self, total_tokens: int) -> dict[str, Any]:
         """The contract's object for one source."""
         values = asdict(self)
-        values["rows_kept"] = self.conversations
+        values["rows_kept"] = self.conversations - self.split_off
         values["share"] = self.tokens / total_tokens if total_tokens else 0.0
         return values
 
 
 class Feed:
-    """Reads a source in order from a cursor (shard, row)."""
+    """Reads a source in order from a cursor (shard, row, part of a document)."""
 
     def __init__(self, source: Source, preparer: Preparer) -> None:
         self.source = source
@@ -70,6 +74,7 @@ class Feed:
         self.used_up = False
         self._shard = 0
         self._row = 0
+        self._part = 0
         self._refused = 0  # rows left out since the last that was kept
         self._ready: Iterator[tuple[int, Outcome]] | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -87,11 +92,11 @@ class Feed:
         """
         if self._ready is None:
             chunks = self.source.chunks(self._shard, self._row)
-            self._ready = _rows(
-                self._prepare_here(chunks) if pool is None else self._prepare_ahead(chunks, pool, ahead)
-            )
+            outcomes = _rows(self._prepare_here(chunks) if pool is None else self._prepare_ahead(chunks, pool, ahead))
+            self._ready = islice(outcomes, self._part, None)
         for shard, outcome in self._ready:
-            self._shard, self._row = shard, outcome.row + 1
+            self._shard = shard
+            self._row, self._part = (outcome.row + 1, 0) if outcome.last else (outcome.row, outcome.part + 1)
             self.counts.add(outcome)
             self._refused += outcome.dropped is not None
             if outcome.conversation is not None:
@@ -109,12 +114,14 @@ class Feed:
 
     def state(self) -> dict[str, Any]:
         """Cursor and counts, JSON-able."""
-        return {"shard": self._shard, "row": self._row, "used_up": self.used_up, "counts": asdict(self.counts)}
+        cursor = {"shard": self._shard, "row": self._row, "part": self._part}
+        return {**cursor, "used_up": self.used_up, "counts": asdict(self.counts)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a cursor."""
         self.stop()
-        self._shard, self._row, self.used_up = state["shard"], state["row"], state["used_up"]
+        self._shard, self._row, self._part = state["shard"], state["row"], state.get("part", 0)
+        self.used_up = state["used_up"]
         self.counts = Counts(**state["counts"])
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from itertools import islice
 from typing import Any, Final
 
-from qwenscope.corpus.shards import CHUNK_ROWS, Rows, Shard, count_rows, read_shard
+from qwenscope.corpus.shards import CHUNK_ROWS, Columns, Rows, Shard, count_rows, read_shard
 from qwenscope.seeds import derive_seed
 
 MIXED_SHARDS = 16
@@ -22,22 +22,22 @@ MIXED_SHARDS = 16
 _BLANK: Final = object()
 
 
-def read_mixed(shards: Sequence[Shard], row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
+def read_mixed(shards: Sequence[Shard], row: int, columns: Columns, seed: int, where: str) -> Iterator[Rows]:
     """Rows of all `shards` in their mixed order from index `row` on, in chunks of at most CHUNK_ROWS.
 
     Args:
-        shards: files that share a schema; one alone is read as it is.
+        shards: files with the same columns; one alone is read as it is.
         row: index in the mixed order of the first row wanted.
-        schema: `messages` or `wildchat`.
+        columns: what is read.
         seed: governs the mixing and each parquet file's row groups.
         where: the source in words, for errors.
 
     Raises:
-        CorpusError: a file is unreadable, truncated, or without the schema's columns; names it.
+        CorpusError: a file is unreadable, truncated, or without any of the columns; names it.
     """
     seeds = [derive_seed(seed, "row groups", shard.name) for shard in shards]
     if len(shards) == 1:
-        yield from read_shard(shards[0], row, schema, seeds[0], where)
+        yield from read_shard(shards[0], row, columns, seeds[0], where)
         return
     counts = [count_rows(shard, where) for shard in shards]
     order = mixed_order(counts, derive_seed(seed, "mixing", shards[0].name))
@@ -46,7 +46,7 @@ def read_mixed(shards: Sequence[Shard], row: int, schema: str, seed: int, where:
         starts[number] += 1
     with ExitStack() as closing_all:
         slots = [
-            closing_all.enter_context(closing(_slots(read_shard(shard, start, schema, own, where), start, count)))
+            closing_all.enter_context(closing(_slots(read_shard(shard, start, columns, own, where), start, count)))
             for shard, start, own, count in zip(shards, starts, seeds, counts, strict=True)
         ]
         numbered = ((index, next(slots[number])) for index, number in enumerate(order, start=row))
@@ -61,8 +61,9 @@ def mixed_order(counts: Sequence[int], seed: int) -> Iterator[int]:
     Row j of a file with n rows stands at (j + u) / n of the way, u in [0, 1) drawn per file: at any share of the way
     each file has given that share of its rows, to within one.
 
-    >>> list(mixed_order([3, 0, 1], seed=1))
-    [0, 0, 0, 2]
+    Examples:
+        >>> list(mixed_order([3, 0, 1], seed=1))
+        [0, 0, 0, 2]
     """
     draw = random.Random(seed)
     offsets = [draw.random() for _ in counts]

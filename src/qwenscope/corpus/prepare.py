@@ -1,4 +1,4 @@
-"""From a chunk of raw rows to conversations: adapt the schema, filter, repair, split, render, tokenise.
+"""From a chunk of raw rows to conversations and documents: adapt the schema, filter, repair, split, render, tokenise.
 
 Pure and picklable, so that worker processes can do it ahead of the language model.
 """
@@ -8,19 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenscope.corpus.chat import Conversation, Layout, Renderer
+from qwenscope.corpus.chat import Layout, Renderer
+from qwenscope.corpus.conversation import Conversation, Rendered
+from qwenscope.corpus.documents import Documents, checked_text
 from qwenscope.corpus.privacy import PrivacyFilter
-from qwenscope.corpus.repair import Dropped, Message, clean, conversation_id
+from qwenscope.corpus.repair import Dropped, Message, clean, conversation_id, document_id
 from qwenscope.corpus.shards import Malformed
 from qwenscope.corpus.tool_use import GENERATORS
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one row: exactly one of `conversation`, `dropped` and `other_split` is set."""
+    """What became of one row, or of one part of a document that is split: exactly one of `conversation`, `dropped` and
+    `other_split` is set.
+    """
 
     row: int
     """The row's index in its shard."""
+    part: int = 0
+    """Counts the outcomes of one row."""
+    last: bool = True
+    """No further one of this row comes."""
     conversation: Conversation | None = None
     dropped: str | None = None
     """The reason."""
@@ -39,6 +47,7 @@ class Preparer:
     source: str
     schema: str
     renderer: Renderer
+    documents: Documents
     privacy: PrivacyFilter
     seed: int
     """Of the built-in generator."""
@@ -47,24 +56,59 @@ class Preparer:
     """Share held out by hash; 0 where the source has a split of its own."""
 
     def __call__(self, rows: list[tuple[int, Any]]) -> list[Outcome]:
-        """One outcome per row, in order."""
+        """One outcome per row, or one per part of a document that is split, in order."""
         outcomes = []
-        pending: list[tuple[Outcome, str, Layout]] = []
+        layouts: list[tuple[Outcome, str, Layout]] = []
+        texts: list[tuple[Outcome, str, str]] = []
         for index, row in rows:
             outcome = Outcome(index)
             try:
-                messages, tools = self._messages(row, outcome)
-                id = conversation_id(messages, tools)
-                outcome.other_split = self.hash_share > 0 and is_held_out(id, self.hash_share) != self.held_out
-                if not outcome.other_split:
-                    pending.append((outcome, id, self.renderer.layout(messages, tools)))
+                if (text := self._text(row)) is not None:
+                    id = document_id(text)
+                    if self._wanted(id, outcome):
+                        texts.append((outcome, id, text))
+                else:
+                    messages, tools = self._messages(row, outcome)
+                    id = conversation_id(messages, tools)
+                    if self._wanted(id, outcome):
+                        layouts.append((outcome, id, self.renderer.layout(messages, tools)))
             except Dropped as drop:
                 outcome.dropped, outcome.country = drop.reason, drop.country
             outcomes.append(outcome)
-        rendered = self.renderer.encode([layout for *_, layout in pending])
-        for (outcome, id, _), item in zip(pending, rendered, strict=True):
+        for (outcome, id, _), item in zip(layouts, self.renderer.encode([item for *_, item in layouts]), strict=True):
             outcome.conversation = Conversation.of(item, id, self.source)
-        return outcomes
+        found = self.documents.encode([text for *_, text in texts])
+        parts = {
+            outcome.row: self._parts(outcome, id, items) for (outcome, id, _), items in zip(texts, found, strict=True)
+        }
+        return [part for outcome in outcomes for part in parts.get(outcome.row, [outcome])]
+
+    def _wanted(self, id: str, outcome: Outcome) -> bool:
+        outcome.other_split = self.hash_share > 0 and is_held_out(id, self.hash_share) != self.held_out
+        return not outcome.other_split
+
+    def _parts(self, outcome: Outcome, id: str, items: list[Rendered]) -> list[Outcome]:
+        """One outcome per row of a document; the first keeps the document's id."""
+        if not items:
+            outcome.dropped = "empty_text"
+            return [outcome]
+        return [
+            Outcome(
+                outcome.row,
+                part,
+                part + 1 == len(items),
+                Conversation.of(item, document_id(f"{id}#{part}") if part else id, self.source),
+            )
+            for part, item in enumerate(items)
+        ]
+
+    def _text(self, row: Any) -> str | None:
+        """A document's text; None for whatever is none."""
+        if self.schema == "rows" and isinstance(row, dict) and "messages" not in row:
+            if "text" not in row:
+                raise Dropped("no_text_or_messages")
+            return checked_text(row["text"])
+        return None
 
     def _messages(self, row: Any, outcome: Outcome) -> tuple[list[Message], list[dict[str, Any]] | None]:
         if generate := GENERATORS.get(self.schema):

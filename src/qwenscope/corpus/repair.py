@@ -77,6 +77,15 @@ def conversation_id(messages: list[Message], tools: list[dict[str, Any]] | None)
         text = json.dumps([messages, tools], sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError):  # values that only parquet can hold: NaN, bytes, timestamps
         raise Dropped("not_json") from None
+    return document_id(text)
+
+
+def document_id(text: str) -> str:
+    """16 hex digits of a document's hash, likewise.
+
+    Raises:
+        Dropped: lone_surrogate.
+    """
     try:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     except UnicodeEncodeError:
@@ -84,7 +93,9 @@ def conversation_id(messages: list[Message], tools: list[dict[str, Any]] | None)
 
 
 def split_of(messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
-    """`tool_use` if there are tools or tool calls, else `chat`."""
+    """`text` without messages, `tool_use` if there are tools or tool calls, else `chat`."""
+    if not messages:
+        return "text"
     return "tool_use" if tools or any(message.get("tool_calls") for message in messages) else "chat"
 
 

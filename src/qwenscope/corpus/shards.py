@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,8 @@ WILDCHAT_TURN = frozenset({"content", "role", "country", "redacted", "toxic"})
 """All that is ever read of WildChat: addresses, headers and states never reach memory from parquet."""
 
 Rows = list[tuple[int, Any]]
-
+Columns = Mapping[str, str] | None
+"""{messages, tools or text: what the files call it}; None for WildChat's own. Rows leave here under our names."""
 
 _MOST_BYTES = 1 << 24  # of a line: more than the longest conversation that is kept
 
@@ -53,22 +54,22 @@ class Shard:
     """A fresh handle at the file's start."""
 
 
-def read_shard(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
+def read_shard(shard: Shard, row: int, columns: Columns, seed: int, where: str) -> Iterator[Rows]:
     """Rows from index `row` to the end, in chunks of at most CHUNK_ROWS.
 
     Args:
         shard: the file.
         row: index of the first row wanted.
-        schema: `messages` or `wildchat`; decides which columns are read.
+        columns: what is read.
         seed: order of a parquet file's row groups; JSON lines stay in file order.
         where: the source in words, for errors.
 
     Raises:
-        CorpusError: unreadable, truncated, or without the schema's columns; names the shard.
+        CorpusError: unreadable, truncated, or without any of the columns; names the shard.
     """
     reader = _parquet if shard.name.endswith(".parquet") else _jsonl
     try:
-        yield from reader(shard, row, schema, seed, f"{where}: {shard.name}")
+        yield from reader(shard, row, columns, seed, f"{where}: {shard.name}")
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise _unreadable(shard, where, error) from error
 
@@ -120,38 +121,55 @@ class _ParquetShard:
         return self._file
 
 
-def _parquet(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
+def _parquet(shard: Shard, row: int, columns: Columns, seed: int, where: str) -> Iterator[Rows]:
     with closing(_ParquetShard(shard)) as file:
         metadata = retrying(file.metadata, where)
-        columns = _columns(metadata, schema, where)
+        leaves = _leaves(metadata, columns, where)
         order = list(range(metadata.num_row_groups))
         random.Random(seed).shuffle(order)
         start = 0
         for number in order:
             size = metadata.row_group(number).num_rows
             if row < start + size:
-                table = retrying(partial(file.row_group, number, columns), where)
+                table = retrying(partial(file.row_group, number, leaves), where)
                 for offset in range(max(row - start, 0), size, CHUNK_ROWS):
                     rows = table.slice(offset, CHUNK_ROWS).to_pylist()
-                    yield [(start + offset + i, _without_nulls(item)) for i, item in enumerate(rows)]
+                    yield [(start + offset + i, _named(_without_nulls(item), columns)) for i, item in enumerate(rows)]
             start += size
 
 
-def _columns(metadata: pq.FileMetaData, schema: str, where: str) -> list[str]:
+def _leaves(metadata: pq.FileMetaData, columns: Columns, where: str) -> list[str]:
     """Leaf columns to read; missing ones are an error."""
     paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    if schema == "wildchat":
-        turns = [path for path in paths if path.startswith("conversation.") and path.count(".") == 3]
-        turn = {path: path.rpartition(".")[2] for path in turns}
-        columns = [path for path, leaf in turn.items() if leaf in WILDCHAT_TURN]
-        columns += [path for path in paths if path in WILDCHAT_ROW]
-        missing = (WILDCHAT_TURN - set(turn.values())) | (WILDCHAT_ROW - set(paths))
-    else:
-        columns = [path for path in paths if path.partition(".")[0] in ("messages", "tools")]
-        missing = frozenset({"messages"}) - {path.partition(".")[0] for path in columns}
+    if columns is not None:
+        _check_columns({path.partition(".")[0] for path in paths}, columns, where)
+        return [path for path in paths if path.partition(".")[0] in columns.values()]
+    turns = [path for path in paths if path.startswith("conversation.") and path.count(".") == 3]
+    turn = {path: path.rpartition(".")[2] for path in turns}
+    leaves = [path for path, leaf in turn.items() if leaf in WILDCHAT_TURN]
+    leaves += [path for path in paths if path in WILDCHAT_ROW]
+    missing = (WILDCHAT_TURN - set(turn.values())) | (WILDCHAT_ROW - set(paths))
     if missing:
-        raise CorpusError(f"{where} has no column {', '.join(sorted(missing))}; it is not of the {schema} schema")
-    return columns
+        raise CorpusError(f"{where} has no column {', '.join(sorted(missing))}; it is not of the wildchat schema")
+    return leaves
+
+
+def _check_columns(found: Collection[str], columns: Mapping[str, str], where: str) -> None:
+    """CorpusError unless there are messages or texts under the names that they should have."""
+    wanted = [name for meaning, name in columns.items() if meaning != "tools"]
+    if not set(wanted) & set(found):
+        shown = ", ".join(sorted(found)[:20]) or "none"
+        raise CorpusError(
+            f"{where} has no column {' or '.join(wanted)}; its columns are {shown[:300]}: name the one that holds the "
+            "documents with the source's key text, or the conversations with messages"
+        )
+
+
+def _named(row: Any, columns: Columns) -> Any:
+    """A row under our names for its columns."""
+    if columns is None or not isinstance(row, dict):
+        return row
+    return {meaning: row[name] for meaning, name in columns.items() if name in row}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -163,18 +181,29 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _jsonl(shard: Shard, row: int, schema: str, seed: int, where: str) -> Iterator[Rows]:
+def _jsonl(shard: Shard, row: int, columns: Columns, seed: int, where: str) -> Iterator[Rows]:
     del seed
     with closing(retrying(shard.open, where)) as raw:
         rows: Rows = []
+        checked = columns is None
         for index, line in enumerate(_lines(shard, raw)):
             if index >= row and (line is None or line.strip()):
                 rows.append((index, _item(line, f"{where} ends in the middle of line {index + 1}")))
             if len(rows) == CHUNK_ROWS:
-                yield rows
+                checked = checked or _check_rows(rows, columns, where)
+                yield [(number, _named(item, columns)) for number, item in rows]
                 rows = []
         if rows:
-            yield rows
+            checked = checked or _check_rows(rows, columns, where)
+            yield [(number, _named(item, columns)) for number, item in rows]
+
+
+def _check_rows(rows: Rows, columns: Columns, where: str) -> bool:
+    """Whether there were columns to check among the rows, of which one at least should have a wanted one."""
+    found = {name for _, row in rows if isinstance(row, dict) for name in row}
+    if found and columns is not None:
+        _check_columns(found, columns, where)
+    return bool(found)
 
 
 def _item(line: bytes | None, cut: str) -> Any:

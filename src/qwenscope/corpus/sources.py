@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol
 from qwenscope.corpus.hub import REPOSITORIES, hub_shards
 from qwenscope.corpus.mixing import MIXED_SHARDS, read_mixed
 from qwenscope.corpus.repair import conversation_id
-from qwenscope.corpus.shards import CHUNK_ROWS, SUFFIXES, Shard
+from qwenscope.corpus.shards import CHUNK_ROWS, SUFFIXES, Columns, Shard
 from qwenscope.corpus.tool_use import GENERATORS
 from qwenscope.errors import CorpusError
 from qwenscope.files import sha256
@@ -49,7 +49,7 @@ class Source(Protocol):
 
     @property
     def schema(self) -> str:
-        """What a row is: `messages`, `wildchat`, or the name of a generator (a row is a number)."""
+        """What a row is: `rows` (messages or text), `wildchat`, or the name of a generator (a row is a number)."""
 
     @property
     def own_split(self) -> bool:
@@ -74,6 +74,7 @@ class FileSource:
     id: str
     revision: str
     schema: str
+    columns: Columns
     own_split: bool
     where: str
     groups: tuple[tuple[Shard, ...], ...]
@@ -84,7 +85,7 @@ class FileSource:
         """Rows of the groups from `row` of group number `shard` on, a chunk never of two groups."""
         for number in range(shard, len(self.groups)):
             start = row if number == shard else 0
-            for rows in read_mixed(self.groups[number], start, self.schema, self.seed, self.where):
+            for rows in read_mixed(self.groups[number], start, self.columns, self.seed, self.where):
                 yield Chunk(number, rows)
 
 
@@ -108,8 +109,9 @@ class GeneratedSource:
 def source_ids(sources: Sequence[SourceRecipe]) -> list[str]:
     """Each source's name, with #2, #3 ... where a name stands again.
 
-    >>> source_ids([])
-    []
+    Examples:
+        >>> source_ids([])
+        []
     """
     seen: dict[str, int] = {}
     ids = []
@@ -140,18 +142,31 @@ def open_source(recipe: SourceRecipe, id: str, seed: int, held_out: bool, pinned
         revision, shards = _generator_revision(recipe.name), []
     else:
         repo = recipe.repo or REPOSITORIES[recipe.name]
-        where = f"corpus source {id} ({repo})"
-        revision, shards = hub_shards(repo, pinned or recipe.revision, where)
+        where = f"corpus source {id} ({' '.join(filter(None, (repo, recipe.config)))})"
+        by_card = recipe.name == "files" or recipe.config is not None
+        revision, shards = hub_shards(repo, pinned or recipe.revision, where, by_card, recipe.config)
     if pinned is not None and pinned != revision:
         raise CorpusError(f"{where} is not what the run began with; restore it, or start a new run")
     if not shards:
         return GeneratedSource(id, revision, recipe.name, where)
     chosen, own_split = choose_split(recipe.name, shards, held_out)
-    schema = "wildchat" if recipe.name == "wildchat" else "messages"
+    schema, columns = ("wildchat", None) if recipe.name == "wildchat" else ("rows", _columns(recipe))
     together = 1 if recipe.path is None else MIXED_SHARDS  # shards of one Hub dataset are alike, and each is a stream
     ordered = shuffled(chosen, seed)
     groups = tuple(ordered[start : start + together] for start in range(0, len(ordered), together))
-    return FileSource(id, revision, schema, own_split, where, groups, seed)
+    return FileSource(id, revision, schema, columns, own_split, where, groups, seed)
+
+
+def _columns(recipe: SourceRecipe) -> dict[str, str]:
+    """What is read of each row: what the recipe names, else `messages` before `text`; named sources have no texts."""
+    names = {"messages": recipe.messages, "tools": recipe.tools, "text": recipe.text}
+    if recipe.name != "files" or recipe.messages is not None:
+        names["messages"] = names["messages"] or "messages"
+    elif recipe.text is None:
+        names |= {"messages": "messages", "text": "text"}
+    if names["messages"]:
+        names["tools"] = names["tools"] or "tools"
+    return {meaning: name for meaning, name in names.items() if name}
 
 
 def shuffled(shards: Sequence[Shard], seed: int) -> tuple[Shard, ...]:

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from qwenscope.corpus.chat import Conversation, renderer_for
+from qwenscope.corpus.chat import Renderer, with_template
+from qwenscope.corpus.conversation import Conversation
+from qwenscope.corpus.documents import Documents
 from qwenscope.corpus.feed import Feed
 from qwenscope.corpus.prepare import Preparer
 from qwenscope.corpus.privacy import PrivacyFilter, privacy_report
@@ -51,7 +53,7 @@ class CorpusStream:
 
         Args:
             corpus: sources, filter, lengths.
-            tokenizer: a fast tokenizer with a chat template.
+            tokenizer: a fast tokenizer; for conversations it needs a chat template, or the recipe one.
             seed: governs order and the built-in generator.
             held_out: the conversations kept for evaluation instead of those for training.
             revisions: `revisions` of an earlier run, to read the very same content.
@@ -62,7 +64,9 @@ class CorpusStream:
             RecipeError: more workers than the machine can use.
         """
         check_workers(workers)
-        renderer = renderer_for(tokenizer, corpus.max_length)
+        tokenizer = with_template(tokenizer, corpus.chat_template)
+        renderer = Renderer(tokenizer, corpus.max_length)
+        documents = Documents(tokenizer, corpus.max_length, split=corpus.long_documents == "split")
         privacy = PrivacyFilter(corpus.privacy)
         self._rules = corpus.privacy
         self.held_out = held_out
@@ -72,11 +76,15 @@ class CorpusStream:
         self._weights: dict[str, float] = {}
         self.revisions: dict[str, str] = {}
         """Each source's revision, to be passed to later streams of the same run."""
+        self.splits = tuple(dict.fromkeys(split for recipe in corpus.sources for split in recipe.splits))
+        """Those of which its sources may give something."""
         for id, recipe in zip(source_ids(corpus.sources), corpus.sources, strict=True):
             source_seed = derive_seed(seed, "corpus", id)
             source = open_source(recipe, id, source_seed, held_out, (revisions or {}).get(id))
+            if recipe.name != "files" or recipe.messages is not None:
+                renderer.check_template()
             share = 0.0 if source.own_split else corpus.held_out_share
-            preparer = Preparer(id, source.schema, renderer, privacy, source_seed, held_out, share)
+            preparer = Preparer(id, source.schema, renderer, documents, privacy, source_seed, held_out, share)
             self._feeds[id] = Feed(source, preparer)
             self._weights[id] = recipe.weight
             self.revisions[id] = source.revision

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.errors import ResourceError
 from qwenscope.files import atomic_path
 from qwenscope.lm.model import LanguageModel

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.activations.harvest import LEFT_OUT, harvest
-from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.errors import CorpusError, ModelError
 from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_shifts
 from qwenscope.evaluation.fidelity import Fidelity, Moments

@@ -19,7 +19,7 @@ from qwenscope.evaluation import plots
 CURVE_POINTS = 200  # of a training curve in the page
 Groups = Sequence[Sequence[str]]
 
-SPLIT_NAMES = {"chat": "chat", "tool_use": "tool use"}
+SPLIT_NAMES = {"chat": "chat", "tool_use": "tool use", "text": "text"}
 KIND_NAMES = {"deltanet": "DeltaNet", "attention": "attention"}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwenscope.checksums import read_checksums, write_checksums
-from qwenscope.corpus.chat import Conversation
+from qwenscope.corpus.conversation import Conversation
 from qwenscope.errors import FormatError, ModelError
 from qwenscope.evaluation.measure import SplitMeasurement
 from qwenscope.evaluation.meters import Meters

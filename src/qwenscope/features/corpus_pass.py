@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwenscope.activations.harvest import harvest
-from qwenscope.corpus.chat import ROLES, Conversation
+from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import FormatError
 from qwenscope.features.reservoirs import context_keys

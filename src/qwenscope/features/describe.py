@@ -20,7 +20,7 @@ from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
 from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
 from qwenscope.features.token_text import TokenText, alone, readable
-from qwenscope.files import read_json
+from qwenscope.files import read_object
 from qwenscope.lm.forward import final_norm, unembedding
 from qwenscope.opening import SPLITS
 from qwenscope.sae.activation import described
@@ -57,7 +57,8 @@ class Texts:
         self.vocabulary = vocabulary
         path = corpus_pass.work / "tokens.bin"
         starts = [0]
-        with path.open("wb") as file:
+        path.unlink(missing_ok=True)
+        with path.open("xb") as file:
             for _, text in corpus_pass.texts():
                 file.write(text["tokens"].astype("<i4").tobytes())
                 starts.extend((starts[-1] + np.cumsum(text["lengths"])).tolist())
@@ -244,7 +245,7 @@ def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any
 def _quality(folder: Path, sae_id: str) -> dict[str, dict[str, float]]:
     """The target's own measurements per split, if it was evaluated."""
     path = folder / "evaluation.json"
-    splits = read_json(path)["saes"].get(sae_id, {}) if path.is_file() else {}
+    splits = read_object(path).get("saes", {}).get(sae_id, {}) if path.is_file() else {}
     return {split: {key: figures[key] for key in QUALITY if key in figures} for split, figures in splits.items()}
 
 

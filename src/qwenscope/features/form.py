@@ -6,7 +6,7 @@ import json
 import zlib
 from typing import Annotated, Any, NotRequired
 
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from qwenscope.errors import FormatError
@@ -19,18 +19,18 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Pair = tuple[_Count, FiniteFloat]
 
 
-@with_config(extra="allow")
+@with_config(ConfigDict(extra="allow"))
 class _LanguageModel(TypedDict):
     name: str
     layers: list[str | None]
 
 
-@with_config(extra="allow")
+@with_config(ConfigDict(extra="allow"))
 class _Privacy(TypedDict):
     scrub: bool
 
 
-@with_config(extra="allow")
+@with_config(ConfigDict(extra="allow"))
 class Meta(TypedDict):
     """The whole index."""
 
@@ -41,6 +41,7 @@ class Meta(TypedDict):
     data: str
     privacy: _Privacy
     splits: list[str]
+    roles: list[str]
 
 
 class _Densities(TypedDict):
@@ -49,7 +50,7 @@ class _Densities(TypedDict):
     counts: list[_Count]
 
 
-@with_config(extra="allow")
+@with_config(ConfigDict(extra="allow"))
 class Summary(TypedDict):
     """One SAE."""
 
@@ -105,7 +106,7 @@ class Detail(TypedDict):
     examples: list[tuple[str, _Count, list[_Count], list[FiniteFloat]]]
 
 
-@with_config(extra="allow")
+@with_config(ConfigDict(extra="allow"))
 class Explanation(TypedDict):
     """One latent's label."""
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
-from qwenscope.corpus.chat import ROLES
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.features.corpus_pass import CorpusPass, OnProgress
 from qwenscope.features.describe import Describer, Latent, Texts, summary_of

@@ -108,11 +108,11 @@ def export_delphi(index: Index, out: Path) -> int:
             (folder / name).mkdir(parents=True)
         for sae_id, latent, record in records:
             file = f"{_hook_point(index, sae_id)}_latent{latent}.txt"
-            (folder / "explanations" / file).write_text(json.dumps(record["label"], ensure_ascii=False))
+            (folder / "explanations" / file).write_text(json.dumps(record["label"], ensure_ascii=False), "utf-8")
             for score, name in (("detection", "detection"), ("fuzzing", "fuzz")):
                 if record[score] is not None:
                     samples = json.dumps(record["samples"][score], ensure_ascii=False)
-                    (folder / "scores" / name / file).write_text(samples)
+                    (folder / "scores" / name / file).write_text(samples, "utf-8")
         names = {sae_id: _hook_point(index, sae_id) for sae_id in sorted({sae_id for sae_id, _, _ in records})}
         (folder / "log").mkdir()
         torch.save({name: _fired(index, id) for id, name in names.items()}, folder / "log/hookpoint_firing_counts.pt")

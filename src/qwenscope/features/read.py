@@ -12,24 +12,21 @@ Legend: T tokens, K active latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwenscope.corpus.chat import ROLES, render
-from qwenscope.corpus.repair import Dropped
-from qwenscope.errors import CorpusError
+from qwenscope.corpus.anything import Messages, render_given
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.features.token_text import pieces_of, readable
 from qwenscope.lm.forward import site_rows
 from qwenscope.lm.model import LanguageModel, as_language_model
 from qwenscope.lm.sites import Site, Where
 from qwenscope.opening import check_widths, sites_of_suite
 from qwenscope.sae.sae import SAE, Codes
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,8 @@ def read(
     Args:
         model: a transformers causal language model, or a loaded `LanguageModel`.
         tokenizer: its tokenizer.
-        text_or_messages: plain text, or messages for the tokenizer's chat template.
+        text_or_messages: plain text, read as a document of the corpus (with BOS where the tokenizer writes it), or
+            messages for the tokenizer's chat template.
         suite: SAEs by id.
         sites: {sae_id: where it reads}; None takes each SAE's own configuration, or the published suite's by id.
         tools: tool schemas of a conversation.
@@ -74,7 +72,9 @@ def read(
     lm = as_language_model(model, tokenizer)
     at = sites_of_suite(suite) if sites is None else {sae_id: Site.of(site) for sae_id, site in sites.items()}
     check_widths(suite, lm)
-    token_ids, roles = _tokens(tokenizer, text_or_messages, tools, max_length)
+    rendered = render_given(tokenizer, text_or_messages, tools, max_length)
+    token_ids = rendered.token_ids.tolist()
+    roles = None if isinstance(text_or_messages, str) else [ROLES[role] for role in rendered.roles.tolist()]
     rows = site_rows(lm, torch.tensor([token_ids]), sorted({at[sae_id] for sae_id in suite}))
     codes = {}
     with torch.no_grad():
@@ -82,18 +82,3 @@ def read(
             found = sae.encode(rows[at[sae_id]][0].to(sae.pre_bias.device))
             codes[sae_id] = Codes(found.values.cpu(), found.indices.cpu(), sae.dict_size)
     return Reading(token_ids, readable(pieces_of(tokenizer, token_ids)), roles, codes)
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, given: str | Messages, tools: list[dict[str, Any]] | None, max_length: int
-) -> tuple[list[int], list[str] | None]:
-    if isinstance(given, str):
-        token_ids: list[int] = tokenizer(given, add_special_tokens=False).input_ids[:max_length]
-        if not token_ids:
-            raise CorpusError("there is no text to read")
-        return token_ids, None
-    try:
-        rendered = render([dict(message) for message in given], tools, tokenizer, max_length)
-    except Dropped as dropped:
-        raise CorpusError(f"the messages cannot be rendered: {dropped}") from None
-    return rendered.token_ids.tolist(), [ROLES[role] for role in rendered.roles.tolist()]

@@ -36,7 +36,7 @@ from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
 
 Mode = Literal["add", "clamp", "ablate"]
-Where = Literal["all", "prefill", "decode"] | Sequence[int]
+Where = Literal["all", "prefill", "decode"] | Sequence[int] | slice
 _KEPT = ("state", "rnn_state", "cache_params", "cache", "past_key_values", "mems")  # what decoders take a cache as
 
 
@@ -59,7 +59,7 @@ class Steering:
     unit: float | Literal["norm"] = "norm"
     where: Where = "all"
     """all positions; prefill: those of the pass that finds an empty cache; decode: all later ones; or positions of the
-    (padded) rows by number. Without a cache every pass is a prefill."""
+    (padded) rows by number, slice(9, None) those from 9 on. Without a cache every pass is a prefill."""
     along: Tensor | None = None
     """[D], any length: push along this direction; with a latent, by the amount that the latent would be pushed."""
     layer: InitVar[int | None] = None
@@ -109,7 +109,8 @@ class Steering:
             return None
         if isinstance(self.where, str):
             return torch.zeros(length, dtype=torch.bool)
-        return torch.isin(torch.arange(start, start + length), torch.tensor(list(self.where), dtype=torch.int64))
+        where = range(start + length)[self.where] if isinstance(self.where, slice) else self.where
+        return torch.isin(torch.arange(start, start + length), torch.tensor(list(where), dtype=torch.int64))
 
 
 @contextmanager
@@ -261,9 +262,20 @@ def side_by_side(
 
 def prompt_tokens(lm: LanguageModel, prompt: str) -> list[int]:
     """A prompt as the user's turn of the model's chat template, ready for the answer; plain text without template."""
+    return _turn(lm, prompt, answered=True)
+
+
+def answer_start(lm: LanguageModel, prompt: str) -> int:
+    """The position in `prompt_tokens` at which the assistant's turn begins; of plain text, its last token."""
+    asked, whole = _turn(lm, prompt, answered=False), prompt_tokens(lm, prompt)
+    return len(asked) if whole[: len(asked)] == asked and len(asked) < len(whole) else max(0, len(whole) - 1)
+
+
+def _turn(lm: LanguageModel, prompt: str, *, answered: bool) -> list[int]:
+    """The user's turn by the model's chat template, with or without the beginning of the answer to it."""
     if getattr(lm.tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
-        return list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=answered, return_dict=False))
     return list(lm.tokenizer(prompt).input_ids)
 
 

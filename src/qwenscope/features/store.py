@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
-from qwenscope.corpus.chat import ROLES
 from qwenscope.errors import FormatError, QwenscopeError
 from qwenscope.features.form import Columns, Detail, Explanation, Meta, Summary, parsed, unpack
 from qwenscope.features.integrity import FILE, FILES, read_only, verify_index
@@ -74,7 +73,7 @@ class Index:
 
     def suite(self) -> dict[str, Any]:
         """What the overview shows: {"meta", "saes": {id: summary}}."""
-        return {"meta": self.meta, "roles": list(ROLES), "saes": self.saes}
+        return {"meta": self.meta, "roles": self.meta["roles"], "saes": self.saes}
 
     def table(self, sae_id: str) -> dict[str, Any]:
         """Columns over all latents of one SAE: density, max, mean, role, peaks, promoted."""

@@ -91,6 +91,11 @@ class LanguageModel:
         """
         if int(input_ids_CT.max()) >= (known := self.known_tokens):
             raise ModelError(f"token {int(input_ids_CT.max())} is beyond the {known} that {self.name} knows")
+        if (positions := self.known_positions) is not None and input_ids_CT.shape[1] > positions:
+            raise ModelError(
+                f"{self.name} knows {positions} positions, and a row has {input_ids_CT.shape[1]} tokens; set "
+                f"corpus.max_length to {positions}"
+            )
         with capture(self, sites, stop=True) as rows:
             self.decoder(input_ids=input_ids_CT.to(self.device), use_cache=False)
         return {site: rows[site] for site in sites}
@@ -100,6 +105,15 @@ class LanguageModel:
         """Rows of the embedding."""
         weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
         return len(weight)
+
+    @property
+    def known_positions(self) -> int | None:
+        """Positions of a learned embedding, beyond which there is nothing; None for models that compute them."""
+        longest = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        words = self.model.get_input_embeddings()
+        tables = (child for child in self.decoder.children() if isinstance(child, nn.Embedding) and child is not words)
+        learned = any(longest is not None and 0 <= len(table.weight) - longest <= 2 for table in tables)
+        return longest if learned else None
 
     def digest(self, last_layer: int | None = None) -> str:
         """16 hex digits that tell models apart: 64 evenly spaced values of every parameter, up to `last_layer`."""

@@ -89,12 +89,14 @@ def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: b
     hidden = int(config.hidden_size)
     heads = getattr(config, "linear_num_value_heads", 0)
     value_dim = heads * getattr(config, "linear_value_head_dim", 0)
-    heads_dim = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    attention = getattr(config, "num_attention_heads", None) or 1
+    heads_dim = attention * (getattr(config, "head_dim", None) or hidden // attention)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden  # some families leave it out
     routed = getattr(config, "num_experts_per_tok", None)
     parts = (
         value_dim * 44 + heads * 64 * 16 if cpu else value_dim * 14 * width,
         heads_dim * 7 * width,
-        (4 * routed + 1) * hidden * width if routed else 3 * config.intermediate_size * width,
+        (4 * routed + 1) * hidden * width if routed else 3 * inner * width,
     )
     return (len(recipe.sites) + 3) * hidden * width + int(max(parts))
 

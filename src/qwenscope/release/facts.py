@@ -5,17 +5,21 @@ Nothing about the machine's owner goes out: host names, process ids and absolute
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from qwenscope.corpus.hub import REPOSITORIES
-from qwenscope.errors import FormatError
+from qwenscope.errors import FormatError, reason
 from qwenscope.evaluation.compare import NUMBERS, SPECIAL
-from qwenscope.files import read_json, write_json, write_text
-from qwenscope.recipe import Recipe, SourceRecipe, load_recipe, public_name
+from qwenscope.files import public_name, read_json, read_object, write_json, write_text
+from qwenscope.recipe import Recipe, SourceRecipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,68 @@ class Facts:
         return list(dict.fromkeys(repo for source in self.recipe.corpus.sources if (repo := dataset_of(source))))
 
 
+class _Device(TypedDict):
+    name: str
+    memory_bytes: int
+
+
+class _Processor(TypedDict):
+    cores: int
+    torch_threads: int
+
+
+class _Machine(TypedDict, total=False):
+    versions: dict[str, str]
+    devices: list[_Device]
+    cpu: _Processor
+
+
+class _Revisions(TypedDict, total=False):
+    model: str | None
+    corpus: dict[str, str] | None
+
+
+class _RunRecord(TypedDict, total=False):
+    """run.json, of which the card tells."""
+
+    machine: _Machine
+    revisions: _Revisions
+    commit: str | None
+
+
+class _SourceReport(TypedDict):
+    conversations: int
+    tokens: int
+    truncated: int
+    dropped: dict[str, int]
+
+
+class _CorpusReport(TypedDict):
+    """privacy_report.json, likewise."""
+
+    sources: dict[str, _SourceReport]
+    scrubbed: dict[str, int]
+
+
+def read_record(path: Path, form: type) -> dict[str, Any]:
+    """A file of a run that holds an object of this form.
+
+    Raises:
+        FormatError: it does not; names file and key.
+    """
+    value = read_object(path)
+    try:
+        TypeAdapter(form).validate_python(value, strict=True)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise FormatError(f"{path}: {key}: {first['msg']}; restore it") from None
+    except ValueError as error:  # NaN, half a surrogate pair
+        raise FormatError(f"{path} holds what JSON cannot ({reason(error)}); restore it") from None
+    return value
+
+
 def read_facts(folder: Path) -> Facts:
     """Read and check the files of a release folder.
 
@@ -57,9 +123,9 @@ def read_facts(folder: Path) -> Facts:
     return Facts(
         recipe,
         evaluation,
-        read_json(folder / "run.json"),
-        read_json(privacy) if privacy.is_file() else None,
-        read_json(folder / "config.json"),
+        read_record(folder / "run.json", _RunRecord),
+        read_record(privacy, _CorpusReport) if privacy.is_file() else None,
+        read_object(folder / "config.json"),
     )
 
 
@@ -123,6 +189,7 @@ def copy_facts(run: Path, out: Path, recipe: Recipe) -> None:
     check_numbers(evaluation, recipe, run / "evaluation.json")
     write_json(out / "evaluation.json", public_evaluation(evaluation))
     write_text(out / "recipe.yaml", recipe.published().to_yaml())
-    write_json(out / "run.json", public_run(read_json(run / "run.json") if (run / "run.json").is_file() else {}))
+    record = read_record(run / "run.json", _RunRecord) if (run / "run.json").is_file() else {}
+    write_json(out / "run.json", public_run(record))
     if (run / "privacy_report.json").is_file():
-        write_json(out / "privacy_report.json", read_json(run / "privacy_report.json"))
+        write_json(out / "privacy_report.json", read_record(run / "privacy_report.json", _CorpusReport))

@@ -13,11 +13,11 @@ from typing import Any
 
 from qwenscope.checksums import CHECKSUMS_FILE, read_checksums, verify_folder, write_checksums
 from qwenscope.errors import FormatError
-from qwenscope.files import folder_aside, read_json, whole_folder, write_json, write_text
+from qwenscope.files import folder_aside, public_name, read_json, read_object, whole_folder, write_json, write_text
 from qwenscope.hub import check_repo_id
 from qwenscope.lm.sites import Site
 from qwenscope.opening import check_size
-from qwenscope.recipe import Recipe, load_recipe, public_name
+from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.release.card import example_sae, model_card, quality_plots
 from qwenscope.release.facts import copy_facts, read_facts
 from qwenscope.release.notebook import notebook
@@ -65,7 +65,7 @@ def bind(folder: Path, repo: str | None) -> None:
     """
     if repo is not None:
         check_repo_id(repo)
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"repo": repo})
+    write_json(folder / "config.json", read_object(folder / "config.json") | {"repo": repo})
     facts = read_facts(folder)
     write_text(folder / "README.md", model_card(facts))
     write_text(folder / "quality.svg", quality_plots(facts))
@@ -78,7 +78,7 @@ def _build(run: Path, out: Path) -> None:
     """Write everything that does not name the repository."""
     recipe = load_recipe(run / "recipe.yaml")
     copy_facts(run, out, recipe)
-    write_json(out / "config.json", _index(run, recipe) | {"saes": _copy_saes(run, out, recipe)})
+    write_json(out / "config.json", _index(run, out, recipe) | {"saes": _copy_saes(run, out, recipe)})
     write_evaluation(read_json(out / "evaluation.json"), out / "evaluation.parquet")
     if (run / "metrics.jsonl").is_file():
         write_training(run / "metrics.jsonl", out / "metrics.parquet")
@@ -89,7 +89,7 @@ def _check_same(run: Path, out: Path) -> None:
     verify_folder(out)
     with folder_aside(out) as folder:
         _build(run, folder)
-        bind(folder, read_json(out / "config.json").get("repo"))
+        bind(folder, read_object(out / "config.json").get("repo"))
         if read_checksums(folder) != read_checksums(out):
             raise FormatError(f"{out} holds another release than {run} gives; choose another folder, or remove it")
 
@@ -97,16 +97,15 @@ def _check_same(run: Path, out: Path) -> None:
 def _check_complete(run: Path) -> None:
     if not (run / "recipe.yaml").is_file():
         raise FormatError(f"{run} holds no recipe.yaml; give a run folder")
-    status = read_json(run / "status.json")
-    state = status.get("state") if isinstance(status, dict) else None
+    state = read_object(run / "status.json").get("state")
     if state != "complete":
         raise FormatError(f"{run} is {state!r}, not complete; go on with `qwenscope train --resume`")
     if not (run / "evaluation.json").is_file():
         raise FormatError(f"{run} has no evaluation.json; run `qwenscope evaluate {run}` first")
 
 
-def _index(run: Path, recipe: Recipe) -> dict[str, Any]:
-    facts = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+def _index(run: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
+    facts = read_object(out / "run.json")
     return {
         "library_name": "qwenscope",
         "architecture": " and ".join(dict.fromkeys(point.activation for point in recipe.hook_points.values())),

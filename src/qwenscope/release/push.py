@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from qwenscope.checksums import CHECKSUMS_FILE, verify_folder
 from qwenscope.errors import FormatError, HubError
-from qwenscope.files import disk_errors_named, fsync_folder, read_json, sha256
+from qwenscope.files import disk_errors_named, fsync_folder, read_object, sha256
 from qwenscope.hub import asked, check_repo_id
 from qwenscope.release.package import bind
 from qwenscope.sae.loading import suite_ids
@@ -69,7 +69,7 @@ def push(folder: Path, repo: str, *, tag: str = "v1", dry_run: bool = False) -> 
         return [*_listed(folder, files), f"dry run: {len(files)} files would go to {repo}, tagged {tag}"]
     if get_token() is None:
         raise HubError(f"no token to push to {repo} with; log in with `hf auth login` or set HF_TOKEN")
-    if read_json(folder / "config.json").get("repo") != repo:
+    if read_object(folder / "config.json").get("repo") != repo:
         bind(folder, repo)
     lines = _listed(folder, files)
     api, local = HfApi(), {name: _local_entry(folder / name) for name in files}
@@ -109,6 +109,8 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> None:
         return
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    if partial.is_symlink():
+        raise FormatError(f"{partial} is a link; remove it")
     for _ in range(_ATTEMPTS):
         with disk_errors_named(out, sum(entry.size for entry in entries.values())):
             asked(lambda: _fetch(repo, commit, partial), what)

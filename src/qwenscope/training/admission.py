@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import CorpusError, RecipeError
-from qwenscope.limits import check_memory, check_workers
+from qwenscope.limits import check_cache, check_memory, check_workers
 from qwenscope.lm.load import load_config, load_language_model, load_tokenizer
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import site_names, sites_of
@@ -45,12 +45,13 @@ def open_source(
 
     Raises:
         ModelError: vLLM is missing, cannot run the model, or computes other rows.
-        RecipeError: vLLM in several processes.
+        RecipeError: vLLM in several processes, or too much asked of this machine.
         CorpusError: the corpus holds no conversation.
         ResourceError: windows or SAEs that no memory here holds.
     """
     sites, corpus = sites_of(recipe), recipe.corpus
     check_workers(corpus.workers)  # before minutes of loading
+    check_cache(recipe)
     check_memory(recipe, int(load_config(lm).hidden_size), ranks)
     if lm.backend == "transformers":
         return load_language_model(lm, last_layer=recipe.last_layer), None

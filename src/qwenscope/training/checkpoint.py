@@ -271,7 +271,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def _write_pieces(path: Path, pieces: list[memoryview]) -> dict[str, Any]:
     """Write, fsync, and return {"bytes", "sha256"}; writing and hashing release the interpreter lock piece by piece."""
     digest, written = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         for data in pieces:
             for start in range(0, len(data), _PIECE):
                 piece = data[start : start + _PIECE]
@@ -296,13 +296,28 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(data)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged (not JSON)") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
         raise CheckpointError(f"{path} is damaged (not a manifest)")
     if _manifest_bytes(manifest) != data:
         raise CheckpointError(f"{path} is damaged (sha256 differs)")
+    if manifest["format_version"] <= FORMAT_VERSION and not _lists_files(manifest):
+        raise CheckpointError(f"{path} is damaged (not a manifest)")
     return manifest
+
+
+def _lists_files(manifest: Mapping[str, Any]) -> bool:
+    files = manifest.get("files")
+    return (
+        isinstance(manifest.get("snapshot"), bool)
+        and isinstance(files, dict)
+        and _STATE in files
+        and all(
+            _SAFE_NAME.fullmatch(name) and isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"}
+            for name, entry in files.items()
+        )
+    )
 
 
 def _read_verified(path: Path, expected: Mapping[str, Any]) -> bytes:
@@ -325,5 +340,7 @@ def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def _remove(path: Path) -> None:
-    if path.exists():
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         shutil.rmtree(path)

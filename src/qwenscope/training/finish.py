@@ -40,6 +40,7 @@ def publish(saes: Iterable[tuple[str, SAE | None]], target: Path, needed: int, g
     @disk_errors_named(target, needed)
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)  # a link that someone has put there
         temporary.mkdir()
 
     @disk_errors_named(target, needed)

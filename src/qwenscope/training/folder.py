@@ -24,7 +24,15 @@ from pydantic import ValidationError
 
 from qwenscope.checksums import verify_folder
 from qwenscope.errors import CheckpointError, FormatError, LockError, QwenscopeError, RecipeError, ResourceError
-from qwenscope.files import disk_errors_named, make_folder, read_json, remove_leftovers, write_json, write_text
+from qwenscope.files import (
+    disk_errors_named,
+    make_folder,
+    read_json,
+    read_object,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from qwenscope.machine import describe_machine
 from qwenscope.parallel.group import ALONE, Group, RankLostError
 from qwenscope.recipe import Recipe, load_recipe
@@ -72,7 +80,7 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """status.json as it stands, or an empty dict in a new folder."""
         path = self.path / "status.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return read_object(path) if path.exists() else {}
 
     def check_there(self) -> None:
         """Refuse to go on where the folder, or the checkpoints in it, are no longer those of this run.
@@ -155,7 +163,7 @@ class RunFolder:
                 words = [path.read_text(encoding="utf-8") for path in sorted(self.path.glob(_LAST_WORDS.format("*")))]
                 self.write_status("failed", "; ".join([describe(error), *(words if lost else [])]))
             elif not lost:
-                (self.path / _LAST_WORDS.format(group.rank)).write_text(f"rank {group.rank}: {describe(error)}")
+                write_text(self.path / _LAST_WORDS.format(group.rank), f"rank {group.rank}: {describe(error)}")
             else:
                 self._write_for_rank_0(describe(error))
         except (OSError, QwenscopeError) as second:
@@ -209,7 +217,7 @@ class RunFolder:
     def recorded(self) -> dict[str, Any]:
         """run.json as it stands, or an empty dict in a new folder."""
         path = self.path / "run.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return read_object(path) if path.exists() else {}
 
 
 @contextmanager

@@ -33,10 +33,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         LockError: another process (or another call in this one) holds it; the message names its pid and host.
-        OSError: the lock file cannot be made, or the file system has no locks.
+        OSError: the lock file cannot be made or is a link, or the file system has no locks.
     """
     path = folder / LOCK_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

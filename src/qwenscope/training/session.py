@@ -150,7 +150,7 @@ def _on_rank_0(group: Group, open_it: Callable[[], T]) -> T | None:
 
 
 def _open_telemetry(recipe: Recipe, folder: RunFolder, step: int, closing: ExitStack) -> Telemetry:
-    telemetry = Telemetry(folder.path, recipe.telemetry.sinks, recipe.model_dump(mode="json"), step)
+    telemetry = Telemetry(folder.path, recipe.telemetry.sinks, recipe.published().model_dump(mode="json"), step)
     closing.callback(telemetry.close)
     return telemetry
 

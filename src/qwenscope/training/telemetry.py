@@ -75,7 +75,8 @@ class MetricsFile:
             kept = "".join(line for line in lines if _step_of(line) <= last_step)
             if kept != "".join(lines):
                 write_text(path, kept)
-        self._file = path.open("ab", buffering=0)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        self._file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line; a full disk delays it."""

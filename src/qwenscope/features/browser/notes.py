@@ -28,6 +28,9 @@ class Notes:
             rows = connection.execute(
                 "SELECT sae, latent, note, bookmarked FROM notes ORDER BY changed DESC"
             ).fetchall()
+            odd = "typeof(sae) <> 'text' OR typeof(latent) <> 'integer' OR typeof(note) <> 'text'"
+            if connection.execute(f"SELECT 1 FROM notes WHERE {odd} LIMIT 1").fetchone():
+                raise FormatError(f"{self._path} is damaged (a note of another kind); remove it")
         return [
             {"sae": sae, "latent": latent, "note": note, "bookmarked": bool(bookmarked)}
             for sae, latent, note, bookmarked in rows

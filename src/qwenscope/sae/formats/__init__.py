@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qwenscope.checksums import write_checksums
 from qwenscope.errors import FormatError
-from qwenscope.files import whole_folder
+from qwenscope.files import public_name, whole_folder
 from qwenscope.hub import check_repo_id, download
 from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE, check_inside, check_sae_id, join_below
 from qwenscope.sae.formats import (
@@ -94,6 +94,8 @@ def export_sae(sae: SAE, sae_id: str, to: str, out: Path, suite: str | Path) -> 
     assert write is not None
     if known is not None and sae.activation.name not in known:
         raise FormatError(f"{sae_id}: {to} has no activation {sae.activation.name}, only {', '.join(known)}")
+    if "model" in sae.config:
+        sae.config["model"] = public_name(sae.config["model"])
     write(sae, sae_id, out, suite)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from qwenscope.errors import FormatError
-from qwenscope.files import atomic_path
+from qwenscope.files import atomic_path, public_name
 from qwenscope.sae.files import join_below
 from qwenscope.sae.formats.hooks import transformer_lens_name
 from qwenscope.sae.sae import SAE
@@ -58,7 +58,7 @@ def write(
     config = sae.config
     if "model" not in config or "layer" not in config:
         raise FormatError(f"{sae_id}: Neuronpedia needs the keys model and layer in its {sorted(config)}; add them")
-    owner, _, name = str(config["model"]).rpartition("/")
+    owner, _, name = public_name(config["model"]).rpartition("/")
     model, release = name.lower(), _release_name(suite)
     source_set = f"{release}-{sae_id}-{_digest(sae)}"
     source = f"{config['layer']}-{source_set}"
@@ -67,10 +67,9 @@ def write(
     where = transformer_lens_name(config)
     about = f"{type(sae.activation).__name__}, {sae.dict_size:,} latents, k={sae.k}, {where or config['site']}"
     by = {"creatorName": "qwenscope", "urls": []}
-    owner = owner if owner and "/" not in owner else "unknown"  # none of this machine's folders
     size = {"layers": config["layer"] + 1 if layers is None else layers, "neuronsPerLayer": 0}  # none are shown
     records: dict[str, dict[str, Any]] = {
-        "model": {"id": model, "displayName": name, "owner": owner, **size},
+        "model": {"id": model, "displayName": name, "owner": owner or "unknown", **size},
         "release": {**by, "name": release, "description": f"SAEs of {release}, trained with qwenscope"},
         "sourceset": {**by, "modelId": model, "name": source_set, "description": about, "releaseName": release},
         "source": {"modelId": model, "id": source, "setName": source_set, "hfFolderId": f"saelens/{sae_id}"},

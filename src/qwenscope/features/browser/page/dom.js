@@ -58,6 +58,7 @@ export const ROLE_NAMES = {
   tool_result: "tool result",
   think: "think",
   template: "template",
+  text: "text",
 };
 
 export const kindName = (kind) => ({ deltanet: "DeltaNet", attention: "Attention" })[kind] ?? kind ?? "layer";
