@@ -36,6 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages |= {f"reference/{room}.md": python_page(room, modules) for room, modules in rooms().items()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
+    for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
+        files.append(File.generated(config, f"examples/{notebook.name}", abs_src_path=str(notebook)))
     return files
 
 

@@ -82,19 +82,14 @@ def test_the_installed_package_walks_from_training_to_steering(installed: Path, 
     assert version[0].isdigit()
 
     assert "stand-in" in qwenscope(installed, tmp_path, ["demo", "--help"])
-    small = [
-        "training.tokens=8192",
-        "training.warmup_steps=2",
-        "evaluation.tokens=500",
-        "activations.window_tokens=4096",
-    ]
-    sets = [part for value in small for part in ("--set", value)]
-    qwenscope(installed, tmp_path, ["train", "standin", "--out", "run", *sets])
-    assert "sae_attn_mid" in qwenscope(installed, tmp_path, ["evaluate", "run"])
-    qwenscope(installed, tmp_path, ["release", "run", "--out", "release"])
-    qwenscope(installed, tmp_path, ["index", "release", "--out", "index", "--tokens", "2000"])
+    small = ["tokens=2048", "warmup_steps=1", "calibration_tokens=1024"]
+    sets = [part for value in small for part in ("--set", f"training.{value}")]
+    qwenscope(
+        installed, tmp_path, ["train", "standin", "--out", "run", *sets, "--set", "activations.window_tokens=2048"]
+    )
     steer = ["--sae", "sae_attn_mid", "--latent", "3", "--max-new-tokens", "2", "Book a table"]
-    assert "steered" in qwenscope(installed, tmp_path, ["steer", "release", *steer])
+    assert "steered" in qwenscope(installed, tmp_path, ["steer", "run", *steer])
+    qwenscope(installed, tmp_path, ["index", "run", "--out", "index", "--tokens", "1000"])
     browse = [installed, "browse", "index", "--port", "0"]
     with subprocess.Popen(browse, cwd=tmp_path, env=bare(), stderr=subprocess.PIPE, text=True) as process:
         try:

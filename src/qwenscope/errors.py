@@ -9,8 +9,9 @@ def printable(text: str) -> str:
     """`text` on one line that is safe to show: its lines are joined; control characters, marks that turn the writing
     direction and lone surrogates become escapes such as \\x1b.
 
-    >>> printable("a\\n b\\x1b[31m")
-    'a b\\\\x1b[31m'
+    Examples:
+        >>> printable("a\\n b\\x1b[31m")
+        'a b\\\\x1b[31m'
     """
     line = " ".join(filter(None, map(str.strip, text.expandtabs(1).splitlines())))
     return line if line.isprintable() else "".join(map(_escaped, line))

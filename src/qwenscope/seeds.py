@@ -10,8 +10,9 @@ import torch
 def derive_seed(seed: int, *names: str | int) -> int:
     """A 63-bit seed that depends on `seed` and on every name, and on nothing else (not on the platform or process).
 
-    >>> derive_seed(42, "window", 3) == derive_seed(42, "window", 3) != derive_seed(42, "window", 4)
-    True
+    Examples:
+        >>> derive_seed(42, "window", 3) == derive_seed(42, "window", 3) != derive_seed(42, "window", 4)
+        True
     """
     text = "\x1f".join([str(seed), *map(str, names)])
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "big") >> 1

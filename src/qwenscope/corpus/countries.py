@@ -50,7 +50,8 @@ _PROTECTED = _protected_keys()
 def is_protected(country: str) -> bool:
     """Whether a country's name or ISO 3166 code belongs to the EU, EEA, UK or Switzerland or a territory of theirs.
 
-    >>> [is_protected(name) for name in ("The Netherlands", "REUNION", "uk", "Georgia", "Türkiye")]
-    [True, True, True, False, False]
+    Examples:
+        >>> [is_protected(name) for name in ("The Netherlands", "REUNION", "uk", "Georgia", "Türkiye")]
+        [True, True, True, False, False]
     """
     return _key(country) in _PROTECTED

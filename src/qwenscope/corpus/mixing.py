@@ -61,8 +61,9 @@ def mixed_order(counts: Sequence[int], seed: int) -> Iterator[int]:
     Row j of a file with n rows stands at (j + u) / n of the way, u in [0, 1) drawn per file: at any share of the way
     each file has given that share of its rows, to within one.
 
-    >>> list(mixed_order([3, 0, 1], seed=1))
-    [0, 0, 0, 2]
+    Examples:
+        >>> list(mixed_order([3, 0, 1], seed=1))
+        [0, 0, 0, 2]
     """
     draw = random.Random(seed)
     offsets = [draw.random() for _ in counts]

@@ -79,8 +79,9 @@ class PrivacyFilter:
     def scrub(self, text: str) -> tuple[str, dict[str, int]]:
         """`text` with each identifier replaced by its kind in angle brackets, and the counts per kind.
 
-        >>> PrivacyFilter(PrivacyRecipe()).scrub("I am bo@firm.de, 8.8.8.8")[0]
-        'I am <EMAIL_ADDRESS>, 8.8.8.8'
+        Examples:
+            >>> PrivacyFilter(PrivacyRecipe()).scrub("I am bo@firm.de, 8.8.8.8")[0]
+            'I am <EMAIL_ADDRESS>, 8.8.8.8'
         """
         pieces: list[str] = []
         counts: dict[str, int] = {}

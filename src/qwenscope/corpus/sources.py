@@ -109,8 +109,9 @@ class GeneratedSource:
 def source_ids(sources: Sequence[SourceRecipe]) -> list[str]:
     """Each source's name, with #2, #3 ... where a name stands again.
 
-    >>> source_ids([])
-    []
+    Examples:
+        >>> source_ids([])
+        []
     """
     seen: dict[str, int] = {}
     ids = []

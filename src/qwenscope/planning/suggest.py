@@ -1,7 +1,7 @@
 """A recipe for any language model: reads its config and tokenizer, writes commented YAML that `train` runs as it is.
 
-The rates lie on a line through what was measured: 2.5e-4 for 16,384 latents and 48,828 steps, 6e-3 for 512 and 1,172
-(docs/quality.md, docs/experiments.md). They are where a sweep begins, not where it ends.
+Learning rates lie on a line through two packaged recipes: 2.5e-4 for 16,384 latents and 48,828 steps, 6e-3 for 512 and
+1,172 (docs/language-models.md). They are where a sweep begins, not where it ends.
 """
 
 from __future__ import annotations
@@ -205,15 +205,18 @@ evaluation: {{tokens: {min(200_000, max(2000, sizes.tokens // 50))}}}   # of eac
 def _header(model: str, config: PretrainedConfig, kinds: Sequence[Kind], chat: bool, needs: dict[str, Any]) -> str:
     named = {kind for kind in kinds if kind}
     layers = " and ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(named)) if len(named) > 1 else ""
-    corpus = "conversations by its chat template" if chat else "documents: its tokenizer has no chat template"
+    corpus = "conversations, by its chat template" if chat else "documents: its tokenizer has no chat template"
     room = f"{needs['memory_total_bytes'] / GIB:.1f} GiB on a GPU"
-    room += "" if needs["fits"] else ", which no 80 GB card has: several share its layers with lm.device: cuda:0,cuda:1"
-    return (
-        f"# {model}: {config.model_type}, {len(kinds)} layers{f' ({layers})' if layers else ''}, width "
-        f"{config.hidden_size}; {corpus}.\n"
-        f"# Needs about {room}; `qwenscope plan` says more. The learning rate is where a sweep begins.\n"
-        "# Every other key has its default: `qwenscope recipe FILE` writes them out, `--help-keys` explains them.\n"
+    room += "" if needs["fits"] else ", more than a card of 80 GB has; several share the layers: device: cuda:0,cuda:1"
+    depth = f"{len(kinds)} layers{f' ({layers})' if layers else ''}"
+    lines = (
+        f"{model}: {config.model_type}, {depth}, width {config.hidden_size}",
+        f"Trains on {corpus}.",
+        f"Needs about {room}. `qwenscope plan` says more.",
+        "The learning rate is where a sweep begins. Every other key has its default: `qwenscope recipe FILE` writes "
+        "them out.",
     )
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def _power_below(value: float) -> int:

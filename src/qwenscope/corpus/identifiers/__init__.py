@@ -41,8 +41,9 @@ class Identifier:
 def find_identifiers(text: str) -> list[Identifier]:
     """Identifiers in order, none overlapping; of two that overlap the one that starts first stays, then the longer.
 
-    >>> find_identifiers("mail bo@firm.de")
-    [Identifier(start=5, end=15, kind='EMAIL_ADDRESS')]
+    Examples:
+        >>> find_identifiers("mail bo@firm.de")
+        [Identifier(start=5, end=15, kind='EMAIL_ADDRESS')]
     """
     if not _MAYBE.search(text):
         return []

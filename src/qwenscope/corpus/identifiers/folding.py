@@ -28,8 +28,9 @@ class Folded:
 def fold(text: str) -> Folded:
     """Compatibility forms, digits, spaces and dashes of every script in their ASCII form; invisible characters removed.
 
-    >>> fold("４５３９–１４８８").text
-    '4539-1488'
+    Examples:
+        >>> fold("４５３９–１４８８").text
+        '4539-1488'
     """
     if text.isascii():
         return Folded(text, None)
