@@ -36,7 +36,7 @@ test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 # Two environments beside .venv: the floors of pyproject.toml, and the newest that its ranges take. torch is the lock's.
-BOUNDS := pytest pytest-xdist hypothesis playwright axe-playwright-python triton accelerate tensorboard matplotlib hatchling hatch-vcs editables nbclient ipykernel
+BOUNDS := pytest pytest-xdist hypothesis playwright axe-playwright-python triton accelerate tensorboard matplotlib gguf hatchling hatch-vcs editables nbclient ipykernel
 test-bounds:
 	for bound in oldest newest; do \
 	  $(PYTHON) -m venv .venv-$$bound && pip="$$PWD/.venv-$$bound/bin/python -m pip --disable-pip-version-check --quiet" && \
