@@ -257,7 +257,7 @@ def test_gpus_that_share_an_sae_take_turns(model: Path) -> None:
     assert not plan_harvest(three_saes(model), on_gpu, Group(0, 4)).in_turn
     plan = plan_harvest(recipe, on_gpu, Group(0, 4))
     assert plan.in_turn
-    conversation = SimpleNamespace(id="a", token_ids=np.arange(50, dtype=np.int32))
+    conversation = SimpleNamespace(id="a", token_ids=np.arange(50, dtype=np.int32), roles=np.zeros(50, np.uint8))
     threads: set[int] = set()
 
     class Stream:
