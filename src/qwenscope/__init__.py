@@ -9,7 +9,7 @@ The public names, loaded when first used:
 - `TopKSAE`, `Codes`, `load_suite`: an SAE, its sparse codes, a whole suite from a folder or the Hub. `SAE` is the same
   with any activation (BatchTopK, JumpReLU, ReLU).
 - `SAETrainer`: one optimizer step at a time, or `fit` on rows that are there; on anyone's activations.
-- `harvest`, `read`, `intervene`, `steer` and `Steering`: rows, codes and edits of any transformers model.
+- `harvest`, `read`, `intervene`, `steer` and `Steering`: rows, codes and edits of any transformers model, at a `Site`.
 - `open_target`: a run, a release, a foreign suite or a Hub repository, with what its SAEs were made for.
 - `Recipe`, `load_recipe`: everything a run depends on.
 - `train`, `evaluate`: a run and its measurements.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qwenscope.evaluation.run import evaluate
     from qwenscope.features.read import read
     from qwenscope.features.steering import Steering, steer
+    from qwenscope.lm.sites import Site
     from qwenscope.opening import open_target
     from qwenscope.recipe import Recipe, load_recipe
     from qwenscope.sae.loading import load_suite
@@ -44,6 +45,7 @@ __all__ = [
     "QwenscopeError",
     "Recipe",
     "SAETrainer",
+    "Site",
     "Steering",
     "TopKSAE",
     "evaluate",
@@ -63,6 +65,7 @@ _HOMES = {
     "TopKSAE": "sae.sae",
     "load_suite": "sae.loading",
     "SAETrainer": "training.trainer",
+    "Site": "lm.sites",
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "train": "training.run",

@@ -121,7 +121,7 @@ def test_the_evaluation_holds_the_contracts_keys(run: Path) -> None:
     saes = json.loads((run / "evaluation.json").read_text())["saes"]
     assert len(saes) == 9
     for splits in saes.values():
-        assert set(splits) == {"tool_use"}  # the stand-in recipe has no other source
+        assert set(splits) == {"chat", "tool_use"}
         cell = splits["tool_use"]
         assert set(cell) >= COMMON | SPLICED | {"mse_special_tokens"}
         assert 0 < cell["l0"] <= 16
