@@ -31,7 +31,7 @@ def _above(site: Site) -> Site:
 
 @pytest.fixture(scope="module")
 def conversations() -> list[NDArray[np.int32]]:
-    recipe = load_recipe("standin")
+    recipe = load_recipe("standin", ["corpus.sources=[{name: tool_use, weight: 1}]"])  # long conversations
     stream = CorpusStream(recipe.corpus, load_language_model(recipe.lm, last_layer=0).tokenizer, seed=4)
     lengths = (300, 17, 1, 120, 64)
     return [next(stream).token_ids[:length] for length in lengths]

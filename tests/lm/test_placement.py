@@ -14,6 +14,7 @@ from by_layer import residual_streams
 from lm.conftest import Checkpoint
 from lm.tiny_models import FAMILIES, LAYERS
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from qwenscope.errors import ModelError
 from qwenscope.lm import load, placement
@@ -57,6 +58,7 @@ class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Identity() for _ in range(3))
+        self.config = PretrainedConfig()
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
         assert input_ids.device == ELSEWHERE

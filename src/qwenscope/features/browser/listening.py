@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -74,6 +76,12 @@ class Server(uvicorn.Server):
     def __init__(self, app: Any, on_end: Callable[[], object]) -> None:
         super().__init__(uvicorn.Config(app, http=Connection, ws="none", log_level="warning", access_log=False))
         self._on_end = on_end
+        self.interrupted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by uvicorn with each signal; it passes them on at its end, where an event loop may swallow SIGINT."""
+        self.interrupted |= sig == signal.SIGINT
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn once a signal came."""

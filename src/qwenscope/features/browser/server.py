@@ -59,10 +59,13 @@ def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | No
     with closing(listener):
         if on_ready is not None:
             on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        server = Server(make_app(opened, runner), runner.close)
         try:
-            Server(make_app(opened, runner), runner.close).run(sockets=[listener])
+            server.run(sockets=[listener])
         finally:
             runner.close()
+        if server.interrupted:
+            raise KeyboardInterrupt
 
 
 def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
