@@ -75,7 +75,9 @@ def test_mutated_configurations_are_refused_or_usable(tmp_path: Path) -> None:
         except FormatError as error:
             assert len(str(error).splitlines()) == 1  # noqa: PT017 (either outcome is right)
             continue
-        assert check_config(path, found) is found
+        assert check_config(path, found) == {
+            key: value for key, value in found.items() if (key, value) != ("model", None)
+        }
         accepted += 1
         if accepted % 10 == 0 and found.get("activation", "topk") == "topk":
             (tmp_path / "sae/config.json").write_text(json.dumps(found))

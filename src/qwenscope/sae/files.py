@@ -184,7 +184,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_config(where: Path, config: Any) -> dict[str, Any]:
-    """`config` itself, if it can be an SAE's: sizes, known keys of their types and ranges, names that are no paths.
+    """`config`, without a null model, if it can be an SAE's: its sizes and known keys of their types and ranges.
 
     `hidden_dim`, `dict_size` and `k` must be there; of other keys those this package reads are checked where they are.
 
@@ -217,7 +217,7 @@ def check_config(where: Path, config: Any) -> dict[str, Any]:
         raise FormatError(f"{where}: site must be names joined by dots, not {_shown(config['site'])}")
     _check_prefixes(where, config)
     activation_of(config.get("activation", TopK.name), config["k"])
-    return config
+    return {key: value for key, value in config.items() if key != "model" or value is not None}
 
 
 def _check_prefixes(where: Path, config: dict[str, Any]) -> None:

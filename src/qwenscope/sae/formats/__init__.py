@@ -94,8 +94,8 @@ def export_sae(sae: SAE, sae_id: str, to: str, out: Path, suite: str | Path) -> 
     assert write is not None
     if known is not None and sae.activation.name not in known:
         raise FormatError(f"{sae_id}: {to} has no activation {sae.activation.name}, only {', '.join(known)}")
-    if (model := sae.config.get("model")) is not None:
-        sae.config["model"] = public_name(model)
+    if "model" in sae.config:
+        sae.config["model"] = public_name(sae.config["model"])
     write(sae, sae_id, out, suite)
 
 
