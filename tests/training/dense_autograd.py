@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenscope.sae.sae import TopKSAE
+from qwenscope.sae.sae import SAE, TopKSAE
 from qwenscope.sae.selection import Selector
 from qwenscope.training.trainer import SAETrainer
 
@@ -84,3 +84,14 @@ def support_of(sae: TopKSAE, x: Tensor, trainer: SAETrainer) -> Tensor:
     rows = x - sae.pre_bias.detach()
     weight, bias = sae.encoder.weight.detach(), sae.encoder.bias.detach()
     return Selector(sae.k, trainer.precision)(rows, weight, trainer.weights.encoder, bias).indices
+
+
+def leaves(sae: SAE) -> dict[str, Tensor]:
+    """Copies of an SAE's tensors that take gradients, by the trainer's names, with a row for each latent."""
+    tensors = {
+        "encoder": sae.encoder.weight,
+        "encoder_bias": sae.encoder.bias,
+        "decoder": sae.decoder.weight.T,
+        "pre_bias": sae.pre_bias,
+    }
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}

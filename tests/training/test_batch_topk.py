@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_autograd import leaves
 from torch import Tensor
 
 from qwenscope import SAE, SAETrainer
@@ -42,12 +43,7 @@ def test_gradients_equal_dense_autograd(uneven: bool) -> None:
     sae, x = make_sae().double(), rows(BATCH, 5, uneven=uneven).double()
     trainer = SAETrainer(sae, 1e-3, precision="fp32", clip_norm=None, aux_coefficient=0.0)
     metrics = trainer.step(x)
-    parameters = {
-        "encoder": sae.encoder.weight.detach().clone().requires_grad_(),
-        "encoder_bias": sae.encoder.bias.detach().clone().requires_grad_(),
-        "decoder": sae.decoder.weight.detach().T.clone().requires_grad_(),
-        "pre_bias": sae.pre_bias.detach().clone().requires_grad_(),
-    }
+    parameters = leaves(sae)
     pre = ((x - parameters["pre_bias"]) @ parameters["encoder"].T + parameters["encoder_bias"]).relu()
     kept = torch.zeros(BATCH * LATENTS, dtype=torch.bool).scatter(0, pre.flatten().topk(K * BATCH).indices, True)
     codes = pre * kept.view_as(pre)

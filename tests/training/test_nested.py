@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_autograd import leaves
 from tiny_run import tiny_recipe
 from torch import Tensor
 
@@ -42,12 +43,7 @@ def test_gradients_equal_dense_autograd(activation: str, prefixes: tuple[int, ..
     options: dict[str, Any] = {"precision": "fp32", "clip_norm": None, "aux_coefficient": 0.0}
     trainer = SAETrainer(sae, 1e-3, prefixes=prefixes, **options)
     metrics = trainer.step(x)
-    parameters = {
-        "encoder": sae.encoder.weight.detach().clone().requires_grad_(),
-        "encoder_bias": sae.encoder.bias.detach().clone().requires_grad_(),
-        "decoder": sae.decoder.weight.detach().T.clone().requires_grad_(),
-        "pre_bias": sae.pre_bias.detach().clone().requires_grad_(),
-    }
+    parameters = leaves(sae)
     pre = ((x - parameters["pre_bias"]) @ parameters["encoder"].T + parameters["encoder_bias"]).relu()
     among, kept = (pre, K) if activation == "topk" else (pre.view(1, -1), K * BATCH)
     mask = torch.zeros_like(among).scatter(1, among.topk(kept, dim=1).indices, 1.0).view_as(pre)
