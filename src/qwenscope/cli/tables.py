@@ -180,3 +180,51 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     for line in report["advice"]:
         speed.add_row("[yellow]advice[/]", line)
     yield speed
+
+
+def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """The latents with the largest effects, then what they must be compared with, then how else the piles differ."""
+    latents = _plain("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
+    latents.caption = "effect: correlation with the label; adjusted: the same without length and roles; p: whole family"
+    for heading in ("SAE", "latent", "effect", "95 %", "adjusted", "AUROC", "q", "p", "active +", "active -"):
+        latents.add_column(heading, justify="left" if heading == "SAE" else "right", no_wrap=True)
+    for cell in result["latents"][:10]:
+        effect, adjusted, auroc = (format(cell[key], ".2f") for key in ("effect", "adjusted_effect", "auroc"))
+        active = [format(cell["active"][side], ".0%") for side in ("positive", "negative")]
+        p_values = (format(cell[key], ".2g") for key in ("q", "p_family"))
+        latents.add_row(
+            cell["sae"], str(cell["latent"]), effect, _interval(cell["interval"]), adjusted, auroc, *p_values, *active
+        )
+    yield latents
+    compared = _plain("How well the piles can be told apart, on held-out conversations")
+    for heading in ("SAE", "by", "AUROC", "95 %", "accuracy"):
+        compared.add_column(heading, justify="left" if heading in ("SAE", "by") else "right", no_wrap=True)
+    for sae_id, cells in result["controls"].items():
+        for place, (name, cell) in enumerate(cells.items()):
+            numbers = (
+                format(cell["auroc"], ".3f"),
+                _interval(cell["interval"]),
+                format(cell["balanced_accuracy"], ".1%"),
+            )
+            compared.add_row(sae_id if place == 0 else "", name, *numbers)
+    yield compared
+    yield _confounds_table(result["confounds"])
+
+
+def _confounds_table(confounds: Mapping[str, Any]) -> Table:
+    table = _plain("What else differs between the piles")
+    for heading in ("", "positive", "negative", "p"):
+        table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
+    numbers = [("mean tokens", confounds["length"], ".1f")]
+    numbers += [(f"share of {role}", cell, ".1%") for role, cell in confounds["roles"].items()]
+    for name, cell, form in numbers:
+        table.add_row(name, *(format(cell[side], form) for side in ("positive", "negative")), format(cell["p"], ".2g"))
+    for name in ("language", "source"):
+        cell = confounds[name]
+        sides = (", ".join(f"{value} {n}" for value, n in cell[side].items()) for side in ("positive", "negative"))
+        table.add_row(name, *map(escape, sides), "" if cell["p"] is None else format(cell["p"], ".2g"))
+    return table
+
+
+def _interval(interval: list[float] | None) -> str:
+    return "–" if interval is None else "{:.2f} to {:.2f}".format(*interval)
