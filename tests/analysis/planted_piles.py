@@ -1,7 +1,8 @@
 """Two piles of conversations for the stand-in that differ in one planted thing, and an SAE with a latent for it.
 
-Phrases, roles, names of tools and styles: what is planted in the positive pile stands there once or often, and a latent
-of an otherwise random SAE reads it, by least squares on other conversations than those that are contrasted.
+Phrases, roles, names of tools and styles: what is planted in the positive pile stands there once or often. Rows of its
+tokens are the stand-in's plus one direction, as of a model that knows it, which one latent of an otherwise random SAE
+reads. (Without it, 64 dimensions of a small model hold no line between a phrase's last token and all others.)
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from qwenscope.sae.sae import TopKSAE
 SITE = Site("layers.7")
 PLANTED, LATENTS = 7, 256
 Messages = list[dict[str, Any]]
-Mask = Callable[[Conversation, LanguageModel], np.ndarray]
 
 PHRASES = ["by the way", "if you please", "as I said", "on the other hand", "for heaven's sake"]
 EXTRA_ROLES = ["system", "tool_call", "tool_result", "think", "text"]
@@ -112,33 +112,32 @@ class Planted:
         rows = [row(kind, which, start + number, positive) for number, positive in enumerate(labels)]
         return labelled([reader.read(each, f"row:{n}") for n, each in enumerate(rows)], labels)
 
-    def rows(self, piles: Piles) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(rows [R, D], conversation [R], position [R])."""
+    def rows(self, piles: Piles, kind: str, which: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(rows [R, D] with what is planted, conversation [R])."""
         for part in scoped_rows(self.lm, piles.conversations, [SITE], Scope(), self.recipe):
-            yield part.rows[SITE].float(), part.conversation_R, part.position_R
+            x_RD = part.rows[SITE].float()
+            marks = [
+                planted_T(conversation, self.lm, kind, which) & positive
+                for conversation, positive in zip(piles.conversations, piles.positive_C, strict=True)
+            ]
+            places = zip(part.conversation_R.tolist(), part.position_R.tolist(), strict=True)
+            planted_R = torch.tensor([bool(marks[c][t]) for c, t in places])
+            yield x_RD + planted_R.unsqueeze(1) * self.loudness(x_RD) * self.direction_D, part.conversation_R
+
+    @property
+    def direction_D(self) -> torch.Tensor:  # noqa: N802
+        return torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(9)), dim=0)
+
+    @staticmethod
+    def loudness(x_RD: torch.Tensor) -> torch.Tensor:
+        """Three times a row's usual distance from the mean."""
+        return 3 * (x_RD - x_RD.mean(0)).norm(dim=1).median()
 
     @torch.no_grad()
-    def sae(self, kind: str, which: int) -> TopKSAE:
-        """Random but for latent PLANTED, whose pre-activation is about 10 on what is planted and below 0 elsewhere."""
-        piles = self.piles(kind, which, start=100)
-        ((x_RD, conversation_R, position_R),) = self.rows(piles)
-        masks = [
-            planted_T(conversation, self.lm, kind, which) & positive
-            for conversation, positive in zip(piles.conversations, piles.positive_C, strict=True)
-        ]
-        target_R = torch.tensor(
-            [bool(masks[c][t]) for c, t in zip(conversation_R.tolist(), position_R.tolist(), strict=True)]
-        )
-        mean_D = x_RD.mean(0)
-        weight_R = torch.where(target_R, 1 / target_R.sum(), 1 / (~target_R).sum()).sqrt().unsqueeze(1)
-        ridge = 1e-3 * torch.eye(x_RD.shape[1]) * ((x_RD - mean_D) * weight_R).square().sum() / x_RD.shape[1]
-        weighted = (x_RD - mean_D) * weight_R
-        answer_R1 = weight_R * torch.where(target_R, 1.0, -1.0).unsqueeze(1)
-        direction_D = torch.linalg.solve(weighted.T @ weighted + ridge, weighted.T @ answer_R1).squeeze(1)
-        scores_R = (x_RD - mean_D) @ direction_D
-        low, high = scores_R[~target_R].quantile(0.999), scores_R[target_R].median()
-        sae = TopKSAE(x_RD.shape[1], LATENTS, 8, seed=which)
-        sae.pre_bias.copy_(mean_D)
-        sae.encoder.weight[PLANTED] = 10 * direction_D / (high - low).clamp(min=1e-3)
-        sae.encoder.bias[PLANTED] = -10 * low / (high - low).clamp(min=1e-3)
+    def sae(self, x_RD: torch.Tensor, seed: int) -> TopKSAE:
+        """Random but for latent PLANTED, which reads the direction where it is added."""
+        sae = TopKSAE(x_RD.shape[1], LATENTS, 8, seed=seed)
+        sae.pre_bias.copy_(x_RD.mean(0))
+        sae.encoder.weight[PLANTED] = self.direction_D
+        sae.encoder.bias[PLANTED] = -self.loudness(x_RD) / 2
         return sae
