@@ -72,8 +72,10 @@ def open_piles(
     label: str | None = None,
     pairs: Path | None = None,
     example: str | None = None,
+    held_out: bool = False,
 ) -> Piles:
-    """Two places, one with labels (`label` is KEY=VALUE, or a KEY that is true), pairs, or packaged pairs.
+    """Two places, one with labels (`label` is KEY=VALUE, or a KEY that is true), pairs, or packaged pairs: of these
+    those that are held out, or the others.
 
     Raises:
         FormatError: none or several of these.
@@ -88,7 +90,7 @@ def open_piles(
     if data is not None and label is not None:
         key, _, value = label.partition("=")
         return reader.labelled(data, key, value or "true")
-    return reader.pairs(example_path(example), held_out=False) if example else reader.pairs(pairs or Path())
+    return reader.pairs(example_path(example), held_out=held_out) if example else reader.pairs(pairs or Path())
 
 
 def contrast(
@@ -170,7 +172,7 @@ def pool_suite(
                 pooled[id].latents.add_codes(sae.encode(x_RD), conversation_R)
                 pooled[id].frozen.add_codes(frozen[id].encode(x_RD), conversation_R)
                 centred_RD = x_RD - sae.pre_bias
-                for rows in torch.arange(len(x_RD)).split(4096):
+                for rows in torch.split(torch.arange(len(x_RD)), 4096):
                     pooled[id].random.add_dense(centred_RD[rows] @ random[id].T, conversation_R[rows])
             pooled[id].raw.add_dense(x_RD, conversation_R)
     return pooled
