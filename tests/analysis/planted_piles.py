@@ -27,6 +27,8 @@ from qwenscope.sae.sae import TopKSAE
 
 SITE = Site("layers.7")
 PLANTED, LATENTS = 7, 256
+SAID = Scope(tuple(role for role in ROLES if role != "template"))
+"""What the template writes around a further turn is alike in all conversations: any latent may read it."""
 Messages = list[dict[str, Any]]
 
 PHRASES = ["by the way", "if you please", "as I said", "on the other hand", "for heaven's sake"]
@@ -112,9 +114,9 @@ class Planted:
         rows = [row(kind, which, start + number, positive) for number, positive in enumerate(labels)]
         return labelled([reader.read(each, f"row:{n}") for n, each in enumerate(rows)], labels)
 
-    def rows(self, piles: Piles, kind: str, which: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(rows [R, D] with what is planted, conversation [R])."""
-        for part in scoped_rows(self.lm, piles.conversations, [SITE], Scope(), self.recipe):
+    def rows(self, piles: Piles, kind: str, which: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(rows [R, D] as they are, with what is planted, conversation [R])."""
+        for part in scoped_rows(self.lm, piles.conversations, [SITE], SAID, self.recipe):
             x_RD = part.rows[SITE].float()
             marks = [
                 planted_T(conversation, self.lm, kind, which) & positive
@@ -122,7 +124,8 @@ class Planted:
             ]
             places = zip(part.conversation_R.tolist(), part.position_R.tolist(), strict=True)
             planted_R = torch.tensor([bool(marks[c][t]) for c, t in places])
-            yield x_RD + planted_R.unsqueeze(1) * self.loudness(x_RD) * self.direction_D, part.conversation_R
+            added_RD = planted_R.unsqueeze(1) * self.loudness(x_RD) * self.direction_D
+            yield x_RD, x_RD + added_RD, part.conversation_R
 
     @property
     def direction_D(self) -> torch.Tensor:  # noqa: N802
@@ -130,8 +133,8 @@ class Planted:
 
     @staticmethod
     def loudness(x_RD: torch.Tensor) -> torch.Tensor:
-        """Three times a row's usual distance from the mean."""
-        return 3 * (x_RD - x_RD.mean(0)).norm(dim=1).median()
+        """Six times a row's usual distance from the mean."""
+        return 6 * (x_RD - x_RD.mean(0)).norm(dim=1).median()
 
     @torch.no_grad()
     def sae(self, x_RD: torch.Tensor, seed: int) -> TopKSAE:

@@ -185,16 +185,16 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
 def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """The latents with the largest effects, then what they must be compared with, then how else the piles differ."""
     latents = _plain("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
-    latents.caption = "effect: correlation with the label; adjusted: the same without length and roles; p: whole family"
-    for heading in ("SAE", "latent", "effect", "95 %", "adjusted", "AUROC", "q", "p", "active +", "active -"):
+    latents.caption = (
+        "adjusted: the effect without length and roles; with, without: conversations in which it is active"
+    )
+    for heading in ("SAE", "latent", "effect", "95 %", "adjusted", "q", "with", "without"):
         latents.add_column(heading, justify="left" if heading == "SAE" else "right", no_wrap=True)
     for cell in result["latents"][:10]:
-        effect, adjusted, auroc = (format(cell[key], ".2f") for key in ("effect", "adjusted_effect", "auroc"))
+        effect, adjusted = (format(cell[key], ".2f") for key in ("effect", "adjusted_effect"))
         active = [format(cell["active"][side], ".0%") for side in ("positive", "negative")]
-        p_values = (format(cell[key], ".2g") for key in ("q", "p_family"))
-        latents.add_row(
-            cell["sae"], str(cell["latent"]), effect, _interval(cell["interval"]), adjusted, auroc, *p_values, *active
-        )
+        q, latent = format(cell["q"], ".1g"), str(cell["latent"])
+        latents.add_row(cell["sae"], latent, effect, _interval(cell["interval"]), adjusted, q, *active)
     yield latents
     compared = _plain("How well the piles can be told apart, on held-out conversations")
     for heading in ("SAE", "by", "AUROC", "95 %", "accuracy"):
