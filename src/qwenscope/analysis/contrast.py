@@ -170,7 +170,7 @@ def pool_suite(
                 pooled[id].latents.add_codes(sae.encode(x_RD), conversation_R)
                 pooled[id].frozen.add_codes(frozen[id].encode(x_RD), conversation_R)
                 centred_RD = x_RD - sae.pre_bias
-                for rows in torch.arange(len(x_RD)).split(4096):
+                for rows in torch.split(torch.arange(len(x_RD)), 4096):
                     pooled[id].random.add_dense(centred_RD[rows] @ random[id].T, conversation_R[rows])
             pooled[id].raw.add_dense(x_RD, conversation_R)
     return pooled

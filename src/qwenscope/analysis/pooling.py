@@ -112,8 +112,9 @@ class Pool:
 
     def add_dense(self, values_RF: Tensor, conversation_R: Tensor) -> None:
         """Rows' features [R, F], whatever their sign; rows of a conversation stand together."""
-        names, counts = conversation_R.long().unique_consecutive(return_counts=True)
-        for c, part_RF in zip(names.tolist(), values_RF.float().cpu().split(counts.tolist()), strict=True):
+        names, counts = torch.unique_consecutive(conversation_R.long(), return_counts=True)
+        parts = torch.split(values_RF.float().cpu(), counts.tolist())
+        for c, part_RF in zip(names.tolist(), parts, strict=True):
             self.max_CF[c] = torch.maximum(self.max_CF[c], part_RF.amax(0))
             self.sum_CF[c] += part_RF.sum(0)
             self.active_CF[c] += (part_RF > 0).sum(0).int()
