@@ -133,8 +133,8 @@ class Planted:
 
     @staticmethod
     def loudness(x_RD: torch.Tensor) -> torch.Tensor:
-        """Six times a row's usual distance from the mean."""
-        return 6 * (x_RD - x_RD.mean(0)).norm(dim=1).median()
+        """Three times a row's usual distance from the mean."""
+        return 3 * (x_RD - x_RD.mean(0)).norm(dim=1).median()
 
     @torch.no_grad()
     def sae(self, x_RD: torch.Tensor, seed: int) -> TopKSAE:
