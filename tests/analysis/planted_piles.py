@@ -38,9 +38,10 @@ STYLES: dict[str, Callable[[str], str]] = {
     "shouted": str.upper,
     "exclaimed": lambda text: text.replace(".", "!!!"),
     "lisped": lambda text: text.replace("s", "th"),
-    "spelled": lambda text: "-".join(text[:120]),
-    "numbered": lambda text: "".join(f"{n}) {word} " for n, word in enumerate(text.split()[:30])),
+    "lowered": str.lower,
+    "titled": str.title,
 }
+"""None with signs that stand nowhere else: any latent reads hyphens between all letters."""
 CASES = [(kind, which) for kind in ("phrase", "role", "tool", "style") for which in range(5)]
 
 

@@ -185,9 +185,7 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
 def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """The latents with the largest effects, then what they must be compared with, then how else the piles differ."""
     latents = _plain("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
-    latents.caption = (
-        "adjusted: the effect without length and roles; with, without: conversations it is active in"
-    )
+    latents.caption = "adjusted: the effect without length and roles; with, without: conversations it is active in"
     for heading in ("SAE", "latent", "effect", "95 %", "adjusted", "q", "with", "without"):
         latents.add_column(heading, justify="left" if heading == "SAE" else "right", no_wrap=True)
     for cell in result["latents"][:10]:
