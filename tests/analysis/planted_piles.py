@@ -94,7 +94,9 @@ def planted_T(conversation: Conversation, lm: LanguageModel, kind: str, which: i
         start = text.rfind(wanted)
         place = np.searchsorted(ends, start + len(wanted) - 1, side="right")
         return np.arange(len(roles)) == place
-    return roles == (EXTRA_ROLES[which] if kind == "role" else "assistant")
+    if kind == "role":
+        return roles == EXTRA_ROLES[which]
+    return np.isin(np.arange(len(roles)), np.flatnonzero(roles == "assistant")[-3:])  # a style shows in the end
 
 
 @dataclass
