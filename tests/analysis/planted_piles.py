@@ -27,6 +27,8 @@ from qwenscope.sae.sae import TopKSAE
 
 SITE = Site("layers.7")
 PLANTED, LATENTS = 7, 256
+SAID = Scope(tuple(role for role in ROLES if role != "template"))
+"""What the template writes around a further turn is alike in all conversations: any latent may read it."""
 Messages = list[dict[str, Any]]
 
 PHRASES = ["by the way", "if you please", "as I said", "on the other hand", "for heaven's sake"]
@@ -36,9 +38,10 @@ STYLES: dict[str, Callable[[str], str]] = {
     "shouted": str.upper,
     "exclaimed": lambda text: text.replace(".", "!!!"),
     "lisped": lambda text: text.replace("s", "th"),
-    "spelled": lambda text: "-".join(text[:120]),
-    "numbered": lambda text: "".join(f"{n}) {word} " for n, word in enumerate(text.split()[:30])),
+    "lowered": str.lower,
+    "titled": str.title,
 }
+"""None with signs that stand nowhere else: any latent reads hyphens between all letters."""
 CASES = [(kind, which) for kind in ("phrase", "role", "tool", "style") for which in range(5)]
 
 
@@ -91,7 +94,9 @@ def planted_T(conversation: Conversation, lm: LanguageModel, kind: str, which: i
         start = text.rfind(wanted)
         place = np.searchsorted(ends, start + len(wanted) - 1, side="right")
         return np.arange(len(roles)) == place
-    return roles == (EXTRA_ROLES[which] if kind == "role" else "assistant")
+    if kind == "role":
+        return roles == EXTRA_ROLES[which]
+    return np.isin(np.arange(len(roles)), np.flatnonzero(roles == "assistant")[-3:])  # a style shows in the end
 
 
 @dataclass
@@ -112,9 +117,9 @@ class Planted:
         rows = [row(kind, which, start + number, positive) for number, positive in enumerate(labels)]
         return labelled([reader.read(each, f"row:{n}") for n, each in enumerate(rows)], labels)
 
-    def rows(self, piles: Piles, kind: str, which: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(rows [R, D] with what is planted, conversation [R])."""
-        for part in scoped_rows(self.lm, piles.conversations, [SITE], Scope(), self.recipe):
+    def rows(self, piles: Piles, kind: str, which: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(rows [R, D] as they are, with what is planted, conversation [R])."""
+        for part in scoped_rows(self.lm, piles.conversations, [SITE], SAID, self.recipe):
             x_RD = part.rows[SITE].float()
             marks = [
                 planted_T(conversation, self.lm, kind, which) & positive
@@ -122,7 +127,8 @@ class Planted:
             ]
             places = zip(part.conversation_R.tolist(), part.position_R.tolist(), strict=True)
             planted_R = torch.tensor([bool(marks[c][t]) for c, t in places])
-            yield x_RD + planted_R.unsqueeze(1) * self.loudness(x_RD) * self.direction_D, part.conversation_R
+            added_RD = planted_R.unsqueeze(1) * self.loudness(x_RD) * self.direction_D
+            yield x_RD, x_RD + added_RD, part.conversation_R
 
     @property
     def direction_D(self) -> torch.Tensor:  # noqa: N802

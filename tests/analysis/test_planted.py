@@ -23,8 +23,8 @@ def planted() -> Planted:
 def pooled(planted: Planted, kind: str, which: int, each: int = 12) -> tuple[Pool, np.ndarray]:
     piles = planted.piles(kind, which, start=300, each=each)
     pool = Pool.empty(2 * each, LATENTS)
-    for x_RD, conversation_R in planted.rows(piles, kind, which):
-        pool.add_codes(planted.sae(x_RD, which).encode(x_RD), conversation_R)
+    for plain_RD, x_RD, conversation_R in planted.rows(piles, kind, which):
+        pool.add_codes(planted.sae(plain_RD, which).encode(x_RD), conversation_R)
     return pool, piles.positive_C
 
 
