@@ -101,6 +101,9 @@ def test_scores_are_what_the_formula_says(opened: tuple[Any, ...], piles: dict[s
             assert found.so_far_T[-1] == found.score
             roles = [turn.role for turn in found.turns]
             assert [role for role in roles if role != "template"] == ["user", "assistant"]
+    silent = replace(detector, scope=Scope(("tool_result",)))  # no token of these conversations
+    for found in silent.score(lm, sae, conversations, target.recipe):
+        assert (found.score, found.turns, len(found.token_T)) == (detector.bias, [], 0)
 
 
 def one_pass(lm: LanguageModel, detector: Detector, token_ids: np.ndarray) -> torch.Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Detector:
         turns = []
         roles_T = conversation.roles[position_T]
         starts = np.flatnonzero((np.diff(position_T, prepend=-9) != 1) | (np.diff(roles_T, prepend=255) != 0))
-        for start, stop in zip(starts, [*starts[1:], len(position_T)], strict=True):
+        for start, stop in pairwise([*starts, len(position_T)]):
             score = self.go_on(Running.start(len(self.weight_F)), active_TF[start:stop])[2][-1]
             turns.append(Turn(ROLES[roles_T[start]], int(position_T[start]), float(score)))
         return Scores(float(so_far_T[-1]) if len(so_far_T) else self.bias, position_T, token_T, so_far_T, turns)
