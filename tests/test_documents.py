@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from readme_table import FIGURES_FILE, as_text
 
-from qwenscope.files import write_text
+from qwenscope.files import read_json, write_text
 from qwenscope.recipe import HookPoint, load_recipe
 from qwenscope.sae.sae import TopKSAE
 
@@ -82,6 +83,10 @@ def test_recipes_in_documents_are_recipes(name: str, folder: Path) -> None:
             load_recipe(folder / "mine.yaml")
         for point in yaml.safe_load(block)["hook_points"].values():
             HookPoint.model_validate(point)
+
+
+def test_readme_shows_the_figures_of_the_demo_s_run() -> None:
+    assert f"```\n{as_text(read_json(FIGURES_FILE))}```" in DOCUMENTS["README.md"].read_text(encoding="utf-8")
 
 
 def test_what_is_not_run_is_still_written_somewhere() -> None:
