@@ -161,7 +161,7 @@ def find_decoder(model: nn.Module, count: int) -> tuple[nn.Module, list[nn.Modul
     """
     get_decoder: Any = getattr(model, "get_decoder", lambda: model)
     decoder: nn.Module = get_decoder()
-    modules = getattr(model, "modules", tuple)()  # some families' own answer is the head, or the whole
+    modules: Any = getattr(model, "modules", tuple)()  # some families' own answer is the head, or the whole
     for part in chain((decoder,), modules):
         for child in part.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
