@@ -240,7 +240,10 @@ def evaluate(
     path: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write, if not TARGET.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure fidelity and the effect on the language model; write evaluation.json and report.html."""
+    """Measure fidelity and the effect on the language model; write evaluation.json and report.html.
+
+    With --data NAME and no --out, these are evaluation-NAME.json and report-NAME.html.
+    """
     from qwenscope.evaluation.run import evaluate as run_evaluation
 
     with phases(err) as on_progress:

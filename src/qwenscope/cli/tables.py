@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 _TITLE: dict[str, Any] = {"title_style": "bold", "title_justify": "left", "caption_justify": "left"}
-_COLUMNS: tuple[tuple[str, str, str], ...] = (
+COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("fvu", "FVU", ".3f"),
     ("explained_variance", "EV", ".3f"),
     ("l0", "L0", ".1f"),
@@ -18,6 +18,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("ce_recovered_zero", "CE zero", ".3f"),
     ("ce_recovered_mean", "CE mean", ".3f"),
 )
+"""Figures of an evaluation that the terminal shows: key, heading, format."""
 
 
 def bytes_text(count: float) -> str:
@@ -56,11 +57,11 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     table.caption = "EV explained variance (1 - FVU), CE: cross-entropy recovered against zero and mean ablation"
     table.add_column("SAE", no_wrap=True)
     table.add_column("split", no_wrap=True)
-    for _, heading, _ in _COLUMNS:
+    for _, heading, _ in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for sae_id, splits in result["saes"].items():
         for position, (split, cell) in enumerate(splits.items()):
-            numbers = (format(cell[key], form) for key, _, form in _COLUMNS)
+            numbers = (format(cell[key], form) for key, _, form in COLUMNS)
             table.add_row(
                 sae_id if position == 0 else "",
                 split,
@@ -94,11 +95,11 @@ def doctor_table(report: Mapping[str, Any]) -> Table:
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     cpu = report["cpu"]
     bf16 = "bf16 products in hardware" if cpu["bf16_products"] else "no bf16 products"
-    table.add_row("cpu", f"{cpu['cores']} cores, {cpu['torch_threads']} torch threads, {cpu['capability']}, {bf16}")
+    table.add_row("cpu", f"{cpu['cores']} cores, torch threads: {cpu['torch_threads']}, {cpu['capability']}, {bf16}")
     for device in report["devices"]:
         table.add_row("gpu", f"{device['name']}, {bytes_text(device['memory_bytes'])}, sm {device['capability']}")
     if not report["devices"]:
-        table.add_row("gpu", "none: models beyond the stand-in need one")
+        table.add_row("gpu", "none: enough for the stand-in and models as small as smollm2-135m")
     table.add_row("memory", bytes_text(report["memory_bytes"]))
     table.add_row("disk free", bytes_text(report["disk_free_bytes"]))
     kernels = report["kernels"].items()
