@@ -333,5 +333,10 @@ def test_digest_tells_weights_apart(checkpoint: Checkpoint) -> None:
     lm = load_language_model(LMRecipe(model=str(checkpoint("text")[0])), last_layer=3)
     whole = load_language_model(LMRecipe(model=str(checkpoint("text")[0])), lm_head=True)
     assert lm.digest(3) == whole.digest(3) != whole.digest(4)
-    next(lm.layers[3].parameters()).data += 0.5
-    assert lm.digest(3) != whole.digest(3)
+    for parameter in (lm.model.get_input_embeddings().weight, *lm.layers[3].parameters()):
+        before = lm.digest(3)
+        parameter.data.view(-1)[len(parameter.view(-1)) // 3] += 0.5  # a single value, wherever it stands
+        assert lm.digest(3) != before
+    before = whole.digest()
+    whole.model.config.rms_norm_eps *= 2
+    assert whole.digest() != before

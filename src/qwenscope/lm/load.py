@@ -8,7 +8,6 @@ tensors: it is handed lazy slices of the shards and materialises those that its 
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
@@ -38,7 +37,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qwenscope.errors import ModelError, ResourceError, reason
 from qwenscope.lm.gguf import checked_revision, is_gguf, where
 from qwenscope.lm.gguf import tensors as gguf_tensors
-from qwenscope.lm.model import Kind, LanguageModel, as_language_model, decoder_layers, kind_of
+from qwenscope.lm.model import Kind, LanguageModel, as_language_model, cut_config, decoder_layers, kind_of
 from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.lm.sites import Site, hooked_sites, module_at
 from qwenscope.recipe import HookPoint, LMRecipe
@@ -234,17 +233,6 @@ def _text_config(name: str, folder: Path) -> PretrainedConfig:
     if config is not whole and hasattr(whole, "quantization_config"):
         config.quantization_config = whole.quantization_config
     return config
-
-
-def cut_config(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """A config of the first `layers` layers: every per-layer list is cut alike."""
-    cut = copy.deepcopy(config)
-    whole = config.num_hidden_layers
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == whole and whole > layers:
-            setattr(cut, key, value[:layers])
-    cut.num_hidden_layers = layers
-    return cut
 
 
 def pick_dtype(lm: LMRecipe, config: PretrainedConfig) -> torch.dtype:

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.costs import GPUS
 from qwenscope.errors import CorpusError, RecipeError
-from qwenscope.lm.load import cut_config, layer_kinds, load_config, load_tokenizer
-from qwenscope.lm.model import Kind, as_language_model
+from qwenscope.lm.load import layer_kinds, load_config, load_tokenizer
+from qwenscope.lm.model import Kind, as_language_model, cut_config
 from qwenscope.lm.sites import Site, module_at
 from qwenscope.planning.memory import GIB, fitting
 from qwenscope.planning.plan import model_size
