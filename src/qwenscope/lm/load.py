@@ -34,10 +34,18 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from qwenscope.errors import ModelError, ResourceError, reason
+from qwenscope.errors import ModelError, QwenscopeError, ResourceError, reason
 from qwenscope.lm.gguf import checked_revision, is_gguf, where
 from qwenscope.lm.gguf import tensors as gguf_tensors
-from qwenscope.lm.model import Kind, LanguageModel, as_language_model, cut_config, decoder_layers, kind_of
+from qwenscope.lm.model import (
+    Kind,
+    LanguageModel,
+    as_language_model,
+    config_number,
+    cut_config,
+    decoder_layers,
+    kind_of,
+)
 from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.lm.sites import Site, hooked_sites, module_at
 from qwenscope.recipe import HookPoint, LMRecipe
@@ -45,6 +53,7 @@ from qwenscope.recipe import HookPoint, LMRecipe
 logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, tuple[Kind, ...]] = {}  # of configs seen: building the shapes of a large model takes a second
+_MOST_PARTS = 10_000  # each becomes a module
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]  # config, tokenizer, shard index
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _NEVER = re.compile(r"(?:^|\.)(?:mtp|visual|vision_\w+|vision|audio_\w+|multi_modal_projector|embed_vision)\.")
@@ -232,6 +241,11 @@ def _text_config(name: str, folder: Path) -> PretrainedConfig:
         raise ModelError(f"{name} is no causal language model ({whole.model_type}), which is not supported")
     if config is not whole and hasattr(whole, "quantization_config"):
         config.quantization_config = whole.quantization_config
+    parts = max(config_number(config, key) for key in ("num_hidden_layers", "num_experts", "num_local_experts"))
+    if parts > _MOST_PARTS:
+        raise ModelError(f"the config of {name} speaks of {parts:,} layers or experts; it is damaged, fetch it again")
+    with _model_errors(name):
+        layer_kinds(config)  # a model can be made of its numbers
     return config
 
 
@@ -332,11 +346,11 @@ def _model_errors(name: str) -> Iterator[None]:
     """Turn what transformers and safetensors raise for a bad checkpoint into one line."""
     try:
         yield
-    except ModelError:
+    except QwenscopeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"not enough memory for {name}: {_first_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # whatever a foreign file leads to
         raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
 
 

@@ -104,6 +104,12 @@ class LanguageModel:
             )
         with capture(self, sites, stop=True) as rows:
             self.decoder(input_ids=input_ids_CT.to(self.device), use_cache=False)
+        for site, x_CTD in rows.items():
+            if x_CTD.shape[1] != input_ids_CT.shape[1]:
+                raise ModelError(
+                    f"{site} of {self.name} gives {x_CTD.shape[1]} of {input_ids_CT.shape[1]} positions: it reads long "
+                    "texts in parts; set corpus.max_length to no more than one of them"
+                )
         return {site: rows[site] for site in sites}
 
     @property
@@ -173,6 +179,19 @@ def cut_config(config: PretrainedConfig, layers: int) -> PretrainedConfig:
             setattr(cut, key, value[:layers])
     cut.num_hidden_layers = layers
     return cut
+
+
+def config_number(config: Any, *names: str, default: int = 0) -> int:
+    """The first of `names` that stands in a config as a number above 0, of one per layer the largest; else `default`.
+
+    Families leave keys out that others have, and files say null.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
+        if max(numbers, default=0) > 0:
+            return int(max(numbers))
+    return default
 
 
 def find_decoder(model: nn.Module, count: int) -> tuple[nn.Module, list[nn.Module]]:

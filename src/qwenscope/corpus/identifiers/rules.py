@@ -31,12 +31,12 @@ class Rule:
     pattern: re.Pattern[str]
     check: Callable[[re.Match[str]], Span | None]
     """The identifier's span, which may be more or less than the candidate, or None."""
-    literal: str = ""
-    """Stands in every text that holds a candidate."""
+    literals: tuple[str, ...] = ("",)
+    """One of them stands in every text that holds a candidate."""
 
     def spans(self, text: str, regions: Sequence[Span]) -> Iterator[Span]:
         """Identifiers that start in `regions`, in order; what failed as one candidate may hold another."""
-        if self.literal not in text:
+        if not any(literal in text for literal in self.literals):
             return
         position = 0
         for start, end in regions:
@@ -57,6 +57,21 @@ def where(sign: str) -> Gate:
     """The gate that is open for texts in which the pattern `sign` is found."""
     search = re.compile(sign).search
     return lambda text: ((0, len(text)),) if search(text) else ()
+
+
+def after_words(words: Sequence[str], reach: int) -> Gate:
+    """The gate that is open at each of `words`, and so many characters before its end."""
+
+    def gate(text: str) -> Sequence[Span]:
+        ends = []
+        for word in words:
+            at = text.find(word)
+            while at >= 0:
+                ends.append(at + len(word))
+                at = text.find(word, at + 1)
+        return [(max(0, end - reach), end) for end in sorted(ends)]
+
+    return gate
 
 
 _NUMBER = re.compile(rf"[0-9](?:{GAP}[0-9]){{6,}}")
