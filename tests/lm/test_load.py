@@ -285,7 +285,14 @@ def test_tensor_of_another_shape(checkpoint: Checkpoint, tmp_path: Path) -> None
     folder = copy_of(checkpoint, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"\.weight is of shape \[.*32\] in the weights and of \[.*64\] by the config"):
+        load_language_model(LMRecipe(model=str(folder)))
+
+
+def test_an_adapter_beside_a_model_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=r"holds an adapter .* merge it into the weights"):
         load_language_model(LMRecipe(model=str(folder)))
 
 

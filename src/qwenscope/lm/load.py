@@ -132,7 +132,7 @@ def _check_looks_back(lm: LanguageModel) -> None:
         return  # its layers do not return rows; a hook point there is refused by name
     except TypeError as error:  # an encoder, whose layers are called otherwise
         raise ModelError(
-            f"{lm.name} ({type(lm.model).__name__}) is no causal decoder, and not supported: {_first_line(error)}"
+            f"{lm.name} ({type(lm.model).__name__}) is no causal decoder, and not supported: {reason(error)}"
         ) from error
     apart = ((first - second).norm(dim=-1) / first.norm(dim=-1).clamp(min=1e-30))[:-1].median()
     if apart > (1e-4 if lm.dtype == torch.float32 else 3e-2):
@@ -230,6 +230,11 @@ def resolve(lm: LMRecipe) -> tuple[Path, str | None]:
 
 
 def _text_config(name: str, folder: Path) -> PretrainedConfig:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{name} holds an adapter (adapter_config.json), which is not applied here: merge it into the weights "
+            "(peft's merge_and_unload) and save those in a folder of their own"
+        )
     with _model_errors(name):
         whole = AutoConfig.from_pretrained(**where(folder), trust_remote_code=False)
     config: PretrainedConfig = whole.get_text_config(decoder=True)
@@ -311,7 +316,17 @@ def _build(
         places = None  # by way of host memory
     with _quiet_transformers():
         model, report = type(shapes).from_pretrained(
-            None, config=config, state_dict=slices, dtype=dtype, device_map=places, output_loading_info=True
+            None,
+            config=config,
+            state_dict=slices,
+            dtype=dtype,
+            device_map=places,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+        )
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"{key} is of shape {list(found)} in the weights and of {list(wanted)} by the config; fetch both again"
         )
     if report["missing_keys"] and config.tie_word_embeddings and not lm_head:
         return _build(config, slices, dtype, devices, True)  # the embedding may stand under the head's name
@@ -349,9 +364,9 @@ def _model_errors(name: str) -> Iterator[None]:
     except QwenscopeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(f"not enough memory for {name}: {_first_line(error)}") from error
+        raise ResourceError(f"not enough memory for {name}: {reason(error)}") from error
     except Exception as error:  # whatever a foreign file leads to
-        raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{name} cannot be loaded: {reason(error)}") from error
 
 
 @contextmanager
@@ -360,11 +375,4 @@ def _hub_errors(lm: LMRecipe) -> Iterator[None]:
         yield
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         where = lm.model if lm.revision is None else f"{lm.model} at {lm.revision}"
-        raise ModelError(
-            f"lm.model {where} is neither a folder nor to be had from the Hub: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise ModelError(f"lm.model {where} is neither a folder nor to be had from the Hub: {reason(error)}") from error

@@ -231,6 +231,7 @@ def kind_of(layer: nn.Module) -> Kind:
 def _tensor_digest(named: tuple[str, Tensor]) -> bytes:
     name, tensor = named
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    for piece in tensor.detach().contiguous().flatten().view(torch.uint8).split(_PIECE):
-        digest.update(piece.cpu().numpy())
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+    for start in range(0, len(raw), _PIECE):
+        digest.update(raw[start : start + _PIECE].cpu().numpy())
     return digest.digest()
