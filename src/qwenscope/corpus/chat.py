@@ -125,8 +125,10 @@ class Renderer:
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         try:
-            given = {"tools": list(tools or ()) or None, "range": _bounded_range()}
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **given))
+            listed = list(tools or ()) or None
+            return str(
+                self.tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, range=_bounded_range())
+            )
         except TemplateError as error:
             raise Dropped(f"template: {reason(error, 80)}") from None
         except MemoryError:

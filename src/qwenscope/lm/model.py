@@ -233,5 +233,5 @@ def _tensor_digest(named: tuple[str, Tensor]) -> bytes:
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     raw = tensor.detach().contiguous().flatten().view(torch.uint8)
     for start in range(0, len(raw), _PIECE):
-        digest.update(raw[start : start + _PIECE].cpu().numpy())
+        digest.update(raw[start : start + _PIECE].cpu().numpy().data)
     return digest.digest()
