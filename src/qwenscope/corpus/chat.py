@@ -125,7 +125,7 @@ class Renderer:
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         try:
-            listed = list(tools or ()) or None
+            listed: list[dict[Any, Any] | Callable[..., Any]] | None = [*tools] if tools else None
             return str(
                 self.tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, range=_bounded_range())
             )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -162,13 +163,15 @@ def load_tokenizer(lm: LMRecipe) -> Tokenizer:
 
 
 def _tokenizer(name: str, folder: Path) -> Tokenizer:
-    """Never asks for, nor runs, code of the checkpoint; truncation and padding that it was saved with are off."""
+    """Never asks for, nor runs, code of the checkpoint; truncation, padding and a longest length that it was saved with
+    are off."""
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**where(folder), trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, transformers whatever a foreign file leads to
         raise ModelError(f"the tokenizer of {name} cannot be loaded: {reason(error)}") from error
+    tokenizer.model_max_length = sys.maxsize
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
