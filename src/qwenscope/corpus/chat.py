@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _SYSTEM, _USER, _ASSISTANT, _TOOL_CALL, _TOOL_RESULT, _THINK, _TEMPLATE, _ = range(len(ROLES))
 _CODES = {"system": _SYSTEM, "user": _USER, "assistant": _ASSISTANT, "tool": _TOOL_RESULT}
 _MOST_MESSAGES = 10_000
-_MOST_STEPS = 1_000_000  # of a template's loops over range
 _MOST_OBJECTS = 10_000  # of JSON that are looked at in one rendered text
 _OPEN, _CLOSE = 0xFDD0, chr(0xFDDF)
 _MARKERS = re.compile("([\ufdd0-\ufddf])")
@@ -125,10 +124,7 @@ class Renderer:
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         try:
-            listed: list[dict[Any, Any] | Callable[..., Any]] | None = [*tools] if tools else None
-            return str(
-                self.tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, range=_bounded_range())
-            )
+            return str(self.tokenizer.apply_chat_template(messages, tools=list(tools or ()) or None, tokenize=False))
         except TemplateError as error:
             raise Dropped(f"template: {reason(error, 80)}") from None
         except MemoryError:
@@ -169,21 +165,6 @@ class Renderer:
         kept = slice(self.max_length)
         truncated = len(ids) > self.max_length
         return Rendered(ids[kept], roles[kept], truncated, layout.text, layout.messages, layout.tools)
-
-
-def _bounded_range() -> Callable[..., range]:
-    """`range` for one rendering: a template whose loops in loops would not end fails instead."""
-    left = _MOST_STEPS
-
-    def bounded(*limits: int) -> range:
-        nonlocal left
-        steps = range(*limits)
-        left -= len(steps)
-        if left < 0:
-            raise OverflowError
-        return steps
-
-    return bounded
 
 
 def _tool_places(text: str, roles: Roles, tools: Sequence[dict[str, Any]]) -> Iterator[tuple[int, int]]:
