@@ -13,7 +13,6 @@ from qwenscope.corpus.identifiers.rules import (
     after,
     before,
     claimed,
-    everywhere,
     is_named_by,
     numbers,
     where,
@@ -118,9 +117,8 @@ RULES = (
     ),
     Rule(
         "CRYPTO_ADDRESS",
-        everywhere,
+        where("0x"),
         re.compile(r"(?<![0-9A-Za-z])0x[0-9A-Fa-f]{40}(?![0-9A-Za-z])"),
         _ethereum,
-        ("0x",),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from qwenscope.corpus.identifiers.rules import Rule, Span, after_words, before, everywhere, where
+from qwenscope.corpus.identifiers.rules import Rule, Span, after_words, before, where
 
 _KEYS = {  # a literal of the key -> its pattern; an empty one for prefix, then at least 20 of the usual characters
     "sk-": r"sk-(?:proj-|svcacct-|admin-|ant-(?:api|admin)\d\d-|or-v1-|lf-)?[\w\-]{20,220}",
@@ -151,15 +151,15 @@ RULES = (
     *(
         Rule(
             "SECRET",
-            everywhere if literal == "hf_" else _has_token,
+            where(literal) if literal == "hf_" else _has_token,
             re.compile(rf"(?<![0-9A-Za-z])(?:{pattern})(?![0-9A-Za-z])", re.ASCII),
             _key,
             (literal,),
         )
         for literal, pattern in _KEYS.items()
     ),
-    Rule("SECRET", everywhere, _PEM, _pem, ("PRIVATE KEY",)),
-    Rule("SECRET", everywhere, _IN_URL, _password_in_url, ("://",)),
+    Rule("SECRET", where("PRIVATE KEY"), _PEM, _pem),
+    Rule("SECRET", where("://"), _IN_URL, _password_in_url),
     Rule("SECRET", _has_token, _VALUE, _assigned, _OF_SECRETS),
     Rule("SECRET", after_words(_OF_PASSWORDS, 12), _PASSWORD, _password),
 )
