@@ -10,6 +10,7 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from qwenscope.checksums import read_checksums, write_checksums
 from qwenscope.errors import FormatError, QwenscopeError, ResourceError, printable, reason
 from qwenscope.files import (
     atomic_path,
@@ -203,6 +205,27 @@ def test_a_file_that_torch_may_not_open_is_refused_like_others(tmp_path: Path) -
             read_safetensors(tmp_path / "a.safetensors", {"x": (2,)})
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    write_checksums(tmp_path)
+    assert set(read_checksums(tmp_path) or ()) == {"a/weights", "b/weights"}
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="/b"):
+        write_checksums(tmp_path)
+    with pytest.raises(ResourceError, match="Permission denied"), whole_folder(tmp_path / "new") as folder:
+        (folder / "b").mkdir()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"9" * 5000, b'{"a": 1}}', b"\x00"])

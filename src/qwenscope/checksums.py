@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwenscope.errors import FormatError
-from qwenscope.files import sha256, write_text
+from qwenscope.files import below, sha256, write_text
 
 CHECKSUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -15,7 +15,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 def write_checksums(root: Path, only: Iterable[str] | None = None) -> None:
     """List every file below `root` (or those of `only` that are there) with its digest in `root/SHA256SUMS`."""
-    paths = root.rglob("*") if only is None else (root / name for name in only)
+    paths = below(root) if only is None else (root / name for name in only)
     names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
     lines = [f"{sha256(root / name)}  {name}\n" for name in names if name != CHECKSUMS_FILE]
     write_text(root / CHECKSUMS_FILE, "".join(lines))

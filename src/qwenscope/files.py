@@ -166,6 +166,21 @@ def refused(error: Exception, target: Path | None = None, needed: int | None = N
     return ResourceError(f"{named}: {os.strerror(number)}{at}; see to disk, permissions and limits, and run again")
 
 
+def below(folder: Path) -> Iterator[Path]:
+    """All files and folders below `folder`, in no order; links to folders are named, not followed.
+
+    Raises:
+        OSError: a folder may not be read, where `Path.rglob` would pass over it as if it were empty.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        for name in (*folders, *names):
+            yield Path(place, name)
+
+
 @contextmanager
 def disk_errors_named(target: Path, needed: int | None = None) -> Iterator[None]:
     """Turn whatever the operating system refuses while `target` is written into a ResourceError (see `refused`)."""
@@ -178,7 +193,7 @@ def disk_errors_named(target: Path, needed: int | None = None) -> Iterator[None]
 
 
 @contextmanager
-def open_safetensors(path: Path) -> Iterator[safe_open]:
+def open_safetensors(path: Path) -> Iterator[Any]:
     """A safetensors file, whose tensors are read when they are asked for.
 
     Raises:
@@ -272,7 +287,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     _check_empty(folder)
     with folder_aside(folder) as temporary:
         yield temporary
-        for path in temporary.rglob("*"):
+        for path in below(temporary):
             if path.is_file():
                 fsync_file(path)
             else:

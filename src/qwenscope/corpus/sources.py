@@ -23,7 +23,7 @@ from qwenscope.corpus.repair import conversation_id
 from qwenscope.corpus.shards import CHUNK_ROWS, SUFFIXES, Columns, Shard
 from qwenscope.corpus.tool_use import GENERATORS
 from qwenscope.errors import CorpusError
-from qwenscope.files import sha256
+from qwenscope.files import below, sha256
 from qwenscope.recipe import SourceRecipe
 from qwenscope.seeds import derive_seed
 
@@ -189,7 +189,7 @@ def _local_shards(path: Path, where: str) -> tuple[str, list[Shard]]:
     if path.is_file():
         root, names = path.parent, [path.name]
     elif path.is_dir():
-        root, names = path, [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        root, names = path, [file.relative_to(path).as_posix() for file in below(path) if file.is_file()]
     else:
         raise CorpusError(f"{where}: no such file or folder; correct the source's path")
     hidden = re.compile(r"(^|/)\.")

@@ -29,7 +29,7 @@ from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import FormatError
 from qwenscope.features.reservoirs import context_keys
 from qwenscope.features.statistics import BEFORE, Chunk, LatentStatistics
-from qwenscope.files import atomic_path, read_json, sha256, whole_folder, write_json
+from qwenscope.files import atomic_path, below, read_json, sha256, whole_folder, write_json
 from qwenscope.lm.batches import cut
 from qwenscope.lm.hooks import find_routers, watch_routers
 from qwenscope.lm.model import LanguageModel
@@ -184,7 +184,7 @@ class CorpusPass:
             for sae_id, statistics in self.statistics.items():
                 tensors = {name: tensor.contiguous() for name, tensor in statistics.state().items()}
                 save_file(tensors, temporary / f"{sae_id}.safetensors")
-            files = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
+            files = {path.name: sha256(path) for path in sorted(below(temporary))}
             files |= {self._text_file(n).name: sha256(self._text_file(n)) for n in range(self.chunks)}
             state = {
                 "plan": self._plan(),

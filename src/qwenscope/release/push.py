@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from qwenscope.checksums import CHECKSUMS_FILE, verify_folder
 from qwenscope.errors import FormatError, HubError
-from qwenscope.files import disk_errors_named, fsync_folder, read_object, sha256
+from qwenscope.files import below, disk_errors_named, fsync_folder, read_object, sha256
 from qwenscope.hub import asked, check_repo_id
 from qwenscope.release.package import bind
 from qwenscope.sae.loading import suite_ids
@@ -138,7 +138,7 @@ def _checked_files(folder: Path) -> list[str]:
         raise FormatError(f"{folder} is no release folder; build one with `qwenscope release`")
     verify_folder(folder)
     listed = {line[66:] for line in (folder / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()}
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    files = sorted(path.relative_to(folder).as_posix() for path in below(folder) if not path.is_dir())
     if strange := [name for name in files if name not in listed and name != CHECKSUMS_FILE]:
         raise FormatError(f"{folder / strange[0]} is no part of the release; remove it before pushing")
     return files

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qwenscope.checksums import write_checksums
 from qwenscope.errors import FormatError
-from qwenscope.files import public_name, whole_folder
+from qwenscope.files import below, public_name, whole_folder
 from qwenscope.hub import check_repo_id, download
 from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE, check_inside, check_sae_id, join_below
 from qwenscope.sae.formats import (
@@ -203,7 +203,7 @@ def _find(root: Path, marker: str) -> Iterator[Path]:
             raise FormatError(f"{root} is not named {marker}")
         yield root
     else:
-        yield from sorted(path for path in root.rglob(marker) if path.is_file())
+        yield from sorted(path for path in below(root) if path.match(marker) and path.is_file())
 
 
 def _name_of(path: Path, root: Path, name: str) -> str:
