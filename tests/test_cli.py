@@ -110,12 +110,17 @@ def help_of(*command):
     assert not slow & set(sys.modules), (command, slow & set(sys.modules))
     return said.getvalue()
 
-listed = help_of()
-names = app.registered_commands
-for name in [each.name or each.callback.__name__ for each in names]:
-    assert name in listed
-    print(help_of(name))
-print(help_of("data"), help_of("data", "survey"), help_of("data", "generate"))
+def walk(group, *words):
+    listed = help_of(*words)
+    for each in group.registered_commands:
+        name = each.name or each.callback.__name__
+        assert name in listed
+        print(help_of(*words, name))
+    for below in group.registered_groups:
+        assert below.name in listed
+        walk(below.typer_instance, *words, below.name)
+
+walk(app)
 """
 
 
