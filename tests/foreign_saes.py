@@ -173,7 +173,7 @@ def dictionary_learning(folder: Path, seed: int, kind: str) -> Other:
 
 
 def gemma_scope(folder: Path, seed: int, kind: str) -> Other:
-    """`kind`: npz of Gemma Scope, or safetensors of Gemma Scope 2."""
+    """`kind`: npz of Gemma Scope, or safetensors or heads of Gemma Scope 2."""
     draw = Draw(seed)
     tensors = {"w_enc": draw.encoder_ND.T, "b_enc": draw.bias_N, "w_dec": draw.decoder_ND, "b_dec": draw.pre_bias_D}
     tensors |= {"threshold": draw.threshold_N}
@@ -183,10 +183,11 @@ def gemma_scope(folder: Path, seed: int, kind: str) -> Other:
         place.mkdir(parents=True)
         np.savez(place / "params.npz", **{name.replace("w_", "W_"): value.numpy() for name, value in tensors.items()})
         return Other("gemma-scope", folder, codes, {"model": "google/gemma-2-2b", "layer": 5})
-    place = folder / "gemma-scope-2-4b-it/mlp_out_all/layer_5_width_16k_l0_big"
+    part, site = ("attn_out_all", "heads") if kind == "heads" else ("mlp_out_all", "mlp_out")
+    place = folder / f"gemma-scope-2-4b-it/{part}/layer_5_width_16k_l0_big"
     place.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, place / "params.safetensors")
-    return Other("gemma-scope", folder, codes, {"model": "google/gemma-3-4b-it", "site": "layers.5.mlp_out"})
+    return Other("gemma-scope", folder, codes, {"model": "google/gemma-3-4b-it", "site": f"layers.5.{site}"})
 
 
 def llama_scope(folder: Path, seed: int, kind: str) -> Other:
@@ -227,6 +228,7 @@ CASES: dict[str, Callable[[Path, int], Other]] = {
     "dictionary_learning standard": lambda folder, seed: dictionary_learning(folder, seed, "AutoEncoder"),
     "gemma-scope": lambda folder, seed: gemma_scope(folder, seed, "npz"),
     "gemma-scope 2": lambda folder, seed: gemma_scope(folder, seed, "safetensors"),
+    "gemma-scope 2 heads": lambda folder, seed: gemma_scope(folder, seed, "heads"),
     "llama-scope residual": lambda folder, seed: llama_scope(folder, seed, "R"),
     "llama-scope mlp": lambda folder, seed: llama_scope(folder, seed, "M"),
 }

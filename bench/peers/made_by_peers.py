@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-D, N, K, ROWS = 128, 1024, 24, 500
+D, N, K, ROWS, HEADS = 128, 1024, 24, 500, 8
 
 
 def filled(module, draw):
@@ -44,8 +44,12 @@ def record(out, kind, origin, x_BD, codes_BN, reconstruction_BD):
 def saelens(out, draw, x_BD):
     from sae_lens import SAE
     from sae_lens.registry import get_sae_class, get_sae_training_class
+    from sae_lens.saes.sae import SAEMetadata
 
-    metadata = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_pre"}
+    def metadata_of(kind):
+        hook = "attn.hook_z" if kind.endswith("hook_z") else "hook_resid_pre"
+        return {"model_name": "gpt2", "hook_name": f"blocks.3.{hook}"}
+
     kinds = {
         "standard": ("standard", {}),
         "topk": ("topk", {"k": K}),
@@ -53,15 +57,17 @@ def saelens(out, draw, x_BD):
         "jumprelu": ("jumprelu", {}),
         "jumprelu-not-centred": ("jumprelu", {"apply_b_dec_to_input": False}),
         "gated": ("gated", {}),
+        "standard-hook_z": ("standard", {"reshape_activations": "hook_z"}),
+        "jumprelu-hook_z": ("jumprelu", {"reshape_activations": "hook_z"}),
     }
     for kind, (architecture, options) in kinds.items():
         made, config = get_sae_class(architecture)
-        sae = filled(made(config(d_in=D, d_sae=N, **options)), draw)
-        sae.cfg.metadata = type(sae.cfg.metadata)(**metadata)
-        sae.save_model(out / kind / kind)
+        sae = made(config(d_in=D, d_sae=N, metadata=SAEMetadata(**metadata_of(kind)), **options))
+        filled(sae, draw).save_model(out / kind / kind)
         sae = SAE.load_from_disk(out / kind / kind)
-        codes_BN = sae.encode(x_BD)
-        record(out, kind, "saelens", x_BD, codes_BN, sae.decode(codes_BN))
+        x = x_BD.view(ROWS, HEADS, -1) if kind.endswith("hook_z") else x_BD
+        codes_BN = sae.encode(x)
+        record(out, kind, "saelens", x_BD, codes_BN, sae.decode(codes_BN).reshape(ROWS, D))
     for architecture in ("batchtopk", "matryoshka_batchtopk"):
         made, config = get_sae_training_class(architecture)
         options = {"matryoshka_widths": [128, 512, N]} if "matryoshka" in architecture else {}
@@ -91,7 +97,7 @@ def published(out, draw, x_BD):
         tensors["b_enc"] -= 1
         return tensors, torch.randn(N, generator=draw).abs() + 0.5
 
-    def loaded(kind, origin, load, repo, folder, scale=None):
+    def loaded(kind, origin, load, repo, folder, scale=None, heads=False):
         loaders.hf_hub_download = lambda repo_id, filename, subfolder="", **_: str(
             out / kind / repo_id.split("/")[-1] / subfolder / filename
         )
@@ -103,8 +109,8 @@ def published(out, draw, x_BD):
         sae.load_state_dict({name: value.contiguous() for name, value in state.items()})
         if scale is not None:
             sae.fold_activation_norm_scaling_factor(scale)
-        codes_BN = sae.encode(x_BD)
-        record(out, kind, origin, x_BD, codes_BN, sae.decode(codes_BN))
+        codes_BN = sae.encode(x_BD.view(ROWS, HEADS, -1) if heads else x_BD)
+        record(out, kind, origin, x_BD, codes_BN, sae.decode(codes_BN).reshape(ROWS, D))
 
     tensors, threshold = fresh()
     place = out / "gemma-scope/gemma-scope-2b-pt-res/layer_5/width_4k/average_l0_9"
@@ -114,6 +120,15 @@ def published(out, draw, x_BD):
     )
     repo, folder = "google/gemma-scope-2b-pt-res", "layer_5/width_4k/average_l0_9"
     loaded("gemma-scope", "gemma-scope", loaders.gemma_2_sae_huggingface_loader, repo, folder)
+
+    tensors, threshold = fresh()
+    repo, folder = "google/gemma-scope-2b-pt-att", "layer_5/width_4k/average_l0_9"
+    place = out / "gemma-scope-heads/gemma-scope-2b-pt-att" / folder
+    place.mkdir(parents=True)
+    np.savez(
+        place / "params.npz", **{name: value.numpy() for name, value in (tensors | {"threshold": threshold}).items()}
+    )
+    loaded("gemma-scope-heads", "gemma-scope", loaders.gemma_2_sae_huggingface_loader, repo, folder, heads=True)
 
     tensors, threshold = fresh()
     folder = "resid_post/layer_7_width_16k_l0_big"

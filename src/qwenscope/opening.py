@@ -77,7 +77,7 @@ class Target:
         lm = load_language_model(recipe, last_layer=self.recipe.last_layer if truncated else None, lm_head=True)
         lm.tokenizer = with_template(lm.tokenizer, self.recipe.corpus.chat_template)
         check_hook_points(lm, self.recipe.hook_points)
-        check_widths(self.saes, lm)
+        check_widths(self.saes, self.sites, lm)
         for sae in self.saes.values():
             sae.to(lm.device).eval()
         return lm
@@ -173,11 +173,11 @@ def check_size(where: Path, sae: SAE, point: HookPoint) -> None:
             raise FormatError(f"{where} has {key} {value}; recipe.yaml says {getattr(point, key)}")
 
 
-def check_widths(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
-    """FormatError naming the first SAE that is not as wide as the language model."""
+def check_widths(saes: Mapping[str, SAE], sites: Mapping[str, Site], lm: LanguageModel) -> None:
+    """FormatError naming the first SAE that is not as wide as the rows at its site."""
     for sae_id, sae in saes.items():
-        if sae.hidden_dim != lm.hidden_dim:
-            raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}")
+        if sae.hidden_dim != (width := lm.width(sites[sae_id])):
+            raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {width} at {sites[sae_id]}")
 
 
 def sites_of_suite(suite: Mapping[str, SAE]) -> dict[str, Site]:

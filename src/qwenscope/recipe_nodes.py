@@ -52,7 +52,9 @@ class HookPoint(Node):
     site: str
     """Where in the model, instead of layer: layers.22 (the residual stream after layer 22), layers.22.mlp (what its MLP
     or mixture of experts returns) or layers.22.mixer (what its attention or DeltaNet returns); layers.22.mlp_out and
-    layers.22.mixer_out are what these add to the stream, behind a norm that some families put there."""
+    layers.22.mixer_out are what these add to the stream, behind a norm that some families put there; layers.22.heads
+    is what the mixer hands to its output projection, layers.22.mid the stream between mixer and MLP, layers.22.mlp_in
+    what the MLP reads."""
     kind: Literal["deltanet", "attention"] | None = None
     """Kind the layer must have; null for models without kinds."""
     dict_size: Annotated[int, Field(gt=0, lt=1 << 31)]

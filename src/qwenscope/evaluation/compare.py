@@ -79,9 +79,9 @@ def compare(
     lm = opened.language_model()
     saes = {f"{side}:{id}": sae for side, target in sides.items() for id, sae in target.saes.items()}
     saes = {sae_id: sae.to(lm.device).eval() for sae_id, sae in saes.items() if sae_id in used}
-    check_widths(saes, lm)
-    splits = opened.splits(lm.tokenizer, tokens or opened.recipe.evaluation.tokens, data)
     hooked = {sae_id: sites[sae_id] for sae_id in saes}
+    check_widths(saes, hooked, lm)
+    splits = opened.splits(lm.tokenizer, tokens or opened.recipe.evaluation.tokens, data)
     measured = {name: SplitMeter(lm, saes, hooked, found, opened.recipe).run() for name, found in splits.items()}
     return {
         "language_model": {"name": lm.name, "revision": lm.revision},

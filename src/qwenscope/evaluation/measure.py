@@ -139,7 +139,7 @@ class SplitMeter:
     def _first_pass(self) -> dict[str, Tensor]:
         """Which tokens are `kept` (bool, of all conversations in turn), `left_out` by reason, the mean of each site."""
         kept = [torch.zeros(len(conversation.token_ids), dtype=torch.bool) for conversation in self.conversations]
-        moments = {site: Moments(self.lm.hidden_dim, self.lm.device) for site in self.hooked}
+        moments = {site: Moments(self.lm.width(site), self.lm.device) for site in self.hooked}
         left_out: Counter[str] = Counter()
         for start, window in self._windows():
             rows = harvest(self.lm, window, self.hooked, self.recipe.activations, self.recipe.corpus.batch_tokens)

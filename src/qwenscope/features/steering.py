@@ -122,10 +122,8 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
     """
     lm = as_language_model(model)
     for steering in steerings:
-        if len(steering.direction_D) != lm.hidden_dim:
-            raise FormatError(
-                f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {lm.hidden_dim} wide"
-            )
+        if len(steering.direction_D) != (width := lm.width(Site.of(steering.site))):  # type: ignore[arg-type] # it is one
+            raise FormatError(f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {width} wide there")
     seen = _Seen()
     by_site: dict[Site, list[Steering]] = {}
     for steering in steerings:

@@ -1,13 +1,17 @@
 """Where a dictionary reads: a site is a place in a decoder whose rows are captured, replaced and steered.
 
-    Site("layers.6")          the residual stream after layer 6
-    Site("layers.6.mixer")    what its attention, Gated DeltaNet or other mixer of positions returns
-    Site("layers.6.mlp")      what its MLP or mixture of experts returns
-    Site("layers.6.mlp_out")  what that adds to the stream, and layers.6.mixer_out likewise
+    Site("layers.6")            the residual stream after layer 6
+    Site("layers.6.mixer")      what its attention, Gated DeltaNet or other mixer of positions returns
+    Site("layers.6.mixer_out")  what that adds to the stream
+    Site("layers.6.mlp")        what its MLP or mixture of experts returns
+    Site("layers.6.mlp_out")    what that adds to the stream
+    Site("layers.6.heads")      what its mixer hands to its output projection: the heads of an attention side by side
+    Site("layers.6.mid")        the residual stream between mixer and MLP
+    Site("layers.6.mlp_in")     what its MLP or mixture of experts reads
 
-The last two differ from those before in families that normalise a part's output before adding it (Gemma 2 and 3,
-OLMo 2): `mlp` is read before that norm, `mlp_out` behind it. A further kind of site is one more entry of `KINDS`, and
-nothing else.
+`mixer` and `mlp` differ from `mixer_out` and `mlp_out` in families that normalise a part's output before adding it
+(Gemma 2 and 3, OLMo 2): they are read before that norm. The last three are what a module takes, not what it returns. A
+further kind of site is one more entry of `KINDS`, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from functools import total_ordering
 from typing import Any, Protocol, Union
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwenscope.errors import ModelError, RecipeError
 from qwenscope.recipe import HookPoint, Recipe
@@ -30,14 +34,22 @@ _MIXERS = frozenset({
     "self_attention", "self_attn", "temporal_block",
 })  # fmt: skip
 _MLPS = frozenset({"block_sparse_moe", "feed_forward", "ffn", "mlp", "mlp_block", "shared_mlp"})
+_PROJECTIONS = frozenset({"c_proj", "dense", "linear_out", "o_proj", "out_proj", "Wo"})
+_NORMS = frozenset({
+    "channel_pre_norm", "feedforward_layernorm", "ffn_norm", "layernorm2", "ln2", "ln_2", "mlp_norm", "norm_2",
+    "post_attention_layernorm", "pre_ff_layernorm",
+})  # fmt: skip
+"""In front of the MLP; in a layer with post_feedforward_layernorm it has another name, or there is none."""
 
 
 class HasLayers(Protocol):
     """What sites and hooks ask of a language model."""
 
     layers: list[nn.Module]
+    hidden_dim: int
     name: str
     device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,12 @@ class SiteKind:
     """When a layer reaches it, relative to the other kinds."""
     find: Callable[[nn.Module], nn.Module | None]
     """Maps a decoder layer to the module whose output is read, or None if it has none, or several."""
+    entering: bool = False
+    """The rows are what the module takes, not what it returns."""
+    shared: bool = False
+    """Others read the same tensor: an edit is written into it."""
+    projects: bool = False
+    """The module is a matrix from rows of another width than the stream's to rows of that width."""
 
 
 def _only_child(names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None]:
@@ -58,21 +76,42 @@ def _only_child(names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None
     return find
 
 
-def _behind_norm(norm: str, names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None]:
-    """The child called `norm` in layers that normalize what their parts add, else the part itself."""
+def _behind_norm(norm: str, in_glm: str, names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None]:
+    """The child called `norm` (`in_glm` in GLM 4) in layers that normalize what their parts add, else the part itself."""
 
     def find(layer: nn.Module) -> nn.Module | None:
         children = dict(layer.named_children())
+        if in_glm in children:
+            return children[in_glm]
         return children.get(norm) if "post_feedforward_layernorm" in children else _only_child(names)(layer)
 
     return find
 
 
+def _projection(layer: nn.Module) -> nn.Module | None:
+    """The output projection of the mixer."""
+    mixer = _only_child(_MIXERS)(layer)
+    return None if mixer is None else _only_child(_PROJECTIONS)(getattr(mixer, "attention", mixer))
+
+
+def _behind_mixer(layer: nn.Module) -> nn.Module | None:
+    """The first module that reads the stream between mixer and MLP; None where the two read the same stream."""
+    children = dict(layer.named_children())
+    if getattr(layer, "use_parallel_residual", False) or list(children)[-1] == "ln_2":  # behind the MLP, in GPT 1
+        return None
+    if "post_feedforward_layernorm" in children:
+        return children.get("pre_feedforward_layernorm") or _only_child(_MLPS)(layer)
+    return _only_child(_NORMS)(layer)
+
+
 KINDS: dict[str | None, SiteKind] = {
+    "heads": SiteKind(0.5, _projection, entering=True, projects=True),
     "mixer": SiteKind(1, _only_child(_MIXERS)),
-    "mixer_out": SiteKind(1.5, _behind_norm("post_attention_layernorm", _MIXERS)),
+    "mixer_out": SiteKind(1.5, _behind_norm("post_attention_layernorm", "post_self_attn_layernorm", _MIXERS)),
+    "mid": SiteKind(1.7, _behind_mixer, entering=True, shared=True),
+    "mlp_in": SiteKind(1.8, _only_child(_MLPS), entering=True),
     "mlp": SiteKind(2, _only_child(_MLPS)),
-    "mlp_out": SiteKind(2.5, _behind_norm("post_feedforward_layernorm", _MLPS)),
+    "mlp_out": SiteKind(2.5, _behind_norm("post_feedforward_layernorm", "post_mlp_layernorm", _MLPS)),
     None: SiteKind(3, lambda layer: layer),
 }
 """By the last part of a site's name; None is the layer itself, whose output is the residual stream."""
@@ -125,7 +164,7 @@ class Site:
 
 
 def module_at(lm: HasLayers, site: Site) -> nn.Module:
-    """The module whose output is read at `site`.
+    """The module whose output, or whose input, is read at `site`.
 
     Raises:
         ModelError: the layer was not built, or has no such part, or more than one.
@@ -138,6 +177,28 @@ def module_at(lm: HasLayers, site: Site) -> nn.Module:
         parts = ", ".join(name for name, _ in layer.named_children())
         raise ModelError(f"{lm.name} has no one {site.part} in layer {site.layer} ({type(layer).__name__} of {parts})")
     return module
+
+
+def width_at(lm: HasLayers, site: Site) -> int:
+    """Values of a row at `site`.
+
+    Raises:
+        ModelError: as `module_at`.
+    """
+    module: Any = module_at(lm, site)
+    if not KINDS[site.part].projects:
+        return lm.hidden_dim
+    return int(getattr(module, "in_features", len(module.weight)))  # the weight of a Conv1D is [in, out]
+
+
+@torch.no_grad()
+def to_stream(lm: HasLayers, site: Site, rows_RD: Tensor) -> Tensor:
+    """What rows at `site` add to the residual stream by themselves, [R, width there] -> [R, D]."""
+    if not KINDS[site.part].projects:
+        return rows_RD
+    module, dtype = module_at(lm, site), lm.dtype
+    projected: Tensor = module(rows_RD.to(lm.device, dtype)) - module(torch.zeros_like(rows_RD[:1]).to(lm.device, dtype))
+    return projected.to(rows_RD)
 
 
 def ends_layer(lm: HasLayers, site: Site) -> bool:

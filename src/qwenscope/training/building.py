@@ -42,7 +42,7 @@ def build_trainer(
     """
     point, training = recipe.hook_points[sae_id], recipe.training
     shard = shard or Shard((0, point.dict_size), point.k)
-    sae = untrained(lm.hidden_dim, shard, derive_seed(recipe.seed, "sae", sae_id), point.activation)
+    sae = untrained(lm.width(Site(point.site)), shard, derive_seed(recipe.seed, "sae", sae_id), point.activation)
     sae = sae.to(lm.device)
     sae.config |= {
         "sae_id": sae_id,

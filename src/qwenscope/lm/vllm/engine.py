@@ -143,6 +143,10 @@ class VllmModel:
                 **_OPTIONS,
             )
 
+    def width(self, _site: Site) -> int:
+        """Of the residual stream, which is all that vLLM gives."""
+        return self.hidden_dim
+
     def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Residual stream at each of `sites`: {site: x_CTD}, zero at the padding.
 

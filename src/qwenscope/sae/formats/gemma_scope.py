@@ -3,7 +3,7 @@
 W_enc [D, N], b_enc, W_dec [N, D], b_dec, threshold [N]; the second writes w_enc and w_dec. Language model and site
 stand in the names of repository and folders only: `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz`,
 `gemma-scope-2-4b-it/resid_post/layer_17_width_16k_l0_medium/params.safetensors`. The SAEs of MLPs read behind the norm
-that follows them. https://huggingface.co/google/gemma-scope
+that follows them, those of attention the heads before their output projection. https://huggingface.co/google/gemma-scope
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from qwenscope.sae.formats.tensors import read_npz, read_tensors
 PARAMS = "params.*"
 _TENSORS = {"w_enc": 2, "b_enc": 1, "w_dec": 2, "b_dec": 1, "threshold": 1}
 _REPO = re.compile(r"gemma-scope-(2-)?(\d+m|\d+b)-(pt|it)((?:-\w+)*)")
-_PLACES = {"res": "", "resid_post": "", "mlp": ".mlp_out", "mlp_out": ".mlp_out"}
+_PLACES = {"res": "", "resid_post": "", "mlp": ".mlp_out", "mlp_out": ".mlp_out", "att": ".heads", "attn_out": ".heads"}
 _NO_SITES = {
-    "att": "the heads of an attention return is no site",
-    "attn_out": "the heads of an attention return is no site",
     "transcoders": "a transcoder predicts is another place than it reads",
     "transcoder": "a transcoder predicts is another place than it reads",
     "embedding": "the embedding returns is no site",

@@ -82,7 +82,7 @@ def write(sae: SAE, folder: Path) -> None:
         },
     )
     architecture = ARCHITECTURES[sae.activation.name]
-    is_topk = architecture == "topk"
+    is_topk, metadata = architecture == "topk", _metadata(sae.config)
     write_json(
         folder / CONFIG,
         {
@@ -95,8 +95,8 @@ def write(sae: SAE, folder: Path) -> None:
             "apply_b_dec_to_input": True,
             **({"rescale_acts_by_decoder_norm": has_unit_norms(sae.decoder.weight.T)} if is_topk else {}),
             "normalize_activations": "none",
-            "reshape_activations": "none",
-            "metadata": _metadata(sae.config),
+            "reshape_activations": "hook_z" if str(metadata.get("hook_name")).endswith("hook_z") else "none",
+            "metadata": metadata,
         },
     )
 
@@ -127,7 +127,8 @@ def read(folder: Path) -> Parts:
         known = ", ".join(_READ)
         raise FormatError(f"{path}: architecture {config.get('architecture')!r} is refused; only {known} fit")
     scale = _scale(folder, config)
-    refuse_unless(path, config, {"reshape_activations": ("none", None), "activation_fn": ("relu", "topk")})
+    reshaped = ("none", None, "hook_z")  # heads side by side are what our rows are
+    refuse_unless(path, config, {"reshape_activations": reshaped, "activation_fn": ("relu", "topk")})
     hidden_dim, dict_size = (whole_number(path, config, key) for key in ("d_in", "d_sae"))
     tensors = _tensors(folder / WEIGHTS, {"W_enc": 2, "W_dec": 2, "b_dec": 1} | kind.tensors)
     parts = Parts(
@@ -171,8 +172,6 @@ def _modern(path: Path, config: Any) -> dict[str, Any]:
     options = config.get("activation_fn_kwargs")
     if config["activation_fn"] == "topk" and isinstance(options, dict):
         config |= {"architecture": "topk", "k": options.get("k")}
-    if "hook_z" in str(config["hook_name"]):
-        config.setdefault("reshape_activations", "hook_z")
     if isinstance(config.get("normalize_activations"), bool):
         config["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
     return {"architecture": "standard", **config, "metadata": config}
@@ -226,6 +225,4 @@ def _describe(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     if isinstance(metadata.get("model_name"), str) and metadata["model_name"]:
         config["model"] = metadata["model_name"]
     hook = str(metadata.get("hook_name") or "")
-    if hook.endswith("hook_z"):
-        raise FormatError(f"{path}: {hook} is refused; what the heads of an attention return is no site")
     return config | (site_of(hook, config.get("model", "")) or ({"hook_name": hook} if hook else {}))
