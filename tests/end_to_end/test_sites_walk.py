@@ -1,5 +1,5 @@
-"""One pass, six dictionaries: two at one residual stream, one each at an MLP, a mixer, what the heads of another hand on
-and the middle of a layer; every command on them."""
+"""One pass, six dictionaries: two at one residual stream, one each at an MLP, a mixer, heads and the middle of a layer;
+every command on them."""
 
 from __future__ import annotations
 

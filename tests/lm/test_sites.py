@@ -212,7 +212,18 @@ def test_sites_are_ordered_as_a_pass_reaches_them() -> None:
     assert Site.of(6) == Site("layers.6") == Site.of("layers.6")
     site = Site("layers.6.mlp")
     assert (site.layer, site.part, str(site)) == (6, "mlp", "layers.6.mlp")
-    for name in ("layers.x", "layers.06", "layer.6", "layers.6.", "layers.6.nothing", "layers.6.mlp.gate"):
+    assert (Site("layers.6.rms").part, Site("layers.6.mlp.zscore").part) == (None, "mlp")
+    assert (Site("layers.6.rms").norm, site.norm, Site("layers.6.mlp.zscore").layer) == ("rms", None, 6)
+    for name in (
+        "layers.6.rms.mlp",
+        "layers.6.rms.rms",
+        "layers.x",
+        "layers.06",
+        "layer.6",
+        "layers.6.",
+        "layers.6.nothing",
+        "layers.6.mlp.gate",
+    ):
         with pytest.raises(ModelError, match="names no site"):
             Site(name)
 

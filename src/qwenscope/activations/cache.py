@@ -256,7 +256,7 @@ class _Files:
 
 
 def _layer_file(site: Site) -> str:
-    return "-".join(filter(None, (f"layer-{site.layer:02d}", site.part))) + ".safetensors"
+    return "-".join(filter(None, (f"layer-{site.layer:02d}", site.within))) + ".safetensors"
 
 
 def _digest(manifest: dict[str, Any]) -> str:

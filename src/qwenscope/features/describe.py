@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwenscope.evaluation.run import target_of
 from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
 from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
@@ -84,7 +85,7 @@ class Describer:
 
     def __init__(self, corpus_pass: CorpusPass, sae_id: str, texts: Texts) -> None:
         self._lm, self._saes, self._sae_id, self._texts = corpus_pass.lm, corpus_pass.target.saes, sae_id, texts
-        self._sae, self._site = self._saes[sae_id], corpus_pass.target.sites[sae_id]
+        self._sae, self._site = self._saes[sae_id], corpus_pass.target.targets[sae_id]
         self._statistics = corpus_pass.statistics[sae_id]
         self._norm, self._unembedding = final_norm(self._lm), unembedding(self._lm)
         sample = self._statistics.coactive
@@ -224,6 +225,7 @@ def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any
     rows = max(statistics.rows, 1)
     return {
         **site.described(),
+        **target_of(sae),
         "kind": corpus_pass.lm.layer_kinds[site.layer],
         "dict_size": sae.dict_size,
         "k": sae.k,

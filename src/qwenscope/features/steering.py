@@ -79,6 +79,10 @@ class Steering:
                 raise FormatError("steering needs an SAE and a latent, or a direction with mode add")
         elif not 0 <= self.latent < self.sae.dict_size:
             raise FormatError(f"there is no latent {self.latent}; the SAE has 0 to {self.sae.dict_size - 1}")
+        elif "target" in self.sae.config and self.mode != "add":
+            raise FormatError(
+                f"a transcoder's latent is only added where it predicts; {self.mode} would need its input"
+            )
 
     @property
     def direction_D(self) -> Tensor:  # noqa: N802

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from qwenscope.errors import ModelError
-from qwenscope.lm.sites import KINDS, HasLayers, Site, Where, ends_layer, last_layer, module_at
+from qwenscope.lm.sites import KINDS, NORMS, HasLayers, Norm, Site, Where, ends_layer, last_layer, module_at
 
 Edit = Callable[[Tensor], Tensor]
 See = Callable[[Tensor], Tensor | None]
@@ -202,12 +202,23 @@ def _seeing(lm: HasLayers, seen: Mapping[Site, See]) -> Iterator[None]:
     with ExitStack() as stack:
         for site, see in seen.items():
             module = module_at(lm, site)
+            if site.norm is not None:
+                see = _normalised(NORMS[site.norm], see)
             if KINDS[site.part].entering:
                 handle = module.register_forward_pre_hook(_on_entry(site, see), with_kwargs=True)
             else:
                 handle = module.register_forward_hook(_on_return(site, see))
             stack.callback(handle.remove)
         yield
+
+
+def _normalised(norm: Norm, see: See) -> See:
+    def seen(x_CTD: Tensor) -> Tensor | None:
+        y_CTD, back = norm(x_CTD)
+        rows = see(y_CTD)
+        return None if rows is None else back(rows)
+
+    return seen
 
 
 def _on_return(site: Site, see: See) -> Hook:

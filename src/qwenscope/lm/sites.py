@@ -8,10 +8,13 @@
     Site("layers.6.heads")      what its mixer hands to its output projection: the heads of an attention side by side
     Site("layers.6.mid")        the residual stream between mixer and MLP
     Site("layers.6.mlp_in")     what its MLP or mixture of experts reads
+    Site("layers.6.mlp.rms")    rows of any of these, normalised one by one: divided by their root mean square;
+                                `zscore` subtracts a row's mean and divides by its deviation
 
 `mixer` and `mlp` differ from `mixer_out` and `mlp_out` in families that normalise a part's output before adding it
 (Gemma 2 and 3, OLMo 2): they are read before that norm. The last three are what a module takes, not what it returns. A
-further kind of site is one more entry of `KINDS`, and nothing else.
+further kind of site is one more entry of `KINDS`, and nothing else. What takes the place of a normalised row is given
+the mean and size that the row had.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 from qwenscope.errors import ModelError, RecipeError
 from qwenscope.recipe import HookPoint, Recipe
 
-_NAME = re.compile(r"layers\.(0|[1-9]\d{0,5})(?:\.(\w+))?")
+_NAME = re.compile(r"layers\.(0|[1-9]\d{0,5})((?:\.\w+)*)")
 _MIXERS = frozenset({
     "attention", "attn", "conv", "linear_attn", "mamba", "mixer", "mlstm_layer", "multi_head_attention",
     "self_attention", "self_attn", "temporal_block",
@@ -77,7 +80,7 @@ def _only_child(names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None
 
 
 def _behind_norm(norm: str, in_glm: str, names: frozenset[str]) -> Callable[[nn.Module], nn.Module | None]:
-    """The child called `norm` (`in_glm` in GLM 4) in layers that normalize what their parts add, else the part itself."""
+    """The child called `norm` (`in_glm` in GLM 4) in layers that normalize what parts add, else the part itself."""
 
     def find(layer: nn.Module) -> nn.Module | None:
         children = dict(layer.named_children())
@@ -117,6 +120,24 @@ KINDS: dict[str | None, SiteKind] = {
 """By the last part of a site's name; None is the layer itself, whose output is the residual stream."""
 
 
+Norm = Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
+
+
+def _rms(x_BD: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    size_B1 = x_BD.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    return (x_BD / size_B1).to(x_BD.dtype), lambda y_BD: (y_BD * size_B1).to(x_BD.dtype)
+
+
+def _zscore(x_BD: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    mean_B1 = x_BD.float().mean(-1, keepdim=True)
+    deviation_B1 = (x_BD - mean_B1).std(-1, keepdim=True)
+    y_BD = (x_BD - mean_B1) / (deviation_B1 + 1e-5)  # as SAELens has it, and so the way back without
+    return y_BD.to(x_BD.dtype), lambda y_BD: (y_BD * deviation_B1 + mean_B1).to(x_BD.dtype)
+
+
+NORMS: dict[str, Norm] = {"rms": _rms, "zscore": _zscore}
+"""Maps rows to themselves normalised one by one, and to the way back."""
+
 Where = Union["Site", str, int]
 """A site, its name, or the number of the layer after which the residual stream is meant."""
 
@@ -133,7 +154,8 @@ class Site:
     name: str
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or self.part not in KINDS:
+        words = self.name.split(".")[2:]
+        if not _NAME.fullmatch(self.name) or words != [word for word in (self.part, self.norm) if word]:
             kinds = ", ".join(f"layers.N.{part}" for part in KINDS if part)
             raise ModelError(f"{self.name!r} names no site; write layers.N (the residual stream) or one of {kinds}")
 
@@ -150,11 +172,21 @@ class Site:
     @property
     def part(self) -> str | None:
         """mixer, mlp or another kind; None for the residual stream after the layer."""
-        return self.name.split(".")[2] if self.name.count(".") == 2 else None
+        return next((word for word in self.name.split(".")[2:3] if word in KINDS), None)
+
+    @property
+    def norm(self) -> str | None:
+        """How its rows are normalised one by one; None for rows as they are."""
+        return next((word for word in self.name.split(".")[-1:] if word in NORMS), None)
+
+    @property
+    def within(self) -> str | None:
+        """What its name says behind the layer: mlp, mlp.rms; None for the residual stream as it is."""
+        return ".".join(self.name.split(".")[2:]) or None
 
     def described(self) -> dict[str, Any]:
         """Its entries in an SAE's configuration: `layer`, and `site` unless that is the residual stream."""
-        return {"layer": self.layer} | ({"site": self.name} if self.part else {})
+        return {"layer": self.layer} | ({"site": self.name} if self.within else {})
 
     def __lt__(self, other: Site) -> bool:
         return (self.layer, KINDS[self.part].order) < (other.layer, KINDS[other.part].order)
@@ -197,13 +229,15 @@ def to_stream(lm: HasLayers, site: Site, rows_RD: Tensor) -> Tensor:
     if not KINDS[site.part].projects:
         return rows_RD
     module, dtype = module_at(lm, site), lm.dtype
-    projected: Tensor = module(rows_RD.to(lm.device, dtype)) - module(torch.zeros_like(rows_RD[:1]).to(lm.device, dtype))
+    projected: Tensor = module(rows_RD.to(lm.device, dtype)) - module(
+        torch.zeros_like(rows_RD[:1]).to(lm.device, dtype)
+    )
     return projected.to(rows_RD)
 
 
 def ends_layer(lm: HasLayers, site: Site) -> bool:
     """Whether `site` is all that later layers see of its layer: the residual stream."""
-    return module_at(lm, site) is lm.layers[site.layer]
+    return site.norm is None and module_at(lm, site) is lm.layers[site.layer]
 
 
 def sites_of(recipe: Recipe) -> tuple[Site, ...]:
@@ -221,13 +255,23 @@ def hooked_sites(hook_points: Mapping[str, HookPoint]) -> dict[str, Site]:
     Raises:
         RecipeError: a hook point's site is none; names its key.
     """
-    sites = {}
-    for name, point in hook_points.items():
-        try:
-            sites[name] = Site(point.site)
-        except ModelError as error:
-            raise RecipeError(f"hook_points.{name}.site: {error}") from None
-    return sites
+    return {name: _site(name, "site", point.site) for name, point in hook_points.items()}
+
+
+def target_sites(hook_points: Mapping[str, HookPoint]) -> dict[str, Site]:
+    """{hook point: where the rows are that it reconstructs}: where it reads, but for a transcoder.
+
+    Raises:
+        RecipeError: a hook point's target is no site; names its key.
+    """
+    return {name: _site(name, "target", point.target or point.site) for name, point in hook_points.items()}
+
+
+def _site(name: str, key: str, where: str) -> Site:
+    try:
+        return Site(where)
+    except ModelError as error:
+        raise RecipeError(f"hook_points.{name}.{key}: {error}") from None
 
 
 def site_names(recipe: Recipe) -> dict[Site, str]:

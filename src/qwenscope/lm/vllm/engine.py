@@ -70,7 +70,7 @@ def check_vllm(lm: LMRecipe, max_length: int, sites: Sequence[Site]) -> str:
         RecipeError: `max_length` leaves no room for the one token that vLLM insists on generating, or a site is not the
             residual stream.
     """
-    if inner := [site.name for site in sites if site.part is not None]:
+    if inner := [site.name for site in sites if site.within]:
         raise RecipeError(f"lm.backend vllm gives the residual stream alone, not {inner[0]}; set it to transformers")
     who = vllm_version()
     longest = getattr(load_config(lm), "max_position_embeddings", max_length + 1)

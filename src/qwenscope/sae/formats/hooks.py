@@ -23,8 +23,12 @@ _PARTS |= {"hook_resid_pre": "", "": "", "mlp": ".mlp", "mlp.hook_out": ".mlp", 
 _PARTS |= dict.fromkeys(("attn", "self_attn", "linear_attn"), ".mixer")
 _NORMALIZES = re.compile(r"gemma-?[23]|olmo-?2", re.IGNORECASE)
 """Families whose parts' outputs are normalized before they join the stream; TransformerLens hooks behind that."""
-_HOOK = re.compile(r"blocks\.(\d{1,6})\.((?:(?:attn|mlp)\.)?hook_\w+)")
+_HOOK = re.compile(r"blocks\.(\d{1,6})\.((?:(?:attn|mlp|ln2)\.)?hook_\w+)")
 _MODULE = re.compile(r"(?:.*[._])?layers[._](\d{1,6})(?:\.(\w+?))?(?:\.output)?")
+
+
+NORMS = {"zscore": "layer_norm", "rms": "constant_norm_rescale"}
+"""What SAELens calls rows that are normalised one by one, by the last part of our name of such a site."""
 
 
 def module_name(config: Mapping[str, Any]) -> str | None:
@@ -48,7 +52,14 @@ def _part(config: Mapping[str, Any]) -> str | None:
     if "layer" not in config:
         return None
     part = str(config.get("site", f"layers.{config['layer']}")).removeprefix(f"layers.{config['layer']}")
+    if norm := norm_of(config):
+        part = part.removesuffix(f".{norm}")
     return part if part in _TRANSFORMER_LENS else None
+
+
+def norm_of(config: Mapping[str, Any]) -> str | None:
+    """How the rows that an SAE reads are normalised one by one, if they are."""
+    return next((norm for norm in NORMS if str(config.get("site")).endswith(f".{norm}")), None)
 
 
 def site_of(name: str, model: str = "") -> dict[str, Any]:
@@ -59,6 +70,8 @@ def site_of(name: str, model: str = "") -> dict[str, Any]:
     hook = _HOOK.fullmatch(name)
     match = hook or _MODULE.fullmatch(name)
     part = _PARTS.get(match[2] or "") if match else None
+    if match and match[2] == "ln2.hook_normalized" and _NORMALIZES.search(model):  # before the norm's own weights
+        part = ".mid.rms"
     if match is None or part is None:
         return {}
     layer = int(match[1]) - (match[2] == "hook_resid_pre")  # what enters a layer is what left the one before
