@@ -182,7 +182,7 @@ def check_widths(
     saes: Mapping[str, SAE], sites: Mapping[str, Site], lm: LanguageModel, targets: Mapping[str, Site] | None = None
 ) -> None:
     """FormatError naming the first SAE that is not as wide as the rows at its site, or at its target."""
-    for sae_id, sae in saes.items():
+    for sae_id, sae in ((sae_id, saes[sae_id]) for sae_id in sites if sae_id in saes):
         if sae.hidden_dim != (width := lm.width(sites[sae_id])):
             raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {width} at {sites[sae_id]}")
         if targets is not None and sae.target_dim != (width := lm.width(targets[sae_id])):
