@@ -17,6 +17,7 @@ from qwenscope.corpus.stream import CorpusStream
 from qwenscope.evaluation.measure import SplitMeter
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
 from qwenscope.opening import fill_splits
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import TopKSAE
@@ -51,25 +52,26 @@ def standin(rows: int, layers: list[int], cache: Path) -> Iterator[Data]:
     for layer in layers:
         file = cache / f"rows-{layer}.pt"
         if not file.is_file():
-            train, held_out = _harvested(rows, layers, held_out=False), _harvested(HELD_OUT, layers, held_out=True)
-            for each in layers:
-                torch.save((train[each], held_out[each]), cache / f"rows-{each}.pt")
+            sites = [Site(f"layers.{each}") for each in layers]
+            train, held_out = _harvested(rows, sites, held_out=False), _harvested(HELD_OUT, sites, held_out=True)
+            for site in sites:
+                torch.save((train[site], held_out[site]), cache / f"rows-{site.layer}.pt")
         train_RD, held_out_RD = torch.load(file, weights_only=True)
         yield Data(f"layer {layer}", train_RD, held_out_RD, layer=layer)
 
 
-def _harvested(count: int, layers: list[int], *, held_out: bool) -> dict[int, Tensor]:
+def _harvested(count: int, sites: list[Site], *, held_out: bool) -> dict[Site, Tensor]:
     recipe = load_recipe("standin")
-    lm = load_language_model(recipe.lm, last_layer=max(layers))
+    lm = load_language_model(recipe.lm, last_layer=max(site.layer for site in sites))
     stream = CorpusStream(recipe.corpus, lm.tokenizer, seed=recipe.seed, held_out=held_out)
     conversations, tokens = list[Conversation](), 0
     while tokens < count * 1.01:
         conversations.append(next(stream))
         tokens += len(conversations[-1].token_ids)
     stream.close()
-    found = harvest(lm, conversations, layers, recipe.activations, recipe.corpus.batch_tokens).rows
-    order = torch.randperm(len(found[layers[0]]), generator=torch.Generator().manual_seed(9004))[:count]
-    return {layer: x_RD[order].float() for layer, x_RD in found.items()}
+    found = harvest(lm, conversations, sites, recipe.activations, recipe.corpus.batch_tokens).rows
+    order = torch.randperm(len(found[sites[0]]), generator=torch.Generator().manual_seed(9004))[:count]
+    return {site: x_RD[order].float() for site, x_RD in found.items()}
 
 
 class Splicer:
@@ -84,7 +86,7 @@ class Splicer:
 
     def __call__(self, saes: Mapping[str, TopKSAE], layer: int) -> dict[str, dict[str, float]]:
         """{name: CE recovered under both baselines, and KL} of each SAE at `layer`."""
-        meter = SplitMeter(self.lm, saes, dict.fromkeys(saes, layer), self.conversations, self.recipe)
+        meter = SplitMeter(self.lm, saes, dict.fromkeys(saes, Site(f"layers.{layer}")), self.conversations, self.recipe)
         found: Mapping[str, Mapping[str, Any]] = meter.run().figures
         keys = ("ce_recovered_mean", "ce_recovered_zero", "kl")
         return {name: {key: float(figures[key]) for key in keys} for name, figures in found.items()}

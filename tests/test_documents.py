@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from readme_table import FIGURES_FILE, as_text
 
-from qwenscope.files import write_text
+from qwenscope.files import read_json, write_text
 from qwenscope.recipe import HookPoint, load_recipe
 from qwenscope.sae.sae import TopKSAE
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md")))}
 COMMANDS = "(?:console|bash)"
 REAL = "reads the real model or its datasets from the Hub; every step runs on the stand-in"
+SMALL = "reads a model and its conversations from the Hub; tests/end_to_end/test_smollm2.py walks the same way"
 NOT_RUN = {
     "make demo": "minutes; tests/end_to_end walks the same way",
     "make test": "runs this",
@@ -35,6 +37,10 @@ NOT_RUN = {
     "--set training.warmup_steps=50": REAL,
     "qwenscope evaluate runs/35b": REAL,
     "qwenscope release runs/35b --out release --push you/your-saes": REAL,
+    "qwenscope train smollm2-135m --out runs/smollm2": SMALL,
+    "qwenscope evaluate runs/smollm2 --until-interval 0.05": SMALL,
+    "qwenscope index runs/smollm2 --out runs/smollm2-index --tokens 200000": SMALL,
+    "qwenscope steer runs/smollm2 --sae middle --latent 7 --range 'What should I do this weekend?'": SMALL,
     "hf auth login": "asks for a key",
     "qwenscope release runs/demo --out release-pushed --push you/your-saes": "writes to the Hub; tests/release does",
     "qwenscope pull you/your-saes --out copy": "reads what was written there; tests/release does",
@@ -82,6 +88,10 @@ def test_recipes_in_documents_are_recipes(name: str, folder: Path) -> None:
             load_recipe(folder / "mine.yaml")
         for point in yaml.safe_load(block)["hook_points"].values():
             HookPoint.model_validate(point)
+
+
+def test_readme_shows_the_figures_of_the_demo_s_run() -> None:
+    assert f"```\n{as_text(read_json(FIGURES_FILE))}```" in DOCUMENTS["README.md"].read_text(encoding="utf-8")
 
 
 def test_what_is_not_run_is_still_written_somewhere() -> None:

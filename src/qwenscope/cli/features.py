@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import webbrowser
+from collections.abc import Iterable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +18,7 @@ from qwenscope.cli.progress import phases
 from qwenscope.errors import FormatError
 
 if TYPE_CHECKING:
-    from qwenscope.features.steering import Steering
+    from qwenscope.features.steering import Piece, Steering
     from qwenscope.lm.model import LanguageModel
 
 
@@ -81,8 +82,8 @@ class Where(StrEnum):
 def steer(
     target: TargetName,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
-    sae: Annotated[list[str], typer.Option(help="SAE id; once, or once per --latent.")],
-    latent: Annotated[list[int], typer.Option(min=0, help="Its latent; repeat it to steer several together.")],
+    sae: Annotated[list[str], typer.Option(help="SAE id; once, or once per --latent.")] = [],  # noqa: B006
+    latent: Annotated[list[int], typer.Option(min=0, help="Its latent; repeat it to steer several together.")] = [],  # noqa: B006
     strength: Annotated[
         list[float], typer.Option(help="Share of the stream's norm, or see --index; once, or per --latent.")
     ] = [1.0],  # noqa: B006 - typer copies it
@@ -94,6 +95,9 @@ def steer(
         bool, typer.Option("--range", help="Of one latent: try strengths until the text is none; take the one before.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per run.")] = 64,
+    steering: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="SAEs, latents and strengths of a file, such as a contrast's.")
+    ] = None,
     feature_index: Annotated[
         Path | None, typer.Option("--index", metavar="INDEX", help="Take each latent's maximum there as its unit.")
     ] = None,
@@ -104,17 +108,17 @@ def steer(
     from qwenscope.features.store import Index
     from qwenscope.opening import open_target
 
-    saes, strengths = per_latent("--sae", sae, latent), per_latent("--strength", strength, latent)
+    chosen = _chosen(steering, sae, latent, strength)
     opened = open_target(target)
     opened_index = None if feature_index is None else Index(feature_index)
-    for id in saes:
+    for id, *_ in chosen:
         if id not in opened.saes:
             raise FormatError(f"--sae {id} is not in {target}; it holds {', '.join(opened.saes)}")
     lm = opened.language_model()
     prompt_ids = prompt_tokens(lm, prompt)
     places: At = slice(answer_start(lm, prompt), None) if where is Where.answer else cast(At, where.value)
     pushes = []
-    for id, number, amount in zip(saes, latent, strengths, strict=True):
+    for id, number, amount in chosen:
         unit: float | Literal["norm"] = "norm" if opened_index is None else opened_index.latent(id, number)["max"]
         pushes.append(
             Steering(
@@ -129,7 +133,26 @@ def steer(
         )
     if find_range:
         pushes = [_within_range(lm, prompt_ids, pushes, max_new_tokens)]
-    for piece in side_by_side(lm, prompt_ids, pushes, max_new_tokens=max_new_tokens):
+    _show(side_by_side(lm, prompt_ids, pushes, max_new_tokens=max_new_tokens))
+
+
+def _chosen(
+    steering: Path | None, saes: list[str], latents: list[int], strengths: list[float]
+) -> list[tuple[str, int, float]]:
+    """(SAE id, latent, strength) of what is steered together, from a file or from the options."""
+    from qwenscope.features.pushes import read_pushes
+
+    if (steering is None) != bool(latents):
+        raise FormatError("name latents with --sae and --latent, or a file of them with --steering")
+    if steering is not None:
+        return [(push.sae_id, push.latent, push.strength) for push in read_pushes(steering)]
+    ids, amounts = per_latent("--sae", saes, latents), per_latent("--strength", strengths, latents)
+    return list(zip(ids, latents, amounts, strict=True))
+
+
+def _show(pieces: Iterable[Piece]) -> None:
+    """The runs' texts as they come, each under its name."""
+    for piece in pieces:
         if piece.effect is not None:
             out.print(
                 f"\n[bold]{escape(piece.run)}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from qwenscope.cli import features
+from qwenscope.cli import analysis, features
 from qwenscope.cli.demo import run_demo
 from qwenscope.cli.options import (
     AsJson,
@@ -240,7 +240,10 @@ def evaluate(
     path: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write, if not TARGET.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure fidelity and the effect on the language model; write evaluation.json and report.html."""
+    """Measure fidelity and the effect on the language model; write evaluation.json and report.html.
+
+    With --data NAME and no --out, these are evaluation-NAME.json and report-NAME.html.
+    """
     from qwenscope.evaluation.run import evaluate as run_evaluation
 
     with phases(err) as on_progress:
@@ -264,8 +267,9 @@ def compare(
     show(compare_suites(first, second, data=data, tokens=tokens), as_json, comparison_table)
 
 
-for command in (features.index, features.browse, features.steer, features.explain):
+for command in (features.index, features.browse, features.steer, features.explain, analysis.contrast):
     app.command(rich_help_panel="Look and steer")(command)
+app.add_typer(analysis.monitor, name="monitor", rich_help_panel="Look and steer")
 
 
 @app.command(cls=FormatCommand, rich_help_panel="Share")

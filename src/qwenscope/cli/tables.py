@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 _TITLE: dict[str, Any] = {"title_style": "bold", "title_justify": "left", "caption_justify": "left"}
-_COLUMNS: tuple[tuple[str, str, str], ...] = (
+COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("fvu", "FVU", ".3f"),
     ("explained_variance", "EV", ".3f"),
     ("l0", "L0", ".1f"),
@@ -18,6 +18,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("ce_recovered_zero", "CE zero", ".3f"),
     ("ce_recovered_mean", "CE mean", ".3f"),
 )
+"""Figures of an evaluation that the terminal shows: key, heading, format."""
 
 
 def bytes_text(count: float) -> str:
@@ -56,11 +57,11 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     table.caption = "EV explained variance (1 - FVU), CE: cross-entropy recovered against zero and mean ablation"
     table.add_column("SAE", no_wrap=True)
     table.add_column("split", no_wrap=True)
-    for _, heading, _ in _COLUMNS:
+    for _, heading, _ in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for sae_id, splits in result["saes"].items():
         for position, (split, cell) in enumerate(splits.items()):
-            numbers = (format(cell[key], form) for key, _, form in _COLUMNS)
+            numbers = (format(cell[key], form) for key, _, form in COLUMNS)
             table.add_row(
                 sae_id if position == 0 else "",
                 split,
@@ -94,11 +95,11 @@ def doctor_table(report: Mapping[str, Any]) -> Table:
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     cpu = report["cpu"]
     bf16 = "bf16 products in hardware" if cpu["bf16_products"] else "no bf16 products"
-    table.add_row("cpu", f"{cpu['cores']} cores, {cpu['torch_threads']} torch threads, {cpu['capability']}, {bf16}")
+    table.add_row("cpu", f"{cpu['cores']} cores, torch threads: {cpu['torch_threads']}, {cpu['capability']}, {bf16}")
     for device in report["devices"]:
         table.add_row("gpu", f"{device['name']}, {bytes_text(device['memory_bytes'])}, sm {device['capability']}")
     if not report["devices"]:
-        table.add_row("gpu", "none: models beyond the stand-in need one")
+        table.add_row("gpu", "none: enough for the stand-in and models as small as smollm2-135m")
     table.add_row("memory", bytes_text(report["memory_bytes"]))
     table.add_row("disk free", bytes_text(report["disk_free_bytes"]))
     kernels = report["kernels"].items()
@@ -180,3 +181,94 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     for line in report["advice"]:
         speed.add_row("[yellow]advice[/]", line)
     yield speed
+
+
+def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """The latents with the largest effects, then what they must be compared with, then how else the piles differ."""
+    latents = _plain("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
+    latents.caption = "adjusted: the effect without length and roles; with, without: conversations it is active in"
+    for heading in ("SAE", "latent", "effect", "95 %", "adjusted", "q", "with", "without"):
+        latents.add_column(heading, justify="left" if heading == "SAE" else "right", no_wrap=True)
+    for cell in result["latents"][:10]:
+        effect, adjusted = (format(cell[key], ".2f") for key in ("effect", "adjusted_effect"))
+        active = [format(cell["active"][side], ".0%") for side in ("positive", "negative")]
+        q, latent = format(cell["q"], ".1g"), str(cell["latent"])
+        latents.add_row(cell["sae"], latent, effect, _interval(cell["interval"]), adjusted, q, *active)
+    yield latents
+    compared = _plain("How well the piles can be told apart, on held-out conversations")
+    for heading in ("SAE", "by", "AUROC", "95 %", "accuracy"):
+        compared.add_column(heading, justify="left" if heading in ("SAE", "by") else "right", no_wrap=True)
+    for sae_id, cells in result["controls"].items():
+        for place, (name, cell) in enumerate(cells.items()):
+            numbers = (
+                format(cell["auroc"], ".3f"),
+                _interval(cell["interval"]),
+                format(cell["balanced_accuracy"], ".1%"),
+            )
+            compared.add_row(sae_id if place == 0 else "", name, *numbers)
+    yield compared
+    yield _confounds_table(result["confounds"])
+
+
+def monitor_table(result: Mapping[str, Any]) -> Table:
+    """What `monitor fit` says: the SAE, its latents, and what the stated rate rests on."""
+    table = _two_columns()
+    latents = result["latents"]
+    more = f" and {len(latents) - 12} more" if len(latents) > 12 else ""
+    table.add_row("latents", f"{', '.join(map(str, latents[:12]))}{more} of {result['sae']} at {result['site']}")
+    low, high = result["calibration"]["rate_interval"]
+    count = result["calibration"]["conversations"]
+    table.add_row("false positives", f"{result['fpr']:.2%}, on {count:,} conversations: {low:.2%} to {high:.2%}")
+    table.add_row("threshold", f"{result['threshold']:.4g}")
+    for sae_id, cell in result["held_out"].items():
+        table.add_row(f"AUROC {sae_id}", f"{cell['auroc']:.3f} ({_interval(cell['interval'])}), held-out conversations")
+    return table
+
+
+def monitor_test_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """What `monitor test` says: whether the stated rate holds, then the monitor and its controls on every slice."""
+    stated = _plain(f"At the threshold for {result['fpr']:.2%} false positives")
+    for heading in ("slice", "with", "without", "false positives", "recall", "holds"):
+        stated.add_column(heading, justify="left" if heading == "slice" else "right", no_wrap=True)
+    for name, cell in result["slices"].items():
+        counts = (f"{cell['conversations'][side]:,}" for side in ("positive", "negative"))
+        false, recall = cell["stated"]["false_positives"], cell["stated"]["recall"]
+        shown = f"{false['rate']:.1%} ({_interval(false['interval'], '.1%')})"
+        found = "–" if recall is None else f"{recall['rate']:.1%}"
+        stated.add_row(escape(name), *counts, shown, found, "yes" if cell["stated"]["holds"] else "[red]no[/]")
+    yield stated
+    for name, cell in result["slices"].items():
+        if cell["by"]:
+            yield _compared(name, cell["by"])
+
+
+def _compared(name: str, by: Mapping[str, Any]) -> Table:
+    table = _plain(escape(f"How well conversations can be told apart: {name}"))
+    for heading in ("by", "AUROC", "95 %", "recall at 1 %", "recall at 0.1 %"):
+        table.add_column(heading, justify="left" if heading == "by" else "right", no_wrap=True)
+    for control, cell in by.items():
+        recalls = (
+            "too few" if "refused" in at else f"{at['recall']:.0%} ({_interval(at['interval'], '.0%')})"
+            for at in cell["at"].values()
+        )
+        table.add_row(control, f"{cell['auroc']:.3f}", _interval(cell["interval"]), *recalls)
+    return table
+
+
+def _confounds_table(confounds: Mapping[str, Any]) -> Table:
+    table = _plain("What else differs between the piles")
+    for heading in ("", "positive", "negative", "p"):
+        table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
+    numbers = [("mean tokens", confounds["length"], ".1f")]
+    numbers += [(f"share of {role}", cell, ".1%") for role, cell in confounds["roles"].items()]
+    for name, cell, form in numbers:
+        table.add_row(name, *(format(cell[side], form) for side in ("positive", "negative")), format(cell["p"], ".2g"))
+    for name in ("language", "source"):
+        cell = confounds[name]
+        sides = (", ".join(f"{value} {n}" for value, n in cell[side].items()) for side in ("positive", "negative"))
+        table.add_row(name, *map(escape, sides), "" if cell["p"] is None else format(cell["p"], ".2g"))
+    return table
+
+
+def _interval(interval: list[float] | None, form: str = ".2f") -> str:
+    return "–" if interval is None else " to ".join(format(edge, form) for edge in interval)

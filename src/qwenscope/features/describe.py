@@ -5,6 +5,7 @@ Legend: M latents of a block, N latents, W window positions.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,14 +65,15 @@ class Texts:
             for _, text in corpus_pass.texts():
                 file.write(text["tokens"].astype("<i4").tobytes())
                 starts.extend((starts[-1] + np.cumsum(text["lengths"])).tolist())
-        self.tokens = np.memmap(path, dtype="<i4", mode="r") if starts[-1] else np.zeros(0, dtype="<i4")
-        self._starts = np.array(starts)
+        # A plain array on the mapped file: slices of a memmap cost four times as much.
+        self.tokens = np.asarray(np.memmap(path, dtype="<i4", mode="r")) if starts[-1] else np.zeros(0, dtype="<i4")
+        self._starts = starts
 
     def window(self, address: int, before: int = BEFORE, after: int = AFTER) -> tuple[int, list[str]]:
         """(address of the first token, texts of the tokens) around `address`, within its conversation."""
-        conversation = int(np.searchsorted(self._starts, address, side="right")) - 1
-        low = max(int(self._starts[conversation]), address - before)
-        high = min(int(self._starts[conversation + 1]), address + after + 1)
+        conversation = bisect_right(self._starts, address) - 1
+        low = max(self._starts[conversation], address - before)
+        high = min(self._starts[conversation + 1], address + after + 1)
         return low, readable([self.vocabulary[token] for token in self.tokens[low:high].tolist()])
 
     def token(self, address: int) -> str:
@@ -253,9 +255,9 @@ def _quality(folder: Path, sae_id: str) -> dict[str, dict[str, float]]:
 
 
 def _example(kind: str, table: Any, latent: int, place: int) -> list[Any]:
-    window_W = table.windows_NMW[latent, place].float()
-    offsets = window_W.nonzero().squeeze(1)
-    values = [_short(value) for value in window_W[offsets]]
+    window_W = table.windows_NMW[latent, place].numpy()
+    offsets = window_W.nonzero()[0]
+    values = [_short(value) for value in window_W[offsets].tolist()]
     return [kind, int(table.addresses_NM[latent, place]), offsets.tolist(), values]
 
 
@@ -265,7 +267,7 @@ def _joined(tokens: Sequence[str]) -> str:
 
 def _pairs(ranking: Ranking, m: int) -> list[list[Any]]:
     scores, indices = ranking
-    return [[index, _short(score)] for index, score in zip(indices[m].tolist(), scores[m], strict=True)]
+    return [[index, _short(score)] for index, score in zip(indices[m].tolist(), scores[m].tolist(), strict=True)]
 
 
 def _short(value: Any) -> float:

@@ -19,7 +19,7 @@ Legend: C rows of a batch, T positions, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
 
@@ -128,27 +128,32 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
     for steering in steerings:
         if len(steering.direction_D) != (width := lm.width(Site.of(steering.site))):  # type: ignore[arg-type] # it is one
             raise FormatError(f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {width} wide there")
-    seen = _Seen()
+    seen = Seen()
     by_site: dict[Site, list[Steering]] = {}
     for steering in steerings:
         by_site.setdefault(Site.of(steering.site), []).append(steering)  # type: ignore[arg-type] # it is one by now
     by_phase = any(steering.where != "all" for steering in steerings)
-    handle = lm.decoder.register_forward_pre_hook(seen, with_kwargs=True) if by_phase else None
-    try:
-        with intervene(lm, {site: _edit(group, seen) for site, group in by_site.items()}):
-            yield
-    finally:
-        if handle is not None:
-            handle.remove()
+    edits = {site: _edit(group, seen) for site, group in by_site.items()}
+    with seen.watching(lm) if by_phase else nullcontext(), intervene(lm, edits):
+        yield
 
 
-class _Seen:
+class Seen:
     """How many positions the cache held before the current pass: a pre-hook of the decoder.
 
     The cache is known by what it can do, not by the name it is passed under, which differs between versions.
     """
 
     positions = 0
+
+    @contextmanager
+    def watching(self, lm: LanguageModel) -> Iterator[None]:
+        """Know it while the block lasts."""
+        handle = lm.decoder.register_forward_pre_hook(self, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def __call__(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
         for cache in (*inputs, *kwargs.values()):
@@ -164,7 +169,7 @@ class _Seen:
         self.positions = 0
 
 
-def _edit(group: Sequence[Steering], seen: _Seen) -> Callable[[Tensor], Tensor]:
+def _edit(group: Sequence[Steering], seen: Seen) -> Callable[[Tensor], Tensor]:
     def edit(x_CTD: Tensor) -> Tensor:
         edited_CTD = x_CTD.float()
         for steering in group:

@@ -42,7 +42,7 @@ def checked_revision(path: Path, revision: str | None) -> str:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is no GGUF file, or damaged; fetch it again")
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise ModelError(f"{path} needs the package {' and '.join(missing)}; pip install 'qwenscope[gguf]'")
+        raise ModelError(f"{path} needs the package {' and '.join(missing)}; pip install {' '.join(missing)}")
     found = _revision(path, path.stat().st_mtime_ns, path.stat().st_size)
     if revision not in (None, found):
         raise ModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -171,7 +172,8 @@ def find_decoder(model: nn.Module, count: int) -> tuple[nn.Module, list[nn.Modul
     """
     get_decoder: Any = getattr(model, "get_decoder", lambda: model)
     decoder: nn.Module = get_decoder()
-    for part in (decoder, *getattr(model, "modules", tuple)()):  # some families' own answer is the head, or the whole
+    modules: Any = getattr(model, "modules", tuple)()  # some families' own answer is the head, or the whole
+    for part in chain((decoder,), modules):
         for child in part.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return part, list(child)

@@ -223,7 +223,7 @@ def hardware(run: Mapping[str, Any]) -> str:
         names = [f"{device['name']} ({device['memory_bytes'] / 2**30:.0f} GiB)" for device in machine["devices"]]
         return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
     cpu = machine.get("cpu")
-    return f"CPU, {cpu['cores']} cores, {cpu['torch_threads']} torch threads" if cpu else ""
+    return f"CPU, {cpu['cores']} cores, torch threads: {cpu['torch_threads']}" if cpu else ""
 
 
 def plain(text: object) -> str:

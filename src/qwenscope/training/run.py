@@ -46,6 +46,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnPro
     check_activations(recipe)
     with (
         joined(recipe.lm.device) as group,
+        disk_errors_named(Path(out)),
         open_run(recipe, Path(out), resume or restarted(), group) as folder,
         SignalWatch(launched=group.size > 1) as watch,
     ):
