@@ -196,7 +196,7 @@ def test_what_is_no_json_is_one_line(data: bytes, tmp_path: Path) -> None:
     assert "cannot be read (" in str(refusal(lambda: read_json(tmp_path)))
 
 
-@given(st.text())
+@given(st.text(max_size=100))
 def test_every_message_is_one_line_that_can_be_shown(text: str) -> None:
     assert printable(text).isprintable()
     assert str(QwenscopeError(text)) == printable(text)
@@ -209,6 +209,13 @@ def test_messages_keep_what_can_be_read() -> None:
     assert str(FormatError("\x1b[31mred\x07 \u202eevil \udcff")) == r"\x1b[31mred\x07 \u202eevil \udcff"
     assert reason(KeyError()) == "KeyError"
     assert reason(torch.OutOfMemoryError("no\nroom")) == "no room"
+
+
+def test_a_message_that_quotes_a_page_keeps_both_ends() -> None:
+    message = str(FormatError(f"config.json: id {'x' * 100_000} is none; take letters"))
+    assert message.startswith("config.json: id xxx")
+    assert message.endswith("xxx is none; take letters")
+    assert len(message) < 1200
 
 
 def test_no_file_of_a_run_is_written_through_a_link(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ docs/plan.md has the formulas, and where their constants come from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from qwenscope.errors import RecipeError
+from qwenscope.lm.model import config_number
 from qwenscope.recipe import Recipe
 from qwenscope.sae.activation import activation_of
 
@@ -64,6 +66,7 @@ GPUS: dict[str, Card] = {
     "4090": Card(24, 165, 1.0, 32, (0.3, 0.7)),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as families call their number
+_STATE = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 NETWORK_GB_S = 50.0
 """Between machines: one adapter of 400 Gbit/s per card."""
 
@@ -106,15 +109,14 @@ def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> Model
     active; embeddings are looked up, not multiplied. The length-dependent part of attention is left out: below 1 % at
     2,048 tokens.
     """
-    experts = next((count for name in _EXPERTS if (count := getattr(config, name, None))), None)
-    routed = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
+    experts = config_number(config, *_EXPERTS)
+    routed = min(1.0, config_number(config, "num_experts_per_tok", default=1) / experts) if experts else 1.0
     parameters = active = 0.0
     for name, weight in model.named_parameters():
         parameters += weight.numel()
         if weight.ndim >= 2 and "embed" not in name:
             active += weight.numel() * (routed if ".experts." in name else 1)
-    heads = getattr(config, "linear_num_value_heads", 0)
-    state = heads * getattr(config, "linear_key_head_dim", 0) * getattr(config, "linear_value_head_dim", 0)
+    state = math.prod(config_number(config, name) for name in _STATE)
     flops = 2 * active + 8 * kinds.count("deltanet") * state
     return ModelSize(len(kinds), int(parameters), int(active), int(flops))
 
