@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import sqlite3
 import stat
@@ -28,6 +29,7 @@ from qwenscope.files import (
     write_json,
     write_text,
 )
+from qwenscope.sae.files import read_safetensors
 from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.checkpoint import save
 from qwenscope.training.lock import run_lock
@@ -187,6 +189,20 @@ def test_libraries_that_write_by_themselves_are_understood(tmp_path: Path) -> No
     with pytest.raises(sqlite3.OperationalError), disk_errors_named(tmp_path / "a"):
         sqlite3.connect(":memory:").execute("SELECT no")
     assert refused(OSError("a server said no")) is None
+
+
+def test_a_file_that_torch_may_not_open_is_refused_like_others(tmp_path: Path) -> None:
+    """safetensors opens it first, then torch, to map it: here the process may have one more open file."""
+    save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"a\.safetensors: Too many open files"):
+            read_safetensors(tmp_path / "a.safetensors", {"x": (2,)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"9" * 5000, b'{"a": 1}}', b"\x00"])
