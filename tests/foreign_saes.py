@@ -73,6 +73,16 @@ def computed(draw: Draw, activate: Callable[[Tensor], Tensor], centred: bool = T
     return codes
 
 
+def skipping(codes: Codes, skip_DD: Tensor) -> Codes:
+    """The same codes, whose reconstruction has the rows times a matrix added."""
+
+    def skipped(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        codes_BN, rows_BD = codes(x_BD)
+        return codes_BN, rows_BD + x_BD.double() @ skip_DD.double().T
+
+    return skipped
+
+
 def gated(draw: Draw, scale_N: Tensor, gate_N: Tensor, magnitude_N: Tensor) -> Codes:
     def codes(x_BD: Tensor) -> tuple[Tensor, Tensor]:
         e_BN = (x_BD.double() - draw.pre_bias_D.double()) @ draw.encoder_ND.double().T
@@ -114,6 +124,17 @@ def saelens(folder: Path, seed: int, kind: str, **config: Any) -> Other:
     elif kind == "jumprelu":
         tensors["threshold"] = draw.threshold_N
         codes = computed(draw, lambda pre_BN: above(pre_BN, draw.threshold_N.double()), config["apply_b_dec_to_input"])
+    elif kind.endswith("transcoder"):
+        base |= {"d_out": HIDDEN_DIM, "apply_b_dec_to_input": False}
+        metadata = {"model_name": "gpt2", "hook_name": "blocks.2.mlp.hook_in", "hook_name_out": "blocks.2.hook_mlp_out"}
+        told |= {"site": "layers.2.mlp_in", "target": "layers.2.mlp", "target_dim": HIDDEN_DIM}
+        codes = computed(draw, torch.relu, centred=False)
+        if "jumprelu" in kind:
+            tensors["threshold"] = draw.threshold_N
+            codes = computed(draw, lambda pre_BN: above(pre_BN, draw.threshold_N.double()), centred=False)
+        if "skip" in kind:
+            tensors["W_skip"] = draw.encoder_ND[:HIDDEN_DIM] / 4
+            codes = skipping(codes, tensors["W_skip"])
     elif kind in ("batchtopk", "matryoshka_batchtopk"):
         tensors["topk_threshold"] = torch.tensor(1.875, dtype=torch.float64)
         base |= {"k": 7.5, "rescale_acts_by_decoder_norm": True}
@@ -173,7 +194,7 @@ def dictionary_learning(folder: Path, seed: int, kind: str) -> Other:
 
 
 def gemma_scope(folder: Path, seed: int, kind: str) -> Other:
-    """`kind`: npz of Gemma Scope, or safetensors of Gemma Scope 2."""
+    """`kind`: npz of Gemma Scope, or safetensors, heads or a transcoder of Gemma Scope 2."""
     draw = Draw(seed)
     tensors = {"w_enc": draw.encoder_ND.T, "b_enc": draw.bias_N, "w_dec": draw.decoder_ND, "b_dec": draw.pre_bias_D}
     tensors |= {"threshold": draw.threshold_N}
@@ -183,10 +204,18 @@ def gemma_scope(folder: Path, seed: int, kind: str) -> Other:
         place.mkdir(parents=True)
         np.savez(place / "params.npz", **{name.replace("w_", "W_"): value.numpy() for name, value in tensors.items()})
         return Other("gemma-scope", folder, codes, {"model": "google/gemma-2-2b", "layer": 5})
-    place = folder / "gemma-scope-2-4b-it/mlp_out_all/layer_5_width_16k_l0_big"
+    part, site = {"heads": ("attn_out_all", "heads"), "transcoder": ("transcoder_all", "mlp_in")}.get(
+        kind, ("mlp_out_all", "mlp_out")
+    )
+    told = {"model": "google/gemma-3-4b-it", "site": f"layers.5.{site}"}
+    if kind == "transcoder":
+        tensors["affine_skip_connection"] = draw.encoder_ND[:HIDDEN_DIM].T / 4
+        codes = skipping(codes, tensors["affine_skip_connection"].T)
+        told |= {"target": "layers.5.mlp_out", "skip": True}
+    place = folder / f"gemma-scope-2-4b-it/{part}/layer_5_width_16k_l0_big"
     place.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, place / "params.safetensors")
-    return Other("gemma-scope", folder, codes, {"model": "google/gemma-3-4b-it", "site": "layers.5.mlp_out"})
+    return Other("gemma-scope", folder, codes, told)
 
 
 def llama_scope(folder: Path, seed: int, kind: str) -> Other:
@@ -218,6 +247,10 @@ CASES: dict[str, Callable[[Path, int], Other]] = {
     "saelens gated": lambda folder, seed: saelens(folder, seed, "gated"),
     "saelens batchtopk": lambda folder, seed: saelens(folder, seed, "batchtopk"),
     "saelens matryoshka": lambda folder, seed: saelens(folder, seed, "matryoshka_batchtopk"),
+    "saelens transcoder": lambda folder, seed: saelens(folder, seed, "transcoder"),
+    "saelens jumprelu transcoder": lambda folder, seed: saelens(folder, seed, "jumprelu_transcoder"),
+    "saelens skip transcoder": lambda folder, seed: saelens(folder, seed, "skip_transcoder"),
+    "saelens jumprelu skip transcoder": lambda folder, seed: saelens(folder, seed, "jumprelu_skip_transcoder"),
     "saelens 3": lambda folder, seed: saelens(folder, seed, "old"),
     "dictionary_learning topk": lambda folder, seed: dictionary_learning(folder, seed, "AutoEncoderTopK"),
     "dictionary_learning batch topk": lambda folder, seed: dictionary_learning(folder, seed, "BatchTopKSAE"),
@@ -227,6 +260,8 @@ CASES: dict[str, Callable[[Path, int], Other]] = {
     "dictionary_learning standard": lambda folder, seed: dictionary_learning(folder, seed, "AutoEncoder"),
     "gemma-scope": lambda folder, seed: gemma_scope(folder, seed, "npz"),
     "gemma-scope 2": lambda folder, seed: gemma_scope(folder, seed, "safetensors"),
+    "gemma-scope 2 heads": lambda folder, seed: gemma_scope(folder, seed, "heads"),
+    "gemma-scope 2 transcoder": lambda folder, seed: gemma_scope(folder, seed, "transcoder"),
     "llama-scope residual": lambda folder, seed: llama_scope(folder, seed, "R"),
     "llama-scope mlp": lambda folder, seed: llama_scope(folder, seed, "M"),
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from qwenscope import load_suite
+from qwenscope.lm.sites import NORMS, Site
 from qwenscope.sae.formats import import_suite
 
 PEERS = ("saelens", "sparsify", "dictionary_learning")
@@ -56,9 +57,11 @@ def differences(python: Path, peer: str, seed: int, folder: Path) -> dict[str, D
         wanted = torch.load(path, weights_only=True)
         import_suite(folder / path.stem, wanted["origin"], folder / "imported" / path.stem)
         (sae,) = load_suite(folder / "imported" / path.stem).values()
+        norm = Site(sae.config.get("site", "layers.0")).norm if "_norm" in path.stem else None  # those that do it
+        rows_BD, back = NORMS[norm](wanted["rows"]) if norm else (wanted["rows"], torch.clone)
         with torch.no_grad():
-            codes = sae.encode(wanted["rows"])
-            codes_BN, reconstruction_BD = codes.dense(), sae.decode(codes)
+            codes = sae.encode(rows_BD)
+            codes_BN, reconstruction_BD = codes.dense(), back(sae.reconstruct(rows_BD, codes))
         found[path.stem] = Difference(
             len(codes_BN),
             int(((codes_BN > 0) != (wanted["codes"] > 0)).any(1).sum()),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-D, N, K, ROWS = 128, 1024, 24, 500
+D, N, K, ROWS, HEADS, PREDICTED = 128, 1024, 24, 500, 8, 96
 
 
 def filled(module, draw):
@@ -44,8 +44,15 @@ def record(out, kind, origin, x_BD, codes_BN, reconstruction_BD):
 def saelens(out, draw, x_BD):
     from sae_lens import SAE
     from sae_lens.registry import get_sae_class, get_sae_training_class
+    from sae_lens.saes.sae import SAEMetadata
 
-    metadata = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_pre"}
+    def metadata_of(kind):
+        if "transcoder" in kind:
+            hooks = {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out"}
+        else:
+            hooks = {"hook_name": f"blocks.3.{'attn.hook_z' if kind.endswith('hook_z') else 'hook_resid_pre'}"}
+        return {"model_name": "gpt2", **hooks}
+
     kinds = {
         "standard": ("standard", {}),
         "topk": ("topk", {"k": K}),
@@ -53,15 +60,21 @@ def saelens(out, draw, x_BD):
         "jumprelu": ("jumprelu", {}),
         "jumprelu-not-centred": ("jumprelu", {"apply_b_dec_to_input": False}),
         "gated": ("gated", {}),
+        "standard-hook_z": ("standard", {"reshape_activations": "hook_z"}),
+        "jumprelu-hook_z": ("jumprelu", {"reshape_activations": "hook_z"}),
+        "standard-layer_norm": ("standard", {"normalize_activations": "layer_norm"}),
+        "standard-constant_norm_rescale": ("standard", {"normalize_activations": "constant_norm_rescale"}),
     }
+    for base in ("transcoder", "skip_transcoder"):
+        kinds[base] = base, {"d_out": PREDICTED, "apply_b_dec_to_input": False}
+        kinds[f"jumprelu_{base}"] = f"jumprelu_{base}", kinds[base][1]
     for kind, (architecture, options) in kinds.items():
         made, config = get_sae_class(architecture)
-        sae = filled(made(config(d_in=D, d_sae=N, **options)), draw)
-        sae.cfg.metadata = type(sae.cfg.metadata)(**metadata)
-        sae.save_model(out / kind / kind)
+        sae = made(config(d_in=D, d_sae=N, metadata=SAEMetadata(**metadata_of(kind)), **options))
+        filled(sae, draw).save_model(out / kind / kind)
         sae = SAE.load_from_disk(out / kind / kind)
-        codes_BN = sae.encode(x_BD)
-        record(out, kind, "saelens", x_BD, codes_BN, sae.decode(codes_BN))
+        x = x_BD.view(ROWS, HEADS, -1) if kind.endswith("hook_z") else x_BD
+        record(out, kind, "saelens", x_BD, sae.encode(x), sae(x).reshape(ROWS, -1))
     for architecture in ("batchtopk", "matryoshka_batchtopk"):
         made, config = get_sae_training_class(architecture)
         options = {"matryoshka_widths": [128, 512, N]} if "matryoshka" in architecture else {}
@@ -91,11 +104,12 @@ def published(out, draw, x_BD):
         tensors["b_enc"] -= 1
         return tensors, torch.randn(N, generator=draw).abs() + 0.5
 
-    def loaded(kind, origin, load, repo, folder, scale=None):
+    def loaded(kind, origin, load, repo, folder, scale=None, heads=False):
         loaders.hf_hub_download = lambda repo_id, filename, subfolder="", **_: str(
             out / kind / repo_id.split("/")[-1] / subfolder / filename
         )
         overrides = {"d_in": D, "d_sae": N, "dtype": "float32"}
+        overrides |= {"d_out": D} if "transcoder" in kind else {}
         config, state, _ = load(repo, folder, "cpu", False, overrides)
         config = loaders.handle_config_defaulting(config)
         sae_class = SAE.get_sae_class_for_architecture(config["architecture"])
@@ -103,8 +117,8 @@ def published(out, draw, x_BD):
         sae.load_state_dict({name: value.contiguous() for name, value in state.items()})
         if scale is not None:
             sae.fold_activation_norm_scaling_factor(scale)
-        codes_BN = sae.encode(x_BD)
-        record(out, kind, origin, x_BD, codes_BN, sae.decode(codes_BN))
+        x = x_BD.view(ROWS, HEADS, -1) if heads else x_BD
+        record(out, kind, origin, x_BD, sae.encode(x), sae(x).reshape(ROWS, D))
 
     tensors, threshold = fresh()
     place = out / "gemma-scope/gemma-scope-2b-pt-res/layer_5/width_4k/average_l0_9"
@@ -116,6 +130,24 @@ def published(out, draw, x_BD):
     loaded("gemma-scope", "gemma-scope", loaders.gemma_2_sae_huggingface_loader, repo, folder)
 
     tensors, threshold = fresh()
+    repo, folder = "google/gemma-scope-2b-pt-att", "layer_5/width_4k/average_l0_9"
+    place = out / "gemma-scope-heads/gemma-scope-2b-pt-att" / folder
+    place.mkdir(parents=True)
+    np.savez(
+        place / "params.npz", **{name: value.numpy() for name, value in (tensors | {"threshold": threshold}).items()}
+    )
+    loaded("gemma-scope-heads", "gemma-scope", loaders.gemma_2_sae_huggingface_loader, repo, folder, heads=True)
+
+    tensors, threshold = fresh()
+    repo, folder = "google/gemma-scope-2b-pt-transcoders", "layer_5/width_4k/average_l0_9"
+    place = out / "gemma-scope-transcoder/gemma-scope-2b-pt-transcoders" / folder
+    place.mkdir(parents=True)
+    np.savez(
+        place / "params.npz", **{name: value.numpy() for name, value in (tensors | {"threshold": threshold}).items()}
+    )
+    loaded("gemma-scope-transcoder", "gemma-scope", loaders.gemma_2_transcoder_huggingface_loader, repo, folder)
+
+    tensors, threshold = fresh()
     folder = "resid_post/layer_7_width_16k_l0_big"
     place = out / "gemma-scope-2/gemma-scope-2-1b-pt" / folder
     place.mkdir(parents=True)
@@ -125,6 +157,17 @@ def published(out, draw, x_BD):
     loaders.get_safetensors_tensor_shapes = lambda *_: {name: list(value.shape) for name, value in small.items()}
     repo = "google/gemma-scope-2-1b-pt"
     loaded("gemma-scope-2", "gemma-scope", loaders.gemma_3_sae_huggingface_loader, repo, folder)
+
+    tensors, threshold = fresh()
+    folder = "transcoder_all/layer_7_width_16k_l0_big_affine"
+    place = out / "gemma-scope-2-transcoder/gemma-scope-2-1b-pt" / folder
+    place.mkdir(parents=True)
+    small = {name.replace("W_", "w_"): value for name, value in (tensors | {"threshold": threshold}).items()}
+    small["affine_skip_connection"] = torch.randn(D, D, generator=draw) / math.sqrt(D)
+    save_file(small, place / "params.safetensors")
+    about = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "affine_connection": True}
+    (place / "config.json").write_text(json.dumps(about))
+    loaded("gemma-scope-2-transcoder", "gemma-scope", loaders.gemma_3_sae_huggingface_loader, repo, folder)
 
     tensors, _ = fresh()
     folder = "Llama3_1-8B-Base-L15R-8x"

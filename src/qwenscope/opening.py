@@ -28,7 +28,7 @@ from qwenscope.files import read_object
 from qwenscope.hub import check_repo_id, download
 from qwenscope.lm.load import check_hook_points, load_language_model
 from qwenscope.lm.model import LanguageModel
-from qwenscope.lm.sites import Site, hooked_sites
+from qwenscope.lm.sites import Site, hooked_sites, target_sites
 from qwenscope.recipe import HookPoint, LMRecipe, Recipe, SourceRecipe, load_recipe
 from qwenscope.sae.files import CONFIG_FILE, WEIGHTS_FILE
 from qwenscope.sae.loading import iterate_suite
@@ -62,6 +62,11 @@ class Target:
         """Where each SAE reads."""
         return hooked_sites(self.recipe.hook_points)
 
+    @property
+    def targets(self) -> dict[str, Site]:
+        """Where the rows are that each SAE reconstructs: where it reads, but for a transcoder."""
+        return target_sites(self.recipe.hook_points)
+
     def language_model(self, *, truncated: bool = False) -> LanguageModel:
         """Load the language model that the SAEs were made for, with its LM head; the SAEs move to its device.
 
@@ -77,7 +82,7 @@ class Target:
         lm = load_language_model(recipe, last_layer=self.recipe.last_layer if truncated else None, lm_head=True)
         lm.tokenizer = with_template(lm.tokenizer, self.recipe.corpus.chat_template)
         check_hook_points(lm, self.recipe.hook_points)
-        check_widths(self.saes, lm)
+        check_widths(self.saes, self.sites, lm, None if truncated else self.targets)
         for sae in self.saes.values():
             sae.to(lm.device).eval()
         return lm
@@ -173,11 +178,15 @@ def check_size(where: Path, sae: SAE, point: HookPoint) -> None:
             raise FormatError(f"{where} has {key} {value}; recipe.yaml says {getattr(point, key)}")
 
 
-def check_widths(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
-    """FormatError naming the first SAE that is not as wide as the language model."""
-    for sae_id, sae in saes.items():
-        if sae.hidden_dim != lm.hidden_dim:
-            raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {lm.hidden_dim}")
+def check_widths(
+    saes: Mapping[str, SAE], sites: Mapping[str, Site], lm: LanguageModel, targets: Mapping[str, Site] | None = None
+) -> None:
+    """FormatError naming the first SAE that is not as wide as the rows at its site, or at its target."""
+    for sae_id, sae in ((sae_id, saes[sae_id]) for sae_id in sites if sae_id in saes):
+        if sae.hidden_dim != (width := lm.width(sites[sae_id])):
+            raise FormatError(f"{sae_id} has hidden_dim {sae.hidden_dim}; {lm.name} has {width} at {sites[sae_id]}")
+        if targets is not None and sae.target_dim != (width := lm.width(targets[sae_id])):
+            raise FormatError(f"{sae_id} has target_dim {sae.target_dim}; {lm.name} has {width} at {targets[sae_id]}")
 
 
 def sites_of_suite(suite: Mapping[str, SAE]) -> dict[str, Site]:
@@ -239,7 +248,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
 def _hook_point(sae: SAE, site: Site) -> HookPoint:
     """No one trains by it, so that its learning rate is of no account."""
     sizes: dict[str, Any] = {"dict_size": sae.dict_size, "k": sae.k, "activation": sae.activation.name}
-    return HookPoint.model_validate({"site": site.name, **sizes, "lr": 1.0})
+    return HookPoint.model_validate({"site": site.name, "target": sae.config.get("target"), **sizes, "lr": 1.0})
 
 
 def _recipe_of(saes: Mapping[str, SAE], shown: str, like: Target | None) -> tuple[Recipe, bool]:

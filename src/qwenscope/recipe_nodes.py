@@ -52,7 +52,11 @@ class HookPoint(Node):
     site: str
     """Where in the model, instead of layer: layers.22 (the residual stream after layer 22), layers.22.mlp (what its MLP
     or mixture of experts returns) or layers.22.mixer (what its attention or DeltaNet returns); layers.22.mlp_out and
-    layers.22.mixer_out are what these add to the stream, behind a norm that some families put there."""
+    layers.22.mixer_out are what these add to the stream, behind a norm that some families put there; layers.22.heads
+    is what the mixer hands to its output projection, layers.22.mid the stream between mixer and MLP, layers.22.mlp_in
+    what the MLP reads."""
+    target: str | None = None
+    """The site whose rows a transcoder predicts; of imported SAEs only, for none is trained."""
     kind: Literal["deltanet", "attention"] | None = None
     """Kind the layer must have; null for models without kinds."""
     dict_size: Annotated[int, Field(gt=0, lt=1 << 31)]
@@ -87,8 +91,10 @@ class HookPoint(Node):
 
     @model_serializer(mode="wrap")
     def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """With `layer` alone for the residual stream, with `site` alone for other sites."""
+        """With `layer` alone for the residual stream, with `site` alone for others; `target` where there is one."""
         tree: dict[str, Any] = serialise(self)
+        if self.target is None:
+            del tree["target"]
         del tree["site" if self.site == f"layers.{self.layer}" else "layer"]
         return tree
 

@@ -172,18 +172,18 @@ def test_a_changed_corpus_is_refused(lm: LanguageModel, recipe: MakeRecipe, tmp_
 
 
 def test_size_is_known_beforehand(lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path) -> None:
-    assert cache_bytes(1, 9, 2048, torch.bfloat16) == 36_872
+    assert cache_bytes(1, 9 * 2048, torch.bfloat16) == 36_872
     cached = recipe(cache=str(tmp_path), window_tokens=1000)
     batches(lm, cached, count=30)
     written = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     tokens = sum(len(c.token_ids) for c in CORPUS)
-    assert written == pytest.approx(cache_bytes(tokens, len(LAYERS), lm.hidden_dim, lm.dtype), rel=0.02)
+    assert written == pytest.approx(cache_bytes(tokens, len(LAYERS) * lm.hidden_dim, lm.dtype), rel=0.02)
 
 
 def test_too_small_a_disk_is_refused_before_the_run(
     lm: LanguageModel, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = cache_bytes(1000, len(LAYERS), lm.hidden_dim, lm.dtype)
+    needed = cache_bytes(1000, len(LAYERS) * lm.hidden_dim, lm.dtype)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(ResourceError, match=rf"activations\.cache needs {needed:,} more bytes in {tmp_path}"):
         Windows(lm, ListStream(CORPUS), recipe(cache=str(tmp_path)))

@@ -1,4 +1,5 @@
-"""One pass, four dictionaries: two at one residual stream, one at an MLP, one at a mixer; every command on them."""
+"""One pass, six dictionaries: two at one residual stream, one each at an MLP, a mixer, heads and the middle of a layer;
+every command on them."""
 
 from __future__ import annotations
 
@@ -28,6 +29,8 @@ POINTS: dict[str, dict[str, Any]] = {
     "stream_batch": {"layer": 1, "kind": "deltanet", **SIZES, "activation": "batch_topk"},
     "experts": {"site": "layers.2.mlp", "kind": "deltanet", **SIZES},
     "attention": {"site": "layers.3.mixer", "kind": "attention", **SIZES},
+    "heads": {"site": "layers.2.heads", **SIZES},
+    "middle": {"site": "layers.2.mid", **SIZES},
 }
 
 
@@ -51,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_dictionary_says_where_it_reads(folder: Path) -> None:
-    sites = {"stream": "layers.1", "stream_batch": "layers.1", "experts": "layers.2.mlp", "attention": "layers.3.mixer"}
+    sites = {sae_id: point.get("site", "layers.1") for sae_id, point in POINTS.items()}
     evaluation = json.loads((folder / "run/evaluation.json").read_text())
     summaries = Index(folder / "index").saes
     for sae_id, site in sites.items():
@@ -71,10 +74,12 @@ def test_each_dictionary_fits_the_rows_of_its_own_site_best(folder: Path) -> Non
     ids = [torch.from_numpy(c.token_ids.astype("int64")) for c in target.splits(lm.tokenizer, 1000)["tool_use"]]
     layers: Any = lm.model.get_decoder().layers
     modules = {"layers.1": layers[1], "layers.2.mlp": layers[2].mlp, "layers.3.mixer": layers[3].self_attn}
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    for name, module in modules.items():
+    entered = {"layers.2.heads": layers[2].linear_attn.out_proj, "layers.2.mid": layers[2].post_attention_layernorm}
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in (*modules, *entered)}
+    for name, module in (modules | entered).items():
 
-        def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
+        def keep(_module: Any, inputs: Any, output: Any, name: str = name) -> None:
+            output = inputs if name in entered else output
             rows[name].append((output[0] if isinstance(output, tuple) else output)[0, 1:])
 
         module.register_forward_hook(keep)
@@ -85,7 +90,9 @@ def test_each_dictionary_fits_the_rows_of_its_own_site_best(folder: Path) -> Non
     for sae_id, sae in target.saes.items():
         fvu = {}
         for name, parts in rows.items():
-            x = torch.cat([part.reshape(-1, 32) for part in parts])
+            x = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+            if x.shape[1] != sae.hidden_dim:
+                continue
             with torch.no_grad():
                 fvu[name] = float((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum())
         own = str(target.sites[sae_id])
@@ -108,13 +115,13 @@ def test_latents_of_all_sites_are_steered_together(folder: Path) -> None:
         options = ("--strength", 3, "--max-new-tokens", 3)
         return qwenscope("steer", folder / "run", "order status", *pairs, *options)
 
-    texts = [steered("experts"), steered("attention"), steered("stream", "stream_batch", "experts", "attention")]
-    assert len(set(texts)) == 3
+    texts = [*map(steered, ("experts", "attention", "heads", "middle")), steered(*POINTS)]
+    assert len(set(texts)) == 5
 
 
 def test_people_are_told(folder: Path) -> None:
     card = (folder / "release/README.md").read_text()
-    for name in ("layers.2.mlp", "layers.3.mixer", "batch_topk"):
+    for name in ("layers.2.mlp", "layers.3.mixer", "layers.2.heads", "layers.2.mid", "batch_topk"):
         assert f"| {name} |" in card
     report = (folder / "run/report.html").read_text()
     assert ">2.mlp</td>" in report

@@ -11,6 +11,7 @@ from foreign_saes import DICT_SIZE, saelens
 from tiny_run import make_language_model
 
 from qwenscope import evaluate, load_suite
+from qwenscope.errors import FormatError, RecipeError
 from qwenscope.evaluation.compare import compare
 from qwenscope.features.browser.export import export_site
 from qwenscope.features.index import build_index
@@ -21,8 +22,10 @@ from qwenscope.lm.forward import site_rows
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
+from qwenscope.opening import open_target
 from qwenscope.recipe import LMRecipe
 from qwenscope.sae.formats import import_suite
+from qwenscope.training.run import train
 
 LAYER = 2
 KINDS = {
@@ -89,3 +92,42 @@ def test_a_foreign_suite_does_what_ours_does(
     (pair,) = compare(suite, imported(tmp_path / "two", model, kind, 1), data=corpus, tokens=300)["pairs"]
     assert pair["splits"]["chat"]["first"]["fvu"] == pytest.approx(figures["fvu"], rel=1e-9)
     json.dumps(pair, allow_nan=False)
+
+
+def test_a_transcoder_is_measured_indexed_read_steered_and_compared(
+    model: Path, lm: LanguageModel, corpus: Path, tmp_path: Path
+) -> None:
+    metadata = {"model_name": str(model), "sae_lens_version": "6.54.12", "hook_name": f"blocks.{LAYER}.mlp.hook_in"}
+    metadata["hook_name_out"] = f"blocks.{LAYER}.hook_mlp_out"
+    for name, seed in (("one", 0), ("two", 1)):
+        saelens(tmp_path / name / "coder", seed, "skip_transcoder", metadata=metadata)
+        import_suite(tmp_path / name, "saelens", tmp_path / f"suite_{name}")
+    suite, target = tmp_path / "suite_one", Site(f"layers.{LAYER}.mlp")
+    opened = open_target(suite)
+    assert (opened.sites, opened.targets) == ({"coder": Site(f"layers.{LAYER}.mlp_in")}, {"coder": target})
+    measured = evaluate(suite, data=corpus, tokens=300, out=tmp_path / "evaluated")
+    assert measured["hook_points"]["coder"]["target"] == str(target)
+    assert "2.mlp_in → 2.mlp" in (tmp_path / "evaluated/report.html").read_text()
+
+    build_index(suite, tmp_path / "index", data=corpus, tokens=1500)
+    summary = Index(tmp_path / "index").saes["coder"]
+    assert 0 < summary["l0"] < DICT_SIZE
+    assert summary["target"] == str(target)
+    export_site(tmp_path / "index", tmp_path / "site")
+
+    sae, ids = opened.saes["coder"], torch.arange(5, 25).view(1, -1)
+    rows_TD = site_rows(lm, ids, [opened.sites["coder"]])[opened.sites["coder"]][0]
+    seen = read(lm, lm.tokenizer, lm.tokenizer.decode(ids[0]), {"coder": sae})
+    assert seen.codes["coder"].values.shape[1] == sae.encode(rows_TD).values.shape[1]
+    clean_TD = site_rows(lm, ids, [target])[target][0]
+    with steer(lm, Steering(target, 2.0, sae=sae, latent=7, unit=1.0)):
+        steered_TD = site_rows(lm, ids, [target])[target][0]
+    direction_D = torch.nn.functional.normalize(sae.decoder.weight[:, 7].detach(), dim=0)
+    torch.testing.assert_close(steered_TD, clean_TD + 2 * direction_D, rtol=0, atol=1e-5)
+    with pytest.raises(FormatError, match="a transcoder's latent is only added where it predicts; ablate"):
+        Steering(target, 1.0, sae=sae, latent=7, mode="ablate")
+
+    (pair,) = compare(suite, tmp_path / "suite_two", data=corpus, tokens=300)["pairs"]
+    assert pair["splits"]["chat"]["first"]["fvu"] == pytest.approx(measured["saes"]["coder"]["chat"]["fvu"], rel=1e-9)
+    with pytest.raises(RecipeError, match=r"hook_points\.coder\.target: transcoders are opened, not trained"):
+        train(opened.recipe, tmp_path / "run")

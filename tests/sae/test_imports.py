@@ -42,11 +42,16 @@ def test_codes_and_reconstructions_are_the_other_librarys(case: str, seed: int, 
         ("gpt2", "blocks.4.hook_resid_pre", {"layer": 3}),
         ("gpt2", "blocks.4.hook_resid_post", {"layer": 4}),
         ("gpt2", "blocks.4.hook_mlp_out", {"layer": 4, "site": "layers.4.mlp"}),
+        ("gpt2", "blocks.4.attn.hook_z", {"layer": 4, "site": "layers.4.heads"}),
+        ("gemma-2-2b", "blocks.4.attn.hook_z", {"layer": 4, "site": "layers.4.heads"}),
+        ("gpt2", "blocks.4.hook_resid_mid", {"layer": 4, "site": "layers.4.mid"}),
+        ("qwen3", "blocks.4.mlp.hook_in", {"layer": 4, "site": "layers.4.mlp_in"}),
+        ("gemma-3", "model.layers.4.pre_feedforward_layernorm.output", {"layer": 4, "site": "layers.4.mlp_in"}),
         ("gpt2", "blocks.4.hook_attn_out", {"layer": 4, "site": "layers.4.mixer"}),
         ("gemma-2-2b", "blocks.4.hook_mlp_out", {"layer": 4, "site": "layers.4.mlp_out"}),
         ("google/gemma-3-1b-pt", "blocks.4.hook_attn_out", {"layer": 4, "site": "layers.4.mixer_out"}),
         ("gpt2", "blocks.0.hook_resid_pre", {"hook_name": "blocks.0.hook_resid_pre"}),
-        ("gpt2", "blocks.4.hook_resid_mid", {"hook_name": "blocks.4.hook_resid_mid"}),
+        ("gpt2", "blocks.4.hook_mlp_in", {"hook_name": "blocks.4.hook_mlp_in"}),
     ],
 )
 def test_hooks_become_sites(tmp_path: Path, model: str, hook: str, told: dict[str, Any]) -> None:
@@ -60,13 +65,13 @@ def test_hooks_become_sites(tmp_path: Path, model: str, hook: str, told: dict[st
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ({"architecture": "transcoder"}, "architecture 'transcoder' is refused"),
+        ({"architecture": "transcoder", "apply_b_dec_to_input": True}, "apply_b_dec_to_input=True cannot"),
+        ({"architecture": "transcoder", "apply_b_dec_to_input": False}, "hook_name_out 'None' is no site"),
         ({"architecture": "temporal"}, "architecture 'temporal' is refused"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' cannot"),
-        ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations='constant_norm_rescale' cannot"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' cannot"),
+        ({"normalize_activations": "covariance_whitening"}, "normalize_activations='covariance_whitening' cannot"),
+        ({"normalize_activations": "layer_norm", "metadata": {}}, "one by one, and '' is no site"),
+        ({"reshape_activations": "flat"}, "reshape_activations='flat' cannot"),
         ({"activation_fn": "tanh-relu"}, "activation_fn='tanh-relu' cannot"),
-        ({"metadata": {"sae_lens_version": "6.0.0", "hook_name": "blocks.1.attn.hook_z"}}, "hook_z is refused"),
     ],
 )
 def test_what_saelens_has_beyond_a_site_is_refused_by_name(
@@ -101,11 +106,8 @@ def test_an_old_scaling_factor_other_than_one_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("place", "complaint"),
     [
-        ("gemma-scope-2b-pt-att/layer_5/width_16k/average_l0_34", "att is refused; what the heads"),
-        ("gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_34", "transcoders is refused"),
+        ("gemma-scope-2-1b-it/clt/layer_5_width_16k_l0_big", "clt is refused"),
         ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "embedding is refused"),
-        ("gemma-scope-2-1b-it/attn_out_all/layer_5_width_16k_l0_big", "attn_out is refused"),
-        ("gemma-scope-2-1b-it/transcoder/layer_5_width_16k_l0_big", "transcoder is refused"),
         ("downloads/layer_5", "by the names of repository and folders only"),
     ],
 )
@@ -221,3 +223,38 @@ def test_a_giant_header_of_safetensors_is_refused(tmp_path: Path) -> None:
     saelens(tmp_path / "there", 0, "standard")
     (tmp_path / "there/sae_weights.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{" * 64)
     refused(tmp_path, tmp_path / "there", "saelens", "is not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("norm", "site"),
+    [("layer_norm", "layers.2.zscore"), ("constant_norm_rescale", "layers.2.rms"), ("none", None)],
+)
+def test_rows_normalised_one_by_one_are_a_site_there_and_back(norm: str, site: str | None, tmp_path: Path) -> None:
+    saelens(tmp_path / "there", 0, "standard", normalize_activations=norm)
+    import_suite(tmp_path / "there", "saelens", tmp_path / "suite")
+    (sae,) = load_suite(tmp_path / "suite").values()
+    assert (sae.config["layer"], sae.config.get("site")) == (2, site)
+    export_suite(tmp_path / "suite", "saelens", tmp_path / "out")
+    (path,) = (tmp_path / "out").rglob("cfg.json")
+    assert json.loads(path.read_text())["normalize_activations"] == norm
+    if site is not None:
+        with pytest.raises(FormatError, match="dictionary_learning has no rows normalised one by one"):
+            export_suite(tmp_path / "suite", "dictionary_learning", tmp_path / "no")
+
+
+@pytest.mark.parametrize("case", ["saelens transcoder", "gemma-scope 2 transcoder"])
+def test_transcoders_come_back_from_saelens_to_the_bit(case: str, tmp_path: Path) -> None:
+    """And go to nothing else but our own layout."""
+    other = CASES[case](tmp_path / "there", 1)
+    import_suite(other.source, other.origin, tmp_path / "suite")
+    export_suite(tmp_path / "suite", "saelens", tmp_path / "out")
+    import_suite(tmp_path / "out", "saelens", tmp_path / "again")
+    import_suite(tmp_path / "suite", "qwenscope", tmp_path / "copy")
+    (sae,) = load_suite(tmp_path / "suite").values()
+    for folder in ("again", "copy"):
+        (back,) = load_suite(tmp_path / folder).values()
+        assert back.config["target"] == sae.config["target"] == other.config["target"]
+        assert back.state_dict().keys() == sae.state_dict().keys()
+        assert all(torch.equal(value, back.state_dict()[name]) for name, value in sae.state_dict().items())
+    with pytest.raises(FormatError, match="sparsify has no transcoders"):
+        export_suite(tmp_path / "suite", "sparsify", tmp_path / "no")

@@ -32,7 +32,7 @@ from qwenscope.errors import FormatError, ResourceError, reason
 from qwenscope.files import atomic_path
 from qwenscope.hub import redact
 from qwenscope.lm.model import RowSource
-from qwenscope.lm.sites import Site
+from qwenscope.lm.sites import Site, sites_of
 from qwenscope.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ class Window:
     """Stream state after its last conversation."""
 
 
-def cache_bytes(tokens: int, layers: int, hidden_dim: int, dtype: torch.dtype) -> int:
-    """Bytes that the rows of `tokens` tokens take: 36.9 KB per token for nine hook points of 2,048 bf16 values."""
-    return tokens * (layers * hidden_dim * dtype.itemsize + 8)
+def cache_bytes(tokens: int, values: int, dtype: torch.dtype) -> int:
+    """Bytes that `tokens` rows of so many values take: 36.9 KB per token for nine hook points of 2,048 bf16 values."""
+    return tokens * (values * dtype.itemsize + 8)
 
 
 class WindowCache:
@@ -74,7 +74,7 @@ class WindowCache:
         """
         self._lm = lm
         self._files = _Files(f"{root.rstrip('/')}/{_fingerprint(lm, recipe)}")
-        total = cache_bytes(recipe.training.tokens, len(recipe.sites), lm.hidden_dim, lm.dtype)
+        total = cache_bytes(recipe.training.tokens, sum(map(lm.width, sites_of(recipe))), lm.dtype)
         self._files.make_room(total)
         logger.info("activation cache %s: %.1f GB when whole", self._files.name(""), total / 1e9)
 
@@ -256,7 +256,7 @@ class _Files:
 
 
 def _layer_file(site: Site) -> str:
-    return "-".join(filter(None, (f"layer-{site.layer:02d}", site.part))) + ".safetensors"
+    return "-".join(filter(None, (f"layer-{site.layer:02d}", site.within))) + ".safetensors"
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -121,7 +121,7 @@ def _forward(
     for member, length in lengths.items():
         starts[member] = total
         total += length
-    rows = {site: torch.empty(total, lm.hidden_dim, dtype=lm.dtype, device=lm.device) for site in sites}
+    rows = {site: torch.empty(total, lm.width(site), dtype=lm.dtype, device=lm.device) for site in sites}
     norms = {site: torch.empty(total, device=lm.device, dtype=torch.float32) for site in sites}
     for batch in batches:
         streams = lm.streams(batch.input_ids_CT, batch.lengths_C, sites)

@@ -94,8 +94,9 @@ class Windows:
             parts.append(part)
         if len(parts) == 1:
             return parts[0]
-        nothing = torch.empty(0, self._lm.hidden_dim, dtype=self._lm.dtype, device=self._lm.device)
-        return {layer: torch.cat([nothing, *(part[layer] for part in parts)]) for layer in self._layers}
+        lm = self._lm
+        nothing = {site: torch.empty(0, lm.width(site), dtype=lm.dtype, device=lm.device) for site in self._layers}
+        return {site: torch.cat([nothing[site], *(part[site] for part in parts)]) for site in self._layers}
 
     @property
     def batch_rows(self) -> int:

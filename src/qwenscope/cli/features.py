@@ -122,7 +122,7 @@ def steer(
         unit: float | Literal["norm"] = "norm" if opened_index is None else opened_index.latent(id, number)["max"]
         pushes.append(
             Steering(
-                site=opened.sites[id],
+                site=opened.targets[id],
                 strength=amount,
                 sae=opened.saes[id],
                 latent=number,

@@ -74,15 +74,19 @@ def compare(
     other = open_target(second, revision=revision, like=opened)
     sides = {"first": opened, "second": other}
     sites = {f"{side}:{id}": site for side, target in sides.items() for id, site in target.sites.items()}
-    pairs = _pairs(sites, first, second)
+    targets = {f"{side}:{id}": site for side, target in sides.items() for id, site in target.targets.items()}
+    pairs = _pairs(sites, targets, first, second)
     used = {sae_id for pair in pairs for sae_id in (pair.first, pair.second)}
     lm = opened.language_model()
     saes = {f"{side}:{id}": sae for side, target in sides.items() for id, sae in target.saes.items()}
     saes = {sae_id: sae.to(lm.device).eval() for sae_id, sae in saes.items() if sae_id in used}
-    check_widths(saes, lm)
+    hooked, targets = ({sae_id: where[sae_id] for sae_id in saes} for where in (sites, targets))
+    check_widths(saes, hooked, lm, targets)
     splits = opened.splits(lm.tokenizer, tokens or opened.recipe.evaluation.tokens, data)
-    hooked = {sae_id: sites[sae_id] for sae_id in saes}
-    measured = {name: SplitMeter(lm, saes, hooked, found, opened.recipe).run() for name, found in splits.items()}
+    measured = {
+        name: SplitMeter(lm, saes, hooked, found, opened.recipe, targets=targets).run()
+        for name, found in splits.items()
+    }
     return {
         "language_model": {"name": lm.name, "revision": lm.revision},
         "suites": {"first": str(first), "second": str(second)},
@@ -92,10 +96,11 @@ def compare(
     }
 
 
-def _pairs(sites: Mapping[str, Site], first: str | Path, second: str | Path) -> list[Pair]:
-    """Every SAE of the first suite with every one of the second at the same site."""
+def _pairs(sites: Mapping[str, Site], targets: Mapping[str, Site], first: str | Path, second: str | Path) -> list[Pair]:
+    """Every SAE of the first suite with every one of the second that reads, and reconstructs, at the same site."""
     sides = [[sae_id for sae_id in sites if sae_id.startswith(side)] for side in ("first:", "second:")]
-    pairs = [Pair("same_layer", a, b) for a in sides[0] for b in sides[1] if sites[a] == sites[b]]
+    places = {sae_id: (sites[sae_id], targets[sae_id]) for sae_id in sites}
+    pairs = [Pair("same_layer", a, b) for a in sides[0] for b in sides[1] if places[a] == places[b]]
     if not pairs:
         there = [", ".join(map(str, sorted({sites[sae_id] for sae_id in side}))) for side in sides]
         raise FormatError(f"no site is in both suites: {first} has {there[0]}, {second} has {there[1]}")

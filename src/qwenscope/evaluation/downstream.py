@@ -5,7 +5,7 @@ Legend: C conversations of a batch, T positions, D hidden, R rows of real (unpad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -109,8 +109,9 @@ class StateShift:
 def add_state_shifts(
     lm: LanguageModel,
     input_ids_CT: Tensor,
-    sites: Mapping[str, Site],
-    splice: Callable[[str, Tensor], Tensor],
+    hooked: Iterable[Site],
+    targets: Mapping[str, Site],
+    splice: Callable[[str, Mapping[Site, Tensor]], Tensor],
     into: Mapping[str, StateShift],
 ) -> None:
     """Measure the recurrent state at the end of rows, clean and under each splice.
@@ -119,14 +120,15 @@ def add_state_shifts(
         lm: the language model.
         input_ids_CT: int64 token ids without padding, which would go on writing into the state: conversations cut to
             the length of their shortest, which changes nothing before the cut, as no layer looks ahead.
-        sites: {sae_id: hooked site}.
-        splice: maps (sae_id, x_CTD) to the spliced rows.
+        hooked: sites whose rows `splice` is given.
+        targets: {sae_id: site whose rows are replaced}.
+        splice: maps (sae_id, {site: x_CTD}) to the spliced rows.
         into: {sae_id: running sums}.
     """
-    with record(lm, sites.values()) as recording:
+    with record(lm, hooked) as recording:
         clean = recurrent_states(lm, input_ids_CT)
-    for sae_id, site in sites.items():
-        with restart(lm, recording, site, splice(sae_id, recording.rows[site])):
+    for sae_id, site in targets.items():
+        with restart(lm, recording, site, splice(sae_id, recording.rows)):
             spliced = recurrent_states(lm, input_ids_CT)
         # The mixer of its own layer, which holds that layer's state, is not behind any site.
         into[sae_id].update(clean, {above: state for above, state in spliced.items() if above > site.layer})

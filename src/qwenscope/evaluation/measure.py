@@ -65,6 +65,7 @@ class SplitMeter:
         conversations: the split; at least two different tokens.
         recipe: which rows are left out, and how batches are cut.
         kept: knows the rows and the ablations that an earlier evaluation measured; None measures all.
+        targets: {sae_id: site of the rows that it reconstructs}; None: of those that it reads.
     """
 
     def __init__(
@@ -75,14 +76,16 @@ class SplitMeter:
         conversations: Sequence[Conversation],
         recipe: Recipe,
         kept: Kept | None = None,
+        targets: Mapping[str, Site] | None = None,
     ):
-        self.lm, self.saes, self.sites, self.conversations, self.recipe = lm, saes, sites, conversations, recipe
-        self.hooked = sorted(set(sites.values()))
+        self.lm, self.saes, self.sites, self.targets = lm, saes, sites, targets or sites
+        self.conversations, self.recipe = conversations, recipe
+        self.hooked = sorted({*sites.values(), *self.targets.values()})
         self.routers = {layer: router for layer, router in find_routers(lm).items() if _before(self.hooked[0], layer)}
         added = lm.tokenizer.get_added_vocab().values()
         self.special_ids = torch.tensor(sorted(added), dtype=torch.int64, device=lm.device)
         self.fidelity = {
-            sae_id: Fidelity(sae.hidden_dim, sae.dict_size, ROLES, lm.device) for sae_id, sae in saes.items()
+            sae_id: Fidelity(sae.target_dim, sae.dict_size, ROLES, lm.device) for sae_id, sae in saes.items()
         }
         self.routing = {sae_id: RoutingShift() for sae_id in saes}
         self.states = {sae_id: StateShift() for sae_id in saes}
@@ -101,7 +104,7 @@ class SplitMeter:
     def units(self) -> int:
         """What `run` will report, in all."""
         first = self.work.up_to(self.hooked[-1]) if self.first is None else 0
-        passes = self.work.from_((*self.ablated, *self.ablated, *self.sites.values()))
+        passes = self.work.from_((*self.ablated, *self.ablated, *self.targets.values()))
         return self.tokens * (first + self.work.whole + self.work.head + passes)
 
     @torch.no_grad()
@@ -126,7 +129,7 @@ class SplitMeter:
         self._keep(first)
         sums = {
             sae_id: {name: value_C.cpu().numpy() for name, value_C in (named | self.ablations[site]).items()}
-            for (sae_id, named), site in zip(self.sums.items(), self.sites.values(), strict=True)
+            for (sae_id, named), site in zip(self.sums.items(), self.targets.values(), strict=True)
         }
         return SplitMeasurement(
             figures={sae_id: self._figures(sae_id, sums[sae_id], left_out) for sae_id in self.saes},
@@ -139,7 +142,7 @@ class SplitMeter:
     def _first_pass(self) -> dict[str, Tensor]:
         """Which tokens are `kept` (bool, of all conversations in turn), `left_out` by reason, the mean of each site."""
         kept = [torch.zeros(len(conversation.token_ids), dtype=torch.bool) for conversation in self.conversations]
-        moments = {site: Moments(self.lm.hidden_dim, self.lm.device) for site in self.hooked}
+        moments = {site: Moments(self.lm.width(site), self.lm.device) for site in self.hooked}
         left_out: Counter[str] = Counter()
         for start, window in self._windows():
             rows = harvest(self.lm, window, self.hooked, self.recipe.activations, self.recipe.corpus.batch_tokens)
@@ -158,9 +161,9 @@ class SplitMeter:
 
     def _look_up_ablations(self, first: Mapping[str, Tensor] | None) -> None:
         """Take the sums of ablations that are known; `ablated` are the other sites, which this evaluation measures."""
-        self.ablations: dict[Site, dict[str, Tensor]] = {site: {} for site in self.hooked}
+        self.ablations: dict[Site, dict[str, Tensor]] = {site: {} for site in sorted(set(self.targets.values()))}
         if self.cache is not None and first is not None:
-            for site in self.hooked:
+            for site in self.ablations:
                 self.ablations[site] = self.cache.get(self.conversations, _ablation_key(site, first)) or {}
         self.ablated = tuple(site for site, sums in self.ablations.items() if not sums)
 
@@ -211,8 +214,8 @@ class SplitMeter:
             for name, value_D in (("zero_ablation", torch.zeros_like(mean_D)), ("mean_ablation", mean_D)):
                 ablated_CTD = _replaced(rows[site], kept_CT, value_D)
                 variants[name, site] = self._variant(clean, site, ablated_CTD)
-        for sae_id, site in self.sites.items():
-            x_hat_RD = self._reconstruct(sae_id, batch, rows[site], kept_CT, roles_R, special_R)
+        for sae_id, site in self.targets.items():
+            x_hat_RD = self._reconstruct(sae_id, batch, rows, kept_CT, roles_R, special_R)
             x_CTD = _replaced(rows[site], kept_CT, x_hat_RD)
             above = {layer: router for layer, router in self.routers.items() if _before(site, layer)}
             routing: dict[int, Tensor] = {}
@@ -233,10 +236,12 @@ class SplitMeter:
         length = min(batch.lengths_C[:STATE_ROWS])
         kept_CT = kept_CT[:STATE_ROWS, :length]
 
-        def splice(sae_id: str, x_CTD: Tensor) -> Tensor:
-            return _replaced(x_CTD, kept_CT, self.saes[sae_id](x_CTD[kept_CT]))
+        def splice(sae_id: str, rows: Mapping[Site, Tensor]) -> Tensor:
+            x_hat_RD = self.saes[sae_id](rows[self.sites[sae_id]][kept_CT])
+            return _replaced(rows[self.targets[sae_id]], kept_CT, x_hat_RD)
 
-        add_state_shifts(self.lm, batch.input_ids_CT[:STATE_ROWS, :length], self.sites, splice, self.states)
+        ids_CT = batch.input_ids_CT[:STATE_ROWS, :length]
+        add_state_shifts(self.lm, ids_CT, self.hooked, self.targets, splice, self.states)
 
     def _padded(self, values: Sequence[Tensor], clean: CleanPass) -> Tensor:
         """One tensor [T] per conversation as [C, T]; padding is 0."""
@@ -246,16 +251,23 @@ class SplitMeter:
         return padded_CT.to(self.lm.device)
 
     def _reconstruct(
-        self, sae_id: str, batch: Batch, x_CTD: Tensor, kept_CT: Tensor, roles_R: Tensor, special_R: Tensor
+        self,
+        sae_id: str,
+        batch: Batch,
+        rows: Mapping[Site, Tensor],
+        kept_CT: Tensor,
+        roles_R: Tensor,
+        special_R: Tensor,
     ) -> Tensor:
         """Reconstruct the kept rows and add them to the SAE's fidelity and sums; the reconstructions [R, D]."""
-        sae, mean_D = self.saes[sae_id], self.means_D[self.sites[sae_id]]
-        x_RD, conversation_R = x_CTD[kept_CT], self._members(batch)[kept_CT.nonzero()[:, 0]]
+        sae, site, target = self.saes[sae_id], self.sites[sae_id], self.targets[sae_id]
+        read_RD, x_RD, mean_D = rows[site][kept_CT], rows[target][kept_CT], self.means_D[target]
+        conversation_R = self._members(batch)[kept_CT.nonzero()[:, 0]]
         x_hat_RD = torch.empty(x_RD.shape, dtype=torch.float32, device=x_RD.device)
         for start in range(0, len(x_RD), ENCODE_ROWS):
             part = slice(start, start + ENCODE_ROWS)
-            codes = sae.encode(x_RD[part])
-            x_hat_RD[part] = sae.decode(codes)
+            codes = sae.encode(read_RD[part])
+            x_hat_RD[part] = sae.reconstruct(read_RD[part], codes)
             self.fidelity[sae_id].update(x_RD[part], codes, x_hat_RD[part], roles_R[part], special_R[part])
             x_BD = x_RD[part].double()
             residual_B = (x_BD - x_hat_RD[part].double()).square_().sum(1)
@@ -313,7 +325,7 @@ class SplitMeter:
         lost = mean[f"ce_{baseline}_ablation"] - mean["ce_clean"]
         if lost == 0:
             raise ModelError(
-                f"{baseline} ablation at {self.sites[sae_id]} ({sae_id}) leaves the loss of {self.lm.name} "
+                f"{baseline} ablation at {self.targets[sae_id]} ({sae_id}) leaves the loss of {self.lm.name} "
                 "as it is, so CE recovered does not exist; hook a site that the model uses"
             )
         return (mean[f"ce_{baseline}_ablation"] - mean["ce_spliced"]) / lost

@@ -35,7 +35,9 @@ class Meters:
         """Every split whole; the phase that is reported says how long that takes."""
         target = self._target
         meters = {
-            split: SplitMeter(self._lm, target.saes, target.sites, conversations, target.recipe, self._kept)
+            split: SplitMeter(
+                self._lm, target.saes, target.sites, conversations, target.recipe, self._kept, target.targets
+            )
             for split, conversations in splits.items()
         }
         units = sum(meter.units for meter in meters.values())

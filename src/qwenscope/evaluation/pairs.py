@@ -63,7 +63,7 @@ def find_pairs(hook_points: Mapping[str, HookPoint]) -> list[Pair]:
     for first, below in hook_points.items():
         for second, above in hook_points.items():
             kind = names.get((below.kind or "", above.kind or ""))
-            same_part = Site(below.site).part == Site(above.site).part
+            same_part = Site(below.site).within == Site(above.site).within
             if kind and same_part and above.layer == below.layer + 1:
                 pairs.append(Pair(kind, first, second))
     return sorted(pairs, key=lambda pair: hook_points[pair.first].layer)
@@ -149,12 +149,12 @@ def overlap(first: SAE, second: SAE, alive_first_N: Tensor, alive_second_N: Tens
 
     Returns:
         Per direction of view, `mean_max_cosine`, `shared` (share above 0.7), `random_mean_max_cosine` (random unit
-        directions looked up in the same dictionary) and a histogram; None where a dictionary is all dead.
+        directions looked up in the same dictionary) and a histogram; None where one is all dead, or wider.
     """
     first_ND, second_ND = unit_decoder(first).cpu()[alive_first_N], unit_decoder(second).cpu()[alive_second_N]
-    if not len(first_ND) or not len(second_ND):
+    if not len(first_ND) or not len(second_ND) or first_ND.shape[1] != second_ND.shape[1]:
         return {"first_in_second": None, "second_in_first": None}
-    random_ND = torch.randn(RANDOM_DIRECTIONS, first.hidden_dim, generator=generator(seed, "overlap"))
+    random_ND = torch.randn(RANDOM_DIRECTIONS, first_ND.shape[1], generator=generator(seed, "overlap"))
     random_ND = torch.nn.functional.normalize(random_ND, dim=1)
     return {
         "first_in_second": _found(first_ND, second_ND, random_ND),

@@ -91,8 +91,12 @@ def number(value: float | None, form: str) -> str:
 
 
 def place(point: Mapping[str, Any]) -> str:
-    """Where a hook point reads: 22 for the residual stream after layer 22, 22.mlp or 22.mixer inside it."""
-    return str(point.get("site", point["layer"])).removeprefix("layers.")
+    """Where a hook point reads: 22 for the residual stream after layer 22, 22.mlp or 22.mixer inside it.
+
+    Of a transcoder also where it predicts: 22.mlp_in → 22.mlp_out.
+    """
+    where = str(point.get("site", point["layer"])).removeprefix("layers.")
+    return f"{where} → {point['target'].removeprefix('layers.')}" if "target" in point else where
 
 
 def neighbours(hook_points: Mapping[str, Mapping[str, Any]], most: int = 4) -> list[list[str]]:

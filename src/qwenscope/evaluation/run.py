@@ -23,6 +23,7 @@ from qwenscope.files import disk_errors_named, fsync_folder, make_folder, write_
 from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target, open_target
 from qwenscope.sae.activation import described
+from qwenscope.sae.sae import SAE
 
 
 def evaluate(
@@ -84,6 +85,11 @@ def evaluate(
     return result
 
 
+def target_of(sae: SAE) -> dict[str, str]:
+    """The key `target` of a transcoder."""
+    return {"target": sae.config["target"]} if "target" in sae.config else {}
+
+
 def _refuse(odd: list[str], model: str, written: Path) -> None:
     """ModelError where a figure of an SAE is not finite; a comparison may lack a value in honest data."""
     odd = [name for name in odd if name.startswith("saes/")]
@@ -141,6 +147,7 @@ def _result(
         "hook_points": {
             sae_id: {
                 **site.described(),
+                **target_of(target.saes[sae_id]),
                 "kind": lm.layer_kinds[site.layer],
                 "dict_size": target.saes[sae_id].dict_size,
                 "k": target.saes[sae_id].k,

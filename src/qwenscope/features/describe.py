@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwenscope.evaluation.run import target_of
 from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
 from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
 from qwenscope.features.token_text import TokenText, alone, readable
 from qwenscope.files import read_object
 from qwenscope.lm.forward import final_norm, unembedding
+from qwenscope.lm.sites import to_stream
 from qwenscope.opening import SPLITS
 from qwenscope.sae.activation import described
 
@@ -85,7 +87,7 @@ class Describer:
 
     def __init__(self, corpus_pass: CorpusPass, sae_id: str, texts: Texts) -> None:
         self._lm, self._saes, self._sae_id, self._texts = corpus_pass.lm, corpus_pass.target.saes, sae_id, texts
-        self._sae = self._saes[sae_id]
+        self._sae, self._site = self._saes[sae_id], corpus_pass.target.targets[sae_id]
         self._statistics = corpus_pass.statistics[sae_id]
         self._norm, self._unembedding = final_norm(self._lm), unembedding(self._lm)
         sample = self._statistics.coactive
@@ -106,7 +108,7 @@ class Describer:
             yield self._block(start, min(start + BLOCK, self._sae.dict_size))
 
     def _block(self, start: int, stop: int) -> list[Latent]:
-        directions_MD = self._sae.decoder.weight.detach().T[start:stop]
+        directions_MD = to_stream(self._lm, self._site, self._sae.decoder.weight.detach().T[start:stop])
         vocabulary = len(self._unembedding)
         up, down, spread_M = token_effects(directions_MD, self._norm, self._unembedding, min(TOKENS_SHOWN, vocabulary))
         near = neighbours(self._sae, start, stop, LATENTS_SHOWN)
@@ -114,7 +116,7 @@ class Describer:
         elsewhere = {
             sae_id: counterparts(self._sae, other, start, stop)
             for sae_id, other in self._saes.items()
-            if sae_id != self._sae_id
+            if sae_id != self._sae_id and len(other.decoder.weight) == len(self._sae.decoder.weight)
         }
         described = []
         for m in range(stop - start):
@@ -225,6 +227,7 @@ def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any
     rows = max(statistics.rows, 1)
     return {
         **site.described(),
+        **target_of(sae),
         "kind": corpus_pass.lm.layer_kinds[site.layer],
         "dict_size": sae.dict_size,
         "k": sae.k,

@@ -71,7 +71,7 @@ def read(
     """
     lm = as_language_model(model, tokenizer)
     at = sites_of_suite(suite) if sites is None else {sae_id: Site.of(site) for sae_id, site in sites.items()}
-    check_widths(suite, lm)
+    check_widths(suite, at, lm)
     rendered = render_given(tokenizer, text_or_messages, tools, max_length)
     token_ids = rendered.token_ids.tolist()
     roles = None if isinstance(text_or_messages, str) else [ROLES[role] for role in rendered.roles.tolist()]

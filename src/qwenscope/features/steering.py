@@ -79,6 +79,10 @@ class Steering:
                 raise FormatError("steering needs an SAE and a latent, or a direction with mode add")
         elif not 0 <= self.latent < self.sae.dict_size:
             raise FormatError(f"there is no latent {self.latent}; the SAE has 0 to {self.sae.dict_size - 1}")
+        elif "target" in self.sae.config and self.mode != "add":
+            raise FormatError(
+                f"a transcoder's latent is only added where it predicts; {self.mode} would need its input"
+            )
 
     @property
     def direction_D(self) -> Tensor:  # noqa: N802
@@ -122,10 +126,8 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
     """
     lm = as_language_model(model)
     for steering in steerings:
-        if len(steering.direction_D) != lm.hidden_dim:
-            raise FormatError(
-                f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {lm.hidden_dim} wide"
-            )
+        if len(steering.direction_D) != (width := lm.width(Site.of(steering.site))):  # type: ignore[arg-type] # it is one
+            raise FormatError(f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {width} wide there")
     seen = Seen()
     by_site: dict[Site, list[Steering]] = {}
     for steering in steerings:

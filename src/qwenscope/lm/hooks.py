@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from qwenscope.errors import ModelError
-from qwenscope.lm.sites import HasLayers, Site, Where, ends_layer, last_layer, module_at
+from qwenscope.lm.sites import KINDS, NORMS, HasLayers, Norm, Site, Where, ends_layer, last_layer, module_at
 
 Edit = Callable[[Tensor], Tensor]
+See = Callable[[Tensor], Tensor | None]
+"""What is done with the rows x_CTD at a site; rows that it returns take their place."""
 Hook = Callable[[nn.Module, Any, Any], Any]
 W = TypeVar("W", bound=Where)
 
@@ -43,19 +45,19 @@ def capture(lm: HasLayers, sites: Iterable[Site], *, stop: bool = False) -> Iter
     rows: dict[Site, Tensor] = {}
     wanted, reached = set(sites), _StopForward()
 
-    def catch(site: Site) -> Hook:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def catch(site: Site) -> See:
+        def see(x_CTD: Tensor) -> None:
             if site in rows:
                 raise ModelError(
                     f"{site} of {lm.name} ran twice in a pass: it reads long texts in parts; take shorter ones"
                 )
-            rows[site] = _rows(site, output).to(lm.device, copy=True)  # some models go on to write into it
+            rows[site] = x_CTD.to(lm.device, copy=True)  # some models go on to write into it
             if stop and len(rows) == len(wanted):
                 raise reached
 
-        return hook
+        return see
 
-    with _CATCHING, _hooked((module_at(lm, site), catch(site)) for site in wanted):
+    with _CATCHING, _seeing(lm, {site: catch(site) for site in wanted}):
         try:
             yield rows
         except _StopForward as signal:
@@ -82,18 +84,17 @@ def intervene(lm: HasLayers, edits: Mapping[W, Edit]) -> Iterator[None]:
     placed = {Site.of(where): edit for where, edit in edits.items()}
     idle = set(placed)
 
-    def replace(site: Site, edit: Edit) -> Hook:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def replace(site: Site, edit: Edit) -> See:
+        def see(x_CTD: Tensor) -> Tensor:
             idle.discard(site)
-            x_CTD = _rows(site, output)
             edited_CTD = edit(x_CTD.to(lm.device))
             if edited_CTD.shape != x_CTD.shape:
                 raise ModelError(f"the edit at {site} made {tuple(edited_CTD.shape)} of {tuple(x_CTD.shape)}")
-            return _with_rows(output, edited_CTD.to(dtype=x_CTD.dtype, device=x_CTD.device))
+            return edited_CTD.to(dtype=x_CTD.dtype, device=x_CTD.device)
 
-        return hook
+        return see
 
-    with _hooked((module_at(lm, site), replace(site, edit)) for site, edit in placed.items()):
+    with _seeing(lm, {site: replace(site, edit) for site, edit in placed.items()}):
         yield
     if idle:
         raise ModelError(
@@ -200,6 +201,57 @@ def watch_routers(routers: Mapping[int, nn.Module], see: Callable[[int, Tensor],
 
 
 @contextmanager
+def _seeing(lm: HasLayers, seen: Mapping[Site, See]) -> Iterator[None]:
+    """While the block lasts, the rows at each site pass through its function."""
+    with ExitStack() as stack:
+        for site, see in seen.items():
+            module = module_at(lm, site)
+            if site.norm is not None:
+                see = _normalised(NORMS[site.norm], see)
+            if KINDS[site.part].entering:
+                handle = module.register_forward_pre_hook(_on_entry(site, see), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(_on_return(site, see))
+            stack.callback(handle.remove)
+        yield
+
+
+def _normalised(norm: Norm, see: See) -> See:
+    def seen(x_CTD: Tensor) -> Tensor | None:
+        y_CTD, back = norm(x_CTD)
+        rows = see(y_CTD)
+        return None if rows is None else back(rows)
+
+    return seen
+
+
+def _on_return(site: Site, see: See) -> Hook:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        rows = see(_rows(site, output))
+        return None if rows is None else _with_rows(output, rows)
+
+    return hook
+
+
+def _on_entry(site: Site, see: See) -> Hook:
+    """Of a module that takes its rows first, by position or by name."""
+
+    def hook(_module: nn.Module, inputs: Any, named: Any) -> Any:
+        x_CTD = _rows(site, inputs or list(named.values()))
+        rows = see(x_CTD)
+        if rows is None:
+            return None
+        if KINDS[site.part].shared:
+            x_CTD.copy_(rows)
+            return None
+        if inputs:
+            return _with_rows(inputs, rows), named
+        return inputs, {**named, next(iter(named)): rows}
+
+    return hook
+
+
+@contextmanager
 def _hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     with ExitStack() as stack:
         for module, hook in hooks:
@@ -208,7 +260,7 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
 
 
 def _first(output: Any) -> Any:
-    """The rows in a module's output: the output itself, or the first of several in some families."""
+    """The rows in a module's inputs or output: the output itself, or the first of several in some families."""
     return output[0] if isinstance(output, tuple | list) else output
 
 

@@ -48,7 +48,7 @@ from qwenscope.lm.model import (
     kind_of,
 )
 from qwenscope.lm.placement import device_map, pick_devices
-from qwenscope.lm.sites import Site, hooked_sites, module_at
+from qwenscope.lm.sites import Site, hooked_sites, module_at, target_sites
 from qwenscope.recipe import HookPoint, LMRecipe
 
 logger = logging.getLogger(__name__)
@@ -197,15 +197,16 @@ def check_hook_points(lm_or_kinds: LanguageModel | Sequence[Kind], hook_points: 
     """
     lm = lm_or_kinds if isinstance(lm_or_kinds, LanguageModel) else None
     kinds = lm_or_kinds.layer_kinds if isinstance(lm_or_kinds, LanguageModel) else lm_or_kinds
-    sites = hooked_sites(hook_points)
+    sites, targets = hooked_sites(hook_points), target_sites(hook_points)
     for name, point in hook_points.items():
         if point.layer >= len(kinds):
             raise ModelError(f"hook_points.{name}.layer is {point.layer}; the model has layers 0 to {len(kinds) - 1}")
-        if lm is not None and point.layer < len(lm.layers):
-            try:
-                module_at(lm, sites[name])
-            except ModelError as error:
-                raise ModelError(f"hook_points.{name}.site: {error}") from None
+        for key, site in (("site", sites[name]), ("target", targets[name])):
+            if lm is not None and site.layer < len(lm.layers):
+                try:
+                    module_at(lm, site)
+                except ModelError as error:
+                    raise ModelError(f"hook_points.{name}.{key}: {error}") from None
         actual = kinds[point.layer]
         if point.kind is not None and actual is None:
             raise ModelError(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError
 from qwenscope.lm.hooks import capture
-from qwenscope.lm.sites import Site
+from qwenscope.lm.sites import Site, width_at
 
 Kind = str | None
 """Of a decoder layer: deltanet, attention, or None for whatever else mixes positions."""
@@ -45,6 +45,9 @@ class RowSource(Protocol):
         Returns:
             {site: x_CTD} in `dtype`, on `device`; what stands at the padding means nothing.
         """
+
+    def width(self, site: Site) -> int:
+        """Values of a row at `site`: `hidden_dim` but for what a mixer hands to its projection."""
 
     def digest(self, last_layer: int) -> str:
         """Hex digits that tell models whose rows differ apart: weights up to `last_layer`, and who computes."""
@@ -112,6 +115,14 @@ class LanguageModel:
                     "texts in parts; set corpus.max_length to no more than one of them"
                 )
         return {site: rows[site] for site in sites}
+
+    def width(self, site: Site) -> int:
+        """Values of a row at `site`.
+
+        Raises:
+            ModelError: the layer was not built, or has no such part, or more than one.
+        """
+        return width_at(self, site)
 
     @property
     def known_tokens(self) -> int:

@@ -83,8 +83,10 @@ class HarvestPlan(Generic[S]):
         if group.size == 1:
             return rows
         counts = torch.bincount(rank_R, minlength=group.size).tolist()
-        count, some = counts[group.rank], next(iter(rows.values()))
-        outgoing = torch.cat([some[:0], *(rows[site] for sites in self.sites for site in sites)])
+        count, widths = counts[group.rank], {site: x_RD.shape[1] for site, x_RD in rows.items()}
+        widest = max(rows.values(), key=lambda x_RD: x_RD.shape[1])
+        outgoing = torch.cat([widest[:0], *(_padded(rows[site], widest) for sites in self.sites for site in sites)])
+        del widest
         rows.clear()
         own = self.own_sites
         arrived = group.all_to_all(
@@ -98,7 +100,13 @@ class HarvestPlan(Generic[S]):
         order_R = rank_R.argsort(stable=True).to(arrived.device)
         placed = {}
         for position, site in enumerate(own):
-            x_RD = arrived.new_empty(len(rank_R), arrived.shape[1])
-            x_RD[order_R] = torch.cat([piece[position] for piece in pieces])
+            x_RD = arrived.new_empty(len(rank_R), widths[site])
+            x_RD[order_R] = torch.cat([piece[position, :, : widths[site]] for piece in pieces])
             placed[site] = x_RD
         return placed
+
+
+def _padded(x_RD: Tensor, to: Tensor) -> Tensor:
+    """Rows as wide as those of `to`."""
+    missing = to.shape[1] - x_RD.shape[1]
+    return torch.nn.functional.pad(x_RD, (0, missing)) if missing else x_RD

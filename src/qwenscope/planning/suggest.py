@@ -145,8 +145,8 @@ def _hook_points(sites: Sequence[Site], kinds: Sequence[Kind], sizes: _Sizes) ->
     several = len(set(kinds)) > 1
     for site in sites:
         kind = kinds[site.layer] if several else None
-        name = f"{site.part or kind or 'layer'}_{site.layer}"
-        where = f"site: {site}" if site.part else f"layer: {site.layer}"
+        name = f"{(site.within or kind or 'layer').replace('.', '_')}_{site.layer}"
+        where = f"site: {site}" if site.within else f"layer: {site.layer}"
         where += f", kind: {kind}" if kind else ""
         lines.append(f"  {name}: {{{where}, dict_size: {sizes.dict_size}, k: {sizes.k}, lr: {sizes.lr:.1e}}}\n")
     return "".join(lines)

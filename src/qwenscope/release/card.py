@@ -93,7 +93,7 @@ def activations(facts: Facts) -> list[str]:
 
 def reads_inside(facts: Facts) -> bool:
     """Whether an SAE reads elsewhere than at the residual stream."""
-    return any(Site(point.site).part for point in facts.recipe.hook_points.values())
+    return any(Site(point.site).within for point in facts.recipe.hook_points.values())
 
 
 def metadata(facts: Facts) -> dict[str, Any]:

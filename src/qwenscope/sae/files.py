@@ -33,7 +33,7 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,199}")
 _SITE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _CONFIG_LIMIT = 1 << 20
 _LARGEST = (1 << 31) - 1
-_TEXTS = ("activation", "hook_name", "kind", "model", "model_revision", "sae_id", "site")
+_TEXTS = ("activation", "hook_name", "kind", "model", "model_revision", "sae_id", "site", "target")
 _NUMBERS = ("layer", "tokens")
 
 
@@ -160,9 +160,13 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "encoder.weight": (dict_size, hidden_dim),
         "encoder.bias": (dict_size,),
-        "decoder.weight": (hidden_dim, dict_size),
+        "decoder.weight": (config.get("target_dim", hidden_dim), dict_size),
         "pre_bias": (hidden_dim,),
     }
+    if "target" in config:
+        shapes["decoder.bias"] = (config["target_dim"],)
+    if config.get("skip"):
+        shapes["skip.weight"] = (config["target_dim"], hidden_dim)
     if ACTIVATIONS[config.get("activation", TopK.name)].has_threshold:
         shapes["threshold"] = (dict_size,)
     return shapes
@@ -213,11 +217,24 @@ def check_config(where: Path, config: Any) -> dict[str, Any]:
             raise FormatError(f"{where}: {key} must be a line of text, not {_shown(value)}")
     if config.get("sae_id") is not None:
         check_sae_id(config["sae_id"])
-    if config.get("site") is not None and not _SITE.fullmatch(config["site"]):
-        raise FormatError(f"{where}: site must be names joined by dots, not {_shown(config['site'])}")
+    for key in ("site", "target"):
+        if config.get(key) is not None and not _SITE.fullmatch(config[key]):
+            raise FormatError(f"{where}: {key} must be names joined by dots, not {_shown(config[key])}")
+    _check_target(where, config)
     _check_prefixes(where, config)
     activation_of(config.get("activation", TopK.name), config["k"])
     return {key: value for key, value in config.items() if key != "model" or value is not None}
+
+
+def _check_target(where: Path, config: dict[str, Any]) -> None:
+    """FormatError unless what a transcoder says of the rows that it predicts is whole."""
+    width, skip = config.get("target_dim"), config.get("skip", False)
+    if "target" in config and (type(width) is not int or not 1 <= width <= _LARGEST):
+        raise FormatError(f"{where}: target_dim must be a whole number above 0, not {_shown(width)}")
+    if "target" not in config and (width is not None or skip):
+        raise FormatError(f"{where}: target_dim and skip need a target, the site whose rows a transcoder predicts")
+    if not isinstance(skip, bool):
+        raise FormatError(f"{where}: skip must be true or false, not {_shown(skip)}")
 
 
 def _check_prefixes(where: Path, config: dict[str, Any]) -> None:

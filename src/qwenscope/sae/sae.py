@@ -3,6 +3,9 @@
     latents        = activation(encoder(x - pre_bias)), for TopK: TopK(ReLU(encoder(x - pre_bias)))
     reconstruction = decoder(latents) + pre_bias
 
+A transcoder (Dunefsky et al. 2024) predicts the rows at another site, its configuration's `target`, instead of those
+it reads: prediction = decoder(latents) + decoder.bias, and with a skip connection + skip(x).
+
 Legend: B rows (tokens), D hidden, N latents (dictionary size), K places of a row's codes.
 """
 
@@ -107,6 +110,7 @@ class SAE(nn.Module):
         threshold_N = torch.zeros(dict_size, dtype=torch.float32) if self.activation.has_threshold else None
         self.threshold: Tensor | None
         self.register_buffer("threshold", threshold_N)
+        self.skip: nn.Linear | None = None
 
     @staticmethod
     def of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SAE:
@@ -115,9 +119,14 @@ class SAE(nn.Module):
         Of `TopKSAE` where the activation is TopK, which a configuration need not name.
         """
         activation = config.get("activation", TopK.name)
-        sizes = config["hidden_dim"], config["dict_size"], config["k"]
+        hidden_dim, dict_size, k = config["hidden_dim"], config["dict_size"], config["k"]
         with torch.device("meta"):
-            sae = TopKSAE(*sizes) if activation == TopK.name else SAE(*sizes, activation)
+            topk = activation == TopK.name
+            sae = TopKSAE(hidden_dim, dict_size, k) if topk else SAE(hidden_dim, dict_size, k, activation)
+            if "target" in config:
+                sae.decoder = nn.Linear(dict_size, config["target_dim"])
+            if config.get("skip"):
+                sae.skip = nn.Linear(hidden_dim, config["target_dim"], bias=False)
         sae.config = dict(config)
         sae.load_state_dict(weights, assign=True)
         return sae
@@ -126,6 +135,11 @@ class SAE(nn.Module):
     def hidden_dim(self) -> int:
         """D, width of a row."""
         return int(self.config["hidden_dim"])
+
+    @property
+    def target_dim(self) -> int:
+        """Width of a reconstruction: D, but for a transcoder."""
+        return int(self.config.get("target_dim", self.hidden_dim))
 
     @property
     def dict_size(self) -> int:
@@ -155,15 +169,24 @@ class SAE(nn.Module):
         return Codes(values_BK.view(shape), indices_BK.view(shape), self.dict_size)
 
     def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction [..., D] of `codes`, of any number of latents per row; differentiable."""
+        """Reconstruction [..., D] of `codes`, of any number of latents per row; differentiable.
+
+        Of a transcoder with a skip connection, the latents' part of it: `reconstruct` knows the rows too.
+        """
         latents = codes.values.shape[-1]
         values_BK, indices_BK = codes.values.reshape(-1, latents), codes.indices.reshape(-1, latents)
-        x_BD = sparse_decode(values_BK, indices_BK, self.decoder.weight.T.contiguous()) + self.pre_bias
-        return x_BD.view(*codes.values.shape[:-1], self.hidden_dim)
+        bias_D = self.pre_bias if self.decoder.bias is None else self.decoder.bias
+        x_BD = sparse_decode(values_BK, indices_BK, self.decoder.weight.T.contiguous()) + bias_D
+        return x_BD.view(*codes.values.shape[:-1], self.target_dim)
+
+    def reconstruct(self, x_BD: Rows, codes: Codes) -> Tensor:
+        """Reconstruction [..., D] of the rows [..., D] that `codes` are of; a transcoder's prediction."""
+        x_hat_BD = self.decode(codes)
+        return x_hat_BD if self.skip is None else x_hat_BD + self.skip(as_rows(x_BD).to(self.skip.weight.dtype))
 
     def forward(self, x_BD: Rows) -> Tensor:
         """Reconstruction of rows [..., D] -> [..., D], in the SAE's dtype; differentiable."""
-        return self.decode(self.encode(x_BD))
+        return self.reconstruct(x_BD, self.encode(x_BD))
 
     def save(self, folder: Path | str) -> None:
         """Write `config.json` and `weights.safetensors` into `folder` (made if missing), each whole or not at all."""

@@ -27,6 +27,8 @@ from qwenscope.training.trainer import SAETrainer
 def check_activations(recipe: Recipe) -> None:
     """RecipeError naming the first SAE whose activation this version does not train."""
     for sae_id, point in recipe.hook_points.items():
+        if point.target is not None:
+            raise RecipeError(f"hook_points.{sae_id}.target: transcoders are opened, not trained; leave it out")
         if point.activation not in trained():
             raise RecipeError(
                 f"hook_points.{sae_id}.activation: {point.activation!r} is not trained; choose one of "
@@ -42,7 +44,7 @@ def build_trainer(
     """
     point, training = recipe.hook_points[sae_id], recipe.training
     shard = shard or Shard((0, point.dict_size), point.k)
-    sae = untrained(lm.hidden_dim, shard, derive_seed(recipe.seed, "sae", sae_id), point.activation)
+    sae = untrained(lm.width(Site(point.site)), shard, derive_seed(recipe.seed, "sae", sae_id), point.activation)
     sae = sae.to(lm.device)
     sae.config |= {
         "sae_id": sae_id,

@@ -26,7 +26,7 @@ def probe(lm: RowSource, sites: Sequence[Site]) -> dict[str, list[float]]:
     """{site: norms of the first 16 positions} of a fixed row of token ids; JSON keeps the values exactly."""
     ids_CT = torch.arange(_POSITIONS).remainder(len(lm.tokenizer)).unsqueeze(0)
     streams = lm.streams(ids_CT, [_POSITIONS], sites)
-    names = {site: site.name if site.part else str(site.layer) for site in sites}  # as older checkpoints have them
+    names = {site: site.name if site.within else str(site.layer) for site in sites}  # as older checkpoints have them
     return {names[site]: x_CTD[0].double().norm(dim=-1).tolist() for site, x_CTD in streams.items()}
 
 

@@ -264,10 +264,8 @@ class Run:
             self.group.broadcast_object(lambda: self.folder.write("privacy_report.json", self.session.windows.report()))
         self._save_and_wait()
         self.group.broadcast_object(self.folder.check_there)
-        hidden = self.session.hidden_dim
-        needed = sum(
-            4 * (2 * hidden * point.dict_size + point.dict_size + hidden) for point in self.recipe.hook_points.values()
-        )
+        points, widths = self.recipe.hook_points, self.session.widths
+        needed = sum(4 * ((2 * width + 1) * points[sae_id].dict_size + width) for sae_id, width in widths.items())
         publish(self.session.suite.finished(), self.folder.path / "saes", needed, self.group)
         self.group.broadcast_object(lambda: self.folder.write_status("complete"))
         self._show("complete")

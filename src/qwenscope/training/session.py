@@ -22,7 +22,7 @@ from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import ModelError
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config
 from qwenscope.lm.model import RowSource
-from qwenscope.lm.sites import sites_of
+from qwenscope.lm.sites import hooked_sites, sites_of
 from qwenscope.parallel.group import Group
 from qwenscope.recipe import Recipe
 from qwenscope.seeds import derive_seed
@@ -47,7 +47,7 @@ class Session:
     recipe: Recipe
     folder: RunFolder
     group: Group
-    hidden_dim: int
+    widths: dict[str, int]
     windows: Windows
     suite: Suite
     guard: LossGuard
@@ -108,7 +108,7 @@ def set_up(recipe: Recipe, folder: RunFolder, group: Group, on_progress: OnProgr
         recipe=recipe,
         folder=folder,
         group=group,
-        hidden_dim=lm.hidden_dim,
+        widths={sae_id: lm.width(site) for sae_id, site in hooked_sites(recipe.hook_points).items()},
         windows=windows,
         suite=suite,
         guard=guard,

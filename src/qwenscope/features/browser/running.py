@@ -115,7 +115,7 @@ class Runner:
     def _steering(self, target: Target, push: dict[str, Any]) -> Steering:
         sae_id, latent = push["sae"], push["latent"]
         return Steering(
-            site=target.sites[sae_id],
+            site=target.targets[sae_id],
             strength=float(push["strength"]),
             sae=target.saes[sae_id],
             latent=latent,

@@ -71,7 +71,7 @@ def check_vllm(lm: LMRecipe, max_length: int, sites: Sequence[Site]) -> str:
         RecipeError: `max_length` leaves no room for the one token that vLLM insists on generating, or a site is not the
             residual stream.
     """
-    if inner := [site.name for site in sites if site.part is not None]:
+    if inner := [site.name for site in sites if site.within]:
         raise RecipeError(f"lm.backend vllm gives the residual stream alone, not {inner[0]}; set it to transformers")
     who = vllm_version()
     longest = config_number(load_config(lm), "max_position_embeddings", default=max_length + 1)
@@ -143,6 +143,10 @@ class VllmModel:
                 },
                 **_OPTIONS,
             )
+
+    def width(self, _site: Site) -> int:
+        """Of the residual stream, which is all that vLLM gives."""
+        return self.hidden_dim
 
     def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Residual stream at each of `sites`: {site: x_CTD}, zero at the padding.

@@ -41,6 +41,9 @@ class Parts:
     """Keys to keep beside the three sizes."""
     activation: str = TopK.name
     threshold_N: Tensor | None = None
+    target_bias_D: Tensor | None = None
+    """Of a transcoder, whose prediction is latents decoder_ND + target_bias_D + skip_DD x; `config` has its target."""
+    skip_DD: Tensor | None = None
     changed: list[str] = field(default_factory=list)
     """Exact re-parametrisations that were applied; each rounds weights by at most half a float32 unit."""
     stored: list[str] = field(init=False)
@@ -111,16 +114,8 @@ def build(parts: Parts, origin: str) -> SAE:
     Raises:
         FormatError: shapes that do not fit each other, an impossible k, or keys that no configuration can have.
     """
+    _check_shapes(parts)
     dict_size, hidden_dim = parts.encoder_ND.shape
-    shapes = {"encoder bias": (parts.bias_N, (dict_size,)), "decoder": (parts.decoder_ND, (dict_size, hidden_dim))}
-    shapes["decoder bias"] = (parts.pre_bias_D, (hidden_dim,))
-    if parts.threshold_N is not None:
-        shapes["threshold"] = (parts.threshold_N, (dict_size,))
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise FormatError(
-                f"{parts.where}: {name} has shape {list(tensor.shape)}, not {list(shape)} as the encoder implies"
-            )
     k = dict_size if parts.k is None else parts.k
     if k > dict_size:
         raise FormatError(f"{parts.where}: k {k} exceeds the {dict_size} latents")
@@ -133,6 +128,8 @@ def build(parts: Parts, origin: str) -> SAE:
         imported["changed"] = parts.changed
     ours = "hidden_dim" in parts.config and len(imported) == 1
     config |= parts.config | ({} if ours else {"imported": imported})
+    if parts.target_bias_D is not None:
+        config |= {"target_dim": len(parts.target_bias_D)} | ({} if parts.skip_DD is None else {"skip": True})
     if bool((parts.decoder_ND.float().norm(dim=1) - 1).abs().max() > _UNIT_TOLERANCE):
         config["decoder_unit_norm"] = False
     weights = {
@@ -141,9 +138,27 @@ def build(parts: Parts, origin: str) -> SAE:
         "decoder.weight": parts.decoder_ND.float().contiguous().T,
         "pre_bias": parts.pre_bias_D.float().contiguous(),
     }
-    if parts.threshold_N is not None:
-        weights["threshold"] = parts.threshold_N.float().contiguous()
+    extra = {"threshold": parts.threshold_N, "decoder.bias": parts.target_bias_D, "skip.weight": parts.skip_DD}
+    weights |= {name: tensor.float().contiguous() for name, tensor in extra.items() if tensor is not None}
     return SAE.of(check_config(parts.where, config), weights)
+
+
+def _check_shapes(parts: Parts) -> None:
+    """FormatError naming the first tensor that does not fit the encoder, or a transcoder's decoder."""
+    dict_size, hidden_dim = parts.encoder_ND.shape
+    target_dim = hidden_dim if parts.target_bias_D is None else len(parts.target_bias_D)
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "encoder bias": (parts.bias_N, (dict_size,)),
+        "decoder": (parts.decoder_ND, (dict_size, target_dim)),
+        "decoder bias": (parts.pre_bias_D, (hidden_dim,)),
+        "threshold": (parts.threshold_N, (dict_size,)),
+        "skip": (parts.skip_DD, (target_dim, hidden_dim)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise FormatError(
+                f"{parts.where}: {name} has shape {list(tensor.shape)}, not {list(shape)} as the encoder implies"
+            )
 
 
 def refuse_unless(path: Path, config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:

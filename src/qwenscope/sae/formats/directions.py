@@ -61,7 +61,7 @@ def write_control_vector(saes: Mapping[str, SAE], pushes: Sequence[Push], out: P
     layers: dict[int, Tensor] = {}
     for push in pushes:
         vector_D, config = push.vector_D(saes), saes[push.sae_id].config
-        layer, site = config.get("layer"), config.get("site")
+        layer, site = config.get("layer"), config.get("target", config.get("site"))
         if layer is None or (site is not None and site != f"layers.{layer}"):
             where = site or config.get("hook_name") or "an unknown site"
             raise FormatError(f"{push.sae_id} reads {where}; a control vector is added to the residual stream alone")
@@ -108,6 +108,6 @@ def write_directions(saes: Mapping[str, SAE], pushes: Sequence[Push], out: Path)
             raise FormatError(f"latent {push.latent} of {push.sae_id} is named twice")
         tensors[name] = push.vector_D(saes).contiguous()
         config = saes[push.sae_id].config
-        about[name] = asdict(push) | {key: config[key] for key in ("model", "layer", "site") if key in config}
+        about[name] = asdict(push) | {key: config[key] for key in ("model", "layer", "site", "target") if key in config}
     with atomic_path(out / DIRECTIONS) as temporary:
         save_file(tensors, temporary, metadata={"directions": json.dumps(about)})

@@ -32,4 +32,6 @@ def read(folder: Path) -> Parts:
         config,
         config.get("activation", TopK.name),
         weights.get("threshold"),
+        weights.get("decoder.bias"),
+        weights.get("skip.weight"),
     )

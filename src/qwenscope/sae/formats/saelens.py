@@ -30,7 +30,7 @@ from qwenscope.sae.formats.common import (
     subtract_pre_bias,
     whole_number,
 )
-from qwenscope.sae.formats.hooks import module_name, site_of, transformer_lens_name
+from qwenscope.sae.formats.hooks import NORMS, module_name, norm_of, site_of, transformer_lens_name
 from qwenscope.sae.formats.tensors import read_tensors, write_tensors
 from qwenscope.sae.sae import SAE
 
@@ -50,6 +50,7 @@ class _Kind:
 
     activation: str
     tensors: dict[str, int]
+    transcodes: bool = False
 
 
 _BATCH = _Kind(BatchTopK.name, {"b_enc": 1, "topk_threshold": 0})
@@ -61,6 +62,16 @@ _READ = {
     "batchtopk": _BATCH,
     "matryoshka_batchtopk": _BATCH,
 }
+_TRANSCODERS = {
+    (base, skips): f"{prefix}{'skip_' if skips else ''}transcoder"
+    for base, prefix in (("standard", ""), ("jumprelu", "jumprelu_"))
+    for skips in (False, True)
+}
+"""What a transcoder is called, by its activation and whether it has a skip connection."""
+_READ |= {
+    name: _Kind(_READ[base].activation, _READ[base].tensors | ({"W_skip": 2} if skips else {}), transcodes=True)
+    for (base, skips), name in _TRANSCODERS.items()
+}
 _SCHEMA_VERSION = "6.0.0"  # the first whose loader reads this cfg.json as it stands
 _CONTEXT = 1024
 """Tokens of a sequence that SAELens evaluates on; it takes a whole number and no other sign of what rows were."""
@@ -70,19 +81,15 @@ def write(sae: SAE, folder: Path) -> None:
     """Write one SAE so that `sae_lens.SAE.load_from_disk(folder)` gives the same codes and reconstructions."""
     state = sae.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    threshold = {} if sae.threshold is None else {"threshold": sae.threshold}
-    write_tensors(
-        folder / WEIGHTS,
-        {
-            "W_enc": state["encoder.weight"].T,
-            "b_enc": state["encoder.bias"],
-            "W_dec": state["decoder.weight"].T,
-            "b_dec": state["pre_bias"],
-            **threshold,
-        },
-    )
-    architecture = ARCHITECTURES[sae.activation.name]
-    is_topk = architecture == "topk"
+    named = {"W_enc": state["encoder.weight"].T, "b_enc": state["encoder.bias"], "W_dec": state["decoder.weight"].T}
+    named["b_dec"] = state["pre_bias"]
+    architecture, own = ARCHITECTURES[sae.activation.name], dict[str, Any]()
+    if sae.threshold is not None:
+        named["threshold"] = sae.threshold
+    if "target" in sae.config:
+        architecture, own = _transcoder(sae, architecture, named)
+    write_tensors(folder / WEIGHTS, named)
+    is_topk, metadata = architecture == "topk", _metadata(sae.config)
     write_json(
         folder / CONFIG,
         {
@@ -93,12 +100,25 @@ def write(sae: SAE, folder: Path) -> None:
             "dtype": "float32",
             "device": "cpu",
             "apply_b_dec_to_input": True,
+            **own,
             **({"rescale_acts_by_decoder_norm": has_unit_norms(sae.decoder.weight.T)} if is_topk else {}),
-            "normalize_activations": "none",
-            "reshape_activations": "none",
-            "metadata": _metadata(sae.config),
+            "normalize_activations": NORMS.get(str(norm_of(sae.config)), "none"),
+            "reshape_activations": "hook_z" if str(metadata.get("hook_name")).endswith("hook_z") else "none",
+            "metadata": metadata,
         },
     )
+
+
+def _transcoder(sae: SAE, base: str, named: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """A transcoder's architecture and what its configuration has of its own; `named` tensors become those of one."""
+    skips = sae.skip is not None
+    if (base, skips) not in _TRANSCODERS:
+        raise FormatError(f"SAELens has no transcoder whose activation is {sae.activation.name}")
+    named["b_enc"] = (named["b_enc"].double() - named["W_enc"].double().T @ named["b_dec"].double()).float()
+    named["b_dec"] = sae.decoder.bias
+    if sae.skip is not None:
+        named["W_skip"] = sae.skip.weight
+    return _TRANSCODERS[base, skips], {"d_out": sae.target_dim, "apply_b_dec_to_input": False}
 
 
 def _metadata(config: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +130,9 @@ def _metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata |= {"hook_name": f"model.{module}", "hf_hook_name": f"model.{module}"}
     elif hook := transformer_lens_name(config):
         metadata["hook_name"] = hook
+    if "target" in config:
+        layer = int(config["target"].split(".")[1])
+        metadata["hook_name_out"] = transformer_lens_name({"layer": layer, "site": config["target"]})
     return {**metadata, "context_size": _CONTEXT, "prepend_bos": False, "qwenscope": config}
 
 
@@ -127,7 +150,8 @@ def read(folder: Path) -> Parts:
         known = ", ".join(_READ)
         raise FormatError(f"{path}: architecture {config.get('architecture')!r} is refused; only {known} fit")
     scale = _scale(folder, config)
-    refuse_unless(path, config, {"reshape_activations": ("none", None), "activation_fn": ("relu", "topk")})
+    reshaped = ("none", None, "hook_z")  # heads side by side are what our rows are
+    refuse_unless(path, config, {"reshape_activations": reshaped, "activation_fn": ("relu", "topk")})
     hidden_dim, dict_size = (whole_number(path, config, key) for key in ("d_in", "d_sae"))
     tensors = _tensors(folder / WEIGHTS, {"W_enc": 2, "W_dec": 2, "b_dec": 1} | kind.tensors)
     parts = Parts(
@@ -147,16 +171,30 @@ def read(folder: Path) -> Parts:
     if kind is _BATCH:
         threshold = tensors["topk_threshold"].double() / (scale if rescaled else 1.0)
         parts.threshold_N = threshold.float().expand(dict_size)
-    parts.config = carried_config(parts, metadata.get("qwenscope")) or _describe(path, metadata) | _prefixes(config)
+    parts.config = carried_config(parts, metadata.get("qwenscope")) or _describe(path, config) | _prefixes(config)
+    if kind.transcodes:
+        _transcode(parts, path, config, tensors.get("W_skip"))
     if scale != 1:
         scale_input(parts, scale, SCALER)
     if "r_mag" in tensors:
         fold_gate(parts, tensors["r_mag"], tensors["b_gate"])
-    if not config.get("apply_b_dec_to_input", True):
+    if not config.get("apply_b_dec_to_input", True) and not kind.transcodes:
         subtract_pre_bias(parts)
     if rescaled and not has_unit_norms(parts.decoder_ND):
         fold_decoder_norms(parts)
     return parts
+
+
+def _transcode(parts: Parts, path: Path, config: dict[str, Any], skip_DD: Tensor | None) -> None:
+    """Make a transcoder of `parts`: its decoder's bias is the prediction's, and its input is not centred."""
+    refuse_unless(path, config, {"normalize_activations": ("none", None), "apply_b_dec_to_input": (False,)})
+    parts.target_bias_D, parts.skip_DD = parts.pre_bias_D, skip_DD
+    parts.pre_bias_D = torch.zeros(parts.encoder_ND.shape[1], dtype=torch.float32)
+    hook = str(config["metadata"].get("hook_name_out"))
+    where = site_of(hook, str(parts.config.get("model")))
+    if not where and "target" not in parts.config:
+        raise FormatError(f"{path}: hook_name_out {hook!r} is no site, so what the transcoder predicts is not known")
+    parts.config.setdefault("target", where.get("site", f"layers.{where.get('layer')}"))
 
 
 def _modern(path: Path, config: Any) -> dict[str, Any]:
@@ -171,8 +209,6 @@ def _modern(path: Path, config: Any) -> dict[str, Any]:
     options = config.get("activation_fn_kwargs")
     if config["activation_fn"] == "topk" and isinstance(options, dict):
         config |= {"architecture": "topk", "k": options.get("k")}
-    if "hook_z" in str(config["hook_name"]):
-        config.setdefault("reshape_activations", "hook_z")
     if isinstance(config.get("normalize_activations"), bool):
         config["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
     return {"architecture": "standard", **config, "metadata": config}
@@ -186,7 +222,7 @@ def _scale(folder: Path, config: dict[str, Any]) -> float:
     """
     path = folder / CONFIG
     if config.get("normalize_activations") != "expected_average_only_in":
-        refuse_unless(path, config, {"normalize_activations": ("none", None)})
+        refuse_unless(path, config, {"normalize_activations": ("none", None, *NORMS.values())})
         return 1.0
     if not (folder / SCALER).is_file():
         raise FormatError(
@@ -220,12 +256,15 @@ def _prefixes(config: dict[str, Any]) -> dict[str, Any]:
     return {"prefixes": widths} if widths else {}
 
 
-def _describe(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+def _describe(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Language model and site, or the hook's name where it is none of our sites."""
-    config: dict[str, Any] = {}
+    metadata, told = config["metadata"], dict[str, Any]()
     if isinstance(metadata.get("model_name"), str) and metadata["model_name"]:
-        config["model"] = metadata["model_name"]
+        told["model"] = metadata["model_name"]
     hook = str(metadata.get("hook_name") or "")
-    if hook.endswith("hook_z"):
-        raise FormatError(f"{path}: {hook} is refused; what the heads of an attention return is no site")
-    return config | (site_of(hook, config.get("model", "")) or ({"hook_name": hook} if hook else {}))
+    where = site_of(hook, told.get("model", "")) or site_of(str(metadata.get("hf_hook_name")))
+    if norm := next((ours for ours, theirs in NORMS.items() if theirs == config.get("normalize_activations")), None):
+        if not where:
+            raise FormatError(f"{path}: rows are normalised one by one, and {hook!r} is no site; refused")
+        where["site"] = ".".join((where.get("site", f"layers.{where['layer']}"), norm))
+    return told | (where or ({"hook_name": hook} if hook else {}))
