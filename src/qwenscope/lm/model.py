@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError
 from qwenscope.lm.hooks import capture
+from qwenscope.lm.kernels import follow_device
 from qwenscope.lm.sites import Site
 
 Kind = str | None
@@ -63,6 +64,9 @@ class LanguageModel:
     """Hub id or folder, as the recipe gave it."""
     revision: str | None
     """Commit of a Hub model; None for a folder."""
+
+    def __post_init__(self) -> None:
+        follow_device(self.model)
 
     @property
     def decoder(self) -> nn.Module:
