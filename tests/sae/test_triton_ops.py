@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 import torch
 
+from qwenscope.sae import ops
 from qwenscope.sae.ops import Pairs
+from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.optimizer import Adam
+from qwenscope.training.trainer import SAETrainer
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,7 +30,7 @@ def test_in_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "18 passed, 1 skipped" in result.stdout
+    assert "20 passed, 1 skipped" in result.stdout
 
 
 @in_interpreter
@@ -108,3 +112,25 @@ def test_projection_and_adam(moments: torch.dtype, name: str) -> None:
         for mine, their in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, their, atol=2e-6 if exact else 2e-4, rtol=1e-5 if exact else 2e-2)
         torch.testing.assert_close(shadow.float(), ours[0], atol=0, rtol=2**-7)
+
+
+@in_interpreter
+@pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-5), ("bf16", 3e-2)])
+def test_whole_steps(precision: Literal["fp32", "bf16"], apart: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps by the kernels beside four by plain torch, dead latents and clipping included."""
+    weights = []
+    for kernels in (False, True):
+        with monkeypatch.context() as patch:
+            if kernels:
+                patch.setattr(ops, "fused", lambda x: x.dtype != torch.float64)
+            trainer = SAETrainer(
+                TopKSAE(24, 40, 3, seed=0), 1e-2, precision=precision, dead_after_tokens=20, clip_norm=0.1
+            )
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(4):
+                metrics = trainer.step(torch.randn(12, 24, generator=generator))
+            assert metrics.dead > 0
+            weights.append(trainer.weights.parameters | {"norm": metrics.grad_norm, "loss": metrics.loss})
+    for name, plain in weights[0].items():
+        difference = (weights[1][name] - plain).norm() / plain.norm()
+        assert difference < apart, name
