@@ -26,10 +26,10 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
 # module:package of what torch's own machines lack
-lacking="pydantic:pydantic pydantic_core:pydantic-core annotated_types:annotated-types phonenumbers:phonenumbers
-  typing_inspection:typing-inspection stdnum:python-stdnum typer:typer fla:fla-core"
+lacking="pydantic:pydantic pydantic_core:pydantic_core annotated_types:annotated-types phonenumbers:phonenumbers
+  typing_inspection:typing-inspection stdnum:python-stdnum typer:typer einops:einops fla:fla-core"
 if [ -n "${fetch:-}" ]; then
-  packages=$(for pair in $lacking; do echo "${pair#*:}"; done)
+  packages=$(for pair in $lacking; do grep "^${pair#*:}==" requirements.lock || echo "${pair#*:}"; done)
   exec "$python" -m pip download --no-deps --only-binary :all: --python-version "${FOR_PYTHON:-3.12}" \
     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any --dest "$fetch" $packages
 fi

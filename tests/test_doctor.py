@@ -60,6 +60,13 @@ def test_few_gpus_have_grouped_products(capability: tuple[int, int]) -> None:
     assert kernels((10, 0))["routed experts"]["used"] == "grouped product"
 
 
+def test_a_checkout_that_is_not_installed_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_PACKAGES", ("torch", "no-such-package"))
+    versions = machine.describe_machine()["versions"]
+    assert versions["no-such-package"] == "not installed"
+    assert versions["torch"]
+
+
 def test_the_table_shows_each_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "kernels", lambda _: {"routed experts": {"used": "a loop", "costs": "much time"}})
     console = Console(width=200, record=True, file=io.StringIO())

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_free.fake_card import fake_card, on_card
+from transformers import Qwen3_5MoeTextConfig
 
+from qwenscope.parallel.owners import owners
+from qwenscope.planning.memory import memory_needs
+from qwenscope.recipe import load_recipe
 from qwenscope.sae.ops import Pairs
 from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.trainer import SAETrainer
@@ -57,3 +61,19 @@ def test_saes_of_one_run_share_the_memory_of_their_pre_activations(monkeypatch: 
             trainer.device_step(torch.empty(16, 32, device="cuda"))
         held = {trainer.active.selector._held.untyped_storage()._cdata for trainer in trainers}
     assert len(held) == 1
+
+
+def test_the_suite_holds_what_a_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine SAEs of the published recipe after a step each; a plan counts the shared pre-activations with the step."""
+    recipe = load_recipe("qwen3.5-35b-a3b")
+    config = Qwen3_5MoeTextConfig(dtype="bfloat16")
+    planned = memory_needs(recipe, config, 0, owners(recipe, 1))["saes"]
+    with fake_card(monkeypatch):
+        trainers = [on_a_card(point.dict_size, point.k, HIDDEN) for point in recipe.hook_points.values()]
+        for trainer in trainers:
+            trainer.device_step(torch.empty(BATCH, HIDDEN, dtype=torch.bfloat16, device="cuda"))
+        storages = {}
+        for trainer in trainers:
+            held = [*trainer.state_dict().values(), *trainer.weights.shadows.values(), trainer.active.selector._held]
+            storages |= {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
+    assert sum(storages.values()) == pytest.approx(planned, rel=0.1)
