@@ -13,7 +13,7 @@ from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import TopKSAE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-EXECUTED = ["train-on-your-rows", "read-features"]  # first-look.ipynb is a release's: tests/release runs its cells
+EXECUTED = ["train-on-your-rows", "read-features", "monitor"]  # first-look.ipynb: tests/release runs it
 
 
 @pytest.mark.parametrize("name", EXECUTED)

@@ -72,8 +72,10 @@ def open_piles(
     label: str | None = None,
     pairs: Path | None = None,
     example: str | None = None,
+    held_out: bool = False,
 ) -> Piles:
-    """Two places, one with labels (`label` is KEY=VALUE, or a KEY that is true), pairs, or packaged pairs.
+    """Two places, one with labels (`label` is KEY=VALUE, or a KEY that is true), pairs, or packaged pairs: of these
+    those that are held out, or the others.
 
     Raises:
         FormatError: none or several of these.
@@ -88,7 +90,7 @@ def open_piles(
     if data is not None and label is not None:
         key, _, value = label.partition("=")
         return reader.labelled(data, key, value or "true")
-    return reader.pairs(example_path(example), held_out=False) if example else reader.pairs(pairs or Path())
+    return reader.pairs(example_path(example), held_out=held_out) if example else reader.pairs(pairs or Path())
 
 
 def contrast(

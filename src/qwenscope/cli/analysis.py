@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwenscope.cli.options import AsJson, TargetName, err, show
+from qwenscope.cli.options import AsJson, Out, TargetName, err, show, write_json
 from qwenscope.cli.progress import phases
-from qwenscope.cli.tables import contrast_tables
+from qwenscope.cli.tables import contrast_tables, monitor_table, monitor_test_tables
 
 
 class Pooling(StrEnum):
@@ -77,3 +78,99 @@ def contrast(
     show(result, as_json, contrast_tables)
     if path is not None:
         err.print(f"wrote {path}", highlight=False, markup=False)
+
+
+monitor = typer.Typer(
+    no_args_is_help=True, help="A detector for a behavior: fit it, test it on other piles, score conversations."
+)
+MonitorFolder = Annotated[Path, typer.Argument(metavar="MONITOR", help="Folder that `monitor fit` wrote.")]
+
+
+@monitor.command()
+def fit(
+    target: TargetName,
+    path: Out,
+    fpr: Annotated[float, typer.Option(help="False-positive rate that the threshold is for.")] = 0.01,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Conversations without the behavior; else half of the negatives."),
+    ] = None,
+    positive: Positive = None,
+    negative: Negative = None,
+    data: Labelled = None,
+    label: Label = None,
+    pairs: Pairs = None,
+    example: Example = None,
+    sae: Annotated[str | None, typer.Option(metavar="ID", help="SAE; by default the one that does best.")] = None,
+    latent: Annotated[
+        list[int], typer.Option(min=0, help="Use this latent of --sae; repeat it. By default a sparse probe chooses.")
+    ] = [],  # noqa: B006 - typer copies it
+    pool: PoolBy = Pooling.max,
+    roles: Roles = None,
+    positions: Positions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a monitor with a threshold at a stated false-positive rate; refuses where the pile is too small for it."""
+    from qwenscope.analysis import monitor as room
+    from qwenscope.analysis.pooling import Scope
+
+    piles = {"positive": positive, "negative": negative, "data": data, "label": label}
+    with phases(err) as on_progress:
+        result = room.fit(
+            target,
+            path,
+            fpr=fpr,
+            calibration=calibration,
+            sae=sae,
+            latents=latent,
+            pool=pool.value,
+            scope=Scope.of(roles, positions),
+            on_progress=on_progress,
+            **piles,
+            pairs=pairs,
+            example=example,
+        )
+    show(result, as_json, monitor_table)
+    err.print(f"wrote {path}", highlight=False, markup=False)
+
+
+@monitor.command("test")
+def measure(
+    target: TargetName,
+    folder: MonitorFolder,
+    positive: Positive = None,
+    negative: Negative = None,
+    data: Labelled = None,
+    label: Label = None,
+    pairs: Pairs = None,
+    example: Example = None,
+    path: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the result as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """AUROC, recall at 1 % and 0.1 %, and whether the stated rate holds, beside controls, on piles not seen before."""
+    from qwenscope.analysis import monitor as room
+
+    piles = {"positive": positive, "negative": negative, "data": data, "label": label}
+    with phases(err) as on_progress:
+        result = room.measure(target, folder, out=path, on_progress=on_progress, **piles, pairs=pairs, example=example)
+    show(result, as_json, monitor_test_tables)
+
+
+@monitor.command()
+def score(
+    target: TargetName,
+    folder: MonitorFolder,
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[PATH]", help="Conversations; JSONL on stdin by default.")
+    ] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Also the score of every token, and of all up to it.")
+    ] = False,
+) -> None:
+    """Score conversations, one JSON object a line: as a whole and turn by turn, with an alarm above the threshold."""
+    from qwenscope.analysis import monitor as room
+    from qwenscope.analysis.piles import rows_of, rows_of_lines
+
+    rows = rows_of_lines(sys.stdin, "stdin") if data is None else rows_of(data)
+    for scored in room.score(target, folder, rows):
+        write_json(scored.line(tokens=tokens), indent=None)

@@ -269,6 +269,7 @@ def compare(
 
 for command in (features.index, features.browse, features.steer, features.explain, analysis.contrast):
     app.command(rich_help_panel="Look and steer")(command)
+app.add_typer(analysis.monitor, name="monitor", rich_help_panel="Look and steer")
 
 
 @app.command(cls=FormatCommand, rich_help_panel="Share")

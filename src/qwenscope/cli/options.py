@@ -66,10 +66,10 @@ def set_up_output(debug: bool) -> None:
         handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
 
 
-def write_json(value: Any) -> None:
-    """One JSON object on stdout, in any encoding."""
+def write_json(value: Any, indent: int | None = 2) -> None:
+    """One JSON object on stdout, in any encoding; without `indent` on one line."""
     plain = not sys.stdout.encoding.lower().startswith("utf")
-    text = json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False)
+    text = json.dumps(value, indent=indent, ensure_ascii=plain, allow_nan=False)
     sys.stdout.write(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 

@@ -210,6 +210,51 @@ def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     yield _confounds_table(result["confounds"])
 
 
+def monitor_table(result: Mapping[str, Any]) -> Table:
+    """What `monitor fit` says: the SAE, its latents, and what the stated rate rests on."""
+    table = _two_columns()
+    latents = result["latents"]
+    more = f" and {len(latents) - 12} more" if len(latents) > 12 else ""
+    table.add_row("latents", f"{', '.join(map(str, latents[:12]))}{more} of {result['sae']} at {result['site']}")
+    low, high = result["calibration"]["rate_interval"]
+    count = result["calibration"]["conversations"]
+    table.add_row("false positives", f"{result['fpr']:.2%}, on {count:,} conversations: {low:.2%} to {high:.2%}")
+    table.add_row("threshold", f"{result['threshold']:.4g}")
+    for sae_id, cell in result["held_out"].items():
+        table.add_row(f"AUROC {sae_id}", f"{cell['auroc']:.3f} ({_interval(cell['interval'])}), held-out conversations")
+    return table
+
+
+def monitor_test_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """What `monitor test` says: whether the stated rate holds, then the monitor and its controls on every slice."""
+    stated = _plain(f"At the threshold for {result['fpr']:.2%} false positives")
+    for heading in ("slice", "with", "without", "false positives", "recall", "holds"):
+        stated.add_column(heading, justify="left" if heading == "slice" else "right", no_wrap=True)
+    for name, cell in result["slices"].items():
+        counts = (f"{cell['conversations'][side]:,}" for side in ("positive", "negative"))
+        false, recall = cell["stated"]["false_positives"], cell["stated"]["recall"]
+        shown = f"{false['rate']:.1%} ({_interval(false['interval'], '.1%')})"
+        found = "–" if recall is None else f"{recall['rate']:.1%}"
+        stated.add_row(escape(name), *counts, shown, found, "yes" if cell["stated"]["holds"] else "[red]no[/]")
+    yield stated
+    for name, cell in result["slices"].items():
+        if cell["by"]:
+            yield _compared(name, cell["by"])
+
+
+def _compared(name: str, by: Mapping[str, Any]) -> Table:
+    table = _plain(escape(f"How well conversations can be told apart: {name}"))
+    for heading in ("by", "AUROC", "95 %", "recall at 1 %", "recall at 0.1 %"):
+        table.add_column(heading, justify="left" if heading == "by" else "right", no_wrap=True)
+    for control, cell in by.items():
+        recalls = (
+            "too few" if "refused" in at else f"{at['recall']:.0%} ({_interval(at['interval'], '.0%')})"
+            for at in cell["at"].values()
+        )
+        table.add_row(control, f"{cell['auroc']:.3f}", _interval(cell["interval"]), *recalls)
+    return table
+
+
 def _confounds_table(confounds: Mapping[str, Any]) -> Table:
     table = _plain("What else differs between the piles")
     for heading in ("", "positive", "negative", "p"):
@@ -225,5 +270,5 @@ def _confounds_table(confounds: Mapping[str, Any]) -> Table:
     return table
 
 
-def _interval(interval: list[float] | None) -> str:
-    return "–" if interval is None else "{:.2f} to {:.2f}".format(*interval)
+def _interval(interval: list[float] | None, form: str = ".2f") -> str:
+    return "–" if interval is None else " to ".join(format(edge, form) for edge in interval)
