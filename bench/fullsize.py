@@ -41,8 +41,8 @@ from qwenscope.activations.windows import Windows
 from qwenscope.corpus.conversation import Conversation
 from qwenscope.costs import GPUS, named_card
 from qwenscope.doctor import examine
-from qwenscope.lm.load import cut_config, layer_kinds, pick_dtype
-from qwenscope.lm.model import LanguageModel, decoder_layers
+from qwenscope.lm.load import layer_kinds, pick_dtype
+from qwenscope.lm.model import LanguageModel, cut_config, decoder_layers
 from qwenscope.lm.placement import pick_devices
 from qwenscope.lm.sites import Site
 from qwenscope.planning.measure import product_tflops

@@ -12,7 +12,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from qwenscope.cli.main import app
-from qwenscope.cli.options import format_names
 from qwenscope.recipe import keys, packaged_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,8 +104,6 @@ def described(command: Any, name: str) -> Iterator[str]:
     yield f"## `{name}`\n\n{command.help}\n\n```text\n{name} {usage}\n```\n"
     yield "| argument or option | meaning |\n|---|---|"
     for parameter in command.get_params(context):
-        if parameter.name in ("to", "origin"):
-            parameter.metavar = "|".join(format_names(parameter.name))
         if (record := parameter.get_help_record(context)) and parameter.name != "help":
             yield f"| `{cell(record[0])}` | {cell(record[1])} |"
     yield ""

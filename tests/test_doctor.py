@@ -74,3 +74,12 @@ def test_the_table_shows_each_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = console.export_text()
     assert "routed experts: a loop" in shown
     assert "routed experts without a fused kernel: much time" in shown
+
+
+def test_what_is_missing_is_shown_letter_by_letter() -> None:
+    report = examine() | {
+        "missing": [{"package": "wandb", "buys": "telemetry.sinks: [wandb]", "get": "pip install wandb"}]
+    }
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(doctor_table(report))
+    assert "wandb: telemetry.sinks: [wandb]; pip install wandb" in console.export_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import sqlite3
 import stat
@@ -28,6 +29,7 @@ from qwenscope.files import (
     write_json,
     write_text,
 )
+from qwenscope.sae.files import read_safetensors
 from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.checkpoint import save
 from qwenscope.training.lock import run_lock
@@ -189,6 +191,20 @@ def test_libraries_that_write_by_themselves_are_understood(tmp_path: Path) -> No
     assert refused(OSError("a server said no")) is None
 
 
+def test_a_file_that_torch_may_not_open_is_refused_like_others(tmp_path: Path) -> None:
+    """safetensors opens it first, then torch, to map it: here the process may have one more open file."""
+    save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"a\.safetensors: Too many open files"):
+            read_safetensors(tmp_path / "a.safetensors", {"x": (2,)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"9" * 5000, b'{"a": 1}}', b"\x00"])
 def test_what_is_no_json_is_one_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(data)
@@ -196,7 +212,7 @@ def test_what_is_no_json_is_one_line(data: bytes, tmp_path: Path) -> None:
     assert "cannot be read (" in str(refusal(lambda: read_json(tmp_path)))
 
 
-@given(st.text())
+@given(st.text(max_size=100))
 def test_every_message_is_one_line_that_can_be_shown(text: str) -> None:
     assert printable(text).isprintable()
     assert str(QwenscopeError(text)) == printable(text)
@@ -209,6 +225,13 @@ def test_messages_keep_what_can_be_read() -> None:
     assert str(FormatError("\x1b[31mred\x07 \u202eevil \udcff")) == r"\x1b[31mred\x07 \u202eevil \udcff"
     assert reason(KeyError()) == "KeyError"
     assert reason(torch.OutOfMemoryError("no\nroom")) == "no room"
+
+
+def test_a_message_that_quotes_a_page_keeps_both_ends() -> None:
+    message = str(FormatError(f"config.json: id {'x' * 100_000} is none; take letters"))
+    assert message.startswith("config.json: id xxx")
+    assert message.endswith("xxx is none; take letters")
+    assert len(message) < 1200
 
 
 def test_no_file_of_a_run_is_written_through_a_link(tmp_path: Path) -> None:

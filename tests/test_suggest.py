@@ -12,6 +12,7 @@ from lm.families import tiny
 
 from qwenscope.errors import CorpusError, ModelError, RecipeError
 from qwenscope.lm.standin import STANDIN_FOLDER
+from qwenscope.planning.plan import plan
 from qwenscope.planning.suggest import suggest
 from qwenscope.recipe import Recipe, load_recipe
 
@@ -34,6 +35,31 @@ def test_both_kinds_of_layer_are_hooked_at_three_depths() -> None:
         (10, "deltanet"), (11, "attention"), (19, "attention"), (20, "deltanet"), (30, "deltanet"), (31, "attention"),
     ]  # fmt: skip
     assert recipe.corpus.sources[0].name == "ultrachat"
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "gemma3n_text"])
+def test_a_config_with_a_null_is_planned_or_refused_in_one_line(family: str, llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    whole = json.loads(tiny(family).config.to_json_string(use_diff=False))
+    planned, refused = 0, list[str]()
+    for key in whole:
+        (folder / "config.json").write_text(json.dumps({**whole, key: None}))
+        try:
+            plan(load_recipe_text(suggest(str(folder))), "h200", 1)
+            planned += 1
+        except ModelError as error:
+            refused.append(str(error))
+    assert planned > 10
+    assert planned + len(refused) == len(whole)
+
+
+def test_a_config_of_a_billion_layers_is_damaged(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(ModelError, match="1,000,000,000 layers or experts; it is damaged"):
+        suggest(str(tmp_path / "model"))
 
 
 def load_recipe_text(text: str) -> Recipe:

@@ -7,6 +7,7 @@ docs/plan.md has the formulas, and where their constants come from.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from qwenscope.errors import RecipeError
+from qwenscope.lm.model import config_number
 from qwenscope.machine import GROUPED_PRODUCTS
 from qwenscope.recipe import Recipe
 from qwenscope.sae.activation import activation_of
@@ -67,6 +69,7 @@ GPUS: dict[str, Card] = {
     "4090": Card((8, 9), 24, 165, 1.0, 32, (0.3, 0.7)),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as families call their number
+_STATE = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 NETWORK_GB_S = 50.0
 """Between machines: one adapter of 400 Gbit/s per card."""
 
@@ -123,8 +126,8 @@ def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> Model
     active; embeddings are looked up, not multiplied. The length-dependent part of attention is left out: below 1 % at
     2,048 tokens.
     """
-    experts = next((count for name in _EXPERTS if (count := getattr(config, name, None))), None)
-    routed = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
+    experts = config_number(config, *_EXPERTS)
+    routed = min(1.0, config_number(config, "num_experts_per_tok", default=1) / experts) if experts else 1.0
     parameters = active = 0.0
     mixtures = set()
     for name, weight in model.named_parameters():
@@ -133,10 +136,9 @@ def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> Model
             mixtures.add(name.partition(".experts.")[0])
         if weight.ndim >= 2 and "embed" not in name:
             active += weight.numel() * (routed if ".experts." in name else 1)
-    heads = getattr(config, "linear_num_value_heads", 0)
-    state = heads * getattr(config, "linear_key_head_dim", 0) * getattr(config, "linear_value_head_dim", 0)
+    state = math.prod(config_number(config, name) for name in _STATE)
     flops = 2 * active + 8 * kinds.count("deltanet") * state
-    return ModelSize(len(kinds), int(parameters), int(active), int(flops), 2 * (experts or 0) * len(mixtures))
+    return ModelSize(len(kinds), int(parameters), int(active), int(flops), 2 * experts * len(mixtures))
 
 
 def position_seconds(size: ModelSize, card: Card, positions: int) -> Range:

@@ -32,8 +32,9 @@ class QwenscopeError(ValueError):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message as one line that a terminal and a log can take."""
-        return printable(super().__str__())
+        """The message as one line that a terminal and a log can take, its middle left out where it is a page long."""
+        line = printable(super().__str__())
+        return line if len(line) <= 1200 else f"{line[:800]} ... {line[-300:]}"
 
 
 class RecipeError(QwenscopeError):

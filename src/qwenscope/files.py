@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from qwenscope.errors import FormatError, ResourceError, reason
 
@@ -175,6 +175,23 @@ def disk_errors_named(target: Path, needed: int | None = None) -> Iterator[None]
         if (known := refused(error, target, needed)) is None:
             raise
         raise known from error
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, whose tensors are read when they are asked for.
+
+    Raises:
+        OSError: it cannot be opened or mapped (torch, which maps it, raises RuntimeError with the number in its text).
+        SafetensorError: it is none, or not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except RuntimeError as error:
+        if (match := re.match(r"unable to (?:open|mmap|stat) .*\((\d+)\)$", str(error))) is None:
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
 
 
 @contextmanager

@@ -87,4 +87,4 @@ def test_the_fixture_through_the_survey(shared_data: Path, tokenizer: PreTrained
     privacy = report["privacy"]
     assert privacy["sources"]["wildchat"]["dropped_countries"]["Germany"] > 50
     assert privacy["sources"]["wildchat"]["revision"].startswith("sha256:")
-    assert privacy["filter_version"] == 3
+    assert privacy["filter_version"] == 4

@@ -75,6 +75,18 @@ def test_other_conversations_rows_or_sites_share_nothing_wrong(lm, recipe, conve
     assert same(found, SplitMeter(lm, few, one, conversations, recipe).run())
 
 
+def test_a_model_of_which_one_weight_was_edited_is_another(lm, recipe, conversations, folder) -> None:
+    first = SplitMeter(lm, saes(0), SITE_OF, conversations, recipe, Kept(lm, recipe)).run()
+    weight = lm.model.lm_head.weight.data
+    weight[5, 3] += 20
+    try:
+        edited = SplitMeter(lm, saes(0), SITE_OF, conversations, recipe, Kept(lm, recipe))
+        assert edited.first is None
+        assert not same(edited.run(), first)
+    finally:
+        weight[5, 3] -= 20
+
+
 def test_a_damaged_file_is_computed_again(lm, recipe, conversations, folder, caplog) -> None:
     first = SplitMeter(lm, saes(0), SITE_OF, conversations, recipe, Kept(lm, recipe)).run()
     for path in folder.iterdir():

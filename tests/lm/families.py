@@ -59,6 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 3, "max_seq_len": 64},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    "xlstm": {"num_heads": 2, "chunk_size": 8, "qk_dim_factor": 2.0, "v_dim_factor": 2.0},
     "nemotron_h": {
         **_EXPERTS, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 16,
         "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8,

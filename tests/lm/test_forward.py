@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from qwenscope.errors import ModelError
 from qwenscope.lm.batches import make_batches
-from qwenscope.lm.forward import final_hidden, logits, unembedding
+from qwenscope.lm.forward import final_hidden, logits, site_rows, unembedding
+from qwenscope.lm.hooks import record
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel, as_language_model
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import LMRecipe
 
 LENGTHS = [1, 2, 3, 5, 17, 63, 64, 65, 127, 128, 129, 300, 511, 512, 777, 1024, 1500, 2047, 2048]
@@ -161,3 +163,13 @@ def test_rows_beyond_a_models_learned_positions_are_refused() -> None:
     with pytest.raises(ModelError, match=r"knows 64 positions.*has 65 tokens; set corpus.max_length to 64"):
         residual_streams(learned, ids(1, 65), [0])
     assert as_language_model(tiny("llama")).known_positions is None
+
+
+def test_a_model_that_reads_long_texts_in_parts_is_refused() -> None:
+    """Its layers run once per part, so that a hook sees the last one, or with a pass cut off the first."""
+    lm = as_language_model(tiny("xlstm", max_inference_chunksize=5).requires_grad_(False))
+    assert site_rows(lm, ids(2, 5), [1])[Site.of(1)].shape == (2, 5, 32)
+    with pytest.raises(ModelError, match=r"layers\.1 of .* gives 5 of 12 positions.*corpus\.max_length"):
+        site_rows(lm, ids(2, 12), [1])
+    with pytest.raises(ModelError, match=r"layers\.1 of .* ran twice"), record(lm, [Site.of(1)]):
+        final_hidden(lm, ids(2, 12))

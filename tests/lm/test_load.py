@@ -297,7 +297,14 @@ def test_tensor_of_another_shape(checkpoint: Checkpoint, tmp_path: Path) -> None
     folder = copy_of(checkpoint, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"\.weight is of shape \[.*32\] in the weights and of \[.*64\] by the config"):
+        load_language_model(LMRecipe(model=str(folder)))
+
+
+def test_an_adapter_beside_a_model_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=r"holds an adapter .* merge it into the weights"):
         load_language_model(LMRecipe(model=str(folder)))
 
 
@@ -345,5 +352,10 @@ def test_digest_tells_weights_apart(checkpoint: Checkpoint) -> None:
     lm = load_language_model(LMRecipe(model=str(checkpoint("text")[0])), last_layer=3)
     whole = load_language_model(LMRecipe(model=str(checkpoint("text")[0])), lm_head=True)
     assert lm.digest(3) == whole.digest(3) != whole.digest(4)
-    next(lm.layers[3].parameters()).data += 0.5
-    assert lm.digest(3) != whole.digest(3)
+    for parameter in (lm.model.get_input_embeddings().weight, *lm.layers[3].parameters()):
+        before = lm.digest(3)
+        parameter.data.view(-1)[len(parameter.view(-1)) // 3] += 0.5  # a single value, wherever it stands
+        assert lm.digest(3) != before
+    before = whole.digest()
+    whole.model.config.rms_norm_eps *= 2
+    assert whole.digest() != before

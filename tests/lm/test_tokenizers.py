@@ -58,6 +58,14 @@ def test_code_of_the_checkpoint_is_neither_asked_for_nor_run(
     assert "[y/N]" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("longest", ["x", 3, -1, 1e30, []])
+def test_a_longest_length_that_was_saved_changes_nothing(folder: Path, longest: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": longest}))
+    expected = render(QUESTION, None, AutoTokenizer.from_pretrained(STANDIN_FOLDER), 1000)
+    assert np.array_equal(render(QUESTION, None, load(folder), 1000).token_ids, expected.token_ids)
+
+
 @pytest.mark.parametrize("direction", ["left", "right"])
 @pytest.mark.parametrize("kind", ["truncation", "padding", "fixed padding", "both"])
 def test_truncation_and_padding_that_were_saved_change_nothing(folder: Path, kind: str, direction: str) -> None:

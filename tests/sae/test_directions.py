@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from qwenscope import SAE
 from qwenscope.cli.main import app
 from qwenscope.errors import FormatError
-from qwenscope.sae.formats import OF_LATENTS, export_latents
+from qwenscope.sae.formats import export_latents
 from qwenscope.sae.formats.directions import Push
 
 HIDDEN, LATENTS = 24, 60
@@ -114,4 +114,3 @@ def test_the_command_tells_latents_from_suites(suite: Path, tmp_path: Path) -> N
         result = CliRunner().invoke(app, ["export", str(suite), *options, *out])
         assert isinstance(result.exception, FormatError), result.output
         assert complaint in str(result.exception)
-    assert set(OF_LATENTS) == {"control-vector", "directions"}

@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,9 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from qwenscope import TopKSAE, load_suite
 from qwenscope.errors import FormatError
-from qwenscope.sae.formats import EXPORTS, IMPORTS, export_suite, import_suite
+from qwenscope.sae.format_names import OfLatents, OfSuites, Read
+from qwenscope.sae.formats import EXPORTS, IMPORTS, OF_LATENTS, export_suite, import_suite
 
 ROUND_TRIPS = sorted(set(EXPORTS) & set(IMPORTS))
+
+
+def test_the_command_line_knows_the_registry() -> None:
+    assert (EXPORTS, IMPORTS, tuple(OF_LATENTS)) == (get_args(OfSuites), get_args(Read), get_args(OfLatents))
 
 
 @pytest.fixture

@@ -76,6 +76,9 @@ def test_gradcheck() -> None:
     sae = make_sae().double()
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(8)).double().requires_grad_(True)
     assert torch.autograd.gradcheck(sae, x)
+    (gradient,) = torch.autograd.grad(sae(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
 
 def test_codes_decode_and_dense() -> None:

@@ -21,15 +21,12 @@ from qwenscope.cli.demo import run_demo
 from qwenscope.cli.options import (
     AsJson,
     Data,
-    FormatCommand,
     Out,
     Overrides,
     RecipeName,
     TargetName,
     Tokens,
     err,
-    export_format,
-    import_format,
     out,
     per_latent,
     read_recipe,
@@ -47,6 +44,7 @@ from qwenscope.cli.tables import (
 )
 from qwenscope.errors import FormatError, QwenscopeError, RecipeError
 from qwenscope.files import refused
+from qwenscope.sae.format_names import Read, Written
 
 
 class _DefaultGroup(TyperGroup):
@@ -272,10 +270,10 @@ for command in (features.index, features.browse, features.steer, features.explai
 app.add_typer(analysis.monitor, name="monitor", rich_help_panel="Look and steer")
 
 
-@app.command(cls=FormatCommand, rich_help_panel="Share")
+@app.command(rich_help_panel="Share")
 def export(
     target: TargetName,
-    to: Annotated[str, typer.Option("--to", parser=export_format, metavar="FORMAT", help="Format.")],
+    to: Annotated[Written, typer.Option(help="Format.")],
     path: Out,
     feature_index: Annotated[
         Path | None, typer.Option("--index", metavar="INDEX", help="For neuronpedia: add activations and explanations.")
@@ -308,10 +306,10 @@ def export(
     export_suite(target, to, path)
 
 
-@app.command("import", cls=FormatCommand, rich_help_panel="Share")
+@app.command("import", rich_help_panel="Share")
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, file or Hub repository.")],
-    origin: Annotated[str, typer.Option("--from", parser=import_format, metavar="FORMAT", help="Format.")],
+    origin: Annotated[Read, typer.Option("--from", help="Format.")],
     path: Out,
 ) -> None:
     """Read SAEs of another library into our format."""

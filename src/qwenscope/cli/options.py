@@ -16,7 +16,6 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
-from typer.core import TyperCommand
 
 from qwenscope.errors import FormatError
 
@@ -120,39 +119,3 @@ def per_latent(option: str, values: list[T], latents: list[int]) -> list[T]:
     if len(values) not in (1, len(latents)):
         raise FormatError(f"{option} is given {len(values)} times, --latent {len(latents)}; give it once, or as often")
     return values * len(latents) if len(values) == 1 else values
-
-
-class FormatCommand(TyperCommand):
-    """A command with an option `--to` or `--from`: its help names the formats of the registry, which needs torch and is
-    therefore asked only then.
-    """
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """As typer's, with the names of the formats in place of FORMAT."""
-        for parameter in self.params:
-            if parameter.name in ("to", "origin"):
-                parameter.metavar = "|".join(format_names(parameter.name))
-        super().format_help(ctx, formatter)
-
-
-def format_names(option: str) -> list[str]:
-    """The formats SAEs can be written `to`, or of which `origin` they can be read."""
-    from qwenscope.sae.formats import EXPORTS, IMPORTS, OF_LATENTS
-
-    return [*EXPORTS, *OF_LATENTS] if option == "to" else list(IMPORTS)
-
-
-def export_format(text: str) -> str:
-    """`text` itself, if SAEs can be written in that format; else typer's usage error."""
-    return _known(text, "to")
-
-
-def import_format(text: str) -> str:
-    """`text` itself, if SAEs can be read from that format; else typer's usage error."""
-    return _known(text, "origin")
-
-
-def _known(text: str, option: str) -> str:
-    if text not in (names := format_names(option)):
-        raise typer.BadParameter(f"{text!r} is not one of {', '.join(names)}")
-    return text

@@ -108,10 +108,8 @@ def doctor_table(report: Mapping[str, Any]) -> Table:
         if kernel["costs"]:
             table.add_row("[yellow]slower[/]", f"{part} without a fused kernel: {kernel['costs']}")
     for missing in report["missing"]:
-        table.add_row(
-            "[yellow]optional[/]",
-            f"{missing['package']}: {missing['buys']}; {missing['get'].replace('[', chr(92) + '[')}",
-        )
+        offer = f"{missing['package']}: {missing['buys']}; {missing['get']}"
+        table.add_row("[yellow]optional[/]", escape(offer))
     for problem in report["problems"]:
         table.add_row("[red]problem[/]", escape(problem))
     if (test := report.get("self_test")) is not None:

@@ -38,13 +38,17 @@ def capture(lm: HasLayers, sites: Iterable[Site], *, stop: bool = False) -> Iter
         stop: end that pass, and the block, at the last of them: no module behind it runs.
 
     Raises:
-        ModelError: a site that is not there, did not run, or whose output is not rows.
+        ModelError: a site that is not there, did not run, or ran twice, or whose output is not rows.
     """
     rows: dict[Site, Tensor] = {}
     wanted, reached = set(sites), _StopForward()
 
     def catch(site: Site) -> Hook:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if site in rows:
+                raise ModelError(
+                    f"{site} of {lm.name} ran twice in a pass: it reads long texts in parts; take shorter ones"
+                )
             rows[site] = _rows(site, output).to(lm.device, copy=True)  # some models go on to write into it
             if stop and len(rows) == len(wanted):
                 raise reached

@@ -8,10 +8,10 @@ tensors: it is handed lazy slices of the shards and materialises those that its 
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,10 +35,18 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from qwenscope.errors import ModelError, ResourceError, reason
+from qwenscope.errors import ModelError, QwenscopeError, ResourceError, reason
 from qwenscope.lm.gguf import checked_revision, is_gguf, where
 from qwenscope.lm.gguf import tensors as gguf_tensors
-from qwenscope.lm.model import Kind, LanguageModel, as_language_model, decoder_layers, kind_of
+from qwenscope.lm.model import (
+    Kind,
+    LanguageModel,
+    as_language_model,
+    config_number,
+    cut_config,
+    decoder_layers,
+    kind_of,
+)
 from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.lm.sites import Site, hooked_sites, module_at
 from qwenscope.recipe import HookPoint, LMRecipe
@@ -48,6 +56,7 @@ logger = logging.getLogger(__name__)
 FP8_CAPABILITY = (8, 9)
 """Compute capability from which on GPUs multiply FP8 weights as they are."""
 _KINDS: dict[str, tuple[Kind, ...]] = {}  # of configs seen: building the shapes of a large model takes a second
+_MOST_PARTS = 10_000  # each becomes a module
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]  # config, tokenizer, shard index
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _NEVER = re.compile(r"(?:^|\.)(?:mtp|visual|vision_\w+|vision|audio_\w+|multi_modal_projector|embed_vision)\.")
@@ -128,7 +137,7 @@ def _check_looks_back(lm: LanguageModel) -> None:
         return  # its layers do not return rows; a hook point there is refused by name
     except TypeError as error:  # an encoder, whose layers are called otherwise
         raise ModelError(
-            f"{lm.name} ({type(lm.model).__name__}) is no causal decoder, and not supported: {_first_line(error)}"
+            f"{lm.name} ({type(lm.model).__name__}) is no causal decoder, and not supported: {reason(error)}"
         ) from error
     apart = ((first - second).norm(dim=-1) / first.norm(dim=-1).clamp(min=1e-30))[:-1].median()
     if apart > (1e-4 if lm.dtype == torch.float32 else 3e-2):
@@ -158,13 +167,15 @@ def load_tokenizer(lm: LMRecipe) -> Tokenizer:
 
 
 def _tokenizer(name: str, folder: Path) -> Tokenizer:
-    """Never asks for, nor runs, code of the checkpoint; truncation and padding that it was saved with are off."""
+    """Never asks for, nor runs, code of the checkpoint; truncation, padding and a longest length that it was saved with
+    are off."""
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**where(folder), trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, transformers whatever a foreign file leads to
         raise ModelError(f"the tokenizer of {name} cannot be loaded: {reason(error)}") from error
+    tokenizer.model_max_length = sys.maxsize
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
@@ -241,6 +252,11 @@ def resolve(lm: LMRecipe) -> tuple[Path, str | None]:
 
 
 def _text_config(name: str, folder: Path) -> PretrainedConfig:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{name} holds an adapter (adapter_config.json), which is not applied here: merge it into the weights "
+            "(peft's merge_and_unload) and save those in a folder of their own"
+        )
     with _model_errors(name):
         whole = AutoConfig.from_pretrained(**where(folder), trust_remote_code=False)
     config: PretrainedConfig = whole.get_text_config(decoder=True)
@@ -252,18 +268,12 @@ def _text_config(name: str, folder: Path) -> PretrainedConfig:
         raise ModelError(f"{name} is no causal language model ({whole.model_type}), which is not supported")
     if config is not whole and hasattr(whole, "quantization_config"):
         config.quantization_config = whole.quantization_config
+    parts = max(config_number(config, key) for key in ("num_hidden_layers", "num_experts", "num_local_experts"))
+    if parts > _MOST_PARTS:
+        raise ModelError(f"the config of {name} speaks of {parts:,} layers or experts; it is damaged, fetch it again")
+    with _model_errors(name):
+        layer_kinds(config)  # a model can be made of its numbers
     return config
-
-
-def cut_config(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """A config of the first `layers` layers: every per-layer list is cut alike."""
-    cut = copy.deepcopy(config)
-    whole = config.num_hidden_layers
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == whole and whole > layers:
-            setattr(cut, key, value[:layers])
-    cut.num_hidden_layers = layers
-    return cut
 
 
 def pick_dtype(lm: LMRecipe, config: PretrainedConfig) -> torch.dtype:
@@ -328,7 +338,17 @@ def _build(
         places = None  # by way of host memory
     with _quiet_transformers():
         model, report = type(shapes).from_pretrained(
-            None, config=config, state_dict=slices, dtype=dtype, device_map=places, output_loading_info=True
+            None,
+            config=config,
+            state_dict=slices,
+            dtype=dtype,
+            device_map=places,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+        )
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"{key} is of shape {list(found)} in the weights and of {list(wanted)} by the config; fetch both again"
         )
     if report["missing_keys"] and config.tie_word_embeddings and not lm_head:
         return _build(config, slices, dtype, devices, True)  # the embedding may stand under the head's name
@@ -363,12 +383,12 @@ def _model_errors(name: str) -> Iterator[None]:
     """Turn what transformers and safetensors raise for a bad checkpoint into one line."""
     try:
         yield
-    except ModelError:
+    except QwenscopeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(f"not enough memory for {name}: {_first_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
+        raise ResourceError(f"not enough memory for {name}: {reason(error)}") from error
+    except Exception as error:  # whatever a foreign file leads to
+        raise ModelError(f"{name} cannot be loaded: {reason(error)}") from error
 
 
 @contextmanager
@@ -377,11 +397,4 @@ def _hub_errors(lm: LMRecipe) -> Iterator[None]:
         yield
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         where = lm.model if lm.revision is None else f"{lm.model} at {lm.revision}"
-        raise ModelError(
-            f"lm.model {where} is neither a folder nor to be had from the Hub: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise ModelError(f"lm.model {where} is neither a folder nor to be had from the Hub: {reason(error)}") from error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError
@@ -21,6 +24,9 @@ from qwenscope.lm.sites import Site
 Kind = str | None
 """Of a decoder layer: deltanet, attention, or None for whatever else mixes positions."""
 _OTHER_MIXERS = ("Mamba", "Mixer", "Lightning", "DeltaAttention", "RecurrentBlock", "Rwkv", "LSTM", "ShortConv")
+
+_NOT_THE_MODEL = ("_name_or_path", "architectures", "transformers_version", "use_cache")  # of a config
+_PIECE = 64 << 20  # bytes of a tensor that are hashed at once
 
 
 class RowSource(Protocol):
@@ -103,6 +109,12 @@ class LanguageModel:
             )
         with capture(self, sites, stop=True) as rows:
             self.decoder(input_ids=input_ids_CT.to(self.device), use_cache=False)
+        for site, x_CTD in rows.items():
+            if x_CTD.shape[1] != input_ids_CT.shape[1]:
+                raise ModelError(
+                    f"{site} of {self.name} gives {x_CTD.shape[1]} of {input_ids_CT.shape[1]} positions: it reads long "
+                    "texts in parts; set corpus.max_length to no more than one of them"
+                )
         return {site: rows[site] for site in sites}
 
     @property
@@ -121,15 +133,21 @@ class LanguageModel:
         return longest if learned else None
 
     def digest(self, last_layer: int | None = None) -> str:
-        """16 hex digits that tell models apart: 64 evenly spaced values of every parameter, up to `last_layer`."""
-        digest = hashlib.sha256()
-        parts: list[Any] = [self.model]
+        """16 hex digits that tell models apart: every byte of the weights up to `last_layer`, and the config.
+
+        A gigabyte takes about a second of one core.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        parts: list[nn.Module] = [self.model]
         if last_layer is not None:
+            config = cut_config(config, last_layer + 1)
             parts = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
-        for name, parameter in (named for part in parts for named in part.named_parameters()):
-            values = parameter.detach().flatten()
-            sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        tensors = [named for part in parts for named in part.state_dict().items() if isinstance(named[1], Tensor)]
+        described = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+        with ThreadPoolExecutor() as pool:
+            for found in pool.map(_tensor_digest, tensors):
+                digest.update(found)
         return digest.hexdigest()[:16]
 
 
@@ -155,6 +173,30 @@ def as_language_model(model: PreTrainedModel | LanguageModel, tokenizer: Any = N
         name=model.name_or_path or type(model).__name__,
         revision=None,
     )
+
+
+def cut_config(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """A config of the first `layers` layers: every per-layer list is cut alike."""
+    cut = copy.deepcopy(config)
+    whole = config.num_hidden_layers
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == whole and whole > layers:
+            setattr(cut, key, value[:layers])
+    cut.num_hidden_layers = layers
+    return cut
+
+
+def config_number(config: Any, *names: str, default: int = 0) -> int:
+    """The first of `names` that stands in a config as a number above 0, of one per layer the largest; else `default`.
+
+    Families leave keys out that others have, and files say null.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
+        if max(numbers, default=0) > 0:
+            return int(max(numbers))
+    return default
 
 
 def find_decoder(model: nn.Module, count: int) -> tuple[nn.Module, list[nn.Module]]:
@@ -190,3 +232,12 @@ def kind_of(layer: nn.Module) -> Kind:
     if any(mixer in name for name in names for mixer in _OTHER_MIXERS) or deltanet == attention:
         return None
     return "deltanet" if deltanet else "attention"
+
+
+def _tensor_digest(named: tuple[str, Tensor]) -> bytes:
+    name, tensor = named
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+    for start in range(0, len(raw), _PIECE):
+        digest.update(raw[start : start + _PIECE].cpu().numpy().data)
+    return digest.digest()

@@ -23,8 +23,8 @@ from qwenscope.corpus.stream import CorpusStream
 from qwenscope.costs import Range
 from qwenscope.errors import ResourceError
 from qwenscope.lm.batches import cut
-from qwenscope.lm.load import cut_config, layer_kinds, load_tokenizer, pick_dtype
-from qwenscope.lm.model import Kind, decoder_layers
+from qwenscope.lm.load import layer_kinds, load_tokenizer, pick_dtype
+from qwenscope.lm.model import Kind, cut_config, decoder_layers
 from qwenscope.lm.placement import pick_devices
 from qwenscope.machine import KERNELS, import_error
 from qwenscope.recipe import HookPoint, Recipe

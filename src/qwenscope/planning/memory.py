@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from qwenscope.costs import Card, sites_held, trained_bytes
 from qwenscope.lm.load import FP8_CAPABILITY, pick_dtype
+from qwenscope.lm.model import config_number
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.planning.measure import BATCH_POSITIONS, batches_of
 from qwenscope.recipe import Recipe
@@ -107,12 +108,12 @@ def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, fused_
     float32 copies and on matrices of 64 x 64 positions per head; with them, its part is an estimate.
     """
     hidden = int(config.hidden_size)
-    heads = getattr(config, "linear_num_value_heads", 0)
-    value_dim = heads * getattr(config, "linear_value_head_dim", 0)
-    attention = getattr(config, "num_attention_heads", None) or 1
-    heads_dim = attention * (getattr(config, "head_dim", None) or hidden // attention)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden  # some families leave it out
-    routed = getattr(config, "num_experts_per_tok", None)
+    heads = config_number(config, "linear_num_value_heads")
+    value_dim = heads * config_number(config, "linear_value_head_dim")
+    attention = config_number(config, "num_attention_heads", default=1)
+    heads_dim = attention * config_number(config, "head_dim", default=hidden // attention)
+    inner = config_number(config, "intermediate_size", default=4 * hidden)
+    routed = config_number(config, "num_experts_per_tok")
     parts = (
         value_dim * 14 * width if fused_mixer else value_dim * 44 + heads * 64 * 16,
         heads_dim * 7 * width,

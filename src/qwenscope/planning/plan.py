@@ -39,7 +39,8 @@ from qwenscope.costs import (
     trained_bytes,
 )
 from qwenscope.errors import ModelError
-from qwenscope.lm.load import check_hook_points, cut_config, layer_kinds, load_config, pick_dtype
+from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
+from qwenscope.lm.model import cut_config
 from qwenscope.parallel.owners import Piece, owners
 from qwenscope.planning.measure import PADDING, Measured, batches_of
 from qwenscope.planning.memory import GIB, Held, fitting, row_bytes

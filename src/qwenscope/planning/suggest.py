@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.costs import GPUS
 from qwenscope.errors import CorpusError, RecipeError
-from qwenscope.lm.load import cut_config, layer_kinds, load_config, load_tokenizer
-from qwenscope.lm.model import Kind, as_language_model
+from qwenscope.lm.load import layer_kinds, load_config, load_tokenizer
+from qwenscope.lm.model import Kind, as_language_model, config_number, cut_config
 from qwenscope.lm.sites import Site, module_at
 from qwenscope.planning.memory import GIB, fitting
 from qwenscope.planning.plan import model_size
@@ -60,7 +60,7 @@ def suggest(
     width = dict_size or 8 * int(config.hidden_size)
     if width < 4:
         raise RecipeError(f"--dict-size {width} is too few for any SAE; take eight per dimension")
-    longest = getattr(config, "max_position_embeddings", None) or 2048
+    longest = config_number(config, "max_position_embeddings", default=2048)
     chat = bool(tokenizer.chat_template)
     length = min(2048 if chat else 1024, longest)
     tokens = _two_digits(min(max(_TOKENS_PER_LATENT * width, 1_000_000), 500_000_000))

@@ -1,7 +1,8 @@
 """Differentiable encode and decode whose backward passes touch only the active latents.
 
 For fine-tuning an SAE end to end through `SAE.forward`; `SAETrainer` needs no autograd. The weights' gradients are
-dense tensors, as optimisers expect, but they are summed pair by pair.
+dense tensors, as optimisers expect, but they are summed pair by pair. Second derivatives are refused by torch's own
+error.
 
 Legend: B rows (tokens), D hidden, N latents, K active latents per row.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qwenscope.sae import ops
 
@@ -31,6 +33,7 @@ class _SparseEncode(torch.autograd.Function):
         return values_BK, indices_BK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_BD, weight_ND, values_BK, indices_BK = ctx.saved_tensors
         delta_BK = grads[0] * (values_BK > 0)
@@ -50,6 +53,7 @@ class _SparseDecode(torch.autograd.Function):
         return ops.weighted_rows(table_ND, indices_BK, values_BK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values_BK, indices_BK, table_ND = ctx.saved_tensors
         g = ops.Panels.of(grads[0])

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenscope.checksums import CHECKSUMS_FILE, verify_listed
 from qwenscope.errors import FormatError
-from qwenscope.files import atomic_path, write_json
+from qwenscope.files import atomic_path, open_safetensors, refused, write_json
 from qwenscope.hub import check_repo_id, download, repo_files
 from qwenscope.sae.activation import ACTIVATIONS, TopK, activation_of
 
@@ -256,9 +256,10 @@ def read_safetensors(
     Raises:
         FormatError: not a safetensors file, truncated, a tensor is missing or extra, has another shape or a dtype
             outside `dtypes` (safetensors' names), or holds NaN or infinity.
+        ResourceError: the operating system refuses to open it.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             names = set(file.keys())
             for name, shape in shapes.items():
                 if name not in names:
@@ -276,8 +277,10 @@ def read_safetensors(
             if extra := sorted(names - set(shapes)):
                 raise FormatError(f"{path}: tensor {extra[0]} does not belong to this SAE")
             tensors = {name: file.get_tensor(name).float() for name in shapes}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise FormatError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+    except OSError as error:
+        raise refused(error, path) or error from None
     for name, tensor in tensors.items():
         check_finite(path, name, tensor)
     return tensors

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenscope.errors import CheckpointError, FormatError, TrainingError
-from qwenscope.files import atomic_path, disk_errors_named
+from qwenscope.files import atomic_path, disk_errors_named, open_safetensors
 from qwenscope.sae.rows import Rows, as_rows
 from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
@@ -180,7 +180,7 @@ class _Files:
         widths = set()
         for path in sorted(folder.glob("*.safetensors")):
             try:
-                with safe_open(path, framework="pt") as file:
+                with open_safetensors(path) as file:
                     names = list(file.keys())
                     shapes = [file.get_slice(name).get_shape() for name in names]
             except (SafetensorError, OSError) as error:
@@ -204,7 +204,7 @@ class _Files:
         for path, name, count in self.matrices:
             first, last = max(begin - offset, 0), min(end - offset, count)
             if first < last:
-                with safe_open(path, framework="pt") as file:
+                with open_safetensors(path) as file:
                     parts.append(file.get_slice(name)[first:last])
             offset += count
         return torch.cat(parts)
@@ -273,7 +273,7 @@ def _load(trainer: Trains, path: Path, order: dict[str, Any]) -> int:
         CheckpointError: it is none, or of other rows or another order.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             saved = json.loads((file.metadata() or {})[_ORDER])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError, KeyError, ValueError) as error:

@@ -209,9 +209,7 @@ def _national(match: re.Match[str]) -> Span | None:
     text = before(match)
     linked = text.endswith(("wa.me/", "?phone=", "&phone="))
     american = re.compile(r"(?:1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d-)[2-9]\d\d-\d{4}(?!-?\d)").match(match[0])
-    if not american and not is_named_by(_PHONE_CUE, text):
-        return None
-    if _DATE.match(match[0]):
+    if _DATE.match(match[0]) or (not american and not is_named_by(_PHONE_CUE, text)):
         return None
     for value in [american[0]] if american else _cuts(match[0]):
         digits = re.sub(r"[^0-9]", "", value)

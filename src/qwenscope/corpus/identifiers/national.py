@@ -107,7 +107,7 @@ def _shape_rule(gate: Gate, shapes: dict[str, str]) -> Rule:
 
 def _named(match: re.Match[str]) -> Span | None:
     text = before(match)
-    if not is_named_by(_CUE, text) and not _LABEL.search(text):
+    if not is_named_by(_CUE, text) and not (text.endswith((":", "=", ": ", "= ")) and _LABEL.search(text)):
         return None
     compact = re.sub(r"[ \t.\-/]", "", match[0]).upper()
     return match.span() if _has_checksum(compact) or (len(compact) == 9 and is_named_by(_SSN_CUE, text)) else None

@@ -17,8 +17,9 @@ _MAC = re.compile(
 _VERSION_BEFORE = re.compile(
     r"(?:\b(?:v|ver|version|release|build|firmware|chapter|section|oid|asn\.1|driver|update|patch|sdk|chrome|chromium"
     r"|edge?|opr|"
+    r"версия|версии|верс|versión|versão|wersja|sürüm|phiên bản|"
     r"opera|safari|firefox|kernel|linux|windows|macos|ios|android|cuda|nginx|apache|openssl|php|java|jdk)\W{0,3}"
-    r"|[=<>~^]=\s?[\"']?)$",
+    r"|(?:版本|版|バージョン|버전|إصدار|גרסה)\W{0,3}|[=<>~^]=\s?[\"']?)$",
     re.IGNORECASE,
 )
 _VERSION_AFTER = re.compile(r"-?(?:alpha|beta|rc|dev|snapshot|final|release|post)", re.IGNORECASE)

@@ -7,7 +7,16 @@ import re
 
 from stdnum import bitcoin, iban, luhn
 
-from qwenscope.corpus.identifiers.rules import Rule, Span, after, before, claimed, is_named_by, numbers, where
+from qwenscope.corpus.identifiers.rules import (
+    Rule,
+    Span,
+    after,
+    before,
+    claimed,
+    is_named_by,
+    numbers,
+    where,
+)
 
 _IBAN = re.compile(
     r"(?:(?<![0-9A-Za-z])|(?<=IBAN)|(?<=iban)|(?<=Iban))(?:A[DELTZ]|B[AEGHIRY]|C[HRYZ]|D[EJKO]|E[EGS]|F[IKOR]"
@@ -107,6 +116,9 @@ RULES = (
         _bech32,
     ),
     Rule(
-        "CRYPTO_ADDRESS", where("0x"), re.compile(r"(?<![0-9A-Za-z])0x[0-9A-Fa-f]{40}(?![0-9A-Za-z])"), _ethereum, "0x"
+        "CRYPTO_ADDRESS",
+        where("0x"),
+        re.compile(r"(?<![0-9A-Za-z])0x[0-9A-Fa-f]{40}(?![0-9A-Za-z])"),
+        _ethereum,
     ),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qwenscope.corpus.identifiers.folding import fold
 
@@ -17,6 +18,7 @@ MARGIN = 200
 """Characters after a region that a candidate which starts in it may reach."""
 CONTEXT = 48
 """Characters before and after a candidate that may claim or excuse it."""
+_SHORT = 64
 GAP = r"[ \t\r\n.\-/()\u30fc~]{0,4}"
 """What people write between the digits of one number."""
 
@@ -31,21 +33,30 @@ class Rule:
     pattern: re.Pattern[str]
     check: Callable[[re.Match[str]], Span | None]
     """The identifier's span, which may be more or less than the candidate, or None."""
-    literal: str = ""
-    """Stands in every text that holds a candidate."""
+    literals: tuple[str, ...] = ("",)
+    """One of them stands in every text that holds a candidate."""
 
     def spans(self, text: str, regions: Sequence[Span]) -> Iterator[Span]:
         """Identifiers that start in `regions`, in order; what failed as one candidate may hold another."""
-        if self.literal not in text:
+        if not any(literal in text for literal in self.literals):
             return
         position = 0
         for start, end in regions:
             position = max(position, start)
-            while (match := self.pattern.search(text, position, end + MARGIN)) and match.start() < end:
+            while match := self._candidate(text, position, end):
                 span = self.check(match)
                 if span is not None:
                     yield span
                 position = match.start() + 1 if span is None else max(span[1], match.start() + 1)
+
+    def _candidate(self, text: str, position: int, end: int) -> re.Match[str] | None:
+        """The first that starts in [position, end). A search would go on through the margin, so that between a short
+        region and much more text every place is tried by itself."""
+        if end - position > _SHORT or len(text) - end < _SHORT:
+            match = self.pattern.search(text, position, end + MARGIN)
+            return match if match and match.start() < end else None
+        tried = (self.pattern.match(text, place, end + MARGIN) for place in range(position, end))
+        return next(filter(None, tried), None)
 
 
 def everywhere(text: str) -> Sequence[Span]:
@@ -57,6 +68,13 @@ def where(sign: str) -> Gate:
     """The gate that is open for texts in which the pattern `sign` is found."""
     search = re.compile(sign).search
     return lambda text: ((0, len(text)),) if search(text) else ()
+
+
+def after_words(words: Sequence[str], reach: int) -> Gate:
+    """The gate that is open at each of `words`, and so many characters before its end."""
+
+    find = re.compile("|".join(words)).finditer
+    return lambda text: [(max(0, match.end() - reach), match.end()) for match in find(text)]
 
 
 _NUMBER = re.compile(rf"[0-9](?:{GAP}[0-9]){{6,}}")
@@ -91,7 +109,11 @@ def cue(pattern: str) -> re.Pattern[str]:
 def is_named_by(cue: re.Pattern[str], text: str) -> bool:
     """Whether `text` ends in a word of `cue`, but for punctuation, words such as "number is", and letters of non-Latin
     scripts, whose grammar no list holds."""
-    text = re.split("[0-9]", text)[-1]
+    return _named(cue, re.split("[0-9]", text)[-1])
+
+
+@lru_cache(maxsize=4096)
+def _named(cue: re.Pattern[str], text: str) -> bool:
     ends = [match.end() for match in cue.finditer(text)]
     if not ends:
         return False

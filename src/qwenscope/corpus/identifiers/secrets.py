@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from itertools import pairwise
 
-from qwenscope.corpus.identifiers.rules import Rule, Span, before, everywhere, where
+from qwenscope.corpus.identifiers.rules import Rule, Span, after_words, before, where
 
 _KEYS = {  # a literal of the key -> its pattern; an empty one for prefix, then at least 20 of the usual characters
     "sk-": r"sk-(?:proj-|svcacct-|admin-|ant-(?:api|admin)\d\d-|or-v1-|lf-)?[\w\-]{20,220}",
@@ -70,29 +70,28 @@ _NAME_BEFORE = re.compile(
 _DUMMY = re.compile(
     r"example|your|xxxx|\*\*\*|placeholder|insert|change.?me|dummy|redacted|todo|replace", re.IGNORECASE
 )
+_PASSWORD = re.compile(  # its name, and a value in quotes or not
+    r"(?:passw(?:or)?[dt]|passphrase|pwd|secret|kennwort|contrase\u00f1a|mot de passe|senha|пароль|密码|密碼"
+    r"|パスワード|비밀번호)"
+    r"\w{0,24}(?:\\?[\"'`])?\s{0,3}(?::=|=>|[:=]|is)\s{0,3}"
+    r"(?:\\?([\"'`])([^\s\"'`<>{}()\[\]\\]{8,128})(?=\\?\1)|([^\s\"'`<>{}()\[\],;&|\\]{8,128})(?=[\s,;&|]|$))",
+    re.IGNORECASE,
+)
+_COMMON = re.compile(r"p[a@4][s5$]{2}|pwd|secret|abcd|0123|1234|qwert|://|^[/.~]", re.IGNORECASE)
+_VARIABLE = re.compile(r"[$%#]?(?:\{.*\}|\(.*\)|[A-Za-z_.]+)%?")
 
 
 _has_token = where(r"[0-9](?:(?=[0-9A-Za-z]{8})|(?<=[0-9A-Za-z]{8}[0-9]))")  # nine in a row, one a digit
 
 
-def _names_secret(text: str) -> Sequence[Span]:
-    words = (
-        "key",
-        "Key",
-        "KEY",
-        "oken",
-        "OKEN",
-        "ecret",
-        "ECRET",
-        "assw",
-        "ASSW",
-        "pwd",
-        "PWD",
-        "earer",
-        "redential",
-        "uthoriz",
-    )
-    return _has_token(text) if any(word in text for word in words) else ()
+_OF_PASSWORDS = (
+    *("assw", "ASSW", "assphrase", "pwd", "PWD", "ecret", "ECRET", "ennwort", "ontraseña", "t de passe", "enha"),
+    *("ароль", "АРОЛЬ", "密码", "密碼", "パスワード", "비밀번호"),
+)
+_OF_SECRETS = (
+    *("key", "Key", "KEY", "oken", "OKEN", "ecret", "ECRET", "assw", "ASSW", "pwd", "PWD", "earer", "redential"),
+    "uthoriz",
+)
 
 
 def _looks_random(value: str) -> bool:
@@ -119,10 +118,23 @@ def _pem(match: re.Match[str]) -> Span | None:
 
 
 def _password_in_url(match: re.Match[str]) -> Span | None:
-    dummy = re.fullmatch(
-        r"(?:pass(?:word|wd)?|pwd|secret|\W*\w*(?:pass|pwd)\w*\W*|\$.*|\{.*|x-oauth-basic)", match[1], re.IGNORECASE
-    )
-    return None if dummy or _DUMMY.search(match[1]) else match.span(1)
+    dummy = re.fullmatch(r"(?:secret|\W*\w*(?:pass|pwd)\w*\W*|\{.*|x-oauth-basic)", match[1], re.IGNORECASE)
+    variable = match[1].startswith("$") and _VARIABLE.fullmatch(match[1])
+    return None if dummy or variable or _DUMMY.search(match[1]) else match.span(1)
+
+
+def _password(match: re.Match[str]) -> Span | None:
+    """A value that mixes letters and digits with signs, or both cases and digits many times over; no name in code."""
+    quoted = match[2] is not None
+    value = match[2] if quoted else match[3]
+    kinds = ["aA0!"[0 if c.islower() else 1 if c.isupper() else 2 if c.isdecimal() else 3] for c in value]
+    changes = sum(kind != following for kind, following in pairwise(kinds))
+    signs = any(sign in value for sign in "!@#$%^&*?")
+    mixed = {"a", "A", "0"} <= set(kinds) and changes >= 6
+    strong = "0" in kinds and ((signs and changes >= 3 and bool({"a", "A"} & set(kinds))) or (mixed and quoted))
+    if not strong or len(set(value)) < 6 or _VARIABLE.fullmatch(value):
+        return None
+    return None if _DUMMY.search(value) or _COMMON.search(value) else match.span(2 if quoted else 3)
 
 
 def _assigned(match: re.Match[str]) -> Span | None:
@@ -139,14 +151,15 @@ RULES = (
     *(
         Rule(
             "SECRET",
-            everywhere if literal == "hf_" else _has_token,
+            where(literal) if literal == "hf_" else _has_token,
             re.compile(rf"(?<![0-9A-Za-z])(?:{pattern})(?![0-9A-Za-z])", re.ASCII),
             _key,
-            literal,
+            (literal,),
         )
         for literal, pattern in _KEYS.items()
     ),
-    Rule("SECRET", everywhere, _PEM, _pem, "PRIVATE KEY"),
-    Rule("SECRET", everywhere, _IN_URL, _password_in_url, "://"),
-    Rule("SECRET", _names_secret, _VALUE, _assigned),
+    Rule("SECRET", where("PRIVATE KEY"), _PEM, _pem),
+    Rule("SECRET", where("://"), _IN_URL, _password_in_url),
+    Rule("SECRET", _has_token, _VALUE, _assigned, _OF_SECRETS),
+    Rule("SECRET", after_words(_OF_PASSWORDS, 12), _PASSWORD, _password),
 )

@@ -10,15 +10,24 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from math import ceil
+from statistics import fmean
+from time import monotonic
 
 from qwenscope.errors import QwenscopeError
 
 WAITING = 16
 """Jobs that may wait; more are refused at once, rather than answered when nobody waits any more."""
+FIRST_SECONDS = 5.0
+"""What a job is taken to last before one has ended."""
 
 
 class BusyError(QwenscopeError):
-    """The queue is full, or the server ends; try again later."""
+    """The queue is full, or the server ends; try again after `seconds`, when what waits now should be done."""
+
+    def __init__(self, message: str, seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.seconds = ceil(seconds)
 
 
 class CancelledJobError(Exception):
@@ -66,6 +75,7 @@ class ModelThread:
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False
+        self._lasted: deque[float] = deque([FIRST_SECONDS], maxlen=8)  # seconds of the last jobs
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], Iterator[str]]) -> Job:
@@ -79,7 +89,9 @@ class ModelThread:
             if self._closed:
                 raise BusyError("the server is ending")
             if len(self._waiting) >= self._limit:
-                raise BusyError(f"{self._limit} requests wait for the language model already; try again in a while")
+                seconds = fmean(self._lasted) * (len(self._waiting) + 1)
+                message = f"{self._limit} requests wait for the language model; try again in {seconds:.0f} s"
+                raise BusyError(message, seconds)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="language model", daemon=True)
                 self._thread.start()
@@ -116,6 +128,7 @@ class ModelThread:
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
+            began = monotonic()
             try:
                 for piece in job.work():
                     if job.cancelled:
@@ -124,6 +137,8 @@ class ModelThread:
                 job.tell(StopAsyncIteration())
             except Exception as error:  # the request's to handle, not this thread's
                 job.tell(error)
+            with self._changed:
+                self._lasted.append(monotonic() - began)
 
     def _next(self) -> Job | None:
         """The next job; None when closed."""

@@ -33,7 +33,6 @@ from qwenscope.features.store import Index, MissingLatentError
 
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 SEARCH_LIMIT = 1000
-RETRY_SECONDS = 5
 SWITCH_SECONDS = 0.0005
 """How long the model's thread keeps the interpreter when an answer needs it: each answer does several times."""
 
@@ -93,7 +92,7 @@ def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
             ],
             exception_handlers={
                 MissingLatentError: _refused(404),
-                BusyError: _refused(503, {"Retry-After": str(RETRY_SECONDS)}),
+                BusyError: _refused(503),
                 QwenscopeError: _refused(400),
                 ClientDisconnect: _refused(400),  # read by nobody
             },
@@ -229,8 +228,9 @@ def _json(value: Any) -> Response:
         raise FormatError(f"the index holds what cannot be shown ({error}); build it again") from None
 
 
-def _refused(status: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], Response]:
+def _refused(status: int) -> Callable[[Request, Exception], Response]:
     def answer(_request: Request, error: Exception) -> Response:
+        headers = {"Retry-After": str(max(1, error.seconds))} if isinstance(error, BusyError) else None
         return JSONResponse({"error": str(error)}, status, headers)
 
     return answer

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.load import layer_kinds, load_config, load_tokenizer, pick_dtype, resolve
+from qwenscope.lm.model import config_number
 from qwenscope.lm.placement import pick_devices
 from qwenscope.lm.sites import Site
 from qwenscope.recipe import LMRecipe
@@ -73,7 +74,7 @@ def check_vllm(lm: LMRecipe, max_length: int, sites: Sequence[Site]) -> str:
     if inner := [site.name for site in sites if site.part is not None]:
         raise RecipeError(f"lm.backend vllm gives the residual stream alone, not {inner[0]}; set it to transformers")
     who = vllm_version()
-    longest = getattr(load_config(lm), "max_position_embeddings", max_length + 1)
+    longest = config_number(load_config(lm), "max_position_embeddings", default=max_length + 1)
     if max_length >= longest:
         raise RecipeError(
             f"corpus.max_length {max_length} leaves vLLM no room for a token behind it: the model has {longest} "

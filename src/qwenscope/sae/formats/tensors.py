@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenscope.errors import FormatError, reason
-from qwenscope.files import atomic_path
+from qwenscope.files import atomic_path, open_safetensors
 from qwenscope.sae.files import check_finite
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -60,7 +60,7 @@ def read_tensors(path: Path, names: Mapping[str, int], optional: Mapping[str, in
     """
     optional = optional or {}
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a whole safetensors file ({error}); download it again") from None
