@@ -122,9 +122,7 @@ def contrast(
         CorpusError: the piles cannot be read or are too small.
     """
     opened = target if isinstance(target, Target) else open_target(target)
-    ids = list(saes) or list(opened.saes)
-    if unknown := [id for id in ids if id not in opened.saes]:
-        raise FormatError(f"--sae {unknown[0]} is not in {opened.name}; it holds {', '.join(opened.saes)}")
+    ids = chosen_saes(opened, saes)
     if pool not in POOLS:
         raise FormatError(f"pool {pool!r} is neither max nor mean")
     lm = opened.language_model(truncated=True)
@@ -138,6 +136,17 @@ def contrast(
             if pushes := steered(result):
                 write_pushes(folder / "steering.json", pushes)
     return result
+
+
+def chosen_saes(target: Target, saes: Sequence[str]) -> list[str]:
+    """The ids named, or all.
+
+    Raises:
+        FormatError: one is not there.
+    """
+    if unknown := [id for id in saes if id not in target.saes]:
+        raise FormatError(f"--sae {unknown[0]} is not in {target.name}; it holds {', '.join(target.saes)}")
+    return list(saes) or list(target.saes)
 
 
 def pool_suite(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qwenscope.analysis import controls
-from qwenscope.analysis.contrast import POOLS, Pooled, open_piles, pool_suite
+from qwenscope.analysis.contrast import POOLS, Pooled, chosen_saes, open_piles, pool_suite
 from qwenscope.analysis.detector import Detector, Scores, identity
 from qwenscope.analysis.piles import Given, Piles, Reader, Row, labelled
 from qwenscope.analysis.pooling import Pool, Scope, scoped_rows
@@ -232,8 +232,7 @@ def _opened(target: Target, monitor: Path | str) -> tuple[Detector, LanguageMode
 
 def _check(target: Target, sae: str | None, latents: Sequence[int], pool: str, scope: Scope, fpr: float) -> list[str]:
     """The SAEs that come into question."""
-    if sae is not None and sae not in target.saes:
-        raise FormatError(f"--sae {sae} is not in {target.name}; it holds {', '.join(target.saes)}")
+    ids = chosen_saes(target, [sae] if sae else [])
     if latents and sae is None:
         raise FormatError("--latent needs --sae: a number names a latent of one SAE")
     if sae is not None and (wrong := [latent for latent in latents if not 0 <= latent < target.saes[sae].dict_size]):
@@ -244,7 +243,7 @@ def _check(target: Target, sae: str | None, latents: Sequence[int], pool: str, s
         raise FormatError("a monitor reads tokens as they come: positions from the end cannot be watched")
     if not 0 < fpr < 1:
         raise FormatError(f"a false-positive rate of {fpr} is none; write 0.01 for 1 %")
-    return [sae] if sae else list(target.saes)
+    return ids
 
 
 def _probe(latents: Sequence[int]) -> Fit:

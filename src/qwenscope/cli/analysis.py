@@ -11,7 +11,7 @@ import typer
 
 from qwenscope.cli.options import AsJson, Out, TargetName, err, show, write_json
 from qwenscope.cli.progress import phases
-from qwenscope.cli.tables import contrast_tables, monitor_table, monitor_test_tables
+from qwenscope.cli.tables import contrast_tables, diff_table, monitor_table, monitor_test_tables
 
 
 class Pooling(StrEnum):
@@ -78,6 +78,27 @@ def contrast(
     show(result, as_json, contrast_tables)
     if path is not None:
         err.print(f"wrote {path}", highlight=False, markup=False)
+
+
+def diff(
+    target: TargetName,
+    a: Annotated[Path, typer.Option("--a", metavar="PATH", help="Conversations or documents.")],
+    b: Annotated[Path, typer.Option("--b", metavar="PATH", help="Others.")],
+    sae: Saes = [],  # noqa: B006 - typer copies it
+    roles: Roles = None,
+    positions: Positions = None,
+    path: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the result as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which latents fire on more tokens of one corpus than of another, and in which conversations."""
+    from qwenscope.analysis.diff import diff as run_diff
+    from qwenscope.analysis.pooling import Scope
+
+    with phases(err) as on_progress:
+        result = run_diff(
+            target, a=a, b=b, out=path, saes=sae, scope=Scope.of(roles, positions), on_progress=on_progress
+        )
+    show(result, as_json, diff_table)
 
 
 monitor = typer.Typer(

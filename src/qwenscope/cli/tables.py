@@ -208,6 +208,20 @@ def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     yield _confounds_table(result["confounds"])
 
 
+def diff_table(result: Mapping[str, Any]) -> Table:
+    """The latents that fire on more tokens of one corpus than of the other, those that fire together side by side."""
+    table = _plain("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
+    table.caption = "a, b: share of tokens on which it fires; group: latents that fire in the same conversations"
+    for heading in ("group", "SAE", "latent", "effect", "95 %", "q", "a", "b", "strongest in"):
+        table.add_column(heading, justify="left" if heading in ("SAE", "strongest in") else "right", no_wrap=True)
+    for cell in sorted(result["latents"], key=lambda cell: cell["group"]):
+        rates = (format(cell["rate"][side], ".2%") for side in ("a", "b"))
+        said = " ".join(cell["conversations"][0]["text"].split())[:40] if cell["conversations"] else ""
+        numbers = format(cell["effect"], ".2f"), _interval(cell["interval"]), format(cell["q"], ".1g"), *rates
+        table.add_row(str(cell["group"]), cell["sae"], str(cell["latent"]), *numbers, escape(said))
+    return table
+
+
 def monitor_table(result: Mapping[str, Any]) -> Table:
     """What `monitor fit` says: the SAE, its latents, and what the stated rate rests on."""
     table = _two_columns()
