@@ -10,10 +10,11 @@ trainers are those of `qwenscope train`. One window warms up, then whole windows
 first harvest and steps in turns, so that each phase has a time of its own, then, unless the recipe says
 `activations.overlap=false`, side by side (`tokens_per_s_overlapped`).
 
-Prints one JSON object. Phases are timed by CUDA events (on a CPU by the clock): `language_model` is the truncated
-forward alone, `sae_steps` all trainers' steps, `other` the rest: drawing, filtering, shuffling, gathering, waiting.
-MFU = FLOPs per token x tokens / forward seconds / the card's dense bf16 peak, where FLOPs per token = 2 x active
-weights + 8 x DeltaNet state, per layer; padding counts as lost. Without a data sheet the peak is a measured product.
+Prints one JSON object, and keeps the --json file up to date after each phase. Phases are timed by CUDA events (on a CPU
+by the clock): `language_model` is the truncated forward alone, `sae_steps` all trainers' steps, `other` the rest:
+drawing, filtering, shuffling, gathering, waiting. MFU = FLOPs per token x tokens / forward seconds / the card's dense
+bf16 peak, where FLOPs per token = 2 x active weights + 8 x DeltaNet state, per layer; padding counts as lost. Without a
+data sheet the peak is a measured product.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from transformers import AutoModel, PretrainedConfig, Qwen3_5MoeTextConfig
 
 from qwenscope.activations.windows import Windows
 from qwenscope.corpus.conversation import Conversation
-from qwenscope.costs import GPUS
+from qwenscope.costs import GPUS, named_card
 from qwenscope.doctor import examine
 from qwenscope.lm.load import layer_kinds, pick_dtype
 from qwenscope.lm.model import LanguageModel, cut_config, decoder_layers
@@ -146,12 +148,13 @@ def main() -> None:
         raise SystemExit("no CUDA device for 30.8B parameters: --reduced runs the same walk on a CPU")
     recipe = load_recipe("standin", REDUCED + options.set) if options.reduced else published(options.set)
     config = standin_config(4096) if options.reduced else Qwen3_5MoeTextConfig(**FULL, dtype="bfloat16")
-    result = run(recipe, config, options.seconds or (1.0 if options.reduced else 180.0))
-    text = json.dumps(result, indent=2)
+    text = ""
+    for result in run(recipe, config, options.seconds or (1.0 if options.reduced else 180.0)):
+        text = json.dumps(result, indent=2)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(text + "\n", encoding="utf-8")
     print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 def published(overrides: list[str]) -> Recipe:
@@ -173,9 +176,11 @@ def random_model(recipe: Recipe, config: PretrainedConfig) -> LanguageModel:
     )
 
 
-def run(recipe: Recipe, config: PretrainedConfig, seconds: float) -> dict[str, Any]:
-    """Warm up for one window, time whole windows for `seconds`, and report."""
+def run(recipe: Recipe, config: PretrainedConfig, seconds: float) -> Iterator[dict[str, Any]]:
+    """Warm up for one window, time whole windows for `seconds`, and report; what is known, after each phase."""
     lm = random_model(recipe, config)
+    known = describe(recipe, lm)
+    yield known
     windows = random_windows(lm, recipe, overlap=False)
     trainers = {sae_id: build_trainer(recipe, lm, sae_id, recipe.training.precision) for sae_id in recipe.hook_points}
     rows = windows.calibration_rows()
@@ -199,15 +204,11 @@ def run(recipe: Recipe, config: PretrainedConfig, seconds: float) -> dict[str, A
         timed.windows, timed.trained, timed.finite = timed.windows + 1, timed.trained + tokens, timed.finite and finite
     timed.seconds, timed.harvested = time.perf_counter() - began, windows.tokens_read - read
     timed.forward, timed.steps = forward.seconds(), steps.seconds()
+    known |= {"precision": sorted({trainer.precision for trainer in trainers.values()})} | report(lm, timed)
+    yield known
     del windows  # its window's memory
     side_by_side = overlapped(lm, recipe, trainers, seconds) if recipe.activations.overlap else None
-    precisions = {trainer.precision for trainer in trainers.values()}
-    return (
-        describe(recipe, lm)
-        | {"precision": sorted(precisions)}
-        | report(lm, timed)
-        | {"tokens_per_s_overlapped": side_by_side}
-    )
+    yield known | {"tokens_per_s_overlapped": side_by_side}
 
 
 def random_windows(lm: LanguageModel, recipe: Recipe, overlap: bool) -> Windows:
@@ -268,8 +269,8 @@ def describe(recipe: Recipe, lm: LanguageModel) -> dict[str, Any]:
 def report(lm: LanguageModel, timed: Timed) -> dict[str, Any]:
     """Rates, MFU, shares of time and memory."""
     size = model_size(lm.model.config, len(lm.layers))
-    name = device_name(lm).lower().split()
-    sheet = next((card.bf16_tflops for card_name, card in GPUS.items() if card_name in name), None)
+    known = GPUS.get(named_card(device_name(lm)) or "")
+    sheet = known and known.bf16_tflops
     peak = sheet or product_tflops(lm.device, lm.dtype)
     tflops = size.flops_per_token * timed.harvested / timed.forward / 1e12
     shares = {"language_model": timed.forward / timed.seconds, "sae_steps": timed.steps / timed.seconds}

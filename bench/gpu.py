@@ -58,6 +58,19 @@ def graphed(trainer: Any, x: torch.Tensor) -> Callable[[], None]:
     return replay
 
 
+def waits(trainer: Any, x: torch.Tensor) -> str | None:
+    """What in a step's device part would synchronise host and device, as torch reports it; None where nothing does."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            trainer.device_step(x)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
 def make_trainer(latents: int, k: int, x: torch.Tensor) -> Any:
     """Our trainer in bfloat16 on the device."""
     from qwenscope.sae.sae import TopKSAE
@@ -77,6 +90,7 @@ def shape_result(latents: int, k: int, x: torch.Tensor, names: list[str]) -> dic
     if "ours" in names:
         trainer = make_trainer(latents, k, a)
         calls = {"ours": lambda: trainer.step(a), "ours, graph": graphed(trainer, a)}
+        result["waits for the device"] = waits(trainer, a)
     dead = dead_latents(latents, 0.0).to(x.device)
     for name in names:
         if name == "first":
@@ -127,8 +141,11 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "batch": options.batch,
-        "shapes": [shape_result(latents, k, x, names) for latents, k in SHAPES],
+        "shapes": [],
     }
+    for latents, k in SHAPES:
+        result["shapes"].append(shape_result(latents, k, x, names))
+        write(result, options.json)
     if "ours" in names:
         rows = x.bfloat16()
         trainers = [make_trainer(latents, k, rows) for latents, k in SUITE]
@@ -143,11 +160,15 @@ def main() -> None:
             shape["times faster than the best peer"] = {
                 ours: best_peer(shape, ours) for ours in ("ours", "ours, graph")
             }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n", encoding="utf-8")
+    write(result, options.json)
+    print(json.dumps(result, indent=2))
+
+
+def write(result: dict[str, Any], path: Path | None) -> None:
+    """Keep what is known so far."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
+import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -11,17 +13,21 @@ from rich.console import Console
 from qwenscope import machine
 from qwenscope.cli.tables import doctor_table
 from qwenscope.doctor import examine
-from qwenscope.machine import kernels
+from qwenscope.machine import KERNELS, kernels
 
 PARTS = {"Gated DeltaNet", "DeltaNet convolution", "attention", "routed experts", "SAE step"}
 
 
+Install = Callable[[str], None]
+
+
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Packages that the machine seems to have; add to it."""
-    names: set[str] = set()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in names else None)
-    return names
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """A machine without kernels, and what puts one there."""
+    for module in KERNELS.values():
+        monkeypatch.setitem(sys.modules, module.split(".")[0], None)
+        monkeypatch.setitem(sys.modules, module, None)
+    return lambda package: monkeypatch.setitem(sys.modules, KERNELS[package], ModuleType(package))
 
 
 def test_a_cpu_lacks_nothing_that_would_run_there() -> None:
@@ -30,7 +36,7 @@ def test_a_cpu_lacks_nothing_that_would_run_there() -> None:
     assert all(kernel == {"used": "torch", "costs": ""} for kernel in chosen.values())
 
 
-def test_a_bare_gpu_names_what_is_slow_and_a_full_one_nothing(installed: set[str]) -> None:
+def test_a_bare_gpu_names_what_is_slow_and_a_full_one_nothing(install: Install) -> None:
     bare = kernels((9, 0))
     assert set(bare) == PARTS
     assert {part for part, kernel in bare.items() if kernel["costs"]} == {
@@ -38,17 +44,27 @@ def test_a_bare_gpu_names_what_is_slow_and_a_full_one_nothing(installed: set[str
         "DeltaNet convolution",
         "SAE step",
     }
-    installed |= {"fla", "causal_conv1d", "triton"}
+    for package in KERNELS:
+        install(package)
     full = kernels((9, 0))
     assert [kernel["costs"] for kernel in full.values()] == [""] * 5
     assert full["Gated DeltaNet"]["used"] == "flash-linear-attention"
     assert full["routed experts"]["used"] == "grouped product"
 
 
-def test_an_old_gpu_has_no_grouped_products(installed: set[str]) -> None:
-    old = kernels((7, 5))
-    assert "one small product per expert" in old["routed experts"]["costs"]
-    assert "square" in old["attention"]["costs"]
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (12, 0)])
+def test_few_gpus_have_grouped_products(capability: tuple[int, int]) -> None:
+    costs = {part: kernel["costs"] for part, kernel in kernels(capability).items()}
+    assert "two small products per expert" in costs["routed experts"]
+    assert ("square" in costs["attention"]) == (capability < (8, 0))
+    assert kernels((10, 0))["routed experts"]["used"] == "grouped product"
+
+
+def test_a_checkout_that_is_not_installed_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_PACKAGES", ("torch", "no-such-package"))
+    versions = machine.describe_machine()["versions"]
+    assert versions["no-such-package"] == "not installed"
+    assert versions["torch"]
 
 
 def test_the_table_shows_each_cost(monkeypatch: pytest.MonkeyPatch) -> None:

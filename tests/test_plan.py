@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, Qwen3_5MoeTextConfig
 
-from qwenscope.costs import GPUS
+from qwenscope.costs import GPUS, find_card, position_seconds
 from qwenscope.errors import ModelError, RecipeError, ResourceError
 from qwenscope.lm.batches import cut
 from qwenscope.lm.forward import site_rows
@@ -30,6 +30,8 @@ PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
 def measured(recipe: Recipe, **changes: Any) -> Measured:
     values: dict[str, Any] = {
         "device": "cpu",
+        "capability": (0, 0),
+        "fused_mixer": False,
         "lanes": 1,
         "memory_bytes": 8 * GIB,
         "process_bytes": GIB // 2,
@@ -266,9 +268,54 @@ def test_activation_memory_is_what_a_forward_pass_holds_at_once() -> None:
     assert needs["language_model_activations"] == pytest.approx(live.peak, rel=0.1)
 
 
-def test_an_unknown_card_is_named_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match=r"abacus.*h200"):
-        plan(load_recipe("standin"), "abacus")
+@pytest.mark.parametrize("text", ["abacus", "A100-SXM4-40GB", "NVIDIA GH200 480GB", "L40", "h100 or h200", "40900"])
+def test_an_unknown_card_is_named_with_the_known_ones(text: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{text}.*h200"):
+        find_card(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        *((name, name) for name in GPUS),
+        ("rtx4090", "4090"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("H200-141GB", "h200"),
+        ("NVIDIA L40S", "l40s"),
+    ],
+)
+def test_cards_are_known_by_the_names_that_drivers_and_people_give_them(text: str, name: str) -> None:
+    assert find_card(text) == (name, GPUS[name])
+
+
+def test_cards_without_grouped_products_pay_for_each_expert() -> None:
+    """Of 256 experts in each of 36 layers, two products each, at 2 to 6 microseconds."""
+    size = model_size(Qwen3_5MoeTextConfig(), 36)
+    assert size.expert_products == 2 * 256 * 36
+    for name, pays in (("h200", False), ("b200", False), ("a100", True), ("l40s", True), ("4090", True)):
+        small, large = (position_seconds(size, GPUS[name], positions) for positions in (10_000, 20_000))
+        for end, seconds in enumerate((6e-6, 2e-6)):
+            assert (small[end] - large[end]) * 20_000 == pytest.approx(size.expert_products * seconds if pays else 0.0)
+
+
+def test_fp8_is_advised_only_where_it_would_fit() -> None:
+    recipe = load_recipe("qwen3.5-35b-a3b")
+    assert "FP8" not in plan(recipe, "4090")["advice"][-1]  # 28.7 GiB of weights alone
+    assert "an FP8 checkpoint (which needs the kernels package" in plan(recipe, "l40s")["advice"][-1]
+
+
+def test_deltanet_without_kernels_holds_more() -> None:
+    recipe = load_recipe("qwen3.5-35b-a3b")
+    config = read_config(recipe)
+    fused, plain = (
+        memory_needs(recipe, config, 0, owners(recipe, 1), None, fused_mixer)["language_model_activations"]
+        for fused_mixer in (True, False)
+    )
+    assert plain / recipe.corpus.batch_tokens == pytest.approx(260e3, rel=0.05)  # bytes, traced 258 to 275 thousand
+    assert fused / recipe.corpus.batch_tokens < 190e3
 
 
 def test_a_device_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ docs/plan.md has the formulas, and where their constants come from.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch import nn
 
 from qwenscope.errors import RecipeError
 from qwenscope.lm.model import config_number
+from qwenscope.machine import GROUPED_PRODUCTS
 from qwenscope.recipe import Recipe
 from qwenscope.sae.activation import activation_of
 
@@ -46,10 +48,11 @@ class Part(Protocol):
 class Card:
     """Peaks of one card, from its data sheet or measured.
 
-    link_gb_s: to the other cards of its machine, one direction. usd_per_hour: span of on-demand prices seen in 2026,
-    for orientation; None where nothing is known.
+    capability: its compute capability. link_gb_s: to the other cards of its machine, one direction. usd_per_hour: span
+    of on-demand prices seen in 2026, for orientation; None where nothing is known.
     """
 
+    capability: tuple[int, int]
     memory_gib: float
     bf16_tflops: float
     bandwidth_tb_s: float
@@ -58,12 +61,12 @@ class Card:
 
 
 GPUS: dict[str, Card] = {
-    "h200": Card(140, 989, 4.8, 450, (2.3, 5.0)),
-    "h100": Card(79.6, 989, 3.35, 450, (1.8, 4.0)),
-    "b200": Card(179, 2250, 8.0, 900, (3.8, 7.0)),
-    "a100": Card(79.2, 312, 2.0, 300, (1.1, 2.5)),
-    "l40s": Card(45, 362, 0.86, 32, (0.8, 1.9)),
-    "4090": Card(24, 165, 1.0, 32, (0.3, 0.7)),
+    "h200": Card((9, 0), 140, 989, 4.8, 450, (2.3, 5.0)),
+    "h100": Card((9, 0), 79.6, 989, 3.35, 450, (1.8, 4.0)),
+    "b200": Card((10, 0), 179, 2250, 8.0, 900, (3.8, 7.0)),
+    "a100": Card((8, 0), 79.2, 312, 2.0, 300, (1.1, 2.5)),
+    "l40s": Card((8, 9), 45, 362, 0.86, 32, (0.8, 1.9)),
+    "4090": Card((8, 9), 24, 165, 1.0, 32, (0.3, 0.7)),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as families call their number
 _STATE = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
@@ -75,18 +78,30 @@ _LM_SHARE: Range = (0.25, 0.45)
 _PRODUCT_SHARE: Range = (0.65, 0.85)
 _TRAFFIC_SHARE: Range = (0.55, 0.85)
 _LINK_SHARE: Range = (0.4, 0.8)
+_PRODUCT_SECONDS: Range = (6e-6, 2e-6)  # to launch one expert's small product, and its part of waiting for the device
 _MACHINE = 8  # cards that share fast links
 
 
-def find_card(gpu: str) -> Card:
-    """The card of that name, however it is spelt.
+def find_card(gpu: str) -> tuple[str, Card]:
+    """The name in `GPUS` and the card that `gpu` means, as nvidia-smi, torch or a person writes it: RTX4090, say, or
+    A100-SXM4-80GB.
 
     Raises:
         RecipeError: it is not one of `GPUS`.
     """
-    if gpu.lower() not in GPUS:
+    if (name := named_card(gpu)) is None:
         raise RecipeError(f"--gpu {gpu} is unknown; one of {', '.join(GPUS)}")
-    return GPUS[gpu.lower()]
+    return name, GPUS[name]
+
+
+def named_card(text: str) -> str | None:
+    """The name in `GPUS` that stands in `text`; None where it says another card, or other memory than that one's."""
+    words = re.findall(r"[a-z]*\d+[a-z]*", text.lower())
+    found = [name for name in GPUS if any(word in (name, f"rtx{name}", f"rtx{name}d") for word in words)]
+    sizes = [int(word[:-2]) for word in words if re.fullmatch(r"\d+gb", word)]
+    if len(found) != 1 or any(abs(size - GPUS[found[0]].memory_gib) > 0.1 * size for size in sizes):
+        return None
+    return found[0]
 
 
 # -- the language model -----------------------------------------------------------------------------------------------
@@ -100,6 +115,8 @@ class ModelSize:
     parameters: int
     active_parameters: int
     flops_per_token: int
+    expert_products: int
+    """Of one pass, where every expert has products of its own."""
 
 
 def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> ModelSize:
@@ -112,18 +129,28 @@ def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> Model
     experts = config_number(config, *_EXPERTS)
     routed = min(1.0, config_number(config, "num_experts_per_tok", default=1) / experts) if experts else 1.0
     parameters = active = 0.0
+    mixtures = set()
     for name, weight in model.named_parameters():
         parameters += weight.numel()
+        if ".experts." in name:
+            mixtures.add(name.partition(".experts.")[0])
         if weight.ndim >= 2 and "embed" not in name:
             active += weight.numel() * (routed if ".experts." in name else 1)
     state = math.prod(config_number(config, name) for name in _STATE)
     flops = 2 * active + 8 * kinds.count("deltanet") * state
-    return ModelSize(len(kinds), int(parameters), int(active), int(flops))
+    return ModelSize(len(kinds), int(parameters), int(active), int(flops), 2 * experts * len(mixtures))
 
 
-def position_seconds(size: ModelSize, card: Card) -> Range:
-    """The truncated forward, per position of a batch."""
-    cautious, optimistic = (size.flops_per_token / (card.bf16_tflops * 1e12 * share) for share in _LM_SHARE)
+def position_seconds(size: ModelSize, card: Card, positions: int) -> Range:
+    """The truncated forward, per position of a batch of so many.
+
+    A card without grouped products launches those of each expert one after the other.
+    """
+    products = 0 if card.capability[0] in GROUPED_PRODUCTS else size.expert_products
+    cautious, optimistic = (
+        size.flops_per_token / (card.bf16_tflops * 1e12 * share) + products * seconds / positions
+        for share, seconds in zip(_LM_SHARE, _PRODUCT_SECONDS, strict=True)
+    )
     return cautious, optimistic
 
 

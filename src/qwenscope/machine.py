@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from qwenscope.errors import ResourceError, reason
+
+KERNELS = {"triton": "triton", "fla": "fla.ops.gated_delta_rule", "causal_conv1d": "causal_conv1d"}
+"""{package: the module of it that kernels are taken from}: a package whose module cannot be imported is passed over."""
+GROUPED_PRODUCTS = (9, 10)
+"""Major compute capabilities for which torch has a grouped product; on others its call of that name is a loop."""
 _PACKAGES = (
     "qwenscope",
     "torch",
@@ -31,7 +39,7 @@ def describe_machine(folder: Path = Path()) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "devices": [_device(index) for index in range(torch.cuda.device_count())] if cuda else [],
         "cpu": {
             "cores": os.cpu_count(),
@@ -56,10 +64,9 @@ def kernels(capability: tuple[int, int] | None) -> dict[str, dict[str, str]]:
         return {part: {"used": "torch", "costs": ""} for part in parts}
 
     def choose(package: str, name: str, costs: str) -> dict[str, str]:
-        found = importlib.util.find_spec(package) is not None
+        found = import_error(KERNELS[package]) is None
         return {"used": name, "costs": ""} if found else {"used": "torch", "costs": costs}
 
-    grouped = hasattr(torch.nn.functional, "grouped_mm") or hasattr(torch, "_grouped_mm")
     return {
         "Gated DeltaNet": choose(
             "fla",
@@ -76,15 +83,49 @@ def kernels(capability: tuple[int, int] | None) -> dict[str, dict[str, str]]:
         if capability >= (8, 0)
         else {"used": "torch's unfused attention", "costs": "memory grows with the square of a conversation's length"},
         "routed experts": {"used": "grouped product", "costs": ""}
-        if grouped and capability >= (8, 0)
+        if capability[0] in GROUPED_PRODUCTS
         else {
             "used": "a loop over experts",
-            "costs": "one small product per expert and layer instead of one grouped one",
+            "costs": "two small products per expert and layer instead of two grouped ones, and two waits for the GPU",
         },
         "SAE step": choose(
             "triton", "triton", "torch's top-k: 0.7 instead of 0.1 ms per SAE and batch on an H200, by a roofline"
         ),
     }
+
+
+def _version(package: str) -> str:
+    """Of an installed package; a checkout on the path alone has none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def memory_errors_named(what: str, cure: str) -> Iterator[None]:
+    """Turn an allocator's refusal while doing `what` into one line with a `cure`.
+
+    Raises:
+        ResourceError: memory ran out, a GPU's or the machine's.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"not enough memory for {what}: {cure} (`qwenscope plan` says what fits); {reason(error)}"
+        ) from error
+
+
+def import_error(module: str) -> str | None:
+    """None where `module` can be imported, "" where its package is not installed, else what importing it raised."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return "" if error.name and f"{module}.".startswith(f"{error.name}.") else str(error)
+    except Exception as error:  # another version's library, a driver that is not there: whatever a package leads to
+        return reason(error)
+    return None
 
 
 def _device(index: int) -> dict[str, Any]:

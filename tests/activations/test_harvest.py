@@ -9,7 +9,7 @@ from activations.conftest import BROKEN, LAYERS, LOUD, conversation
 
 from qwenscope.activations.harvest import LEFT_OUT, harvest
 from qwenscope.corpus.conversation import ROLES, Conversation
-from qwenscope.errors import CorpusError, TrainingError
+from qwenscope.errors import CorpusError, ResourceError, TrainingError
 from qwenscope.lm.forward import site_rows
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
@@ -130,6 +130,18 @@ def test_too_many_broken_rows_name_the_hook_point(lm: LanguageModel) -> None:
         harvest(lm, many, LAYERS, KEEP_ALL, 256)
     with pytest.raises(TrainingError, match="at hook point sae_late are not finite"):
         harvest(lm, many, LAYERS, KEEP_ALL, 256, {LAYERS[0]: "sae_early", LAYERS[-1]: "sae_late"})
+
+
+def test_a_window_without_room_is_said_in_one_line(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(lm, "streams", full)
+    with pytest.raises(
+        ResourceError, match=r"a window of [\d,]+ tokens: lower corpus\.batch_tokens.*out of memory"
+    ) as error:
+        harvest(lm, PLAIN, LAYERS, KEEP_ALL, 256)
+    assert "\n" not in str(error.value)
 
 
 def test_conversation_above_the_budget(lm: LanguageModel) -> None:

@@ -16,11 +16,12 @@ from lm.conftest import Checkpoint
 from lm.tiny_models import FAMILIES, LAYERS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from qwenscope.errors import ModelError
 from qwenscope.lm import load
 from qwenscope.lm.forward import final_norm, unembedding
-from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, load_language_model
+from qwenscope.lm.load import check_eight_bits, check_hook_points, layer_kinds, load_config, load_language_model
 from qwenscope.recipe import HookPoint, LMRecipe
 
 IDS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -193,6 +194,17 @@ def test_fp8_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
     else:
         got = load_language_model(lm, last_layer=5)
         assert torch.equal(residual_streams(got, IDS, [5])[5], residual_streams(want, IDS, [5])[5])
+
+
+def test_fp8_on_a_gpu_is_refused_before_anything_is_read() -> None:
+    """Where its products would be fetched while it runs; an older GPU multiplies the weights out."""
+    if find_spec("kernels") is not None:
+        pytest.skip("the package that fetches them is here")
+    config = LlamaConfig(quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ModelError, match=r"some/model is in FP8.*pip install kernels"):
+        check_eight_bits("some/model", config, (9, 0))
+    check_eight_bits("some/model", config, (8, 0))
+    check_eight_bits("some/model", LlamaConfig(), (9, 0))
 
 
 @pytest.fixture

@@ -191,8 +191,8 @@ def test_the_published_nine_are_balanced_over_two_to_eight_ranks() -> None:
 def test_harvest_evens_out_what_saes_do_not() -> None:
     """Four ranks, nine SAEs, windows of made-up conversations: time for SAE steps and language model within 15 %."""
     recipe = load_recipe("qwen3.5-35b-a3b")
-    size = ModelSize(layers=36, parameters=0, active_parameters=0, flops_per_token=int(4.39e9))
-    position = sum(position_seconds(size, GPUS["h200"]))
+    size = ModelSize(36, parameters=0, active_parameters=0, flops_per_token=int(4.39e9), expert_products=0)
+    position = sum(position_seconds(size, GPUS["h200"], 10_000))
     steps = [sum(sum(step_seconds(recipe, piece, 2048, GPUS["h200"])) for piece in held) for held in owners(recipe, 4)]
     assert max(steps) > 1.05 * sum(steps) / 4  # k weighs beside the dictionary: SAEs alone are less even
     busy = tuple(seconds * recipe.activations.window_tokens / 4096 / position for seconds in steps)

@@ -12,21 +12,26 @@ import torch
 from tiny_run import status, tiny_recipe
 from torch import Tensor
 
-from qwenscope.errors import TrainingError
+from qwenscope.errors import ResourceError, TrainingError
 from qwenscope.lm.sites import sites_of
 from qwenscope.parallel.group import ALONE
 from qwenscope.recipe import Recipe
 from qwenscope.training.run import train
 from qwenscope.training.suite import Suite, rows_spread
+from qwenscope.training.trainer import SAETrainer
 
 HIDDEN = 16
 
 
-def calibrate(recipe: Recipe, rows: Tensor) -> None:
-    """The suite of `recipe`, over rows of HIDDEN numbers, meets these at every hook point."""
+def language_model(recipe: Recipe) -> Any:
+    """All that a suite asks of one whose rows have HIDDEN numbers."""
     kinds = dict.fromkeys(range(recipe.last_layer + 1), "attention")
-    lm: Any = SimpleNamespace(hidden_dim=HIDDEN, device=torch.device("cpu"), layer_kinds=kinds, name="x", revision=None)
-    Suite(recipe, lm, ALONE, {}).calibrate(dict.fromkeys(sites_of(recipe), rows))
+    return SimpleNamespace(hidden_dim=HIDDEN, device=torch.device("cpu"), layer_kinds=kinds, name="x", revision=None)
+
+
+def calibrate(recipe: Recipe, rows: Tensor) -> None:
+    """The suite of `recipe` meets these rows at every hook point."""
+    Suite(recipe, language_model(recipe), ALONE, {}).calibrate(dict.fromkeys(sites_of(recipe), rows))
 
 
 def drawn(scale: float, mean: float = 0.0) -> Tensor:
@@ -48,6 +53,19 @@ def test_rows_that_nothing_can_be_learnt_from_are_refused(
 ) -> None:
     with pytest.raises(TrainingError, match=said):
         calibrate(tiny_recipe(model, training__normalise=normalise), rows)
+
+
+def test_a_step_without_room_names_its_sae(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(SAETrainer, "device_step", full)
+    recipe = tiny_recipe(model)
+    suite = Suite(recipe, language_model(recipe), ALONE, {})
+    first = next(iter(recipe.hook_points))
+    with pytest.raises(ResourceError, match=rf"a step of {first}: set activations\.overlap.*out of memory") as error:
+        suite.step(dict.fromkeys(sites_of(recipe), drawn(1.0)), 1)
+    assert "\n" not in str(error.value)
 
 
 def test_rows_far_below_the_learning_rate_need_to_be_normalised(model: Path) -> None:

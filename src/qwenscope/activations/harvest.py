@@ -17,6 +17,7 @@ from qwenscope.errors import TrainingError
 from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import Site
+from qwenscope.machine import memory_errors_named
 from qwenscope.parallel.harvest_plan import HarvestPlan
 from qwenscope.recipe import ActivationsRecipe
 
@@ -24,6 +25,7 @@ NON_FINITE_LIMIT = 0.01
 """Share of non-finite rows at one hook point above which the model, not the row, is at fault."""
 LEFT_OUT = ("first_position", "role", "repeated", "non_finite", "outlier")
 """Why a token is left out; one that there are several reasons for counts for the first."""
+_LESS_MEMORY = "lower corpus.batch_tokens or activations.window_tokens, or set activations.overlap to false"
 
 
 class HasTokens(Protocol):
@@ -83,6 +85,7 @@ def harvest(
 
     Raises:
         TrainingError: more than 1 % non-finite rows; names the hook point.
+        ResourceError: the rows, or a pass of the model, do not fit the device.
     """
     plan = plan or HarvestPlan.alone(sites)
     rank = plan.group.rank
@@ -96,7 +99,8 @@ def harvest(
         rank_C[batch.members] = one
     own = [batch for batch, one in zip(batches, dealt, strict=True) if one == rank]
     own_lengths = {c: lengths[c] for c in (rank_C == rank).nonzero().squeeze(1).tolist()}
-    rows, norms = _forward(lm, own, own_lengths, sites)
+    with memory_errors_named(f"a window of {sum(lengths):,} tokens", _LESS_MEMORY):
+        rows, norms = _forward(lm, own, own_lengths, sites)
 
     lengths_C = torch.tensor(lengths)
     conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths_C)
@@ -125,13 +129,14 @@ def _forward(
     norms = {site: torch.empty(total, device=lm.device, dtype=torch.float32) for site in sites}
     for batch in batches:
         streams = lm.streams(batch.input_ids_CT, batch.lengths_C, sites)
-        for site, x_CTD in streams.items():
-            norms_CT = torch.linalg.vector_norm(x_CTD, dim=-1, dtype=torch.float32)
-            for c, member in enumerate(batch.members):
-                length = lengths[member]
-                there = slice(starts[member], starts[member] + length)
-                rows[site][there] = x_CTD[c, :length]
-                norms[site][there] = norms_CT[c, :length]
+        places = list(zip(batch.members, batch.lengths_C, strict=True))
+        longest = batch.input_ids_CT.shape[1]
+        here_R = torch.cat([torch.arange(length) + c * longest for c, (_, length) in enumerate(places)]).to(lm.device)
+        there_R = torch.cat([torch.arange(length) + starts[member] for member, length in places]).to(lm.device)
+        for site, x_CTD in streams.items():  # all conversations of a batch at once: a GPU is slow at many small copies
+            x_RD = x_CTD.flatten(0, 1)[here_R]
+            rows[site][there_R] = x_RD
+            norms[site][there_R] = torch.linalg.vector_norm(x_RD, dim=-1, dtype=torch.float32)
     return rows, norms
 
 

@@ -53,6 +53,8 @@ from qwenscope.recipe import HookPoint, LMRecipe
 
 logger = logging.getLogger(__name__)
 
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which on GPUs multiply FP8 weights as they are."""
 _KINDS: dict[str, tuple[Kind, ...]] = {}  # of configs seen: building the shapes of a large model takes a second
 _MOST_PARTS = 10_000  # each becomes a module
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]  # config, tokenizer, shard index
@@ -82,6 +84,8 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
         raise ModelError(f"{lm.model} has layers 0 to {len(kinds) - 1}; there is no layer {last}")
     cut = cut_config(config, last + 1)
     devices = pick_devices(lm.device)
+    if devices[0].type == "cuda":
+        check_eight_bits(lm.model, config, torch.cuda.get_device_capability(devices[0]))
     with _model_errors(lm.model):
         # Tied weights may stand in the checkpoint under either name, or under both with a head of its own.
         head = lm_head or bool(cut.tie_word_embeddings)
@@ -186,6 +190,21 @@ def layer_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
             shapes: Any = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
         _KINDS[key] = tuple(map(kind_of, decoder_layers(shapes, config.num_hidden_layers)))
     return _KINDS[key]
+
+
+def check_eight_bits(name: str, config: PretrainedConfig, capability: tuple[int, int]) -> None:
+    """Refuse an FP8 checkpoint that would load on a GPU and then find no products; older GPUs multiply it out.
+
+    Raises:
+        ModelError: the package that fetches those products is not installed.
+    """
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method == "fp8" and capability >= FP8_CAPABILITY and find_spec("kernels") is None:
+        raise ModelError(
+            f"{name} is in FP8, and transformers fetches FP8 products from the Hub when it runs: pip install kernels "
+            "and run it once online, or take the checkpoint in bfloat16"
+        )
 
 
 def check_hook_points(lm_or_kinds: LanguageModel | Sequence[Kind], hook_points: Mapping[str, HookPoint]) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError
 from qwenscope.lm.hooks import capture
+from qwenscope.lm.kernels import follow_device
 from qwenscope.lm.sites import Site, width_at
 
 Kind = str | None
@@ -72,6 +73,9 @@ class LanguageModel:
     """Hub id or folder, as the recipe gave it."""
     revision: str | None
     """Commit of a Hub model; None for a folder."""
+
+    def __post_init__(self) -> None:
+        follow_device(self.model)
 
     @property
     def decoder(self) -> nn.Module:

@@ -26,6 +26,7 @@ from qwenscope.lm.batches import cut
 from qwenscope.lm.load import layer_kinds, load_tokenizer, pick_dtype
 from qwenscope.lm.model import Kind, cut_config, decoder_layers
 from qwenscope.lm.placement import pick_devices
+from qwenscope.machine import KERNELS, import_error
 from qwenscope.recipe import HookPoint, Recipe
 from qwenscope.sae.sae import SAE
 from qwenscope.training.trainer import SAETrainer
@@ -58,6 +59,10 @@ class Measured:
 
     device: str
     """Its name, such as cpu or NVIDIA H200."""
+    capability: tuple[int, int]
+    """A GPU's compute capability; (0, 0) of a CPU."""
+    fused_mixer: bool
+    """Whether Gated DeltaNet runs by kernels of its own."""
     lanes: int
     """How many processes or threads of work run beside each other without slowing down: 1 on a GPU."""
     memory_bytes: int
@@ -109,6 +114,8 @@ def measure(recipe: Recipe, config: PretrainedConfig) -> Measured:
     by_sae = {name: steps[_size(point)] for name, point in recipe.hook_points.items()}
     return Measured(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        capability=torch.cuda.get_device_capability(device) if on_gpu else (0, 0),
+        fused_mixer=on_gpu and import_error(KERNELS["fla"]) is None,
         lanes=1 if on_gpu else max(1, (psutil.cpu_count() or 1) // torch.get_num_threads()),
         memory_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total,
         process_bytes=0 if on_gpu else psutil.Process().memory_info().rss,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from qwenscope.costs import sites_held, trained_bytes
-from qwenscope.lm.load import pick_dtype
+from qwenscope.costs import Card, sites_held, trained_bytes
+from qwenscope.lm.load import FP8_CAPABILITY, pick_dtype
 from qwenscope.lm.model import config_number
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.planning.measure import BATCH_POSITIONS, batches_of
@@ -24,22 +24,35 @@ _RESERVE = 0.92  # share of a card's memory that a run can really use
 
 
 def fitting(
-    recipe: Recipe, config: PretrainedConfig, parameters: int, gpus: int, card_bytes: float, process: int | None
+    recipe: Recipe,
+    config: PretrainedConfig,
+    parameters: int,
+    gpus: int,
+    card: Card,
+    process: int | None,
+    fused_mixer: bool,
 ) -> dict[str, Any]:
     """Of the fullest of `gpus` cards: memory_bytes {component: bytes}, memory_total_bytes, memory_card_bytes, fits, and
     advice [sentence, ...]; arguments as for `memory_needs`.
     """
 
-    def total(changed: Recipe) -> int:
-        return sum(memory_needs(changed, config, parameters, owners(changed, gpus), process).values())
+    def needs(changed: Recipe) -> dict[str, int]:
+        return memory_needs(changed, config, parameters, owners(changed, gpus), process, fused_mixer)
 
-    room = card_bytes * _RESERVE
+    def over(changes: Sequence[Change]) -> float:
+        return sum(needs(_changed(recipe, changes)).values()) - room
+
+    room = card.memory_gib * GIB * _RESERVE
+    advice = _feeding(recipe, gpus) if over(()) <= 0 else _less(over, room, list(_savings(recipe, gpus)))
+    if over(()) > 0 and len(advice) == 1:
+        smallest = _changed(recipe, list(_savings(recipe, gpus)))
+        advice.append(_elsewhere(needs(smallest), room, pick_dtype(recipe.lm, config).itemsize, card))
     return {
-        "memory_bytes": memory_needs(recipe, config, parameters, owners(recipe, gpus), process),
-        "memory_total_bytes": total(recipe),
-        "memory_card_bytes": int(card_bytes),
-        "fits": total(recipe) <= room,
-        "advice": _advice(recipe, lambda changes: total(_changed(recipe, changes)) - room, room, gpus),
+        "memory_bytes": needs(recipe),
+        "memory_total_bytes": sum(needs(recipe).values()),
+        "memory_card_bytes": int(card.memory_gib * GIB),
+        "fits": over(()) <= 0,
+        "advice": advice,
     }
 
 
@@ -49,7 +62,12 @@ def row_bytes(recipe: Recipe, config: PretrainedConfig) -> int:
 
 
 def memory_needs(
-    recipe: Recipe, config: PretrainedConfig, parameters: int, held: Held, process: int | None = None
+    recipe: Recipe,
+    config: PretrainedConfig,
+    parameters: int,
+    held: Held,
+    process: int | None = None,
+    fused_mixer: bool = True,
 ) -> dict[str, int]:
     """Bytes of each component on the card that owns the most, at its fullest moment.
 
@@ -57,6 +75,7 @@ def memory_needs(
         parameters: Of the truncated language model.
         held: What each card holds of the SAEs.
         process: On a CPU, what the process itself takes; None means a GPU.
+        fused_mixer: Of a GPU, whether Gated DeltaNet has kernels of its own there.
     """
     training, hidden, cpu = recipe.training, config.hidden_size, process is not None
     width = pick_dtype(recipe.lm, config).itemsize
@@ -66,13 +85,14 @@ def memory_needs(
     weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
     trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
+    position = _position_bytes(recipe, config, width, fused_mixer and not cpu)
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
     travelling = 1 if cards == 1 else layers + 2 * len(recipe.sites) // cards
     overlap = recipe.activations.overlap and (cpu or not shared(held))  # GPUs that share an SAE take turns
     needs = {
         "language_model": parameters * width // (recipe.lm.device.count(",") + 1),  # layers on several devices
-        "language_model_activations": recipe.corpus.batch_tokens * _position_bytes(recipe, config, width, cpu),
+        "language_model_activations": recipe.corpus.batch_tokens * position,
         "windows": window * row_bytes(recipe, config) * (layers * (2 if overlap else 1) + travelling),
         "saes": trained + shadows[training.precision],
         # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
@@ -81,7 +101,7 @@ def memory_needs(
     return needs | {"checkpoint_copy": trained, "process": process} if cpu else needs
 
 
-def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: bool) -> int:
+def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, fused_mixer: bool) -> int:
     """Bytes per position of a language-model batch that live at once: caught streams and the widest part of a layer.
 
     Fitted to traced allocations of one layer of each kind (docs/plan.md). Without fused kernels DeltaNet works on
@@ -95,35 +115,42 @@ def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, cpu: b
     inner = config_number(config, "intermediate_size", default=4 * hidden)
     routed = config_number(config, "num_experts_per_tok")
     parts = (
-        value_dim * 44 + heads * 64 * 16 if cpu else value_dim * 14 * width,
+        value_dim * 14 * width if fused_mixer else value_dim * 44 + heads * 64 * 16,
         heads_dim * 7 * width,
         (4 * routed + 1) * hidden * width if routed else 3 * inner * width,
     )
     return (len(recipe.sites) + 3) * hidden * width + int(max(parts))
 
 
-def _advice(recipe: Recipe, over: Callable[[Sequence[Change]], float], room: float, gpus: int) -> list[str]:
-    """What to change so that it fits, the cheapest first, no more than it takes; else what would feed all cards.
+def _less(over: Callable[[Sequence[Change]], float], room: float, savings: Sequence[Change]) -> list[str]:
+    """How much too much it is, and which of the `savings` make it fit, no more than it takes; no line where none do.
 
     `over`: bytes beyond the `room` with some changes.
     """
-    if over(()) <= 0:
-        return _feeding(recipe, gpus)
     advice = [f"{over(()) / GIB:.1f} GiB more than the {room / GIB:.1f} that a run can use"]
-    changes: list[Change] = []
-    for change in _savings(recipe, gpus):
-        changes.append(change)
+    for count in range(1, len(savings) + 1):
+        changes = list(savings[:count])
         if over(changes) > 0:
             continue
         for earlier in reversed(changes[:-1]):
             if over(without := [other for other in changes if other != earlier]) <= 0:
                 changes = without
         return [*advice, f"fits with {' '.join(f'--set {key}={str(value).lower()}' for key, value in changes)}"]
-    return [
-        *advice,
-        "too large for this card whatever is set: take a card with more memory or an FP8 checkpoint, or spread the "
-        "model's layers over several cards (--set lm.device=cuda:0,cuda:1)",
-    ]
+    return advice
+
+
+def _elsewhere(needs: Mapping[str, int], room: float, width: int, card: Card) -> str:
+    """Where a recipe fits that needs so much at least; an FP8 checkpoint only if it would: one byte a weight, on cards
+    that multiply them.
+    """
+    eight_bit = sum(needs.values()) - needs["language_model"] * (width - 1) / width
+    fp8 = ""
+    if card.capability >= FP8_CAPABILITY and eight_bit <= room:
+        fp8 = " or an FP8 checkpoint (which needs the kernels package, and the Hub when it runs)"
+    return (
+        f"too large for this card whatever is set: take a card with more memory{fp8}, or spread the model's layers "
+        "over several cards (--set lm.device=cuda:0,cuda:1)"
+    )
 
 
 def _feeding(recipe: Recipe, gpus: int) -> list[str]:

@@ -12,6 +12,7 @@ the most SAEs allow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from qwenscope.costs import (
     exchange_seconds,
     find_card,
     link_bytes,
+    named_card,
     position_seconds,
     shard_bytes,
     size_of,
@@ -79,7 +81,7 @@ def plan(
         RecipeError: unknown card, or an activation that is not trained.
         ModelError: the model's config is not to be had, or lacks a hook point.
     """
-    name, card = (gpu.lower(), find_card(gpu)) if measured is None else (measured.device, _card_like(measured))
+    name, card = find_card(gpu) if measured is None else (measured.device, _card_like(measured))
     check_activations(recipe)
     config = read_config(recipe)
     size = model_size(config, recipe.last_layer + 1)
@@ -105,7 +107,7 @@ def plan(
         "tokens_per_second": [round(rate) for rate in rates],
         "hours": [round(value, 4) for value in hours],
         "cost_usd": cost and [round(value, 2) for value in cost],
-        **fitting(recipe, config, size.parameters, gpus, card.memory_gib * GIB, process),
+        **fitting(recipe, config, size.parameters, gpus, card, process, measured is None or measured.fused_mixer),
     }
 
 
@@ -141,7 +143,8 @@ class _Parts:
         """Seconds per batch of `training.batch_size` rows."""
         recipe, measured = self.recipe, self.measured
         if measured is None:
-            padding, position = PADDING, position_seconds(self.size, self.card)
+            batches = batches_of(recipe)
+            padding, position = PADDING, position_seconds(self.size, self.card, math.prod(batches.shape))
         else:
             padding = measured.batches.padding
             position = _around(measured.lm_seconds(layer_kinds(self.config)[: self.size.layers]))
@@ -250,8 +253,9 @@ def _sum(parts: Iterable[Range]) -> Range:
 
 def _card_like(measured: Measured) -> Card:
     """Measured memory and rates; links and price are the data sheet's where the name is a known one's."""
-    known = next((card for name, card in GPUS.items() if name in measured.device.lower().split()), None)
+    known = GPUS.get(named_card(measured.device) or "")
     return Card(
+        measured.capability,
         measured.memory_bytes / GIB,
         measured.product_tflops,
         measured.traffic_tb_s,

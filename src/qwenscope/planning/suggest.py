@@ -71,7 +71,7 @@ def suggest(
     for batch_tokens, overlap in ((32_768, True), (8192, True), (8192, False)):
         body = _body(lm, _hook_points(chosen, kinds, sizes), data, chat, sizes, batch_tokens, overlap, seed)
         recipe = Recipe.model_validate(yaml.safe_load(body))
-        needs = fitting(recipe, config, size.parameters, 1, GPUS[_CARD].memory_gib * GIB, None)
+        needs = fitting(recipe, config, size.parameters, 1, GPUS[_CARD], None, fused_mixer=True)
         if needs["fits"]:
             break
     return _header(model, config, kinds, chat, needs) + body

@@ -34,7 +34,7 @@ with (
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 PANEL_COLUMNS = 128
 
 
@@ -62,6 +62,10 @@ class Panels:
 
     def squares(self) -> Tensor:
         """Sum of squares of each row -> [B]."""
+        part = self.parts[0]
+        if fused(part) and part.dtype == torch.float32 and part.is_contiguous():
+            squares_B: Tensor = _triton_ops().project(part, None)
+            return squares_B
         return torch.stack([torch.linalg.vecdot(part, part) for part in self.parts]).sum(0)
 
     def sub_(self, other: Panels) -> Self:
@@ -82,8 +86,17 @@ def cut(x_BD: Tensor) -> tuple[Tensor, ...]:
     return torch.split(x_BD, x_BD.shape[-1] if x_BD.is_cuda else PANEL_COLUMNS, dim=-1)
 
 
+def fused(x: Tensor) -> bool:
+    """Whether a Triton kernel works on `x`, or `x` in bfloat16: on a GPU, unless sums are to be in float64."""
+    return x.is_cuda and _HAS_TRITON and x.dtype != torch.float64
+
+
 def decode(table_ND: Tensor, indices_BK: Tensor, weights_BK: Tensor) -> Panels:
-    """As `weighted_rows`, panel by panel."""
+    """As `weighted_rows`, panel by panel; by a kernel, in float32 whatever the table is."""
+    if fused(table_ND):
+        rows, k = indices_BK.shape
+        starts = torch.arange(0, rows * k + 1, k, device=indices_BK.device)
+        return Panels((_triton_ops().weighted_sums(table_ND, indices_BK.flatten(), weights_BK.flatten(), starts),))
     return Panels(tuple(weighted_rows(part.contiguous(), indices_BK, weights_BK) for part in cut(table_ND)))
 
 
@@ -129,7 +142,7 @@ class Pairs:
     def products(self, table_ND: Tensor, x: Panels | Tensor) -> Tensor:
         """`table[latent] . x[row]` of each pair, sorted -> [P]: these entries of `table @ x.T` and no others."""
         x = Panels.of(x)
-        if table_ND.is_cuda and HAS_TRITON:
+        if fused(table_ND):
             fused_P: Tensor = _triton_ops().products(table_ND, x[:], self.latents, self.rows)
             return fused_P
         sampled_P = table_ND.new_zeros(len(self.rows))
@@ -152,8 +165,8 @@ class Pairs:
         if stop - start < len(offsets) - 1:  # some of them: reads two offsets on the host, so CPU only
             low, high = offsets[[start, stop]].tolist()
             rows_P, weights_P, offsets = rows_P[low:high], weights_P[low:high], offsets[start : stop + 1] - low
-        if weights_P.is_cuda and HAS_TRITON:
-            fused_RD: Tensor = _triton_ops().latent_rows(x[:], rows_P, weights_P, offsets)
+        if fused(weights_P):
+            fused_RD: Tensor = _triton_ops().weighted_sums(x[:], rows_P, weights_P, offsets)
             return fused_RD
         width = sum(part.shape[1] for part in x.parts)
         sums_RD = weights_P.new_empty(stop - start, width)

@@ -18,10 +18,12 @@ Legend: B rows, R rows of a chunk, D hidden, N latents, K active latents, C cand
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -64,7 +66,7 @@ def top_k(scores_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     members are compared. Strided groups make the maxima a vectorised reduction over contiguous columns.
     """
     n = scores_RN.shape[1]
-    if scores_RN.is_cuda and scores_RN.dtype == torch.bfloat16 and ops.HAS_TRITON and n <= 65_536:
+    if ops.fused(scores_RN) and scores_RN.dtype == torch.bfloat16 and n <= 65_536:
         from qwenscope.sae import triton_ops
 
         return triton_ops.top_k(scores_RN, k)
@@ -80,13 +82,15 @@ def top_k(scores_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def best_precision(weight_ND: Tensor) -> Precision:
-    """bf16 on CUDA; on a CPU exact where bfloat16 products are much the faster ones, else fp32.
+    """fp32 for float64; bf16 on CUDA; on a CPU exact where bfloat16 products are much the faster ones, else fp32.
 
     Measured on a slice of the encoder's own `weight`, milliseconds of CPU time: no flag tells how fast products are.
     """
+    if weight_ND.dtype == torch.float64:
+        return "fp32"
     if weight_ND.is_cuda:
         return "bf16"
-    if weight_ND.dtype == torch.float64 or weight_ND.numel() < SMALL:
+    if weight_ND.numel() < SMALL:
         return "fp32"
     return "exact" if _seconds(weight_ND, torch.bfloat16) < 0.7 * _seconds(weight_ND, torch.float32) else "fp32"
 
@@ -111,8 +115,22 @@ def _seconds(weight_ND: Tensor, dtype: torch.dtype) -> float:
     return min(trials)
 
 
+_BUFFERS: WeakValueDictionary[tuple[int, torch.device, torch.dtype], Tensor] = WeakValueDictionary()
+
+
+def _buffer(numbers: int, like: Tensor) -> Tensor:
+    """Memory for so many numbers that selectors of one thread share: reused, since fresh pages cost more than a top-k,
+    and once for all SAEs of a run, which select one after the other. It lives as long as any of them holds it.
+    """
+    key = threading.get_ident(), like.device, like.dtype
+    buffer = _BUFFERS.get(key)
+    if buffer is None or len(buffer) < numbers:
+        _BUFFERS[key] = buffer = like.new_empty(numbers)
+    return buffer
+
+
 class Selector:
-    """Selects the active latents of batches; keeps the buffer of one chunk of pre-activations between calls.
+    """Selects the active latents of batches; holds the buffer of one chunk of pre-activations between calls.
 
     Args:
         k: active latents per row.
@@ -122,7 +140,7 @@ class Selector:
     def __init__(self, k: int, precision: Precision) -> None:
         self.k = k
         self.precision = precision
-        self._chunk: Tensor | None = None
+        self._held: Tensor | None = None
 
     def __call__(
         self,
@@ -164,10 +182,9 @@ class Selector:
         size = len(rows) if weight_ND.is_cuda else size
         for start in range(0, len(rows), size):
             chunk_RD = rows[start : start + size].to(shadow_ND.dtype)
-            # Reused memory: fresh pages cost more than the top-k.
-            if self._chunk is None or len(self._chunk) < len(chunk_RD):
-                self._chunk = shadow_ND.new_empty(len(chunk_RD), len(shadow_ND))
-            yield torch.addmm(bias_N, chunk_RD, shadow_ND.T, out=self._chunk[: len(chunk_RD)])
+            numbers = len(chunk_RD) * len(shadow_ND)
+            self._held = _buffer(numbers, shadow_ND)
+            yield torch.addmm(bias_N, chunk_RD, shadow_ND.T, out=self._held[:numbers].view(len(chunk_RD), -1))
 
     def _rescore(
         self, rows: ops.Panels, weight_ND: Tensor, bias_N: Tensor, rough_BC: Tensor, indices_BC: Tensor

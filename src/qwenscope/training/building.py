@@ -101,7 +101,8 @@ def plan_harvest(recipe: Recipe, lm: RowSource, group: Group) -> HarvestPlan[Sit
     if not isinstance(lm, LanguageModel):
         return HarvestPlan(ALONE, (sites_of(recipe),), (0.0,), in_turn=True)
     card = GPUS["h200"]  # only the ratio of harvesting to SAE steps matters, and only to who waits for whom
-    position = sum(position_seconds(size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)]), card))
+    size = size_of(lm.model, lm.model.config, lm.layer_kinds[: len(lm.layers)])
+    position = sum(position_seconds(size, card, recipe.corpus.batch_tokens))
     steps = recipe.activations.window_tokens / recipe.training.batch_size
     owned, sites = owners(recipe, group.size), hooked_sites(recipe.hook_points)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenscope.costs import DENSE_SHARE
 from qwenscope.sae import ops
 from qwenscope.sae.selection import Selection
 from qwenscope.training.nested import Nested
@@ -123,8 +122,7 @@ class SparseGradient:
         """Products of the active pairs, and everything that is small."""
         n, k, table = weights.latents, selection.values.shape[1], weights.decoder
         on_gpu = table.is_cuda
-        dense = on_gpu and table.dtype == torch.bfloat16 and k > DENSE_SHARE * n
-        pairs = (ops.DensePairs if dense else ops.Pairs).of(selection.indices, n)
+        pairs = (ops.DensePairs if weights.dense(k) else ops.Pairs).of(selection.indices, n)
         towards = nested.towards(pairs)
         x_gathered, g_gathered = rows.to(table.dtype), g.to(table.dtype)
         values_P = pairs.sort(selection.values)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwenscope.sae import ops
 from qwenscope.training.gradients import SparseGradient
 from qwenscope.training.weights import Weights
 
@@ -55,7 +56,7 @@ class Adam:
             [second],
             [],
             [self.step],
-            lr=self.lr,
+            lr=self.lr.float() if self.lr.is_cuda else self.lr,  # CUDA's kernel reads a float32
             beta1=self.betas[0],
             beta2=self.betas[1],
             weight_decay=0.0,
@@ -107,6 +108,8 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
     makes them block by block, twice where the gradient's bound does not exclude a norm above `clip_norm`.
     Where `finite` (0-dim bool) is false nothing changes.
     """
+    if ops.fused(weights["decoder"]):
+        return _update_by_kernels(weights, gradient, adam, clip_norm, finite)
     biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
     of_biases = gradient.encoder_bias.norm(), gradient.pre_bias.norm()
     of_rows: list[Tensor] = []
@@ -133,3 +136,40 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
     for name, value in biases.items():
         adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
     return weights.norm(*of_biases, of_rows) if norm_of_all is None else norm_of_all
+
+
+def _update_by_kernels(
+    weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: float | None, finite: Tensor
+) -> Tensor:
+    """As `update`, on a GPU: each gradient matrix is made, projected and applied by a kernel each."""
+    from qwenscope.sae import triton_ops
+
+    rows = {name: gradient.rows(name, 0, weights.latents) for name in ("encoder", "decoder")}
+    squares = [
+        triton_ops.project(rows[name], weights["decoder"] if name == "decoder" else None)
+        for name in ("encoder", "decoder")
+    ]
+    biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
+    of_rows = [part.sum().sqrt() for part in squares]
+    norm = weights.norm(gradient.encoder_bias.norm(), gradient.pre_bias.norm(), of_rows)
+    divisor = torch.ones_like(norm) if clip_norm is None else (norm / clip_norm).clamp_min(1.0)
+    first, second = (1 - beta ** adam.step.double() for beta in adam.betas)
+    numbers = torch.stack([adam.lr / first, second.rsqrt(), divisor, finite, adam.step]).float()
+    for name, rows_ND in rows.items():
+        shadow = weights.shadows.get(name)
+        assert shadow is None or isinstance(shadow, Tensor)
+        triton_ops.adam(
+            weights[name],
+            rows_ND,
+            weights.means[name],
+            weights.squares[name],
+            shadow,
+            numbers,
+            adam.betas,
+            adam.eps,
+            unit=name == "decoder",
+        )
+    skip = (~finite).float()
+    for name, value in biases.items():
+        adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
+    return norm

@@ -11,6 +11,7 @@ from torch import Tensor
 from qwenscope.errors import TrainingError
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import Site, hooked_sites
+from qwenscope.machine import memory_errors_named
 from qwenscope.parallel.group import Group
 from qwenscope.parallel.owners import overlaps, owners, state_of
 from qwenscope.parallel.shard import shards
@@ -22,6 +23,7 @@ from qwenscope.training.metrics import StepMetrics
 
 T = TypeVar("T")
 _LARGEST = 1e15  # root mean square of rows whose squares, summed over a batch, float32 holds with room to spare
+_LESS_MEMORY = "set activations.overlap to false, or lower activations.window_tokens or training.batch_size"
 NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")
 """Of StepMetrics, in metrics.jsonl under these names; `dead` as a share there."""
 
@@ -104,9 +106,14 @@ class Suite:
             trainer.load_state_dict(state_of(self._pieces[sae_id], tensors))
 
     def step(self, batch: Mapping[Site, Tensor], step: int) -> None:
-        """One optimiser step of every SAE on {site: x_BD}; `step` is its number, from 1."""
+        """One optimiser step of every SAE on {site: x_BD}; `step` is its number, from 1.
+
+        Raises:
+            ResourceError: it does not fit the device.
+        """
         for sae_id, trainer in self._trainers.items():
-            self._last[sae_id] = metrics = trainer.step(batch[self._sites[sae_id]])
+            with memory_errors_named(f"a step of {sae_id}", _LESS_MEMORY):
+                self._last[sae_id] = metrics = trainer.step(batch[self._sites[sae_id]])
             self._finite.append((step, sae_id, metrics.finite))
 
     def check_finite(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwenscope.costs import DENSE_SHARE
 from qwenscope.sae import ops
 from qwenscope.sae.eight_bit import EightBit
 from qwenscope.sae.sae import SAE
@@ -81,7 +82,15 @@ class Weights:
 
     def decode(self, indices_BK: Tensor, values_BK: Tensor) -> ops.Panels:
         """The sum of the named decoder rows, weighted -> x_hat [B, D], in the parameters' dtype."""
+        if self.dense(indices_BK.shape[1]):
+            codes_BN = self.decoder.new_zeros(len(indices_BK), self.latents)
+            codes_BN.scatter_(1, indices_BK, values_BK.to(codes_BN.dtype))
+            return ops.Panels((torch.mm(codes_BN, self.decoder, out_dtype=torch.float32),))
         return ops.decode(self.decoder, indices_BK, values_BK).to(self.parameters["pre_bias"].dtype)
+
+    def dense(self, active: int) -> bool:
+        """Whether, with so many latents active in a row, dense products are faster than gathers: on some GPUs."""
+        return self.decoder.is_cuda and self.decoder.dtype == torch.bfloat16 and active > DENSE_SHARE * self.latents
 
     def decode_exactly(self, indices_BK: Tensor, values_BK: Tensor) -> Tensor:
         """As `decode`, from the parameters themselves whatever the precision."""

@@ -1,0 +1,102 @@
+"""The Triton kernels on the card at hand: right, against plain torch, and how long each takes.
+
+    python bench/kernels.py --json kernels.json                        on a GPU, at the recipes' shapes
+    TRITON_INTERPRET=1 python bench/kernels.py --json kernels.json     small shapes, by Triton's interpreter
+
+One JSON object: for each shape and kernel the largest relative error (of top-k: 0 or 1) and, on a GPU, the median
+milliseconds. Exits with 1 if one is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import SHAPES, milliseconds
+from torch import Tensor
+
+from qwenscope.sae import triton_ops
+from qwenscope.sae.ops import Pairs
+
+WRONG = 1e-3
+"""Relative error above which a sum in float32 is not the same sum."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    rows, hidden = (4096, 2048) if on_gpu else (4, 64)
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name() if on_gpu else "Triton's interpreter"}
+    for latents, k in SHAPES if on_gpu else ((256, 8),):
+        found = {}
+        for name, (call, error) in cases(rows, hidden, latents, k, device).items():
+            found[name] = {"error": error, "milliseconds": milliseconds(call) if on_gpu else None}
+        result[f"{latents}/{k}"] = found
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    shapes = [value for value in result.values() if isinstance(value, dict)]
+    raise SystemExit(any(kernel["error"] > WRONG for shape in shapes for kernel in shape.values()))
+
+
+def cases(
+    rows: int, hidden: int, latents: int, k: int, device: torch.device
+) -> dict[str, tuple[Callable[[], Any], float]]:
+    """{kernel: (a call of it, its error)} on random values."""
+    torch.manual_seed(0)
+    scores = torch.randn(rows, latents, device=device).bfloat16()
+    values, indices = triton_ops.top_k(scores, k)
+    same = torch.equal(values.sort(dim=1).values, scores.topk(k, dim=1).values.sort(dim=1).values)
+    same &= torch.equal(scores.gather(1, indices), values)
+    pairs, x = Pairs.of(indices, latents), torch.randn(rows, hidden, device=device).bfloat16()
+    table = torch.nn.functional.normalize(torch.randn(latents, hidden, device=device), dim=1)
+    weights, shadow = pairs.sort(values.float()), table.bfloat16()
+    offsets = torch.arange(0, rows * k + 1, k, device=device)
+    dense = (shadow.float() @ x.float().T)[pairs.latents.long(), pairs.rows]
+    codes = torch.zeros(rows, latents, device=device).scatter_(1, indices, values.float())
+    flat = indices.flatten(), values.flatten(), offsets
+    numbers = torch.tensor([1e-4, 1.0, 1.0, 1.0, 1.0], device=device)
+    master, moments, gradient = table.clone(), [torch.zeros_like(table) for _ in range(2)], codes.T @ x.float()
+
+    def update() -> None:
+        triton_ops.adam(master, gradient, *moments, shadow, numbers, (0.9, 0.999), 1e-8, True)
+
+    calls: dict[str, tuple[Callable[[], Any], Any, Tensor]] = {
+        "products": ((lambda: triton_ops.products(shadow, x, pairs.latents, pairs.rows)), None, dense),
+        "decode": ((lambda: triton_ops.weighted_sums(shadow, *flat)), None, codes @ shadow.float()),
+        "gradient rows": (
+            (lambda: triton_ops.weighted_sums(x, pairs.rows, weights, pairs.offsets)), None, codes.T @ x.float(),
+        ),
+        "project": ((lambda: triton_ops.project(gradient.clone(), table)), None, along(gradient, table)),
+        "adam": (update, master, stepped(table, gradient)),
+    }  # fmt: skip
+    found: dict[str, tuple[Callable[[], Any], float]] = {
+        "top_k": ((lambda: triton_ops.top_k(scores, k)), float(not same))
+    }
+    for name, (call, place, expected) in calls.items():
+        made = call()
+        got = made if place is None else place
+        found[name] = call, float((got - expected).norm() / expected.norm())
+    return found
+
+
+def along(gradient: Tensor, table: Tensor) -> Tensor:
+    """Squares of the rows without their part along the table's."""
+    return (gradient - (gradient * table).sum(1, keepdim=True) * table).square().sum(1)
+
+
+def stepped(table: Tensor, gradient: Tensor) -> Tensor:
+    """Unit rows after the first step of Adam with rate 1e-4 where nothing corrects its bias."""
+    step = 1e-4 * 0.1 * gradient / ((0.001 * gradient.square()).sqrt() + 1e-8)
+    return torch.nn.functional.normalize(table - step, dim=1)
+
+
+if __name__ == "__main__":
+    main()

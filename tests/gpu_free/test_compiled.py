@@ -1,0 +1,125 @@
+"""Every kernel of the step, compiled ahead of time for each generation of cards as the recipes' shapes launch it.
+
+A launch on meta tensors is recorded in place of being run; what was to be launched is compiled with the same arguments,
+sizes and warps, and asked for registers, stack and shared memory. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from qwenscope.sae import triton_ops  # noqa: E402
+
+CARDS = {80: 163, 90: 227, 100: 227}
+"""{compute capability x 10: KiB of shared memory that a program may have}."""
+REGISTERS, WARPS = 65_536, 64
+"""Of one multiprocessor."""
+HIDDEN, BATCH = 2048, 4096
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16"}
+SHAPES = [(16384, 64), (16384, 96), (8192, 128), (16384, 384), (65536, 64)]
+"""The recipes', four candidates for each of 96 under batch top-k, and the widest."""
+
+
+class Recorder:
+    """In a kernel's place: what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+
+def launches(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], dict]]:
+    """(kernel, arguments, options) of all that `call` launches."""
+    recorders = []
+    with monkeypatch.context() as patch:
+        for name, kernel in vars(triton_ops).copy().items():
+            if name.endswith("_kernel"):
+                recorders.append(Recorder(kernel))
+                patch.setattr(triton_ops, name, recorders[-1])
+        call()
+    return [(recorder.kernel, *launch) for recorder in recorders for launch in recorder.launches]
+
+
+def resources(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], card: int, folder: Path) -> dict[str, int]:
+    """Registers per thread, bytes of stack per thread and of shared memory, and warps, as compiled for the card."""
+    sizes = {name: options[name] for name in kernel.arg_names if name in options}
+    signature, attributes = {}, {}
+    for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        plain = "fp32" if isinstance(value, float) else "i32"
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else plain
+        if isinstance(value, torch.Tensor) or value % 16 == 0:  # what a launch finds out, too
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(sizes, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
+    compiled = triton.compile(source, GPUTarget("cuda", card, 32), {"num_warps": options["num_warps"]})
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    report = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found, report
+    warps = compiled.metadata.num_warps
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared, "warps": warps}
+
+
+def occupancy(used: dict[str, int]) -> float:
+    """Share of a multiprocessor's warps that its registers let run at once (they are dealt in eights per thread)."""
+    per_warp = 32 * (-(-used["registers"] // 8) * 8)
+    return REGISTERS // (per_warp * used["warps"]) * used["warps"] / WARPS
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_kernels_need_no_stack_and_leave_room_for_each_other(
+    card: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    table = meta(16384, HIDDEN, dtype=torch.bfloat16)
+    master = meta(16384, HIDDEN, dtype=torch.float32)
+    x = meta(BATCH, HIDDEN, dtype=torch.bfloat16)
+    pairs = meta(BATCH * 64, dtype=torch.int64)
+    weights = meta(BATCH * 64, dtype=torch.float32)
+    calls: list[Callable[[], Any]] = [
+        *(lambda n=n, k=k: triton_ops.top_k(meta(BATCH, n, dtype=torch.bfloat16), k) for n, k in SHAPES),
+        lambda: triton_ops.products(table, x, meta(BATCH * 64, dtype=torch.int16), pairs),
+        lambda: triton_ops.weighted_sums(x, pairs, weights, meta(16385, dtype=torch.int64)),
+        lambda: triton_ops.project(master, None),
+        lambda: triton_ops.project(master, master),
+        *(
+            lambda moments=moments, unit=unit: triton_ops.adam(
+                master, master, moments, moments, table, weights, (0.9, 0.999), 1e-8, unit
+            )
+            for moments in (master, table)
+            for unit in (False, True)
+        ),
+    ]
+    seen = {}
+    for call in calls:
+        for kernel, args, options in launches(call, monkeypatch):
+            seen[kernel.fn.__name__, *sorted(options.items())] = kernel, args, options
+    assert {name for name, *_ in seen} == {name for name in vars(triton_ops) if name.endswith("_kernel")}
+    for key, launch in seen.items():
+        used = resources(*launch, card, tmp_path)
+        assert used["stack"] == 0, (key, used)
+        assert used["registers"] * 32 * used["warps"] <= REGISTERS // 2, (key, used)
+        assert used["shared"] <= CARDS[card] << 10, (key, used)
+        assert occupancy(used) >= 0.5, (key, used)
