@@ -68,6 +68,7 @@ def test_layers_come_from_the_configuration_or_the_published_suite(target: Targe
     with pytest.raises(FormatError, match="sae_delta"):
         sites_of_suite(target.saes)
     lm = load_language_model(target.recipe.lm, last_layer=1)
+    sae.config["layer"] = 1
     with pytest.raises(FormatError, match="hidden_dim 8"):
         read(lm, lm.tokenizer, "order", {"mine": sae})
     with pytest.raises(ModelError, match="layer 3"):

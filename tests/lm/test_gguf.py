@@ -139,7 +139,7 @@ def test_another_file_in_its_place_a_missing_package_and_a_text_are_one_line(
         load_language_model(LMRecipe(model=str(junk)))
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(reading, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"needs the package gguf and accelerate; pip install 'qwenscope\[gguf\]'"):
+    with pytest.raises(ModelError, match=r"needs the package gguf and accelerate; pip install gguf accelerate"):
         load_language_model(LMRecipe(model=str(file)))
 
 

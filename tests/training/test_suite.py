@@ -26,7 +26,14 @@ HIDDEN = 16
 def language_model(recipe: Recipe) -> Any:
     """All that a suite asks of one whose rows have HIDDEN numbers."""
     kinds = dict.fromkeys(range(recipe.last_layer + 1), "attention")
-    return SimpleNamespace(hidden_dim=HIDDEN, device=torch.device("cpu"), layer_kinds=kinds, name="x", revision=None)
+    return SimpleNamespace(
+        hidden_dim=HIDDEN,
+        width=lambda _site: HIDDEN,
+        device=torch.device("cpu"),
+        layer_kinds=kinds,
+        name="x",
+        revision=None,
+    )
 
 
 def calibrate(recipe: Recipe, rows: Tensor) -> None:

@@ -262,9 +262,7 @@ def _text_config(name: str, folder: Path) -> PretrainedConfig:
         whole = AutoConfig.from_pretrained(**where(folder), trust_remote_code=False)
     config: PretrainedConfig = whole.get_text_config(decoder=True)
     if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder ({whole.model_type}), which is not supported; take a causal decoder"
-        )
+        raise ModelError(f"{name} is an encoder-decoder ({whole.model_type}), not supported; take a causal decoder")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"{name} is no causal language model ({whole.model_type}), which is not supported")
     if config is not whole and hasattr(whole, "quantization_config"):

@@ -206,7 +206,7 @@ def _find(root: Path, marker: str) -> Iterator[Path]:
         if not root.match(marker):
             raise FormatError(f"{root} is not named {marker}")
         yield root
-    else:
+    elif root.is_dir():
         yield from sorted(path for path in below(root) if path.match(marker) and path.is_file())
 
 
