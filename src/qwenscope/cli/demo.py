@@ -13,7 +13,7 @@ INDEX_TOKENS = 50_000
 
 
 def run_demo(run: Path, console: Console, out: Console) -> Path:
-    """Train, evaluate, package and index the recipe `standin`, or what is missing of it; say what to look at and to type.
+    """Train, evaluate, package and index the recipe `standin`, or what is missing of it; say what to type next.
 
     Returns:
         The index, a folder beside the run.

@@ -199,7 +199,7 @@ def _difference(cells: Sequence[Mapping[str, Any]], intervals: Mapping[str, Any]
 
 
 def sources(facts: Facts) -> Iterator[dict[str, Any]]:
-    """One row per corpus source: where from, at which revision (its first twelve digits; run.json has them all), and the
+    """One row per corpus source: where from, the first twelve digits of its revision (run.json has them all), and the
     report's counts if there is a report."""
     revisions = facts.run.get("revisions", {}).get("corpus", {})
     total = sum(source.weight for source in facts.recipe.corpus.sources)
