@@ -268,6 +268,14 @@ def explaining(index: Index) -> Iterator[Callable[[str, int, dict[str, Any]], No
             write_checksums(index.folder, FILES)
 
 
+def explained_by(index: Index, client: str) -> set[tuple[str, int]]:
+    """(SAE id, latent) of those that a client has labelled."""
+    ids = list(index.saes)
+    with closing(read_only(index.path)) as connection:
+        keys = connection.execute("SELECT key FROM explanations WHERE json_extract(record, '$.client') = ?", (client,))
+        return {(ids[key >> 32], key & 0xFFFFFFFF) for (key,) in keys}
+
+
 def read_explanations(index: Index) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Every explanation as (sae_id, latent, record), by SAE and latent."""
     ids = list(index.saes)
