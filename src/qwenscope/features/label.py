@@ -178,6 +178,7 @@ def _concurrently(work: Callable[[Place], Result], places: Iterable[Place], limi
     """`work` on each of `places`, `limit` at a time, in the order in which they end."""
     pool = ThreadPoolExecutor(limit, "explain")
     running: set[Future[Result]] = set()
+    patient = True  # what is under way when work fails is paid for, and its answers are kept
     try:
         for place in places:
             if len(running) >= 2 * limit:  # enough that none waits for the next one to be handed out
@@ -187,5 +188,8 @@ def _concurrently(work: Callable[[Place], Result], places: Iterable[Place], limi
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)
+    except KeyboardInterrupt:
+        patient = False
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(patient, cancel_futures=True)
