@@ -69,7 +69,7 @@ def chat_conversation(seed: int, index: int, *, held_out: bool = False) -> dict[
     if greeted := d.rng.random() < 0.1:
         d.user(d.say("chat_greetings"))
         d.assistant(d.say("chat_greeted"))
-    count = d.rng.choice((1, 2, 2, 2, 2, 3))
+    count = d.rng.choice((1, *[2] * 9, 3, 3))
     for number, topic in enumerate(_topics(d, count)):
         frame = ("chat_switches", 0.6) if number else ("chat_openings", 0.0 if greeted else 0.25)
         _talk_about(d, topic, *frame, fewest=2 if count == 1 else 1)
@@ -150,12 +150,14 @@ def _tools(d: Dialogue) -> list[dict[str, Any]]:
 
 
 def _topics(d: Dialogue, count: int) -> list[Topic]:
-    """`count` different topics, each as often as its weight says; one alone is never of a table, which has few rows."""
-    topics = [topic for topic in content().topics if count > 1 or topic.draws.table is None]
-    chosen: dict[str, Topic] = {}
-    while len(chosen) < count:
-        (topic,) = d.rng.choices(topics, [topic.weight for topic in topics])
-        chosen[topic.name] = topic
+    """`count` different topics by their weights, never of tables alone: their few rows would repeat a whole chat."""
+    topics, chosen = content().topics, dict[str, Topic]()
+    weights = [topic.weight for topic in topics]
+    while not any(topic.draws.table is None for topic in chosen.values()):
+        chosen.clear()
+        while len(chosen) < count:
+            (topic,) = d.rng.choices(topics, weights)
+            chosen[topic.name] = topic
     return list(chosen.values())
 
 
