@@ -18,6 +18,7 @@ from qwenscope.evaluation.measure import SplitMeasurement
 from qwenscope.evaluation.meters import Meters
 from qwenscope.evaluation.pairs import BOOTSTRAP, compare_split, find_pairs, overlap
 from qwenscope.evaluation.report import report_html
+from qwenscope.evaluation.usefulness import usefulness
 from qwenscope.evaluation.work import OnProgress
 from qwenscope.files import disk_errors_named, fsync_folder, make_folder, write_json, write_text
 from qwenscope.lm.model import LanguageModel
@@ -32,6 +33,7 @@ def evaluate(
     data: Path | None = None,
     tokens: int | None = None,
     until_interval: float | None = None,
+    probing: bool = False,
     out: Path | None = None,
     on_progress: OnProgress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def evaluate(
             that the recipe holds out from training.
         tokens: tokens per split at most; None takes the recipe's.
         until_interval: no more than make the 95 % intervals of FVU and CE recovered so narrow, for every SAE.
+        probing: measure usefulness too: what a few latents say of a token's labels, beside controls.
         on_progress: called with (phase, tokens done, tokens in all); a phase's name says how long it will take.
         out: folder to write to; None takes the target's own.
 
@@ -58,7 +61,7 @@ def evaluate(
         FormatError, HubError: as `open_target`; or `target` is on the Hub and there is no `out`.
         ModelError: the language model cannot be loaded, or does not have the hook points. Or figures are not finite:
             the others are written, these are null.
-        CorpusError: no conversations, or too few to measure.
+        CorpusError: no conversations, or too few to measure or to probe.
         ResourceError: the files cannot be written.
     """
     opened = open_target(target)
@@ -77,8 +80,11 @@ def evaluate(
         "until_interval": until_interval,
         "splits": counts(splits),
     }
+    figures = _result(opened, lm, measured, described)
+    if probing:
+        figures["usefulness"] = usefulness(lm, opened.saes, opened.sites, splits, opened.recipe, on_progress)
     odd: list[str] = []
-    result: dict[str, Any] = _finite(_result(opened, lm, measured, described), "", odd)
+    result: dict[str, Any] = _finite(figures, "", odd)
     with disk_errors_named(folder):
         written = _publish(folder, name, result, opened.folder)
     _refuse(odd, lm.name, written)
