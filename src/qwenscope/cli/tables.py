@@ -82,17 +82,17 @@ def _usefulness_table(found: Mapping[str, Any]) -> Table:
     """One row per SAE: how well 1, 4 and 16 of its latents tell labels apart, and of a frozen decoder's."""
     table = _plain("Sparse probing")
     table.caption = (
-        f"AUROC of held-out tokens, mean over {', '.join(found['labels'])}; frozen: a decoder that was never trained; "
-        f"rows: all dimensions. The token alone: {found['tokens']['auroc']:.3f}"
+        f"AUROC of the best 1, 4 and 16 latents for {', '.join(found['labels'])}, mean; *: of a decoder that was never "
+        f"trained; rows: all dimensions. The token alone: {found['tokens']['auroc']:.3f}"
     )
     table.add_column("SAE", no_wrap=True)
-    for heading in ("1", "4", "16 latents", "1", "4", "16 frozen", "rows", "dense"):
+    for heading in ("1", "4", "16", "1*", "4*", "16*", "rows"):
         table.add_column(heading, justify="right", no_wrap=True)
     for sae_id, figures in found["saes"].items():
         probing = figures["probing"]
         few = [probing[name][k]["auroc"] for name in ("latents", "frozen decoder") for k in ("1", "4", "16")]
         numbers = (f"{value:.3f}" for value in (*few, probing["rows"]["all"]["auroc"]))
-        table.add_row(sae_id, *numbers, str(figures["dense_latents"]))
+        table.add_row(sae_id, *numbers)
     return table
 
 

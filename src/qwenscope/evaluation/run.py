@@ -73,6 +73,7 @@ def evaluate(
     lm = opened.language_model()
     budget = tokens if tokens is not None else opened.recipe.evaluation.tokens
     splits = opened.splits(lm.tokenizer, budget, data)
+    probed = usefulness(lm, opened.saes, opened.sites, splits, opened.recipe, on_progress) if probing else None
     splits, measured = Meters(opened, lm, on_progress).measured(splits, until_interval)
     described = {
         "origin": "held out by the recipe" if data is None else data.name,
@@ -81,10 +82,8 @@ def evaluate(
         "splits": counts(splits),
     }
     figures = _result(opened, lm, measured, described)
-    if probing:
-        figures["usefulness"] = usefulness(lm, opened.saes, opened.sites, splits, opened.recipe, on_progress)
     odd: list[str] = []
-    result: dict[str, Any] = _finite(figures, "", odd)
+    result: dict[str, Any] = _finite(figures if probed is None else figures | {"usefulness": probed}, "", odd)
     with disk_errors_named(folder):
         written = _publish(folder, name, result, opened.folder)
     _refuse(odd, lm.name, written)
