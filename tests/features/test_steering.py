@@ -16,8 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5MoeForCausalLM
 from qwenscope.errors import FormatError, ModelError
 from qwenscope.features.continuation import Piece, Sampling, Step, generate, prompt_tokens, side_by_side, write_on
 from qwenscope.features.steering import Steering, controls, steer
+from qwenscope.lm.forward import site_rows
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
 from qwenscope.opening import open_target
 from qwenscope.sae.sae import TopKSAE
 
@@ -275,13 +277,22 @@ def test_sampling_is_seeded_and_top_p_cuts(loaded: tuple[LanguageModel, Steering
 
 def test_an_ablation_that_takes_nothing_away_says_why(loaded: tuple[LanguageModel, Steering]) -> None:
     lm, steering = loaded
-    ablate = replace(steering, mode="ablate")
-    idle = list(side_by_side(lm, prompt_tokens(lm, "order status"), [ablate], max_new_tokens=3))
-    assert idle[-1].note is not None
-    assert "latent 7 is active on none of the" in idle[-1].note
-    assert [piece.note for piece in idle[:-1]] == [None] * (len(idle) - 1)
-    busy = list(side_by_side(lm, prompt_tokens(lm, "order that status that"), [ablate], max_new_tokens=3))
-    assert busy[-1].note is None
-    later = replace(ablate, where="decode")
-    elsewhere = list(side_by_side(lm, prompt_tokens(lm, "order that status that"), [later], max_new_tokens=3))
-    assert "that are not steered" in str(elsewhere[-1].note)
+    assert steering.sae is not None
+    prompt = prompt_tokens(lm, "order status")
+    written = [step.token for step in write_on(lm, prompt, [[]], 3) if not step.ends]
+    rows_TD = site_rows(lm, torch.tensor([[*prompt, *written[:-1]]]), [1])[Site.of(1)][0]
+    active_TN = steering.sae.encode(rows_TD).dense() > 0
+    before_N, after_N = active_TN[: len(prompt)].any(0), active_TN[len(prompt) :].any(0)
+
+    def notes(latent: int, where: Any) -> list[str]:
+        push = replace(steering, latent=latent, mode="ablate", where=where)
+        return [piece.note for piece in side_by_side(lm, prompt, [push], max_new_tokens=3) if piece.note]
+
+    idle, busy = int((~before_N & ~after_N).nonzero()[0]), int(before_N.nonzero()[0])
+    (why,) = notes(idle, "all")
+    count = len(prompt) + len(written) - 1
+    assert why == f"latent {idle} is active on none of the {count} steered tokens, so nothing is taken away"
+    assert notes(busy, "all") == []
+    early = int((before_N & ~after_N).nonzero()[0])
+    (why,) = notes(early, "decode")
+    assert why.endswith(f"; it is on {int(active_TN[:, early].sum())} that are not steered")

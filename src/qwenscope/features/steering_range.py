@@ -23,8 +23,8 @@ DISTINCT = 0.5  # least share of different pairs of neighboring tokens
 KL_BOUND = 1.0
 """Nats per token by which the distributions that a text was drawn from may differ from the unsteered ones, on average,
 at the strength that is proposed to start with."""
-BETWEEN = 7
-"""Strengths that are tried between the last that changes nothing and the first that changes too much."""
+BETWEEN, FINER = 7, 3
+"""Strengths that are tried between the last that changes nothing and the first that changes too much, and how often."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ def text_range(lm: LanguageModel, prompt_ids: Sequence[int], steering: Steering,
         max_new_tokens: per strength.
     """
     found = _tried(lm, prompt_ids, steering, LADDER, max_new_tokens)
-    if found.start is None:
+    for _ in range(FINER):
         high = next((n for n, trial in enumerate(found.trials) if trial.changed), None)
-        if high is not None:
-            low = LADDER[high - 1] if high else LADDER[0] / 4
-            step = (LADDER[high] / low) ** (1 / (BETWEEN + 1))
-            between = [low * step**n for n in range(1, BETWEEN + 1)]
-            finer = _tried(lm, prompt_ids, steering, between, max_new_tokens)
-            found = Range(found.unsteered, (*found.trials[:high], *finer.trials, *found.trials[high:]))
+        if found.start is not None or high is None:
+            break
+        low, top = (found.trials[high - 1].strength if high else LADDER[0] / 4), found.trials[high].strength
+        between = [low * (top / low) ** (n / (BETWEEN + 1)) for n in range(1, BETWEEN + 1)]
+        finer = _tried(lm, prompt_ids, steering, between, max_new_tokens)
+        found = Range(found.unsteered, (*found.trials[:high], *finer.trials, *found.trials[high:]))
     return found
 
 
