@@ -155,7 +155,7 @@ def test_a_steer_is_ended(visit: Visit, model_passes: list[str], how: str) -> No
     headers = {"Content-Type": "application/json"}
     answer = visit.context.request.post(f"{visit.site}api/read", data={"text": "order"}, headers=headers)
     assert answer.ok
-    assert 2 < len(model_passes) < 200  # the read went behind the steer, which did not come to its end
+    assert 0 < len(model_passes) < 200  # the read went behind the steer, which did not come to its end
 
 
 def test_several_latents_steer_together_from_a_link(visit: Visit) -> None:

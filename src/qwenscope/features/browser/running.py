@@ -107,10 +107,11 @@ class Runner:
         Raises:
             FormatError, BusyError: as `steer`; the mode is ablate.
         """
-        prompt, new_tokens, push = asked.get("prompt"), asked.get("tokens", 32), asked.get("push")
+        prompt, new_tokens, given = asked.get("prompt"), asked.get("tokens", 32), asked.get("push")
         _check_length(prompt)
         _check_tokens(new_tokens)
-        self._check_push(push := push | {"strength": 0, "unit": "norm"} if isinstance(push, dict) else push)
+        push = {**given, "strength": 0, "unit": "norm"} if isinstance(given, dict) else {}
+        self._check_push(push)
         if push["mode"] == "ablate":
             raise FormatError("an ablation has no strength")
 
