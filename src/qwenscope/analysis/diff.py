@@ -1,4 +1,5 @@
-"""Two corpora through one model: latents that fire on more of the one's tokens than of the other's.
+"""Two corpora through one model: latents that fire on more of the one's tokens than of the other's. `checkpoints` puts
+one corpus through two models, with the same tests.
 
     from qwenscope.analysis.diff import diff
 
@@ -22,7 +23,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from qwenscope.analysis.contrast import FDR, FEWEST_ACTIVE, LISTED, OnProgress, chosen_saes
-from qwenscope.analysis.piles import Piles, Reader, labelled
+from qwenscope.analysis.piles import Given, Piles, Reader, labelled
 from qwenscope.analysis.pooling import Pool, Scope, scoped_rows
 from qwenscope.analysis.statistics import Design, effect_intervals, effects, permutation_test
 from qwenscope.files import write_json
@@ -82,15 +83,16 @@ def diff(
 
 
 def compared(piles: Piles, pools: dict[str, Pool], seed: int) -> dict[str, Any]:
-    """What differs, from the pooled latents of each SAE."""
-    names, rates_CF, pooled_CF = _rates(pools)
-    design = Design(piles.positive_C, paired=False)
+    """What differs, from the pooled latents of each SAE; the positive side is a."""
+    names, rates_CF, pooled_CF = _rates(pools, piles.paired)
+    design = Design(piles.positive_C, piles.paired)
     tested = permutation_test(rates_CF, design, seed, FDR)
     effect_F = effects(rates_CF, design)
     order_F = effect_F.abs().argsort(descending=True, stable=True)
     found_F = [f for f in order_F.tolist() if tested.q_F[f] <= FDR][:LISTED]
-    groups = _groups(rates_CF[:, found_F])
-    intervals = effect_intervals(rates_CF[:, found_F], design, seed)
+    grouped_CF = rates_CF[:, found_F]
+    groups = _groups(grouped_CF[0::2] - grouped_CF[1::2] if piles.paired else grouped_CF)
+    intervals = effect_intervals(grouped_CF, design, seed)
     latents = []
     for place, f in enumerate(found_F):
         side = {"a": rates_CF[piles.positive_C, f], "b": rates_CF[~piles.positive_C, f]}
@@ -105,7 +107,9 @@ def compared(piles: Piles, pools: dict[str, Pool], seed: int) -> dict[str, Any]:
                 "q": float(tested.q_F[f]),
                 "rate": {name: float(rate.mean()) for name, rate in side.items()},
                 "active": {name: float((rate > 0).double().mean()) for name, rate in side.items()},
-                "conversations": _strongest(piles, pooled_CF[:, f]),
+                "conversations": _changed(piles, rates_CF[:, f])
+                if piles.paired
+                else _strongest(piles, pooled_CF[:, f]),
             }
         )
     return {
@@ -117,14 +121,20 @@ def compared(piles: Piles, pools: dict[str, Pool], seed: int) -> dict[str, Any]:
     }
 
 
-def _rates(pools: dict[str, Pool]) -> tuple[list[tuple[str, int]], Tensor, Tensor]:
-    """Names of the latents that are tested, and of each [C, F] the share of tokens it fires on and its maximum."""
+def _rates(pools: dict[str, Pool], paired: bool) -> tuple[list[tuple[str, int]], Tensor, Tensor]:
+    """Names of the latents that are tested, and of each [C, F] the share of tokens it fires on and its maximum.
+
+    Tested are those that fire, or whose rate differs between the two of a pair, often enough: exchanging the sides
+    changes neither.
+    """
     names, rates, largest = [], [], []
     for id, pool in pools.items():
-        alive = ((pool.active_CF > 0).sum(0) >= FEWEST_ACTIVE).nonzero().squeeze(1)
-        names += [(id, latent) for latent in alive.tolist()]
-        rates.append(pool.active_CF[:, alive].float() / pool.tokens_C.clamp(min=1).unsqueeze(1))
-        largest.append(pool.max_CF[:, alive])
+        rate_CN = pool.active_CF.float() / pool.tokens_C.clamp(min=1).unsqueeze(1)
+        told_XN = rate_CN[0::2] != rate_CN[1::2] if paired else rate_CN > 0
+        tested = (told_XN.sum(0) >= FEWEST_ACTIVE).nonzero().squeeze(1)
+        names += [(id, latent) for latent in tested.tolist()]
+        rates.append(rate_CN[:, tested])
+        largest.append(pool.max_CF[:, tested])
     return names, torch.cat(rates, dim=1), torch.cat(largest, dim=1)
 
 
@@ -142,11 +152,27 @@ def _groups(rates_CF: Tensor) -> list[int]:
 
 def _strongest(piles: Piles, largest_C: Tensor) -> list[dict[str, Any]]:
     """The conversations in which a latent is largest."""
-    shown = []
-    for c in largest_C.argsort(descending=True, stable=True)[:SHOWN].tolist():
-        if float(largest_C[c]) > 0:
-            conversation = piles.given[c].conversation
-            said = conversation.text if not conversation.messages else conversation.messages[-1]["content"]
-            side = "a" if piles.positive_C[c] else "b"
-            shown.append({"id": conversation.id, "side": side, "max": float(largest_C[c]), "text": said[:200]})
-    return shown
+    order_C = [c for c in largest_C.argsort(descending=True, stable=True)[:SHOWN].tolist() if largest_C[c] > 0]
+    sides = ["a" if piles.positive_C[c] else "b" for c in order_C]
+    return [
+        {**_named(piles.given[c]), "side": side, "max": float(largest_C[c])}
+        for c, side in zip(order_C, sides, strict=True)
+    ]
+
+
+def _changed(piles: Piles, rate_C: Tensor) -> list[dict[str, Any]]:
+    """The conversations, each of which stands there for either side, in which a latent's rate changed most."""
+    change_P = rate_C[1::2] - rate_C[0::2]
+    order_P = change_P.abs().argsort(descending=True, stable=True)[:SHOWN].tolist()
+    return [
+        {**_named(piles.given[2 * p]), "side": "a" if change_P[p] < 0 else "b", "change": float(change_P[p])}
+        for p in order_P
+        if change_P[p]
+    ]
+
+
+def _named(given: Given) -> dict[str, Any]:
+    """A conversation's id and the beginning of its last message."""
+    conversation = given.conversation
+    said = conversation.messages[-1]["content"] if conversation.messages else conversation.text
+    return {"id": conversation.id, "text": said[:200]}

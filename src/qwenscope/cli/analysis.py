@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qwenscope.cli.options import AsJson, Out, TargetName, err, show, write_json
 from qwenscope.cli.progress import phases
-from qwenscope.cli.tables import contrast_tables, diff_table, monitor_table, monitor_test_tables
+from qwenscope.cli.tables import contrast_tables, diff_tables, monitor_table, monitor_test_tables
+from qwenscope.errors import FormatError
 
 
 class Pooling(StrEnum):
@@ -82,23 +83,33 @@ def contrast(
 
 def diff(
     target: TargetName,
-    a: Annotated[Path, typer.Option("--a", metavar="PATH", help="Conversations or documents.")],
-    b: Annotated[Path, typer.Option("--b", metavar="PATH", help="Others.")],
+    a: Annotated[Path | None, typer.Option("--a", metavar="PATH", help="Conversations or documents.")] = None,
+    b: Annotated[Path | None, typer.Option("--b", metavar="PATH", help="Others.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="PATH", help="What both models read, with --model-b.")] = None,
+    model_b: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another checkpoint: a folder or Hub id; a is the target's own.")
+    ] = None,
     sae: Saes = [],  # noqa: B006 - typer copies it
     roles: Roles = None,
     positions: Positions = None,
     path: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the result as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which latents fire on more tokens of one corpus than of another, and in which conversations."""
-    from qwenscope.analysis.diff import diff as run_diff
+    """Which latents fire more in one corpus than in another, or under one checkpoint than under another."""
+    from qwenscope.analysis.checkpoints import diff_checkpoints
+    from qwenscope.analysis.diff import diff as diff_corpora
     from qwenscope.analysis.pooling import Scope
 
+    chosen: dict[str, Any] = {"out": path, "saes": sae, "scope": Scope.of(roles, positions)}
     with phases(err) as on_progress:
-        result = run_diff(
-            target, a=a, b=b, out=path, saes=sae, scope=Scope.of(roles, positions), on_progress=on_progress
-        )
-    show(result, as_json, diff_table)
+        chosen["on_progress"] = on_progress
+        if a is not None and b is not None and data is None and model_b is None:
+            result = diff_corpora(target, a=a, b=b, **chosen)
+        elif data is not None and model_b is not None and a is None and b is None:
+            result = diff_checkpoints(target, data=data, model_b=model_b, **chosen)
+        else:
+            raise FormatError("name two corpora with --a and --b, or one and a checkpoint with --data and --model-b")
+    show(result, as_json, diff_tables)
 
 
 monitor = typer.Typer(

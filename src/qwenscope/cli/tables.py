@@ -208,18 +208,42 @@ def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     yield _confounds_table(result["confounds"])
 
 
-def diff_table(result: Mapping[str, Any]) -> Table:
-    """The latents that fire on more tokens of one corpus than of the other, those that fire together side by side."""
+def diff_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """The latents that fire more on one side than on the other, those that fire together side by side; of two
+    checkpoints also on which tokens, and how well the SAEs fit.
+    """
+    where, what = ("changed on", "change") if "fvu" in result else ("strongest in", "fire")
     table = _plain("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
-    table.caption = "a, b: share of tokens on which it fires; group: latents that fire in the same conversations"
-    for heading in ("group", "SAE", "latent", "effect", "95 %", "q", "a", "b", "strongest in"):
-        table.add_column(heading, justify="left" if heading in ("SAE", "strongest in") else "right", no_wrap=True)
+    table.caption = f"a, b: share of tokens on which it fires; #: latents that {what} in the same conversations"
+    for heading, width in (
+        ("#", 2),
+        ("SAE", 12),
+        ("latent", 6),
+        ("effect", 6),
+        ("95 %", 14),
+        ("q", 6),
+        ("a", 6),
+        ("b", 6),
+    ):
+        table.add_column(heading, justify="left" if heading == "SAE" else "right", no_wrap=True, min_width=width)
+    table.add_column(where, no_wrap=True)
     for cell in sorted(result["latents"], key=lambda cell: cell["group"]):
         rates = (format(cell["rate"][side], ".2%") for side in ("a", "b"))
-        said = " ".join(cell["conversations"][0]["text"].split())[:40] if cell["conversations"] else ""
+        said = " ".join(repr(each["token"]) for each in cell.get("tokens", []))
+        if "fvu" not in result and cell["conversations"]:
+            said = " ".join(cell["conversations"][0]["text"].split())
         numbers = format(cell["effect"], ".2f"), _interval(cell["interval"]), format(cell["q"], ".1g"), *rates
-        table.add_row(str(cell["group"]), cell["sae"], str(cell["latent"]), *numbers, escape(said))
-    return table
+        table.add_row(str(cell["group"]), cell["sae"], str(cell["latent"]), *numbers, escape(said[:40]))
+    yield table
+    if "fvu" in result:
+        fit = _plain(escape("How well the SAEs fit {a} (a) and {b} (b)".format(**result["model"])))
+        for heading in ("SAE", "FVU a", "FVU b", "change", "95 %"):
+            fit.add_column(heading, justify="left" if heading == "SAE" else "right", no_wrap=True)
+        for sae_id, cell in result["fvu"].items():
+            fit.add_row(
+                sae_id, *(format(cell[key], ".4f") for key in ("a", "b", "change")), _interval(cell["interval"], ".4f")
+            )
+        yield fit
 
 
 def monitor_table(result: Mapping[str, Any]) -> Table:
