@@ -40,8 +40,8 @@ def evaluate(
     """Measure every SAE of `target` on each split and write `evaluation.json` and `report.html`.
 
     On `data` without an `out`, these are `evaluation-NAME.json` and `report-NAME.html`, so that what was measured on
-    held-out conversations stays; a suite that has no such conversations keeps the plain names. In a
-    release, checksums are verified before and listed anew after; its card keeps the numbers it was written with.
+    held-out conversations stays; a suite without such keeps the plain names. In a release, checksums are verified
+    before and listed anew after; its card keeps the numbers it was written with.
 
     Args:
         target: what `open_target` takes.
@@ -73,7 +73,7 @@ def evaluate(
     lm = opened.language_model()
     budget = tokens if tokens is not None else opened.recipe.evaluation.tokens
     splits = opened.splits(lm.tokenizer, budget, data)
-    probed = usefulness(lm, opened.saes, opened.sites, splits, opened.recipe, on_progress) if probing else None
+    probed = usefulness(opened, lm, splits, on_progress) if probing else {}
     splits, measured = Meters(opened, lm, on_progress).measured(splits, until_interval)
     described = {
         "origin": "held out by the recipe" if data is None else data.name,
@@ -81,9 +81,8 @@ def evaluate(
         "until_interval": until_interval,
         "splits": counts(splits),
     }
-    figures = _result(opened, lm, measured, described)
     odd: list[str] = []
-    result: dict[str, Any] = _finite(figures if probed is None else figures | {"usefulness": probed}, "", odd)
+    result: dict[str, Any] = _finite(_result(opened, lm, measured, described) | probed, "", odd)
     with disk_errors_named(folder):
         written = _publish(folder, name, result, opened.folder)
     _refuse(odd, lm.name, written)

@@ -28,6 +28,7 @@ from qwenscope.evaluation.token_labels import Categories, binary, categories, jo
 from qwenscope.evaluation.work import OnProgress
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
+from qwenscope.opening import Target
 from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import SAE
 from qwenscope.seeds import derive_seed
@@ -71,30 +72,27 @@ class Task:
 
 
 def usefulness(
+    target: Target,
     lm: LanguageModel,
-    saes: Mapping[str, SAE],
-    sites: Mapping[str, Site],
     splits: Mapping[str, Sequence[Conversation]],
-    recipe: Recipe,
     on_progress: OnProgress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Sparse probing of every SAE, its dense latents, and how far from centred its rows are.
 
     Args:
-        lm: the language model, at least up to the last site.
-        saes: on the model's device.
-        sites: where each SAE reads.
+        target: the SAEs, their sites, which rows are left out, and the seed.
+        lm: its language model, at least up to the last site.
         splits: held-out conversations; an equal part of each split is looked at.
-        recipe: which rows are left out, and the seed.
         on_progress: called with (phase, SAEs done, SAEs in all).
 
     Returns:
-        The key `usefulness` of evaluation.json.
+        {"usefulness": ...}, a part of evaluation.json.
 
     Raises:
         CorpusError: no label has enough tokens on both sides.
     """
-    sample = draw(lm, sorted(set(sites.values())), splits, recipe)
+    recipe = target.recipe
+    sample = draw(lm, sorted(set(target.sites.values())), splits, recipe)
     tasks = [tasks_of(sample, derive_seed(recipe.seed, f"usefulness {number}")) for number in range(SEEDS)]
     if not all(tasks):
         raise CorpusError(
@@ -102,16 +100,18 @@ def usefulness(
             "so that usefulness cannot be measured; give more data"
         )
     found = {}
-    for done, (id, sae) in enumerate(saes.items()):
-        on_progress("probing", done, len(saes))
-        found[id] = _of_sae(sae, sample, sites[id], tasks, recipe.seed)
+    for done, (id, sae) in enumerate(target.saes.items()):
+        on_progress("probing", done, len(target.saes))
+        found[id] = _of_sae(sae, sample, target.sites[id], tasks, recipe.seed)
     return {
-        "rows": len(sample.token_R),
-        "conversations": len(np.unique(sample.conversation_R)),
-        "seeds": SEEDS,
-        "labels": _counts(tasks[0]),
-        "tokens": _over_seeds([_probe(_TokenRates(sample), own) for own in tasks]),
-        "saes": found,
+        "usefulness": {
+            "rows": len(sample.token_R),
+            "conversations": len(np.unique(sample.conversation_R)),
+            "seeds": SEEDS,
+            "labels": _counts(tasks[0]),
+            "tokens": _over_seeds([_probe(_TokenRates(sample), own) for own in tasks]),
+            "saes": found,
+        }
     }
 
 
