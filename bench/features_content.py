@@ -54,6 +54,7 @@ _META = {
     "data": "random",
     "privacy": {"scrub": True},
     "splits": ["chat", "tool_use"],
+    "roles": list(ROLES),
 }
 
 

@@ -9,9 +9,10 @@ import errno
 import logging
 import re
 import time
+import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub import errors as hub_errors
@@ -86,12 +87,13 @@ def asked(action: Callable[[], Result], what: str) -> Result:
         raise HubError(explain(error, what)) from None
 
 
-def retrying(action: Callable[[], Result], what: str) -> Result:
+def retrying(action: Callable[[], Result], what: str, level: int = logging.WARNING) -> Result:
     """`action()`, again after 5xx, 429, timeouts and broken connections.
 
     Args:
-        action: reads or writes on the Hub, and may be repeated.
-        what: the repository (and revision) concerned, for messages.
+        action: reads or writes on the Hub or another server, and may be repeated.
+        what: the repository (and revision) or address concerned, for messages.
+        level: at which each further try is logged.
 
     Raises:
         HubError: still failing after the last pause, or the Hub is not to be asked (HF_HUB_OFFLINE).
@@ -106,9 +108,9 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
             if not _transient(error):
                 raise
             if pause is None:
-                raise HubError(f"{explain(error, what)}; the Hub still fails after {len(PAUSES)} more tries") from None
+                raise HubError(f"{explain(error, what)}; still so after {len(PAUSES)} more tries") from None
             wait = max(pause, _retry_after(error))
-            logger.warning("%s; trying again in %.0f s", redact(f"{what}: {_root_cause(error)}"), wait)
+            logger.log(level, "%s; trying again in %.0f s", redact(f"{what}: {_root_cause(error)}"), wait)
             time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -153,15 +155,21 @@ def _root_cause(error: BaseException) -> BaseException:
     return next((link for link in chain if getattr(link, "response", None) is not None), chain[-1])
 
 
+def _response(error: BaseException) -> Any:
+    """The server's response, if there was one: the Hub client's errors hold it, urllib's are it."""
+    cause = _root_cause(error)
+    return cause if isinstance(cause, urllib.error.HTTPError) else getattr(cause, "response", None)
+
+
 def _status(error: BaseException) -> int | None:
-    """HTTP status of the Hub's response, if there was one."""
-    response = getattr(_root_cause(error), "response", None)
-    return None if response is None else int(response.status_code)
+    """HTTP status of the server's response, if there was one."""
+    response = _response(error)
+    return None if response is None else int(getattr(response, "status_code", None) or response.status)
 
 
 def _retry_after(error: BaseException) -> float:
     """Seconds that the server asked to wait, at most a minute."""
-    seconds = str(getattr(getattr(_root_cause(error), "response", None), "headers", {}).get("retry-after", ""))
+    seconds = str(getattr(_response(error), "headers", {}).get("retry-after", ""))
     return min(float(seconds), 60.0) if seconds.isdigit() else 0.0
 
 

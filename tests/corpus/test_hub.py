@@ -114,7 +114,7 @@ def test_a_fault_in_the_middle_of_a_shard_loses_and_repeats_nothing(hub: FakeHub
 def test_a_hub_that_stays_down_is_named(hub: FakeHub) -> None:
     hub.add("datasets", "allenai/WildChat-1M", {"data/train-0.parquet": parquet(chats(0, 5))})
     hub.fail("/api/datasets/allenai/WildChat-1M", *[500] * 10 * (len(PAUSES) + 1))
-    with pytest.raises(HubError, match=r"wildchat \(allenai/WildChat-1M\): .*the Hub still fails"):
+    with pytest.raises(HubError, match=r"wildchat \(allenai/WildChat-1M\): .*still so after 5 more tries"):
         open_source(SourceRecipe(name="wildchat", weight=1), "wildchat", 0, False, None)
 
 

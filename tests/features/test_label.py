@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,9 +15,12 @@ import torch
 from planted_suite import PLANTED, PLANTED_LATENT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwenscope import hub
 from qwenscope.errors import FormatError, HubError, ModelError
-from qwenscope.features.clients import EndpointClient, LocalClient, OfflineClient
-from qwenscope.features.label import balanced_accuracy, explain, export_delphi
+from qwenscope.features.clients import Client, EndpointClient, LocalClient, OfflineClient
+from qwenscope.features.delphi import export_delphi
+from qwenscope.features.label import chosen, explain
+from qwenscope.features.questions import balanced_accuracy
 from qwenscope.features.store import Index
 from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.opening import open_target
@@ -25,22 +29,31 @@ from qwenscope.recipe import load_recipe
 DELPHI_SAMPLE = {"str_tokens", "activations", "distance", "activating", "prediction", "probability", "correct"}
 
 
+@pytest.fixture
+def index(index: Index, tmp_path: Path) -> Index:
+    """A copy: what a client has labelled, it does not label again."""
+    return Index(shutil.copytree(index.folder, tmp_path / "index"))
+
+
+def label(index: Index, client: Client, sae_id: str, *latents: int) -> list[dict[str, Any]]:
+    return list(explain(index, client, [(sae_id, latent) for latent in latents]))
+
+
 def test_the_planted_latent_is_named_found_and_scored(index: Index) -> None:
-    (record,) = explain(index, OfflineClient(), "sae_delta", [PLANTED_LATENT])
+    (record,) = label(index, OfflineClient(), "sae_delta", PLANTED_LATENT)
     assert record["label"] == f'tokens "{PLANTED.strip()}"'
     assert record["fuzzing"] == 1.0
     assert record["detection"] >= 0.75  # the word also stands where the latent is not among the k strongest
     shown = index.latent("sae_delta", PLANTED_LATENT)["explanation"]
-    assert shown == {key: record[key] for key in ("label", "client", "detection", "fuzzing")}
+    assert shown == {key: record[key] for key in ("label", "client", "detection", "fuzzing", "unparsed")}
     assert index.labels("sae_delta") == {PLANTED_LATENT: record["label"]}
     hit = index.search("tokens")[0]
     assert (hit["latent"], hit["label"]) == (PLANTED_LATENT, record["label"])
-    again = explain(index, OfflineClient(), "sae_delta", [PLANTED_LATENT])
-    assert again == [record]
+    assert label(index, OfflineClient(), "sae_delta", PLANTED_LATENT) == []  # is done
 
 
 def test_samples_are_what_the_index_shows(index: Index) -> None:
-    (record,) = explain(index, OfflineClient(), "sae_attn", [41])
+    (record,) = label(index, OfflineClient(), "sae_attn", 41)
     examples = {tuple(e["tokens"]): e for e in index.latent("sae_attn", 41)["examples"]}
     assert {s["activating"] for s in record["samples"]["detection"]} == {True, False}
     for sample in record["samples"]["detection"]:
@@ -52,7 +65,7 @@ def test_samples_are_what_the_index_shows(index: Index) -> None:
 
 def test_no_text_is_both_shown_and_tested(index: Index) -> None:
     client = Asked()
-    explain(index, client, "sae_attn", [41])
+    label(index, client, "sae_attn", 41)
     (shown, detection, fuzzing) = client.asked
     shown_texts = shown.replace("<<", "").replace(">>", "").split("\n\nText ")
     texts = [text.partition(":\n")[2] for text in shown_texts]
@@ -91,10 +104,27 @@ class Answers:
         return '  "a  label"\n'
 
 
-@pytest.mark.parametrize(("answer", "score"), [("I think ONES.", 0.5), ("no idea", 0.0), ("[1, 0, 2]", 0.0), ("", 0.0)])
-def test_always_yes_is_chance_and_nonsense_is_wrong(index: Index, answer: str, score: float) -> None:
-    (record,) = explain(index, Answers(answer), "sae_delta", [PLANTED_LATENT])
+@pytest.mark.parametrize(
+    ("answer", "score", "unparsed"),
+    [("I think ONES.", 0.5, []), *((text, None, ["detection", "fuzzing"]) for text in ("no idea", "[1, 0, 2]", ""))],
+)
+def test_always_yes_is_chance_and_nonsense_is_no_score(
+    index: Index, answer: str, score: float | None, unparsed: list[str]
+) -> None:
+    (record,) = label(index, Answers(answer), "sae_delta", PLANTED_LATENT)
     assert (record["label"], record["detection"], record["fuzzing"]) == ("a label", score, score)
+    assert record["unparsed"] == unparsed
+
+
+def test_without_a_label_nothing_is_stored(index: Index) -> None:
+    class Silent(Answers):
+        def complete(self, system: str, user: str, max_tokens: int) -> str:
+            return '" "'
+
+    before = index.latent("sae_delta", PLANTED_LATENT)["explanation"]
+    (record,) = label(index, Silent(""), "sae_delta", PLANTED_LATENT)
+    assert (record["label"], record["unparsed"], record["samples"]) == ("", ["label"], {})
+    assert index.latent("sae_delta", PLANTED_LATENT)["explanation"] == before
 
 
 def test_balanced_accuracy_by_hand() -> None:
@@ -106,11 +136,28 @@ def test_balanced_accuracy_by_hand() -> None:
 
 def test_dead_latents_are_passed_over_and_wrong_ones_named(index: Index) -> None:
     dead = index.table("sae_delta")["density"].index(0)
-    assert explain(index, OfflineClient(), "sae_delta", [dead]) == []
+    assert chosen(index, str(dead), ["sae_delta"]) == []
     with pytest.raises(FormatError, match="no latent 256"):
-        explain(index, OfflineClient(), "sae_delta", [256])
+        chosen(index, "0-256", ["sae_delta"])
     with pytest.raises(FormatError, match="sae_nope"):
-        explain(index, OfflineClient(), "sae_nope", [0])
+        chosen(index, "all", ["sae_nope"])
+    with pytest.raises(FormatError, match="no latent 256"):
+        label(index, OfflineClient(), "sae_delta", 256)
+
+
+def test_latents_are_chosen_by_number_by_range_and_by_how_often_they_fire(index: Index) -> None:
+    density = {sae_id: index.table(sae_id)["density"] for sae_id in index.saes}
+    alive = [(sae_id, n) for sae_id, shares in density.items() for n, share in enumerate(shares) if share > 0]
+    assert chosen(index) == alive
+    assert chosen(index, "5-9, 3", ["sae_attn"]) == [p for n in (5, 6, 7, 8, 9, 3) if (p := ("sae_attn", n)) in alive]
+    top = chosen(index, "top:5")
+    assert [sae_id for sae_id, _ in top] == ["sae_attn"] * 5 + ["sae_delta"] * 5 or len(top) == 10
+    for sae_id, shares in density.items():
+        mine = [shares[n] for id, n in top if id == sae_id]
+        assert sorted(mine, reverse=True) == sorted(shares, reverse=True)[:5]
+    for wrong in ("", "some", "top:", "3..5", "-3"):
+        with pytest.raises(FormatError, match="--latents"):
+            chosen(index, wrong)
 
 
 def read_as_delphi(results: Path, hook_points: list[str]) -> list[dict[str, Any]]:
@@ -136,8 +183,8 @@ def delphi_accuracy(samples: list[dict[str, Any]]) -> float:
 
 def test_delphi_reads_its_export_as_we_score_it(index: Index, tmp_path: Path) -> None:
     alive = [latent for latent, density in enumerate(index.table("sae_delta")["density"]) if density > 0.01]
-    records = explain(index, OfflineClient(), "sae_delta", [PLANTED_LATENT, *alive[:2]])
-    records += explain(index, OfflineClient(), "sae_attn", [41])
+    records = label(index, OfflineClient(), "sae_delta", PLANTED_LATENT, *alive[:2])
+    records += label(index, OfflineClient(), "sae_attn", 41)
     results = tmp_path / "delphi"
     assert export_delphi(index, results) >= 3
     hook_points = json.loads((results / "run_config.json").read_text())["hookpoints"]
@@ -180,11 +227,11 @@ def test_a_local_model_writes_and_scores(index: Index, release: Path, which: str
     ids = tokenizer.apply_chat_template(messages, **options)
     written = model.generate(**ids, max_new_tokens=9, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(written, skip_special_tokens=True) == longer
-    (record,) = explain(index, client, "sae_delta", [PLANTED_LATENT])
+    (record,) = label(index, client, "sae_delta", PLANTED_LATENT)
     assert record["client"] == folder
     assert 0 < len(record["label"]) <= 300
     assert len(record["samples"]["detection"]) > 10
-    assert explain(index, client, "sae_delta", [PLANTED_LATENT]) == [record]
+    assert not {"label"} & set(record["unparsed"])
 
 
 def test_a_local_model_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -234,6 +281,7 @@ def test_an_endpoint_is_asked_with_the_key_of_the_environment(endpoint: str, mon
 
 @pytest.mark.parametrize("path", ["moved", "missing"])
 def test_an_endpoint_that_refuses_or_redirects(endpoint: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PAUSES", (0.0, 0.0))
     monkeypatch.setenv("SOME_KEY", "secret-key")
     with pytest.raises(HubError) as caught:
         EndpointClient(f"{endpoint}/{path}", "judge", "SOME_KEY").complete("s", "u", 5)
@@ -248,8 +296,9 @@ def test_addresses_that_would_leak_a_key(url: str) -> None:
         EndpointClient(url, "judge")
 
 
-def test_a_missing_key_and_a_dead_endpoint_are_named() -> None:
+def test_a_missing_key_and_a_dead_endpoint_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PAUSES", (0.0, 0.0))
     with pytest.raises(FormatError, match="NO_SUCH_KEY"):
         EndpointClient("https://example.com/v1", "judge", "NO_SUCH_KEY")
-    with pytest.raises(HubError, match="out of reach"):
+    with pytest.raises(HubError, match=r"127\.0\.0\.1:9.*refused; still so after 2 more tries"):
         EndpointClient("http://127.0.0.1:9/v1", "judge").complete("s", "u", 5)

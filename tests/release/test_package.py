@@ -179,7 +179,7 @@ def test_data_and_privacy_are_told_with_their_counts(built: Path) -> None:
     header, *rows = table(card(built), "## Training data and privacy")
     wildchat = dict(zip(header, rows[1], strict=True))
     assert wildchat["from"] == "allenai/WildChat-1M"
-    assert wildchat["revision"] == "b" * 40
+    assert wildchat["revision"] == "b" * 12
     assert wildchat["weight"] == "35 %"
     assert wildchat["conversations"] == "900"
     assert wildchat["dropped"] == "country: 77, toxic: 23"

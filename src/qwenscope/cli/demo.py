@@ -13,7 +13,7 @@ INDEX_TOKENS = 50_000
 
 
 def run_demo(run: Path, console: Console, out: Console) -> Path:
-    """Train (or go on), evaluate, package and index the recipe `standin`; say what to look at and what to type next.
+    """Train, evaluate, package and index the recipe `standin`, or what is missing of it; say what to type next.
 
     Returns:
         The index, a folder beside the run.
@@ -24,6 +24,7 @@ def run_demo(run: Path, console: Console, out: Console) -> Path:
     from qwenscope.cli.tables import evaluation_table
     from qwenscope.evaluation.run import evaluate
     from qwenscope.features.index import build_index
+    from qwenscope.features.integrity import FILE
     from qwenscope.files import read_json
     from qwenscope.recipe import load_recipe
     from qwenscope.release.package import release
@@ -41,8 +42,9 @@ def run_demo(run: Path, console: Console, out: Console) -> Path:
     if not package.exists():
         release(run, package)
     console.rule("[bold]4 of 4: index[/] what each latent fires on", align="left")
-    with phases(console) as on_progress:
-        build_index(run, index, tokens=INDEX_TOKENS, on_progress=on_progress)
+    if not (index / FILE).exists():
+        with phases(console) as on_progress:
+            build_index(run, index, tokens=INDEX_TOKENS, on_progress=on_progress)
     out.print(_ending(run, package, index), highlight=False, markup=False, soft_wrap=True)
     return index
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import webbrowser
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -19,11 +20,16 @@ from qwenscope.cli.tables import experiment_tables
 from qwenscope.errors import FormatError
 
 if TYPE_CHECKING:
+    from qwenscope.features.clients import Client
+    from qwenscope.features.label import Cost
     from qwenscope.features.steering import Piece, Steering
     from qwenscope.features.steering import Where as At
     from qwenscope.features.store import Index
     from qwenscope.lm.model import LanguageModel
     from qwenscope.opening import Target
+
+SHOWN_LABELS = 100
+"""Of more latents than these the labels are not printed one by one."""
 
 
 def index(
@@ -216,37 +222,71 @@ def _within_range(lm: LanguageModel, prompt_ids: list[int], pushes: list[Steerin
 
 def explain(
     path: Annotated[Path, typer.Argument(metavar="INDEX")],
-    sae: Annotated[str, typer.Option(help="SAE id.")],
-    latents: Annotated[str, typer.Option(metavar="J,J,...", help="Latents, by number.")],
+    latents: Annotated[
+        str, typer.Option(metavar="WHICH", help="all, 0-99,120, or top:500 (those that fire most often), of each SAE.")
+    ] = "all",
+    sae: Annotated[list[str], typer.Option(metavar="ID", help="SAE; repeat it. All by default.")] = [],  # noqa: B006
     endpoint: Annotated[str | None, typer.Option(metavar="URL", help="OpenAI-compatible, with --model.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Model there; without --endpoint, one here.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model at the endpoint.")] = None,
     key_variable: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time to the endpoint.")] = 16,
+    local: Annotated[str | None, typer.Option(metavar="MODEL", help="A chat model here: Hub id or folder.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="No model: a fixed rule. The default.")] = False,
     delphi: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write all records for delphi.")] = None,
 ) -> None:
-    """Label latents and score the labels by detection and fuzzing; without a model, by a simple offline rule."""
-    from qwenscope.features.clients import Client, EndpointClient, LocalClient, OfflineClient
+    """Label latents and score the labels by detection and fuzzing. Stopped or killed, the same command goes on."""
+    from qwenscope.features.delphi import export_delphi
+    from qwenscope.features.label import chosen, foresee, waiting
     from qwenscope.features.label import explain as explain_latents
-    from qwenscope.features.label import export_delphi
     from qwenscope.features.store import Index
 
-    numbers = [int(part) for part in latents.split(",") if part.strip().isdigit()]
-    if len(numbers) != latents.count(",") + 1:
-        raise FormatError(f"--latents {latents}: write numbers such as 3,40")
-    client: Client = OfflineClient()
-    if endpoint is not None:
-        if model is None:
-            raise FormatError("--endpoint needs --model NAME")
-        client = EndpointClient(endpoint, model, key_variable)
-    elif model is not None:
-        client = LocalClient(model)
+    if (endpoint is not None) + (local is not None) + offline > 1:
+        raise FormatError("choose one of --endpoint, --local and --offline")
+    client = _client(endpoint, model, key_variable, local)
     opened = Index(path)
-    for record in explain_latents(opened, client, sae, numbers):
-        scores = ", ".join(
-            f"{kind} {'-' if record[kind] is None else format(record[kind], '.2f')}"
-            for kind in ("detection", "fuzzing")
-        )
-        out.print(f"{record['latent']:>6}  {record['label']}  ({scores})", highlight=False, markup=False)
+    asked = chosen(opened, latents, sae)
+    left = waiting(opened, client, asked)
+    err.print(_foreseen(client.name, len(asked), foresee(opened, left)), highlight=False, markup=False)
+    limit = 1 if endpoint is None else concurrency
+    counts = Counter[str]()
+    try:
+        with phases(err) as on_progress:
+            for record in explain_latents(opened, client, left, concurrency=limit, on_progress=on_progress):
+                counts.update(["labelled" if record["label"] else "unnamed", *record["unparsed"]])
+                if len(left) <= SHOWN_LABELS:
+                    out.print(_labelled(record), highlight=False, markup=False)
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on", highlight=False)
+        err.file.flush()
+        os._exit(130)  # at once: requests that are under way would be waited for
+    unparsed = sum(counts[name] for name in ("label", "detection", "fuzzing"))
+    said = f"; {unparsed:,} answers could not be parsed" if unparsed else ""
+    err.print(f"labelled {counts['labelled']:,} latents in {path}{said}", highlight=False, markup=False)
     if delphi is not None:
-        export_delphi(opened, delphi)
+        err.print(f"wrote {export_delphi(opened, delphi):,} labels to {delphi}", highlight=False, markup=False)
+    err.print(f"look at them: qwenscope browse {path}", highlight=False, markup=False)
+
+
+def _client(endpoint: str | None, model: str | None, key_variable: str | None, local: str | None) -> Client:
+    from qwenscope.features.clients import EndpointClient, LocalClient, OfflineClient
+
+    if (endpoint is None) != (model is None):
+        raise FormatError("--endpoint URL and --model NAME go together; a model on this machine is --local MODEL")
+    if endpoint is not None and model is not None:
+        return EndpointClient(endpoint, model, key_variable)
+    return OfflineClient() if local is None else LocalClient(local)
+
+
+def _foreseen(client: str, asked: int, cost: Cost) -> str:
+    done = f" ({asked - cost.latents:,} more are labelled by {client} already)" if asked > cost.latents else ""
+    return (
+        f"{cost.latents:,} latents to label by {client}{done}: about {cost.requests:,} requests, "
+        f"{cost.tokens_in:,} tokens to read and at most {cost.tokens_out:,} to write"
+    )
+
+
+def _labelled(record: dict[str, Any]) -> str:
+    scores = ", ".join(
+        f"{kind} {'-' if record[kind] is None else format(record[kind], '.2f')}" for kind in ("detection", "fuzzing")
+    )
+    return f"{record['sae']} {record['latent']:>6}  {record['label'] or '(no label)'}  ({scores})"

@@ -5,17 +5,24 @@ A key is read from the environment when it is used; it is never stored, logged o
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
+import threading
 import urllib.error
 import urllib.request
 from collections import Counter
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from qwenscope.errors import FormatError, HubError
 from qwenscope.features.steering import generate
+from qwenscope.hub import retrying
 from qwenscope.lm.load import load_language_model
 from qwenscope.recipe import LMRecipe
 
@@ -63,7 +70,7 @@ class EndpointClient:
         """The first choice's text.
 
         Raises:
-            HubError: the endpoint is out of reach, refuses, or answers something else.
+            HubError: the endpoint refuses; or, after further tries, is out of reach, overloaded or answers nonsense.
         """
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         body = {"model": self.name, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
@@ -72,15 +79,20 @@ class EndpointClient:
             headers["Authorization"] = f"Bearer {os.environ[self._key_variable]}"
         request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
         try:
-            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-                answer = json.loads(response.read(ANSWER_LIMIT))
-            return str(answer["choices"][0]["message"]["content"] or "")
+            return retrying(lambda: self._ask(request), self._url, logging.INFO)
         except urllib.error.HTTPError as error:
             raise HubError(f"{self._url} refuses: {error.code} {error.reason}") from None
         except OSError as error:
             raise HubError(f"{self._url} is out of reach: {getattr(error, 'reason', error)}") from None
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise HubError(f"{self._url} answers something else than a chat completion") from None
+
+    def _ask(self, request: urllib.request.Request) -> str:
+        """One try. Raises HTTPError, or OSError, of which `retrying` knows which are worth another."""
+        with (
+            self._opener.open(request, timeout=TIMEOUT_SECONDS) as response,
+            suppress(ValueError, KeyError, IndexError, TypeError, HTTPException),
+        ):
+            return str(json.loads(response.read(ANSWER_LIMIT))["choices"][0]["message"]["content"] or "")
+        raise ConnectionError("the answer is something else than a chat completion")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -125,3 +137,37 @@ class OfflineClient:
             where = "".join(marked) if marked else text
             answers.append(int(any(token in where for token in wanted)))
         return json.dumps(answers)
+
+
+class Remembering:
+    """A client that asks nothing twice: answers are written to a file as they come, and found there after a kill."""
+
+    def __init__(self, client: Client, path: Path) -> None:
+        """`path`: JSON lines {"asked": digest, "answer"}; a line that a kill cut off counts for nothing."""
+        self.name, self._client, self._lock = client.name, client, threading.Lock()
+        self._answers: dict[str, str] = {}
+        self._file = path.open("ab+")
+        self._file.seek(0)
+        for line in self._file:
+            try:
+                kept = json.loads(line)
+                self._answers[kept["asked"]] = kept["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        self._file.write(b"\n")  # ends a line that was cut off
+
+    def complete(self, system: str, user: str, max_tokens: int) -> str:
+        """The kept answer to just this, or the client's."""
+        asked = hashlib.sha256(json.dumps([self.name, system, user, max_tokens]).encode()).hexdigest()
+        if (kept := self._answers.get(asked)) is not None:
+            return kept
+        answer = self._client.complete(system, user, max_tokens)
+        with self._lock:
+            self._answers[asked] = answer
+            self._file.write(json.dumps({"asked": asked, "answer": answer}).encode() + b"\n")
+            self._file.flush()
+        return answer
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

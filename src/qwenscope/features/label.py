@@ -1,266 +1,195 @@
-"""Explanations of latents with scores: a client names what a latent reads, then has to use that name.
+"""Labels for the latents of an index, with scores: chosen, asked for several at a time, stored as they come.
 
-    explain(Index("runs/demo-index"), OfflineClient(), "sae_attn_mid", [3, 40])
+    index = Index("runs/demo-index")
+    for record in explain(index, OfflineClient(), chosen(index, "top:100")):
+        print(record["label"], record["detection"])
 
-Detection (Paulo et al. 2024, "Automatically interpreting millions of features in large language models"): from the
-label alone, in which texts does the latent fire? Fuzzing: are the marked tokens the ones it fires on? Scores are
-balanced accuracies: 0.5 is chance. The label is written from the strongest examples; both tests use examples drawn
-from all quarters of the latent's firings, and never one that shares a token of the corpus, or its whole text, with one
-that the label was written from.
+What is asked and how it is scored stands in `questions.py`. Whoever is killed goes on where they stopped: answers are
+kept in `.explain` inside the index until all are done.
 """
 
 from __future__ import annotations
 
-import json
-import random
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from qwenscope.errors import FormatError
-from qwenscope.features.clients import Client
-from qwenscope.features.describe import BANDS
-from qwenscope.features.store import Index, explaining, read_explanations
-from qwenscope.files import whole_folder, write_json
+from qwenscope.features.clients import Client, Remembering
+from qwenscope.features.questions import ask_about
+from qwenscope.features.store import Index, explained_by, explaining
+from qwenscope.files import disk_errors_named
+from qwenscope.training.lock import run_lock
 
-SHOWN = 12
-TESTED = 10
-MARK_ABOVE = 0.3
-"""Tokens above this share of the example's strongest activation are marked."""
-LABEL_LIMIT = 300
-_DISTANCE = {"negative": -1, "top": 0} | {band: number for number, band in enumerate(BANDS)}
-_EXPLAIN = (
-    "You name what a feature of a language model reads. In each text the tokens that it responds to stand between << "
-    "and >>. Answer with one short phrase, nothing else: what do the marked tokens, in their contexts, have in common?"
-)
-_DETECT = (
-    "You are given the description of a feature of a language model and numbered texts. Answer with a JSON list of one "
-    "number per text, nothing else: 1 if the text contains what the feature responds to, 0 if not."
-)
-_FUZZ = (
-    "You are given the description of a feature of a language model and numbered texts with tokens between << and >>. "
-    "Answer with a JSON list of one number per text, nothing else: 1 if the marked tokens are what the feature "
-    "responds to, 0 if not."
-)
+WORK = ".explain"
+SAMPLED = 32
+"""Latents whose questions are written to foresee what all of them cost."""
+CHARACTERS_PER_TOKEN = 4
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_TOP = re.compile(r"top:(\d+)")
+
+Place = tuple[str, int]
+"""(SAE id, latent)."""
+Result = TypeVar("Result")
+
+
+def chosen(index: Index, latents: str = "all", saes: Sequence[str] = ()) -> list[Place]:
+    """The latents that `all`, `0-99,120` or `top:500` (those that fire most often) names, of each SAE.
+
+    Those that never fired are left out: there is nothing to label.
+
+    Args:
+        index: an index.
+        latents: which; a number beyond an SAE's last is an error.
+        saes: of which SAEs; none means all.
+
+    Raises:
+        FormatError: not such words, or no such SAE or latent.
+    """
+    found: list[Place] = []
+    for sae_id in saes or index.saes:
+        index.check(sae_id, 0)
+        density = index.table(sae_id)["density"]
+        alive = [latent for latent, share in enumerate(density) if share > 0]
+        if top := _TOP.fullmatch(latents):
+            numbers = sorted(sorted(alive, key=lambda latent: (-density[latent], latent))[: int(top[1])])
+        elif latents == "all":
+            numbers = alive
+        else:
+            numbers = [latent for latent in _numbers(latents, index, sae_id) if density[latent] > 0]
+        found += [(sae_id, latent) for latent in numbers]
+    return found
+
+
+def _numbers(text: str, index: Index, sae_id: str) -> list[int]:
+    numbers = dict[int, None]()
+    for part in text.split(","):
+        if not (match := _RANGE.fullmatch(part.strip())):
+            raise FormatError(f"--latents {text}: write all, numbers and ranges such as 0-99,120, or top:500")
+        first, last = int(match[1]), int(match[2] or match[1])
+        index.check(sae_id, first)
+        index.check(sae_id, last)
+        numbers |= dict.fromkeys(range(first, last + 1))
+    return list(numbers)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What labels will take, as far as it can be said before."""
+
+    latents: int
+    requests: int
+    tokens_in: int
+    """About: characters over CHARACTERS_PER_TOKEN."""
+    tokens_out: int
+    """At most."""
+
+
+def waiting(index: Index, client: Client, latents: Iterable[Place]) -> list[Place]:
+    """Those of `latents` that `client` has not labelled and scored already."""
+    done = explained_by(index, client.name)
+    return [place for place in latents if place not in done]
+
+
+def foresee(index: Index, latents: Sequence[Place]) -> Cost:
+    """What labels for `latents` will cost, from the questions about some of them."""
+    step = max(1, len(latents) // SAMPLED)
+    sample, counter = latents[::step][:SAMPLED], _Counter()
+    for sae_id, latent in sample:
+        ask_about(counter, index.latent(sae_id, latent))
+    each = len(latents) / max(1, len(sample))
+    figures = (counter.requests, counter.characters / CHARACTERS_PER_TOKEN, counter.longest)
+    return Cost(len(latents), *(round(figure * each) for figure in figures))
+
+
+class _Counter:
+    """A client that only counts what it is asked."""
+
+    name = "nobody"
+
+    def __init__(self) -> None:
+        self.requests = self.characters = self.longest = 0
+
+    def complete(self, system: str, user: str, max_tokens: int) -> str:
+        self.requests += 1
+        self.characters += len(system) + len(user)
+        self.longest += max_tokens
+        return "names of cities in questions about travel"  # as long as labels are
 
 
 def explain(
     index: Index,
     client: Client,
-    sae_id: str,
-    latents: Sequence[int],
+    latents: Iterable[Place],
     *,
+    concurrency: int = 1,
     on_progress: Callable[[str, int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Label latents, score the labels, and store both in the index, where search finds them.
+) -> Iterator[dict[str, Any]]:
+    """Label latents, score the labels, and store both in the index, where search finds them; each as it is done.
+
+    What `client` has labelled already is passed over. After a kill the same call goes on, and asks nothing again that
+    was answered.
 
     Args:
         index: an index.
         client: who writes.
-        sae_id: which SAE.
-        latents: which latents; those that never fired are passed over.
+        latents: see `chosen`.
+        concurrency: latents that are asked about at the same time; above 1 only for clients that threads may share.
         on_progress: called with (phase, done, total).
 
-    Returns:
-        Records {"sae", "latent", "label", "client", "detection", "fuzzing", "samples"}; a score is None where the
-        index has too few examples. `samples` are delphi's: {"str_tokens", "activations", "distance", "activating",
-        "prediction", "probability", "correct"}, the last three None where there was no answer to parse: that counts as
-        wrong here; delphi leaves such samples out.
+    Yields:
+        Records {"sae", "latent", "label", "client", "detection", "fuzzing", "unparsed", "samples"}, in the order in
+        which they are done. A score is None where the index has too few examples or the answer could not be parsed;
+        `unparsed` names the answers that could not: a record whose `label` is among them is not stored. `samples` are
+        delphi's: {"str_tokens", "activations", "distance", "activating", "prediction", "probability", "correct"}, the
+        last three None where there was no answer to parse.
 
     Raises:
         FormatError: no such SAE or latent.
-        HubError: the client's endpoint fails.
+        HubError: the client's endpoint fails, in spite of further tries.
+        LockError: another process explains this index.
     """
-    records = []
-    with explaining(index) as add:
-        for done, latent in enumerate(latents, start=1):
-            found = index.latent(sae_id, latent)
-            if found["fired"]:
-                record = _explain_one(client, found)
-                add(sae_id, latent, record)  # one by one: an endpoint may fail half-way
-                records.append({"sae": sae_id, "latent": latent, **record})
+    places = waiting(index, client, latents)
+    for sae_id, latent in places:
+        index.check(sae_id, latent)
+    work = index.folder / WORK
+    with disk_errors_named(index.folder):
+        work.mkdir(exist_ok=True)
+    with run_lock(work), closing(Remembering(client, work / "answers.jsonl")) as asked, explaining(index) as add:
+
+        def ask(place: Place) -> dict[str, Any]:
+            found = index.latent(*place)
+            return {"sae": place[0], "latent": place[1], **ask_about(asked, found)}
+
+        for done, record in enumerate(_concurrently(ask, places, concurrency), start=1):
+            if "label" not in record["unparsed"]:
+                add(record["sae"], record["latent"], {k: v for k, v in record.items() if k not in ("sae", "latent")})
             if on_progress is not None:
-                on_progress("explaining", done, len(latents))
-    return records
+                on_progress("explaining", done, len(places))
+            yield record
+        shutil.rmtree(work)
 
 
-def export_delphi(index: Index, out: Path) -> int:
-    """Write all explanations as a results folder of delphi (eai-delphi 0.1), which its analysis reads.
-
-    explanations/, scores/detection/ and scores/fuzz/ hold a file per latent, log/hookpoint_firing_counts.pt how often
-    each latent fired, run_config.json the hook points. These are named layers.22.sae_delta_mid: delphi finds a hook
-    point's files by a part of their name, and sae_delta_mid alone is a part of sae_delta_mid_pos1.
-
-    Returns:
-        The number of latents written.
-
-    Raises:
-        FormatError: there are no explanations, or `out` is not empty.
-    """
-    records = list(read_explanations(index))
-    if not records:
-        raise FormatError(f"{index.folder} holds no explanations; write some with `qwenscope explain`")
-    with whole_folder(out) as folder:
-        for name in ("explanations", "scores/detection", "scores/fuzz"):
-            (folder / name).mkdir(parents=True)
-        for sae_id, latent, record in records:
-            file = f"{_hook_point(index, sae_id)}_latent{latent}.txt"
-            (folder / "explanations" / file).write_text(json.dumps(record["label"], ensure_ascii=False), "utf-8")
-            for score, name in (("detection", "detection"), ("fuzzing", "fuzz")):
-                if record[score] is not None:
-                    samples = json.dumps(record["samples"][score], ensure_ascii=False)
-                    (folder / "scores" / name / file).write_text(samples, "utf-8")
-        names = {sae_id: _hook_point(index, sae_id) for sae_id in sorted({sae_id for sae_id, _, _ in records})}
-        (folder / "log").mkdir()
-        torch.save({name: _fired(index, id) for id, name in names.items()}, folder / "log/hookpoint_firing_counts.pt")
-        write_json(folder / "run_config.json", {"hookpoints": list(names.values())})
-    return len(records)
-
-
-def _hook_point(index: Index, sae_id: str) -> str:
-    return f"layers.{index.saes[sae_id]['layer']}.{sae_id}"
-
-
-def _fired(index: Index, sae_id: str) -> torch.Tensor:
-    """int64 [N], tokens on which each latent fired."""
-    shares_N = torch.tensor(index.table(sae_id)["density"], dtype=torch.float64)
-    fired_N: torch.Tensor = (shares_N * index.saes[sae_id]["tokens"]).round().long()
-    return fired_N
-
-
-def _explain_one(client: Client, found: dict[str, Any]) -> dict[str, Any]:
-    # One text opens many conversations: none is shown twice.
-    distinct = {_text(example): example for example in reversed(found["examples"]) if example["kind"] == "top"}
-    top = list(reversed(distinct.values()))[:SHOWN]
-    unseen = [example for example in found["examples"] if not any(_overlap(example, shown) for shown in top)]
-    firing = [example for example in unseen if example["kind"] in BANDS]
-    firing = firing or [example for example in unseen if example["kind"] == "top"]  # of a latent that rarely fires
-    quiet = [example for example in unseen if example["kind"] == "negative"]
-    choose = random.Random(found["latent"])
-    label = _label(_answer(client, _EXPLAIN, _numbered(_marked(example, _active(example)) for example in top), 64))
-    samples = {
-        "detection": _detection(client, label, firing, quiet, choose),
-        "fuzzing": _fuzzing(client, label, firing, choose),
-    }
-    scores = {name: balanced_accuracy(found) for name, found in samples.items()}
-    return {"label": label, "client": client.name, **scores, "samples": samples}
-
-
-def _answer(client: Client, system: str, user: str, max_tokens: int) -> str:
-    """What a client says after it has thought."""
-    return client.complete(system, user, max_tokens).rpartition("</think>")[2]
-
-
-def _label(answer: str) -> str:
-    """An answer on one line, out of its quotation marks."""
-    line = " ".join(answer.split())
-    if len(line) > 1 and line[0] == line[-1] == '"':
-        line = line[1:-1]
-    return line[:LABEL_LIMIT].strip() or "no label"
-
-
-def balanced_accuracy(samples: Sequence[dict[str, Any]]) -> float | None:
-    """Mean of the accuracies on activating and on other samples; None if either kind is missing."""
-    shares: list[float] = []
-    for activating in (True, False):
-        correct = [sample["correct"] is True for sample in samples if sample["activating"] is activating]
-        if not correct:
-            return None
-        shares.append(sum(correct) / len(correct))
-    return sum(shares) / 2
-
-
-def _detection(
-    client: Client, label: str, firing: list[dict[str, Any]], quiet: list[dict[str, Any]], choose: random.Random
-) -> list[dict[str, Any]]:
-    asked = [(example, True, _text(example)) for example in _spread(firing)]
-    asked += [(example, False, _text(example)) for example in quiet[:TESTED]]
-    choose.shuffle(asked)
-    return _ask(client, _DETECT, label, asked)
-
-
-def _fuzzing(client: Client, label: str, firing: list[dict[str, Any]], choose: random.Random) -> list[dict[str, Any]]:
-    """Half of the examples are marked where the latent fires, half at as many other tokens."""
-    asked = []
-    for number, example in enumerate(_spread(firing)):
-        places, right = _active(example), number % 2 == 0
-        if not right:
-            values = zip(example["tokens"], example["activations"], strict=True)
-            silent = [place for place, (text, value) in enumerate(values) if text and value == 0]
-            places = set(choose.sample(silent, min(len(places), len(silent))))
-        if places:
-            asked.append((example, right, _marked(example, places)))
-    choose.shuffle(asked)
-    return _ask(client, _FUZZ, label, asked)
-
-
-def _ask(
-    client: Client, system: str, label: str, asked: list[tuple[dict[str, Any], bool, str]]
-) -> list[dict[str, Any]]:
-    """Ask about (example, right answer, text as it is shown); the samples in delphi's form."""
-    if not asked:
-        return []
-    user = f"Feature: {label}\n\n{_numbered(text for _, _, text in asked)}"
-    answer = _answer(client, system, user, 16 + 4 * len(asked))
-    return [
-        {
-            "str_tokens": example["tokens"],
-            "activations": example["activations"],
-            "distance": _DISTANCE[example["kind"]],
-            "activating": activating,
-            "prediction": prediction,
-            "probability": None,
-            "correct": None if prediction is None else prediction is activating,
-        }
-        for (example, activating, _), prediction in zip(asked, _parse(answer, len(asked)), strict=True)
-    ]
-
-
-def _parse(answer: str, count: int) -> list[bool | None]:
-    """The first list of `count` zeros and ones in an answer; all None if there is none."""
-    for text in re.findall(r"\[[\s01,]*\]", answer):
-        numbers = re.findall(r"[01]", text)
-        if len(numbers) == count:
-            return [number == "1" for number in numbers]
-    return [None] * count
-
-
-def _spread(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Up to TESTED of the examples, evenly from the first to the last."""
-    step = max(1.0, len(examples) / TESTED)
-    return [examples[int(i * step)] for i in range(min(TESTED, len(examples)))]
-
-
-def _text(example: dict[str, Any]) -> str:
-    return "".join(example["tokens"])
-
-
-def _overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether one knows of the other: windows of a conversation that share tokens, or one text within the other."""
-    if one["conversation"] == other["conversation"]:
-        (first, length), (second, _) = sorted((e["position"] - e["peak"], len(e["tokens"])) for e in (one, other))
-        if first + length > second:
-            return True
-    text, longer = sorted((_text(one), _text(other)), key=len)
-    return text in longer
-
-
-def _active(example: dict[str, Any]) -> set[int]:
-    """Tokens to mark; of a character that several tokens write, the first, where its text stands."""
-    most, first, places = max(example["activations"]), 0, set()
-    for place, (text, value) in enumerate(zip(example["tokens"], example["activations"], strict=True)):
-        first = place if text else first
-        if value > 0 and value >= MARK_ABOVE * most:
-            places.add(first)
-    return places
-
-
-def _marked(example: dict[str, Any], places: set[int]) -> str:
-    return "".join(f"<<{text}>>" if place in places else text for place, text in enumerate(example["tokens"]))
-
-
-def _numbered(texts: Iterable[str]) -> str:
-    return "\n\n".join(f"Text {number}:\n{text}" for number, text in enumerate(texts, start=1))
+def _concurrently(work: Callable[[Place], Result], places: Iterable[Place], limit: int) -> Iterator[Result]:
+    """`work` on each of `places`, `limit` at a time, in the order in which they end."""
+    pool = ThreadPoolExecutor(limit, "explain")
+    running: set[Future[Result]] = set()
+    patient = True  # what is under way when work fails is paid for, and its answers are kept
+    try:
+        for place in places:
+            if len(running) >= 2 * limit:  # enough that none waits for the next one to be handed out
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+            running.add(pool.submit(work, place))
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except KeyboardInterrupt:
+        patient = False
+        raise
+    finally:
+        pool.shutdown(patient, cancel_futures=True)

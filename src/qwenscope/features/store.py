@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
 from qwenscope.features.token_text import TokenText, alone, readable
 
 VERSION = 2
+WRITE_SECONDS = 60.0
+"""How long a writer waits for readers."""
+COMMIT_SECONDS = 1.0
 _DETAIL_LIMIT = 4 << 20
 """Bytes of JSON of one latent's page; the largest seen are 30 kB."""
 _ROW_LIMIT = 4 << 10
@@ -248,24 +252,38 @@ class Index:
 
 @contextmanager
 def explaining(index: Index) -> Iterator[Callable[[str, int, dict[str, Any]], None]]:
-    """Yields what stores one (sae_id, latent, record with `label` and `samples`), each at once and for good.
+    """Yields what stores one (sae_id, latent, record with `label`); on disk within a second, and at the end.
 
     The checksums are taken away meanwhile and made anew at the end, so that a killed writer leaves a sound index.
     """
     (index.folder / CHECKSUMS_FILE).unlink(missing_ok=True)
-    with closing(sqlite3.connect(index.path)) as connection:
+    with closing(sqlite3.connect(index.path, timeout=WRITE_SECONDS)) as connection:
+        connection.execute("PRAGMA cache_spill = OFF")  # else a full cache would lock readers out before the commit
+        committed = time.monotonic()
 
         def add(sae_id: str, latent: int, record: dict[str, Any]) -> None:
+            nonlocal committed
             key = key_of(index.ordinal(sae_id), latent)
-            with connection:
-                connection.execute("INSERT OR REPLACE INTO explanations VALUES (?, ?)", (key, json.dumps(record)))
-                connection.execute("UPDATE search SET label = ? WHERE rowid = ?", (record["label"], key))
+            connection.execute("INSERT OR REPLACE INTO explanations VALUES (?, ?)", (key, json.dumps(record)))
+            connection.execute("UPDATE search SET label = ? WHERE rowid = ?", (record["label"], key))
+            if time.monotonic() - committed > COMMIT_SECONDS:
+                connection.commit()
+                committed = time.monotonic()
 
         try:
             yield add
         finally:
+            connection.commit()
             connection.close()
             write_checksums(index.folder, FILES)
+
+
+def explained_by(index: Index, client: str) -> set[tuple[str, int]]:
+    """(SAE id, latent) of those that a client has labelled."""
+    ids = list(index.saes)
+    with closing(read_only(index.path)) as connection:
+        keys = connection.execute("SELECT key FROM explanations WHERE json_extract(record, '$.client') = ?", (client,))
+        return {(ids[key >> 32], key & 0xFFFFFFFF) for (key,) in keys}
 
 
 def read_explanations(index: Index) -> Iterator[tuple[str, int, dict[str, Any]]]:

@@ -95,8 +95,9 @@ def memory_needs(
         "language_model_activations": recipe.corpus.batch_tokens * position,
         "windows": window * row_bytes(recipe, config) * (layers * (2 if overlap else 1) + travelling),
         "saes": trained + shadows[training.precision],
-        # rows and residuals in float32; on a GPU pre-activations and both gradients of one SAE are whole
-        "step": training.batch_size * hidden * 20 + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
+        # float32: rows, residuals, a gradient per prefix; on a GPU one SAE's pre-activations and gradients are whole
+        "step": training.batch_size * hidden * (20 + 4 * len(training.prefixes))
+        + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
     }
     return needs | {"checkpoint_copy": trained, "process": process} if cpu else needs
 

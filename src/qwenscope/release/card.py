@@ -199,7 +199,8 @@ def _difference(cells: Sequence[Mapping[str, Any]], intervals: Mapping[str, Any]
 
 
 def sources(facts: Facts) -> Iterator[dict[str, Any]]:
-    """One row per corpus source: where from, at which revision, and the report's counts if there is a report."""
+    """One row per corpus source: where from, the first twelve digits of its revision (run.json has them all), and the
+    report's counts if there is a report."""
     revisions = facts.run.get("revisions", {}).get("corpus", {})
     total = sum(source.weight for source in facts.recipe.corpus.sources)
     reported = (facts.privacy or {}).get("sources", {})
@@ -207,10 +208,11 @@ def sources(facts: Facts) -> Iterator[dict[str, Any]]:
     for number, source in enumerate(facts.recipe.corpus.sources):
         name = ids[number] if ids else source.name
         generated = "packaged generator" if source.generated else "local files"
+        kind, colon, digits = str(source.revision or revisions.get(name) or "").rpartition(":")
         yield {
             "id": name,
             "origin": dataset_of(source) or generated,
-            "revision": str(source.revision or revisions.get(name) or ""),
+            "revision": f"{kind}{colon}{digits[:12]}",
             "weight": source.weight / total,
             "report": reported.get(name),
         }
