@@ -121,28 +121,41 @@ def test_steering_shows_its_controls(visit: Visit) -> None:
     for name in RUNS:
         expect(page.locator(".run h3", has_text=name).first).to_be_visible()
     expect(page.get_by_role("button", name="Steer")).to_be_enabled()
+    strength = page.get_by_label("Strength", exact=True).input_value()
+    assert float(strength) > 0, "it was measured"
+    slider = page.get_by_label("Strength, in shares of the residual norm")
+    stop = int(slider.input_value())
+    slider.press("Home")
+    expect(page.locator(".range [role=status]")).to_contain_text("strength 0: KL 0 nats a token")
+    expect(page.get_by_label("Strength", exact=True)).to_have_value("0")
+    page.locator(".range figure").first.locator(".hit").nth(stop).click()
+    expect(page.get_by_label("Strength", exact=True)).to_have_value(strength)
     page.get_by_role("link", name="Link to this steering").click()
     expect(page.locator("h1")).to_have_text("Steer")
+    for name in RUNS:  # a link runs
+        expect(page.locator(".run h3", has_text=name).first).to_be_visible()
+    expect(page.get_by_label("Strength", exact=True)).to_have_value(strength)
     expect(page.get_by_label("Prompt")).to_have_value("order status")
     expect(page.get_by_label("Latent", exact=True)).to_have_value(str(PLANTED_LATENT))
 
 
-@pytest.mark.parametrize("closes_the_tab", [False, True])
-def test_esc_or_a_closed_tab_ends_a_steer(visit: Visit, model_passes: list[str], closes_the_tab: bool) -> None:
+@pytest.mark.parametrize("how", ["Esc", "the button", "a closed tab"])
+def test_a_steer_is_ended(visit: Visit, model_passes: list[str], how: str) -> None:
     page = visit.go(LATENT)
-    longer = {"tokens": 200}  # five runs of them
+    page.get_by_label("Strength", exact=True).fill("0.25")
+    longer = {"tokens": 200}
     page.route("**/api/steer", lambda route: route.continue_(post_data={**route.request.post_data_json, **longer}))
     page.get_by_role("button", name="Steer").click()
     expect(page.locator(".run h3", has_text="steered").first).to_be_visible()
-    if closes_the_tab:
+    if how == "a closed tab":
         page.close()
     else:
-        page.keyboard.press("Escape")
+        page.keyboard.press("Escape") if how == "Esc" else page.get_by_role("button", name="Stop").click()
         expect(page.locator("form.steer").get_by_role("status")).to_have_text("stopped")
     headers = {"Content-Type": "application/json"}
     answer = visit.context.request.post(f"{visit.site}api/read", data={"text": "order"}, headers=headers)
     assert answer.ok
-    assert 2 < len(model_passes) < 5 * 200  # the read went behind the steer, which did not come to its end
+    assert 0 < len(model_passes) < 200  # the read went behind the steer, which did not come to its end
 
 
 def test_several_latents_steer_together_from_a_link(visit: Visit) -> None:

@@ -17,9 +17,10 @@ from qwenscope.errors import FormatError
 from qwenscope.features.browser.edge import BODY_LIMIT
 from qwenscope.features.browser.export import export_site
 from qwenscope.features.browser.server import make_app, page_files, serve
+from qwenscope.features.continuation import generate, prompt_tokens
 from qwenscope.features.form import unpack
 from qwenscope.features.index import open_origin
-from qwenscope.features.steering import Steering, generate, prompt_tokens
+from qwenscope.features.steering import Steering
 from qwenscope.features.store import Index
 
 JSON = {"Content-Type": "application/json"}
@@ -168,6 +169,10 @@ def test_a_wrong_push_is_named(client: TestClient, change: dict[str, Any], named
         ({"pushes": [PUSH] * 9}, "pushes is a list of 1 to 8"),
         ({"pushes": PUSH}, "pushes is a list"),
         ({"pushes": ["x"]}, "a push is an object"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": 1.5}, "seed"),
     ],
 )
 def test_steering_names_what_is_wrong(client: TestClient, change: dict[str, Any], named: str) -> None:
@@ -183,6 +188,17 @@ def test_reading_and_steering_answer(client: TestClient) -> None:
     assert PLANTED_LATENT in [latent for latent, _ in read["saes"]["sae_delta"][at]]
     lines = client.post("/api/steer", json=STEER).text.splitlines()
     assert len(lines) > 5
+
+
+def test_the_range_of_a_push_is_measured(client: TestClient) -> None:
+    found = client.post("/api/range", json={"push": PUSH, "prompt": "order status", "tokens": 4}).json()
+    strengths = [trial["strength"] for trial in found["trials"]]
+    assert strengths == sorted(strengths)
+    assert strengths[0] == 0 < strengths[1] < 0.05 < strengths[-1] == 4
+    assert found["start"] in [*strengths, None]
+    for wrong in ({"push": PUSH | {"mode": "ablate"}}, {"push": PUSH, "tokens": 0}, {"push": "x"}, {}):
+        response = client.post("/api/range", json={"prompt": "order status", **wrong})
+        assert response.status_code == 400
 
 
 def test_several_latents_steer_together_as_in_python(client: TestClient, index: Path) -> None:

@@ -17,9 +17,10 @@ import torch
 
 from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.evaluation.run import evaluate
+from qwenscope.features.continuation import generate, prompt_tokens
 from qwenscope.features.index import build_index
 from qwenscope.features.read import read
-from qwenscope.features.steering import Steering, generate, prompt_tokens, steer
+from qwenscope.features.steering import Steering, steer
 from qwenscope.features.store import Index
 from qwenscope.files import read_json, sha256
 from qwenscope.opening import Target, open_target

@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5MoeForCausalLM
 
 from qwenscope.errors import FormatError, ModelError
-from qwenscope.features.steering import Piece, Steering, controls, generate, prompt_tokens, side_by_side, steer
+from qwenscope.features.continuation import Piece, Sampling, Step, generate, prompt_tokens, side_by_side, write_on
+from qwenscope.features.steering import Steering, controls, steer
+from qwenscope.lm.forward import site_rows
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.sites import Site
 from qwenscope.opening import open_target
 from qwenscope.sae.sae import TopKSAE
 
@@ -215,11 +218,81 @@ def test_streamed_text_equals_generate(loaded: tuple[LanguageModel, Steering]) -
 
 def test_side_by_side_reports_effects(loaded: tuple[LanguageModel, Steering]) -> None:
     lm, steering = loaded
-    pieces = list(side_by_side(lm, prompt_tokens(lm, "order"), [steering], max_new_tokens=2))
+    prompt = prompt_tokens(lm, "order")
+    pieces = list(side_by_side(lm, prompt, [steering], max_new_tokens=6))
     effects = {piece.run: piece.effect for piece in pieces if piece.effect is not None}
     assert list(effects) == ["steered", "unsteered", "negative strength", "random latent", "random direction"]
     assert effects["unsteered"] == pytest.approx(0.0, abs=1e-9)
     assert effects["steered"] > 1e-4
     assert all(isinstance(piece, Piece) for piece in pieces)
+    for name, pushes in {"steered": [steering], **controls([steering])}.items():
+        together = "".join(piece.text for piece in pieces if piece.run == name)
+        assert together == "".join(generate(lm, prompt, pushes, 6))
     with pytest.raises(FormatError, match="empty"):
         next(side_by_side(lm, [], [steering]))
+
+
+@pytest.mark.parametrize("where", ["all", "prefill", "decode", slice(3, None)])
+def test_a_batch_of_runs_equals_single_runs(loaded: tuple[LanguageModel, Steering], where: Any) -> None:
+    """To 1e-5 in log-probabilities at every step, with two sites and modes in one batch, and with shadows."""
+    lm, steering = loaded
+    steering = replace(steering, where=where)
+    prompt = prompt_tokens(lm, "order status")
+    other = replace(steering, site=3, latent=9, mode="clamp", unit=2.0)
+    runs = {"steered": [steering], "both": [steering, other], **controls([steering])}
+    single = {name: list(write_on(lm, prompt, [pushes], 8)) for name, pushes in runs.items()}
+    batch: dict[str, list[Step]] = {name: [] for name in runs}
+    for step in write_on(lm, prompt, list(runs.values()), 8, shadows=True):
+        batch[list(runs)[step.run]].append(step)
+    for name, steps in single.items():
+        assert [step.token for step in batch[name]] == [step.token for step in steps]
+        assert "".join(step.text for step in batch[name]) == "".join(step.text for step in steps)
+        for one, many in zip(steps, batch[name], strict=True):
+            torch.testing.assert_close(one.logits_V.log_softmax(0), many.logits_V.log_softmax(0), rtol=0, atol=1e-5)
+    for name, steps in batch.items():
+        ids = [*prompt, *(step.token for step in steps)]
+        with torch.no_grad():
+            clean_TV = lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        shadows_TV = torch.stack([step.clean_V for step in steps if step.clean_V is not None])
+        torch.testing.assert_close(shadows_TV.log_softmax(-1), clean_TV.log_softmax(-1), rtol=0, atol=2e-5)
+        assert name in runs
+
+
+def test_sampling_is_seeded_and_top_p_cuts(loaded: tuple[LanguageModel, Steering]) -> None:
+    lm, steering = loaded
+    prompt = prompt_tokens(lm, "order status")
+
+    def tokens(sampling: Sampling) -> list[int]:
+        return [step.token for step in write_on(lm, prompt, [[steering]], 8, sampling)]
+
+    assert tokens(Sampling(2.0, seed=1)) == tokens(Sampling(2.0, seed=1)) != tokens(Sampling(2.0, seed=2))
+    assert tokens(Sampling(2.0, 1e-9)) == tokens(Sampling())
+    with pytest.raises(FormatError, match="top_p"):
+        Sampling(top_p=0.0)
+    random, logits_V = torch.Generator().manual_seed(0), torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    drawn = [Sampling(1.0, 0.6).draw(logits_V, random) for _ in range(300)]
+    assert set(drawn) == {0, 1}  # .5 alone is too little
+    assert drawn.count(0) / 300 == pytest.approx(0.5 / 0.8, abs=0.1)
+
+
+def test_an_ablation_that_takes_nothing_away_says_why(loaded: tuple[LanguageModel, Steering]) -> None:
+    lm, steering = loaded
+    assert steering.sae is not None
+    prompt = prompt_tokens(lm, "order status")
+    written = [step.token for step in write_on(lm, prompt, [[]], 3) if not step.ends]
+    rows_TD = site_rows(lm, torch.tensor([[*prompt, *written[:-1]]]), [1])[Site.of(1)][0]
+    active_TN = steering.sae.encode(rows_TD).dense() > 0
+    before_N, after_N = active_TN[: len(prompt)].any(0), active_TN[len(prompt) :].any(0)
+
+    def notes(latent: int, where: Any) -> list[str]:
+        push = replace(steering, latent=latent, mode="ablate", where=where)
+        return [piece.note for piece in side_by_side(lm, prompt, [push], max_new_tokens=3) if piece.note]
+
+    idle, busy = int((~before_N & ~after_N).nonzero()[0]), int(before_N.nonzero()[0])
+    (why,) = notes(idle, "all")
+    count = len(prompt) + len(written) - 1
+    assert why == f"latent {idle} is active on none of the {count} steered tokens, so nothing is taken away"
+    assert notes(busy, "all") == []
+    early = int((before_N & ~after_N).nonzero()[0])
+    (why,) = notes(early, "decode")
+    assert why.endswith(f"; it is on {int(active_TN[:, early].sum())} that are not steered")

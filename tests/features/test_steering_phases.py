@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qwenscope.errors import ModelError
-from qwenscope.features.steering import Steering, generate, steer
+from qwenscope.features.continuation import generate
+from qwenscope.features.steering import Steering, steer
 from qwenscope.lm.model import as_language_model
 from qwenscope.sae.sae import TopKSAE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +10,9 @@ import pytest
 import torch
 from planted_suite import PLANTED_LATENT
 
-from qwenscope.features.steering import Steering, answer_start, generate, prompt_tokens, steer
-from qwenscope.features.steering_range import DISTINCT, LADDER, NATS, Trial, text_range
+from qwenscope.features.continuation import answer_start, generate, prompt_tokens, write_on
+from qwenscope.features.steering import Steering, steer
+from qwenscope.features.steering_range import DISTINCT, LADDER, NATS, Range, Trial, text_range
 from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target, open_target
 
@@ -36,30 +36,44 @@ def push_of(target: Target, latent: int) -> Steering:
 @pytest.mark.parametrize("latent", [PLANTED_LATENT, 40])
 def test_trials_are_greedy_texts_judged_by_the_unsteered_model(lm: LanguageModel, target: Target, latent: int) -> None:
     push, ids = push_of(target, latent), prompt_tokens(lm, PROMPT)
-    told: list[Trial] = []
-    found = text_range(lm, ids, push, max_new_tokens=12, on_trial=told.append)
-    assert told == [found.unsteered, *found.trials]
-    assert [trial.strength for trial in found.trials] == list(LADDER[: len(found.trials)])
+    found = text_range(lm, ids, push, max_new_tokens=12)
+    assert {trial.strength for trial in found.trials} >= set(LADDER)
+    assert [trial.strength for trial in found.trials] == sorted(trial.strength for trial in found.trials)
     own = found.unsteered
-    for trial in told:
+    assert (own.kl, own.changed) == (pytest.approx(0, abs=1e-6), False)
+    for trial in (own, *found.trials[::4]):
         steerings = [replace(push, strength=trial.strength)] if trial.strength else []
-        assert trial.text == "".join(generate(lm, ids, steerings, 12))
-        written = lm.tokenizer(trial.text, add_special_tokens=False).input_ids
+        steps = [step for step in write_on(lm, ids, [steerings], 12) if not step.ends]
+        assert trial.text == "".join(step.text for step in steps)
+        written = [step.token for step in steps]
         with torch.no_grad():
-            spread = lm.model(input_ids=torch.tensor([ids + written]), use_cache=False).logits[0].double()
-        nats = [-math.log(float(spread[len(ids) + t - 1].softmax(0)[token])) for t, token in enumerate(written)]
+            logits = lm.model(input_ids=torch.tensor([ids + written]), use_cache=False).logits[0, len(ids) - 1 : -1]
+        clean = logits.double().log_softmax(-1)
+        nats = [-float(clean[t, token]) for t, token in enumerate(written)]
         assert trial.surprise == pytest.approx(sum(nats) / len(nats) if nats else 0, rel=1e-4)
+        steered = [step.logits_V.double().log_softmax(0) for step in steps]
+        kl = [float((one.exp() * (one - clean[t])).sum()) for t, one in enumerate(steered)]
+        assert trial.kl == pytest.approx(sum(kl) / len(kl) if kl else 0, rel=1e-3, abs=1e-6)
         pairs = list(pairwise(written))
         distinct = len(set(pairs)) / len(pairs) if pairs else 1
         assert trial.distinct == distinct
         assert trial.changed == (trial.text != own.text)
         if trial is not own:
             assert trial.is_text == (trial.surprise <= own.surprise + NATS and distinct >= min(DISTINCT, own.distinct))
-    assert all(trial.is_text for trial in found.trials[:-1]), "the first broken text ends the search"
-    kept = [trial.strength for trial in found.trials if trial.is_text]
-    assert found.strongest == (kept[-1] if kept else None)
-    changed = [trial.strength for trial in found.trials if trial.is_text and trial.changed]
-    assert found.weakest == (changed[0] if changed else None)
+
+
+def trial(strength: float, kl: float, changed: bool, is_text: bool = True) -> Trial:
+    return Trial(strength, "", 1.0, kl, 1.0, changed, is_text)
+
+
+def test_the_start_is_the_strongest_that_changes_and_stays_within_the_bound() -> None:
+    trials = [trial(0.1, 0.1, False), trial(0.2, 0.4, True), trial(0.4, 0.9, True), trial(0.8, 1.5, True)]
+    broken, after = trial(1.6, 9.0, True, is_text=False), trial(3.2, 0.5, True)
+    found = Range(trial(0, 0, False), (*trials, broken, after))
+    assert (found.weakest, found.strongest, found.start) == (0.2, 0.8, 0.4)
+    assert found.sound == tuple(trials)
+    assert Range(trials[0], (trials[0], trials[3])).start is None
+    assert Range(trials[0], (broken,)).strongest is None
 
 
 def test_the_assistants_turn_begins_behind_the_users(lm: LanguageModel) -> None:

@@ -25,7 +25,8 @@ from qwenscope.analysis.detector import sae_digest
 from qwenscope.analysis.doses import dose_response, summarise
 from qwenscope.analysis.scenarios import Plan, Scenario, read_plan, tool_calls
 from qwenscope.errors import FormatError, ModelError
-from qwenscope.features.steering import Steering, generate, steer
+from qwenscope.features.continuation import generate
+from qwenscope.features.steering import Steering, steer
 from qwenscope.files import disk_errors_named, make_folder, write_json, write_text
 from qwenscope.lm.forward import final_hidden, logits
 from qwenscope.lm.model import LanguageModel

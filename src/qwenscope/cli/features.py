@@ -21,8 +21,9 @@ from qwenscope.errors import FormatError
 
 if TYPE_CHECKING:
     from qwenscope.features.clients import Client
+    from qwenscope.features.continuation import Piece
     from qwenscope.features.label import Cost
-    from qwenscope.features.steering import Piece, Steering
+    from qwenscope.features.steering import Steering
     from qwenscope.features.steering import Where as At
     from qwenscope.features.store import Index
     from qwenscope.lm.model import LanguageModel
@@ -102,9 +103,12 @@ def steer(
         Where, typer.Option(help="Positions; answer: from the beginning of the assistant's turn.")
     ] = Where.answer,
     find_range: Annotated[
-        bool, typer.Option("--range", help="Of one latent: try strengths until the text is none; take the one before.")
+        bool, typer.Option("--range", help="Of one latent: measure what strengths do, take one that keeps the text.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per run.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest with this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of drawing, and of the random controls.")] = 0,
     steering: Annotated[
         Path | None, typer.Option(metavar="FILE", help="SAEs, latents and strengths of a file, such as a contrast's.")
     ] = None,
@@ -123,7 +127,7 @@ def steer(
     if scenarios is not None or prompt is None:
         _experiment(target, scenarios, path, alone=prompt is None and not latent and steering is None)
         return
-    from qwenscope.features.steering import answer_start, prompt_tokens, side_by_side
+    from qwenscope.features.continuation import Sampling, answer_start, prompt_tokens, side_by_side
     from qwenscope.features.store import Index
     from qwenscope.opening import open_target
 
@@ -140,7 +144,8 @@ def steer(
     pushes = _pushes(opened, chosen, mode, places, opened_index)
     if find_range:
         pushes = [_within_range(lm, prompt_ids, pushes, max_new_tokens)]
-    _show(side_by_side(lm, prompt_ids, pushes, max_new_tokens=max_new_tokens))
+    sampling = Sampling(temperature, top_p, seed)
+    _show(side_by_side(lm, prompt_ids, pushes, max_new_tokens=max_new_tokens, sampling=sampling))
 
 
 def _pushes(
@@ -190,34 +195,48 @@ def _chosen(
 
 
 def _show(pieces: Iterable[Piece]) -> None:
-    """The runs' texts as they come, each under its name."""
+    """The steered text as it comes, then its controls, each under its name."""
+    texts: dict[str, str] = {}
     for piece in pieces:
         if piece.effect is not None:
-            out.print(
-                f"\n[bold]{escape(piece.run)}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]", highlight=False
-            )
-        out.print(piece.text, end="", markup=False, highlight=False)
+            head = f"\n[bold]{escape(piece.run)}[/]  [dim]KL of the next token {piece.effect:.3f} nats[/]"
+            texts[piece.run] = ""
+            if piece.run == "steered":
+                out.print(head, highlight=False)
+            else:
+                texts[piece.run] = f"{head}\n"
+        if piece.run == "steered":
+            out.print(piece.text, end="", markup=False, highlight=False)
+            if piece.note is not None:
+                out.print(f"\n[dim]{escape(piece.note)}[/]", end="", highlight=False)
+        else:
+            texts[piece.run] += escape(piece.text)
     out.print()
+    for text in texts.values():
+        if text:
+            out.print(text, highlight=False)
 
 
 def _within_range(lm: LanguageModel, prompt_ids: list[int], pushes: list[Steering], max_new_tokens: int) -> Steering:
-    """Show each strength that is tried, in shares of the stream's norm; the push at the strongest with text."""
-    from qwenscope.features.steering_range import Trial, text_range
-
-    def show_trial(trial: Trial) -> None:
-        verdict = "as it is" if not trial.strength else "text" if trial.is_text else "no text"
-        line = f"{trial.strength:>7.3f}  {verdict:<8} {trial.surprise:5.2f} nats  {' '.join(trial.text.split())[:70]}"
-        out.print(line, highlight=False, markup=False)
+    """Show each strength that is tried, in shares of the stream's norm, and what it does; the push at the start."""
+    from qwenscope.features.steering_range import KL_BOUND, text_range
 
     if len(pushes) > 1 or pushes[0].mode == "ablate":
         raise FormatError("--range tries strengths of one latent, added or clamped")
     push = replace(pushes[0], unit="norm")
-    found = text_range(lm, prompt_ids, push, max_new_tokens=max_new_tokens, on_trial=show_trial)
+    found = text_range(lm, prompt_ids, push, max_new_tokens=max_new_tokens)
+    for trial in (found.unsteered, *found.trials[: len(found.sound) + 1]):
+        verdict = "as it is" if not trial.strength else "text" if trial.is_text else "no text"
+        figures = f"KL {trial.kl:5.2f}  {trial.surprise:5.2f} nats  {1 - trial.distinct:4.0%} repeated"
+        line = f"{trial.strength:>7.3f}  {verdict:<8} {figures}  {' '.join(trial.text.split())[:60]}"
+        out.print(line, highlight=False, markup=False)
     if found.strongest is None:
         raise FormatError("the weakest push that is tried breaks the text; this latent cannot be steered so")
-    changed = "no strength below changes it" if found.weakest is None else f"changed from {found.weakest:g} on"
-    out.print(f"text up to strength {found.strongest:g}, {changed}", highlight=False)
-    return replace(push, strength=found.strongest)
+    changed = "no strength below changes it" if found.weakest is None else f"changed from {found.weakest:.3g} on"
+    start = found.strongest if found.start is None else found.start
+    bound = f"KL within {KL_BOUND:g} nats a token" if found.start is not None else "the strongest text"
+    out.print(f"text up to strength {found.strongest:.3g}, {changed}; taken: {start:.3g} ({bound})", highlight=False)
+    return replace(push, strength=start)
 
 
 def explain(

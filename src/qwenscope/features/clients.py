@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from qwenscope.errors import FormatError, HubError
-from qwenscope.features.steering import generate
+from qwenscope.features.continuation import generate
 from qwenscope.hub import retrying
 from qwenscope.lm.load import load_language_model
 from qwenscope.recipe import LMRecipe

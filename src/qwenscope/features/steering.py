@@ -124,15 +124,24 @@ def steer(model: PreTrainedModel | LanguageModel, *steerings: Steering) -> Itera
     Raises:
         ModelError: a site that the model does not have; FormatError: a direction that does not fit its width.
     """
-    lm = as_language_model(model)
-    for steering in steerings:
-        if len(steering.direction_D) != (width := lm.width(Site.of(steering.site))):  # type: ignore[arg-type] # it is one
-            raise FormatError(f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {width} wide there")
+    with steer_rows(as_language_model(model), [(None, steerings)]):
+        yield
+
+
+@contextmanager
+def steer_rows(lm: LanguageModel, by_row: Iterable[tuple[int | None, Sequence[Steering]]]) -> Iterator[None]:
+    """As `steer`, each row of the batch by its own steerings; those of row None steer every row."""
     seen = Seen()
-    by_site: dict[Site, list[Steering]] = {}
-    for steering in steerings:
-        by_site.setdefault(Site.of(steering.site), []).append(steering)  # type: ignore[arg-type] # it is one by now
-    by_phase = any(steering.where != "all" for steering in steerings)
+    by_site: dict[Site, list[tuple[int | None, Steering]]] = {}
+    for row, steerings in by_row:
+        for steering in steerings:
+            site = Site.of(steering.site)  # type: ignore[arg-type] # it is one by now
+            if len(steering.direction_D) != (width := lm.width(site)):
+                raise FormatError(
+                    f"a direction of {len(steering.direction_D)} cannot steer {lm.name}, {width} wide there"
+                )
+            by_site.setdefault(site, []).append((row, steering))
+    by_phase = any(steering.where != "all" for group in by_site.values() for _, steering in group)
     edits = {site: _edit(group, seen) for site, group in by_site.items()}
     with seen.watching(lm) if by_phase else nullcontext(), intervene(lm, edits):
         yield
@@ -169,18 +178,21 @@ class Seen:
         self.positions = 0
 
 
-def _edit(group: Sequence[Steering], seen: Seen) -> Callable[[Tensor], Tensor]:
+def _edit(group: Sequence[tuple[int | None, Steering]], seen: Seen) -> Callable[[Tensor], Tensor]:
     def edit(x_CTD: Tensor) -> Tensor:
         edited_CTD = x_CTD.float()
-        for steering in group:
+        for row, steering in group:
             mask_T = steering.mask(seen.positions, x_CTD.shape[1])
             if mask_T is not None and not bool(mask_T.any()):
                 continue
+            rows = slice(None) if row is None else slice(row, row + 1)
             with torch.no_grad():  # gradients pass the site as if the push were a constant
-                push_CTD = steering.push(x_CTD)
-            edited_CTD = edited_CTD + (
-                push_CTD if mask_T is None else push_CTD * mask_T.to(x_CTD.device).view(1, -1, 1)
-            )
+                push_CTD = steering.push(x_CTD[rows])
+            if mask_T is not None:
+                push_CTD = push_CTD * mask_T.to(x_CTD.device).view(1, -1, 1)
+            if row is not None:
+                push_CTD = nn.functional.pad(push_CTD, (0, 0, 0, 0, row, len(x_CTD) - row - 1))
+            edited_CTD = edited_CTD + push_CTD
         return edited_CTD
 
     return edit
@@ -216,133 +228,3 @@ def _other(steering: Steering, alive: Sequence[int], random: torch.Generator) ->
     if not pool:
         raise FormatError("there is no other latent to compare with")
     return replace(steering, latent=pool[int(torch.randint(len(pool), (1,), generator=random))])
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A bit of a run's text as it appears."""
-
-    run: str
-    """steered, or the name of a control."""
-    text: str
-    effect: float | None = None
-    """With a run's first piece: KL divergence (nats) of its first next-token distribution from the unsteered one."""
-
-
-def side_by_side(
-    lm: LanguageModel,
-    prompt_ids: Sequence[int],
-    steerings: Sequence[Steering],
-    *,
-    seed: int = 0,
-    alive: Sequence[Sequence[int]] | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-) -> Iterator[Piece]:
-    """Stream the steered continuation of a prompt and those of all `controls`, one after the other.
-
-    Args:
-        lm: whole model with its LM head.
-        prompt_ids: see `prompt_tokens`.
-        steerings: what is done together.
-        seed: of controls and sampling; every run draws the same random numbers.
-        alive: per steering, the latents that the random one is chosen from.
-        max_new_tokens: per run.
-        temperature: 0 takes the likeliest token.
-
-    Raises:
-        ModelError: the model was loaded truncated or without LM head.
-        FormatError: the prompt is empty.
-    """
-    if not len(prompt_ids):
-        raise FormatError("the prompt is empty")
-    if lm.truncated:
-        raise ModelError(f"{lm.name} was loaded up to layer {len(lm.layers) - 1}; steering needs all layers")
-    clean_V = _next_distribution(lm, prompt_ids, [])
-    for name, pushes in {"steered": list(steerings), **controls(steerings, seed, alive)}.items():
-        spread_V = _next_distribution(lm, prompt_ids, pushes)
-        effect = float((spread_V.exp() * (spread_V - clean_V)).nan_to_num(0.0).sum())
-        yield Piece(name, "", effect)
-        for text in generate(lm, prompt_ids, pushes, max_new_tokens, temperature, seed):
-            yield Piece(name, text)
-
-
-def prompt_tokens(lm: LanguageModel, prompt: str) -> list[int]:
-    """A prompt as the user's turn of the model's chat template, ready for the answer; plain text without template."""
-    return _turn(lm, prompt, answered=True)
-
-
-def answer_start(lm: LanguageModel, prompt: str) -> int:
-    """The position in `prompt_tokens` at which the assistant's turn begins; of plain text, its last token."""
-    asked, whole = _turn(lm, prompt, answered=False), prompt_tokens(lm, prompt)
-    return len(asked) if whole[: len(asked)] == asked and len(asked) < len(whole) else max(0, len(whole) - 1)
-
-
-def _turn(lm: LanguageModel, prompt: str, *, answered: bool) -> list[int]:
-    """The user's turn by the model's chat template, with or without the beginning of the answer to it."""
-    if getattr(lm.tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        return list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=answered, return_dict=False))
-    return list(lm.tokenizer(prompt).input_ids)
-
-
-@torch.no_grad()
-def generate(
-    lm: LanguageModel,
-    prompt_ids: Sequence[int],
-    steerings: Sequence[Steering],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[str]:
-    """Stream a continuation, text piece by text piece, under `steerings`.
-
-    The model is steered only inside each pass, so that a caller may do other things with it between pieces.
-    """
-    random = generator(seed, "steering sampling")
-    read = torch.tensor([list(prompt_ids)], device=lm.device)
-    ids, cached = read, dict[str, Any]()
-    stops = _stop_ids(lm)
-    written: list[int] = []
-    shown = ""
-    for _ in range(max_new_tokens):
-        with steer(lm, *steerings):
-            output: Any = lm.model(input_ids=ids, use_cache=True, **cached)
-        cached, logits_V = _cache_of(output), output.logits[0, -1].float().cpu()
-        if temperature > 0:
-            token = int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=random))
-        else:
-            token = int(logits_V.argmax())
-        if token in stops:
-            return
-        written.append(token)
-        new = torch.tensor([[token]], device=lm.device)
-        read = torch.cat([read, new], dim=1)
-        ids = new if cached else read  # without a cache every pass reads all anew
-        text = str(lm.tokenizer.decode(written))
-        if not text.endswith("\ufffd"):  # a character's last bytes are still to come
-            yield text[len(shown) :]
-            shown = text
-
-
-def _cache_of(output: Any) -> dict[str, Any]:
-    """A pass's cache, under the name that its model takes it by; empty where there is none that says its length."""
-    for name in ("cache", "past_key_values"):
-        if hasattr(cache := getattr(output, name, None), "get_seq_length"):
-            return {name: cache}
-    return {}
-
-
-@torch.no_grad()
-def _next_distribution(lm: LanguageModel, prompt_ids: Sequence[int], steerings: Iterable[Steering]) -> Tensor:
-    """Log-probabilities [V] of the token after the prompt."""
-    with steer(lm, *steerings):
-        output: Any = lm.model(input_ids=torch.tensor([list(prompt_ids)], device=lm.device), use_cache=False)
-    scores: Tensor = output.logits[0, -1].double().log_softmax(0).cpu()
-    return scores
-
-
-def _stop_ids(lm: LanguageModel) -> set[int]:
-    stops = getattr(lm.model.generation_config, "eos_token_id", None)
-    ids = {stops} if isinstance(stops, int) else set(stops or ())
-    return ids | ({lm.tokenizer.eos_token_id} if lm.tokenizer.eos_token_id is not None else set())

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard, get_args
 
 from qwenscope.errors import FormatError
 from qwenscope.features.browser.model_thread import Job, ModelThread
+from qwenscope.features.continuation import Sampling, answer_start, prompt_tokens, side_by_side
 from qwenscope.features.index import ORIGIN, open_origin
 from qwenscope.features.read import Reading, read
-from qwenscope.features.steering import Mode, Steering, prompt_tokens, side_by_side
+from qwenscope.features.steering import Mode, Steering
+from qwenscope.features.steering_range import KL_BOUND, text_range
 from qwenscope.features.store import Index
 from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target
@@ -23,7 +26,7 @@ MAX_CHARACTERS = 8000
 MAX_TOKENS = 1024
 MAX_NEW_TOKENS = 200
 MAX_PUSHES = 8
-_WORDS = {"mode": get_args(Mode), "where": ("all", "prefill", "decode"), "unit": ("max", "norm")}
+_WORDS = {"mode": get_args(Mode), "where": ("answer", "all", "prefill", "decode"), "unit": ("max", "norm")}
 
 
 class Runner:
@@ -61,11 +64,11 @@ class Runner:
         return self._thread.submit(work)
 
     def steer(self, asked: dict[str, Any]) -> Job:
-        """Pieces, a line of JSON each, {"run", "text", "effect"} of the steered run and its controls.
+        """Pieces, a line of JSON each, {"run", "text", "effect", "note"} of the steered run and its controls.
 
         Args:
-            asked: {"prompt", "tokens", "pushes": [{"sae", "latent", "strength", "mode", "unit": "max" or "norm",
-                "where"}]}; all pushes act together.
+            asked: {"prompt", "tokens", "temperature", "top_p", "seed", "pushes": [{"sae", "latent", "strength", "mode",
+                "unit": "max" or "norm", "where"}]}; all pushes act together.
 
         Raises:
             FormatError: a value is missing, of the wrong type or out of range; names it.
@@ -73,20 +76,52 @@ class Runner:
         """
         prompt, new_tokens, pushes = asked.get("prompt"), asked.get("tokens", 48), asked.get("pushes")
         _check_length(prompt)
-        if not _is_int(new_tokens) or not 1 <= new_tokens <= MAX_NEW_TOKENS:
-            raise FormatError(f"tokens is a number between 1 and {MAX_NEW_TOKENS}")
+        _check_tokens(new_tokens)
         if not isinstance(pushes, list) or not 1 <= len(pushes) <= MAX_PUSHES:
             raise FormatError(f"pushes is a list of 1 to {MAX_PUSHES} latents")
         for push in pushes:
             self._check_push(push)
+        sampling = _sampling(asked)
 
         def work() -> Iterator[str]:
             alive = [self._index.alive(push["sae"]) for push in pushes]
             target, lm = self._open()
-            steerings = [self._steering(target, push) for push in pushes]
-            pieces = side_by_side(lm, prompt_tokens(lm, str(prompt)), steerings, alive=alive, max_new_tokens=new_tokens)
+            steerings = [self._steering(target, lm, push, str(prompt)) for push in pushes]
+            ids = prompt_tokens(lm, str(prompt))
+            pieces = side_by_side(lm, ids, steerings, alive=alive, max_new_tokens=new_tokens, sampling=sampling)
             for piece in pieces:
-                yield json.dumps({"run": piece.run, "text": piece.text, "effect": piece.effect}) + "\n"
+                yield json.dumps(asdict(piece)) + "\n"
+
+        return self._thread.submit(work)
+
+    def range(self, asked: dict[str, Any]) -> Job:
+        """How strong one push may be, in shares of the stream's norm: see `steering_range`.
+
+        Args:
+            asked: {"prompt", "tokens", "push": as in `steer`, whose strength and unit count for nothing}.
+
+        Returns:
+            One piece, JSON: {"start", "weakest", "strongest", "kl_bound", "trials": [{"strength", "text", "surprise",
+            "kl", "distinct", "changed", "is_text"}]}, the unsteered trial first.
+
+        Raises:
+            FormatError, BusyError: as `steer`; the mode is ablate.
+        """
+        prompt, new_tokens, given = asked.get("prompt"), asked.get("tokens", 32), asked.get("push")
+        _check_length(prompt)
+        _check_tokens(new_tokens)
+        push = {**given, "strength": 0, "unit": "norm"} if isinstance(given, dict) else {}
+        self._check_push(push)
+        if push["mode"] == "ablate":
+            raise FormatError("an ablation has no strength")
+
+        def work() -> Iterator[str]:
+            target, lm = self._open()
+            steering = self._steering(target, lm, push, str(prompt))
+            found = text_range(lm, prompt_tokens(lm, str(prompt)), steering, max_new_tokens=new_tokens)
+            trials = [asdict(trial) for trial in (found.unsteered, *found.trials)]
+            ends = {name: getattr(found, name) for name in ("start", "weakest", "strongest")}
+            yield json.dumps({**ends, "kl_bound": KL_BOUND, "trials": trials})
 
         return self._thread.submit(work)
 
@@ -112,8 +147,9 @@ class Runner:
             if push.get(name) not in words:
                 raise FormatError(f"{name} is {', '.join(words[:-1])} or {words[-1]}, not {push.get(name)!r}")
 
-    def _steering(self, target: Target, push: dict[str, Any]) -> Steering:
+    def _steering(self, target: Target, lm: LanguageModel, push: dict[str, Any], prompt: str) -> Steering:
         sae_id, latent = push["sae"], push["latent"]
+        answer = push["where"] == "answer"
         return Steering(
             site=target.targets[sae_id],
             strength=float(push["strength"]),
@@ -121,7 +157,7 @@ class Runner:
             latent=latent,
             mode=push["mode"],
             unit=self._index.latent(sae_id, latent)["max"] if push["unit"] == "max" else "norm",
-            where=push["where"],
+            where=slice(answer_start(lm, prompt), None) if answer else push["where"],
         )
 
 
@@ -138,6 +174,18 @@ def _reading_json(reading: Reading) -> str:
 
 def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_tokens(count: Any) -> None:
+    if not _is_int(count) or not 1 <= count <= MAX_NEW_TOKENS:
+        raise FormatError(f"tokens is a number between 1 and {MAX_NEW_TOKENS}")
+
+
+def _sampling(asked: dict[str, Any]) -> Sampling:
+    temperature, top_p, seed = asked.get("temperature", 0), asked.get("top_p", 1), asked.get("seed", 0)
+    if not all(isinstance(value, int | float) for value in (temperature, top_p)) or not _is_int(seed):
+        raise FormatError("temperature, top_p and seed are numbers, seed a whole one")
+    return Sampling(float(temperature), float(top_p), abs(seed) % (1 << 31))
 
 
 def _check_length(text: Any) -> None:

@@ -91,6 +91,8 @@ export async function search(query, sae) {
 
 export const read = (text, chat) => fetchJson("api/read", { ...sent({ text, chat }), signal: running.signal });
 
+export const range = (body) => fetchJson("api/range", { ...sent(body), signal: running.signal });
+
 // Calls onPiece with each piece of the steered text and its controls as it is written.
 export async function steer(body, onPiece) {
   const response = await fetch("api/steer", { ...sent(body), signal: running.signal });

@@ -195,7 +195,7 @@ export async function render(id, number_) {
   };
   const label = found.explanation?.label;
   const { names } = found;
-  const push = { sae: id, latent: String(latent), mode: "add", strength: "2" };
+  const push = { sae: id, latent: String(latent), mode: "add", strength: "" };
 
   const main = h(
     "div",

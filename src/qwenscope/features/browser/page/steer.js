@@ -1,6 +1,8 @@
-// Steering: one or several latents at once, the steered continuation and its controls side by side as they are written.
+// Steering: one or several latents at once, the steered continuation and its controls side by side as they are written;
+// how strong a push may be, measured.
 
-import { h, field, needsModel, number } from "./dom.js";
+import { h, field, needsModel, number, percent } from "./dom.js";
+import { histogram } from "./charts.js";
 import * as api from "./api.js";
 
 const MODES = [
@@ -9,15 +11,22 @@ const MODES = [
   ["ablate", "ablate"],
 ];
 const UNITS = [
-  ["max", "each latent's largest activation"],
   ["norm", "the residual norm"],
+  ["max", "each latent's largest activation"],
 ];
 const WHERE = [
+  ["answer", "the assistant's turn"],
   ["all", "all positions"],
   ["prefill", "the prompt only"],
   ["decode", "the answer only"],
 ];
-const PUSH = /^(.+):(\d+):(add|clamp|ablate):(-?\d+(?:\.\d+)?)$/;
+const PUSH = /^(.+):(\d+):(add|clamp|ablate):(-?\d+(?:\.\d+)?|)$/;
+const DRAWING = [
+  ["tokens", "Tokens", { min: "1", max: "200", step: "1", value: "48" }],
+  ["temperature", "Temperature", { min: "0", max: "10", step: "any", value: "0" }],
+  ["top_p", "Top p", { min: "0.01", max: "1", step: "any", value: "1" }],
+  ["seed", "Seed", { min: "0", step: "1", value: "0" }],
+];
 const PROMPT = "Tell me about your day.";
 
 const select = (options, chosen, properties) =>
@@ -35,7 +44,14 @@ function pushRow(saes, { sae, latent, mode, strength }, onRemove) {
   );
   const number_ = h("input", { type: "number", min: "0", step: "1", required: true, value: latent });
   const how = select(MODES, mode, { onchange: update });
-  const much = h("input", { type: "number", step: "any", min: "-1000", max: "1000", required: true, value: strength });
+  const much = h("input", {
+    type: "number",
+    step: "any",
+    min: "-1000",
+    max: "1000",
+    value: strength,
+    placeholder: "measured",
+  });
   const node = h(
     "div",
     { class: "fields" },
@@ -51,18 +67,102 @@ function pushRow(saes, { sae, latent, mode, strength }, onRemove) {
   update();
   return {
     node,
-    value: () => ({ sae: which.value, latent: Number(number_.value), mode: how.value, strength: Number(much.value) }),
+    value: () => ({ sae: which.value, latent: Number(number_.value), mode: how.value, strength: much.value }),
+    set: (strength) => {
+      much.value = strength;
+    },
   };
 }
 
-// The whole form. pushes: [{sae, latent, mode, strength}]; the link to it is kept in the address if `own`.
-export function steerBox(saes, pushes, { prompt = PROMPT, unit = "max", where = "all", own = false } = {}) {
+// What each strength does: bars to pick from, a slider over the same stops, and the text at the one that is picked.
+function rangeBox(found, onPick) {
+  const trials = found.trials;
+  const charts = h("div", { class: "charts" });
+  const said = h("p", { role: "status" });
+  const text = h("p", { class: "written" });
+  const slider = h("input", {
+    type: "range",
+    min: "0",
+    max: String(trials.length - 1),
+    step: "1",
+    oninput: () => pick(Number(slider.value)),
+  });
+  const broken = trials.findIndex((trial) => !trial.is_text);
+  const axis = [0, 0.25, 0.5, 0.75, 1].map((place) => [
+    place,
+    number(trials[Math.min(trials.length - 1, Math.round(place * (trials.length - 1)))].strength),
+  ]);
+  const sayOf = (trial) =>
+    `strength ${number(trial.strength)}: KL ${number(trial.kl)} nats a token, ` +
+    `${percent(1 - trial.distinct)} of token pairs repeated` +
+    (trial.is_text ? (trial.strength && !trial.changed ? ", the text is unchanged" : "") : ", the text is broken");
+
+  function pick(at) {
+    const trial = trials[at];
+    slider.value = String(at);
+    slider.setAttribute("aria-valuetext", sayOf(trial));
+    said.replaceChildren(sayOf(trial));
+    text.replaceChildren(trial.text);
+    const options = { axis, height: 64, onPick: pick, picked: (i) => i === at, label: (i) => sayOf(trials[i]) };
+    const most = Math.max(3 * found.kl_bound, 1e-9); // broken text diverges without end
+    charts.replaceChildren(
+      h(
+        "div",
+        null,
+        h("h3", null, "KL, nats a token"),
+        histogram(
+          trials.map((trial) => Math.min(most, trial.kl)),
+          { ...options, title: "KL by strength" },
+        ),
+      ),
+      h(
+        "div",
+        null,
+        h("h3", null, "Repeated token pairs"),
+        histogram(
+          trials.map((trial) => 1 - trial.distinct),
+          { ...options, title: "Repeated token pairs by strength" },
+        ),
+      ),
+    );
+    onPick(trial.strength);
+  }
+
+  const start = trials.findIndex((trial) => trial.strength === (found.start ?? found.strongest ?? 0));
+  pick(Math.max(0, start));
+  return h(
+    "div",
+    { class: "range" },
+    field("Strength, in shares of the residual norm", slider),
+    h(
+      "p",
+      { class: "faint" },
+      found.start === null
+        ? `No strength changes the text and keeps the KL within ${number(found.kl_bound)} nats a token.`
+        : `Starts at the largest strength with text whose KL is within ${number(found.kl_bound)} nats a token.`,
+      broken < 0 ? " The text holds at all of them." : ` The text breaks at ${number(trials[broken].strength)}.`,
+    ),
+    charts,
+    said,
+    text,
+  );
+}
+
+// The whole form. pushes: [{sae, latent, mode, strength}]; an empty strength is measured first. The link to it is kept in
+// the address if `own`.
+export function steerBox(saes, pushes, { own = false, ...given } = {}) {
   const text = h("textarea", { rows: "2", maxlength: "8000" });
-  text.value = prompt;
-  const units = select(UNITS, unit);
-  const places = select(WHERE, where);
+  text.value = given.prompt ?? PROMPT;
+  const units = select(UNITS, given.unit ?? "norm");
+  const places = select(WHERE, given.where ?? "answer");
+  const drawing = DRAWING.map(([name, title, properties]) => {
+    const input = h("input", { type: "number", required: true, ...properties, value: given[name] ?? properties.value });
+    return [name, input, field(title, input), properties.value];
+  });
   const go = h("button", { type: "submit" }, "Steer");
+  const stop = h("button", { type: "button", class: "quiet", hidden: true, onclick: api.stopRunning }, "Stop");
   const said = h("p", { class: "faint", role: "status" });
+  const ranges = h("div");
   const runs = h("div", { class: "runs" });
   const list = h("div", { class: "pushes" });
   const rows = [];
@@ -86,46 +186,86 @@ export function steerBox(saes, pushes, { prompt = PROMPT, unit = "max", where = 
   }
   pushes.forEach(add);
 
-  function address(asked) {
+  const pushOf = (row) => {
+    const { strength, ...push } = row.value();
+    return { ...push, strength: Number(strength), unit: units.value, where: places.value };
+  };
+
+  function address() {
     const query = new URLSearchParams(
-      asked.pushes.map((push) => ["push", `${push.sae}:${push.latent}:${push.mode}:${push.strength}`]),
+      rows
+        .map((row) => row.value())
+        .map((push) => ["push", `${push.sae}:${push.latent}:${push.mode}:${push.strength}`]),
     );
     for (const [name, value] of [
       ["unit", units.value],
       ["where", places.value],
+      ...drawing.filter(([, input, , usual]) => input.value !== usual).map(([name, input]) => [name, input.value]),
       ["prompt", text.value],
+      ["run", "1"],
     ])
       query.append(name, value);
     return `#/steer?${query}`;
   }
 
-  async function run(event) {
-    event.preventDefault();
-    const asked = {
-      prompt: text.value,
-      pushes: rows.map((row) => ({ ...row.value(), unit: units.value, where: places.value })),
-    };
-    go.disabled = true;
+  // Runs the language model for `work`, which may be stopped.
+  async function busy(work) {
+    go.disabled = find.disabled = true;
+    stop.hidden = false;
     said.replaceChildren("running the language model…");
-    runs.replaceChildren();
-    if (own) history.replaceState(null, "", address(asked));
     try {
-      const boxes = new Map();
-      await api.steer(asked, (piece) => {
-        if (!boxes.has(piece.run)) boxes.set(piece.run, runBox(runs, piece));
-        boxes.get(piece.run).append(piece.text);
-      });
-      said.replaceChildren(own ? "" : h("a", { href: address(asked) }, "Link to this steering"));
+      said.replaceChildren((await work()) ?? "");
     } catch (error) {
       said.replaceChildren(api.reason(error));
     } finally {
-      go.disabled = false;
+      go.disabled = find.disabled = false;
+      stop.hidden = true;
     }
   }
 
-  return h(
+  async function measure() {
+    const row = rows[0];
+    units.value = "norm";
+    const found = await api.range({ prompt: text.value, push: pushOf(row) });
+    ranges.replaceChildren(rangeBox(found, (strength) => row.set(number(strength))));
+  }
+
+  async function run() {
+    runs.replaceChildren();
+    for (const row of rows)
+      if (row.value().strength === "" && row.value().mode !== "ablate") {
+        if (rows.length > 1) throw new Error("Give each of several latents its strength; that of one is measured.");
+        await measure();
+      }
+    const asked = {
+      prompt: text.value,
+      pushes: rows.map(pushOf),
+      ...Object.fromEntries(drawing.map(([name, input]) => [name, Number(input.value)])),
+    };
+    if (own) history.replaceState(null, "", address());
+    const boxes = new Map();
+    await api.steer(asked, (piece) => {
+      if (!boxes.has(piece.run)) boxes.set(piece.run, runBox(runs, piece));
+      boxes.get(piece.run).append(piece.text);
+      if (piece.note) boxes.get(piece.run).after(h("p", { class: "faint" }, piece.note));
+    });
+    return own ? "" : h("a", { href: address() }, "Link to this steering");
+  }
+
+  const find = h(
+    "button",
+    { type: "button", class: "quiet", onclick: () => busy(measure), title: "try strengths from 0.03 to 4" },
+    "Measure strengths",
+  );
+  const form = h(
     "form",
-    { class: "steer", onsubmit: run },
+    {
+      class: "steer",
+      onsubmit: (event) => {
+        event.preventDefault();
+        busy(run);
+      },
+    },
     field("Prompt", text),
     list,
     h(
@@ -133,16 +273,26 @@ export function steerBox(saes, pushes, { prompt = PROMPT, unit = "max", where = 
       { class: "fields" },
       field("in units of", units),
       field("at", places),
+      drawing.map(([, , node]) => node),
+    ),
+    h(
+      "div",
+      { class: "fields" },
       h(
         "button",
-        { type: "button", class: "quiet", onclick: () => add({ ...rows.at(-1).value(), strength: "1" }) },
+        { type: "button", class: "quiet", onclick: () => add({ ...rows.at(-1).value(), strength: "0.25" }) },
         "Add a latent",
       ),
+      find,
       go,
+      stop,
     ),
     said,
+    ranges,
     runs,
   );
+  if (given.run) busy(run);
+  return form;
 }
 
 function runBox(runs, piece) {
@@ -182,10 +332,9 @@ export async function render(query) {
     .map((text) => PUSH.exec(text))
     .filter((found) => found && saes[found[1]])
     .map(([, sae, latent, mode, strength]) => ({ sae, latent, mode, strength }));
-  const first = { sae: Object.keys(saes)[0], latent: "0", mode: "add", strength: "2" };
-  const options = Object.fromEntries(
-    ["prompt", "unit", "where"].filter((name) => query.has(name)).map((name) => [name, query.get(name)]),
-  );
+  const first = { sae: Object.keys(saes)[0], latent: "0", mode: "add", strength: "" };
+  const names = ["prompt", "unit", "where", "run", ...DRAWING.map(([name]) => name)];
+  const options = Object.fromEntries(names.filter((name) => query.has(name)).map((name) => [name, query.get(name)]));
   return {
     title: "Steer",
     node: h("div", { class: "page" }, title, steerBox(saes, asked.length ? asked : [first], { ...options, own: true })),
