@@ -122,7 +122,7 @@ def _passport(match: re.Match[str]) -> Span | None:
 RULES = (
     _shape_rule(numbers, _DIGITS),
     _shape_rule(
-        where(r"[0-9]{2}(?:[0-9]{4}[\-+A-Z]|[0-9]{2}[A-Z]|[A-Za-z][0-9]{2}[A-Za-z][0-9]| [0-9]{2} [0-9]{2} [A-D])"),
+        where(r"[0-9][0-9](?:[0-9]{4}[\-+A-Z]|[0-9]{2}[A-Z]|[A-Za-z][0-9]{2}[A-Za-z][0-9]| [0-9]{2} [0-9]{2} [A-D])"),
         _LETTERS,
     ),
     Rule("NATIONAL_ID", numbers, _NAMED, _named),

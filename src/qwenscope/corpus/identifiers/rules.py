@@ -73,8 +73,12 @@ def where(sign: str) -> Gate:
 def after_words(words: Sequence[str], reach: int) -> Gate:
     """The gate that is open at each of `words`, and so many characters before its end."""
 
-    find = re.compile("|".join(words)).finditer
-    return lambda text: [(max(0, match.end() - reach), match.end()) for match in find(text)]
+    def gate(text: str) -> Sequence[Span]:
+        present = [word for word in words if word in text]  # several times as fast as one search for all
+        found = re.finditer("|".join(present), text) if present else ()
+        return [(max(0, match.end() - reach), match.end()) for match in found]
+
+    return gate
 
 
 _NUMBER = re.compile(rf"[0-9](?:{GAP}[0-9]){{6,}}")
