@@ -190,6 +190,15 @@ def test_reading_and_steering_answer(client: TestClient) -> None:
     assert len(lines) > 5
 
 
+def test_latents_are_found_by_example(client: TestClient) -> None:
+    texts = [f"{word}{6 * PLANTED} status" for word in ("order", "title", "query")]
+    (first, *_) = client.post("/api/find", json={"texts": texts}).json()
+    assert (first["sae"], first["latent"], first["texts"]) == ("sae_delta", PLANTED_LATENT, 3)
+    assert client.post("/api/find", json={"texts": texts, "but_not": texts}).json() == []
+    for wrong in ({}, {"texts": []}, {"texts": "a"}, {"texts": [" "]}, {"texts": ["a"] * 41}, {"texts": [1]}):
+        assert client.post("/api/find", json=wrong).status_code == 400
+
+
 def test_the_range_of_a_push_is_measured(client: TestClient) -> None:
     found = client.post("/api/range", json={"push": PUSH, "prompt": "order status", "tokens": 4}).json()
     strengths = [trial["strength"] for trial in found["trials"]]

@@ -38,6 +38,7 @@ SELECT start, id, source, split, length,
     substr(roles, max(0, :address - start - {BEFORE}) + 1, {WINDOW})
 FROM conversations WHERE start <= :address ORDER BY start DESC LIMIT 1
 """
+_ADDRESS = re.compile(r"(?:(\S+?)\s*[/: ]\s*)?(\d{1,9})")
 _WORDS = re.compile(r"\w+", re.UNICODE)
 
 
@@ -139,8 +140,9 @@ class Index:
     def search(self, text: str, *, sae_id: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
         """Latents by peak token, promoted token, label or context, best first.
 
-        A query that is exactly a token (spaces aside, any case) finds the latents that peak there most often first;
-        after them come full-text matches, the last word as a prefix.
+        A query that is an address (sae_attn_mid/40, or 40 for that latent of every SAE) finds it first. One that is
+        exactly a token (spaces aside, any case) finds the latents that peak there most often; after them come full-text
+        matches, the last word as a prefix.
         """
         query = text.strip().lower()
         if not query:
@@ -148,7 +150,7 @@ class Index:
         low, high = 0, key_of(len(self._ids), 0)
         if sae_id is not None:
             low, high = key_of(self.ordinal(sae_id), 0), key_of(self.ordinal(sae_id) + 1, 0)
-        found: dict[int, str] = {}
+        found: dict[int, str] = dict.fromkeys(self._addressed(query, low, high), "address")
         with self._connect() as connection:
             exact = "SELECT key FROM peaks WHERE token = ? AND key >= ? AND key < ? ORDER BY share DESC, key LIMIT ?"
             for (key,) in connection.execute(exact, (query, low, high, limit)):
@@ -161,6 +163,23 @@ class Index:
                 for (key,) in connection.execute(full, (match, low, high, limit)):
                     found.setdefault(key, "text")
             return [self._hit(connection, key, why) for key, why in list(found.items())[:limit]]
+
+    def _addressed(self, query: str, low: int, high: int) -> list[int]:
+        """Keys from `low` to `high` of the latents that a query names."""
+        if not (match := _ADDRESS.fullmatch(query)):
+            return []
+        wanted, latent = match[1], int(match[2])
+        keys = [
+            key_of(ordinal, latent)
+            for sae_id, ordinal in self._ordinals.items()
+            if wanted in (None, sae_id.lower()) and latent < self.saes[sae_id]["dict_size"]
+        ]
+        return [key for key in keys if low <= key < high]
+
+    def hits(self, latents: Iterable[tuple[str, int]], why: str) -> list[dict[str, Any]]:
+        """What `search` says of each of these latents."""
+        with self._connect() as connection:
+            return [self._hit(connection, key_of(self.ordinal(sae_id), latent), why) for sae_id, latent in latents]
 
     def _hit(self, connection: sqlite3.Connection, key: int, why: str) -> dict[str, Any]:
         row = connection.execute(

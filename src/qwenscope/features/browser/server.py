@@ -88,6 +88,7 @@ def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
                 Route("/api/notes", routes.notes),
                 Route("/api/notes/{sae}/{latent}", routes.put_note, methods=["PUT"]),
                 Route("/api/read", routes.read, methods=["POST"]),
+                Route("/api/find", routes.find, methods=["POST"]),
                 Route("/api/steer", routes.steer, methods=["POST"]),
                 Route("/api/range", routes.range, methods=["POST"]),
             ],
@@ -162,6 +163,10 @@ class _Routes:
     async def read(self, request: Request) -> Response:
         asked = await body_of(request)
         job = self._runner.read(asked.get("text"), asked.get("chat") is True)
+        return Response(await _first(request, job), media_type="application/json")
+
+    async def find(self, request: Request) -> Response:
+        job = self._runner.find(await body_of(request))
         return Response(await _first(request, job), media_type="application/json")
 
     async def range(self, request: Request) -> Response:
