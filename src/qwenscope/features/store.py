@@ -19,7 +19,7 @@ import numpy as np
 
 from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
 from qwenscope.errors import FormatError, QwenscopeError
-from qwenscope.features.form import Columns, Detail, Explanation, Meta, Summary, parsed, unpack
+from qwenscope.features.form import RULE_CLIENT, Columns, Detail, Explanation, Meta, Summary, parsed, unpack
 from qwenscope.features.integrity import FILE, FILES, read_only, verify_index
 from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
 from qwenscope.features.token_text import TokenText, alone, readable
@@ -96,11 +96,14 @@ class Index:
         return [latent for latent, density in enumerate(self.table(sae_id)["density"]) if density > 0]
 
     def labels(self, sae_id: str) -> dict[int, str]:
-        """{latent: label} of those that were explained."""
+        """{latent: label}; those that no one has read, but a rule made of counts, begin with `form.RULE`."""
         ordinal = self.ordinal(sae_id)
         low, high = key_of(ordinal, 0), key_of(ordinal + 1, 0)
-        records = self._all("SELECT key, record FROM explanations WHERE key >= ? AND key < ?", low, high)
-        return {key - low: parsed(record, Explanation)["label"] for key, record in records}
+        label = "json_extract(record, '$.label')"
+        rows = self._all(f"SELECT key, {label} FROM explanations WHERE key >= ? AND key < ?", low, high)
+        if any(not isinstance(label, str) for _, label in rows):
+            raise FormatError(f"{self.path} is damaged (a latent without label); build it again")
+        return {key - low: label for key, label in rows}
 
     def latent(self, sae_id: str, latent: int) -> dict[str, Any]:
         """Everything that a latent's page shows.
@@ -306,10 +309,11 @@ def explained_by(index: Index, client: str) -> set[tuple[str, int]]:
 
 
 def read_explanations(index: Index) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Every explanation as (sae_id, latent, record), by SAE and latent."""
+    """Every explanation that someone wrote as (sae_id, latent, record), by SAE and latent; not those by rule."""
     ids = list(index.saes)
+    read = "SELECT key, record FROM explanations WHERE json_extract(record, '$.client') IS NOT ? ORDER BY key"
     with closing(read_only(index.path)) as connection:
-        for key, record in connection.execute("SELECT key, record FROM explanations ORDER BY key"):
+        for key, record in connection.execute(read, (RULE_CLIENT,)):
             yield ids[key >> 32], key & 0xFFFFFFFF, parsed(record, Explanation)
 
 

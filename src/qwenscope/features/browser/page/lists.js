@@ -1,6 +1,6 @@
 // Search results, bookmarks and notes.
 
-import { h, link, percent, token, section } from "./dom.js";
+import { h, link, percent, token, section, written } from "./dom.js";
 import * as api from "./api.js";
 
 export function hitRow(hit, more) {
@@ -17,7 +17,7 @@ export function hitRow(hit, more) {
     h(
       "span",
       { class: "chips" },
-      hit.label ? h("span", { class: "label" }, hit.label) : null,
+      written(hit.label) ? h("span", { class: "label" }, hit.label) : null,
       hit.peaks.slice(0, 5).map((text) => token(text)),
     ),
     h(
