@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -80,6 +81,7 @@ def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
             routes=[
                 Route("/", routes.page),
                 Route("/page/{name}", routes.page),
+                Route("/api", routes.openapi),
                 Route("/api/suite", routes.suite),
                 Route("/api/search", routes.search),
                 Route("/api/sae/{sae}", routes.table),
@@ -119,6 +121,7 @@ class _Routes:
         self._index = index
         self._files = page_files()
         self._suite = _json({**index.suite(), "live": Runner.possible(index.folder)}).body
+        self._openapi = json.dumps(yaml.safe_load((files("qwenscope.features.browser") / "openapi.yaml").read_bytes()))
         self._notes = Notes(index.folder)
         self._runner = runner
 
@@ -130,6 +133,9 @@ class _Routes:
 
     async def suite(self, _request: Request) -> Response:
         return Response(self._suite, media_type="application/json")
+
+    async def openapi(self, _request: Request) -> Response:
+        return Response(self._openapi, media_type="application/json")
 
     def table(self, request: Request) -> Response:
         blob = self._index.packed_table(request.path_params["sae"])
