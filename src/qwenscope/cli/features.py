@@ -100,13 +100,11 @@ def steer(
         Where, typer.Option(help="Positions; answer: from the beginning of the assistant's turn.")
     ] = Where.answer,
     find_range: Annotated[
-        bool, typer.Option("--range", help="Of one latent: try strengths until the text is none; take the one before.")
+        bool, typer.Option("--range", help="Of one latent: measure what strengths do, take one that keeps the text.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per run.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw from the likeliest with this much probability.")
-    ] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest with this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of drawing, and of the random controls.")] = 0,
     steering: Annotated[
         Path | None, typer.Option(metavar="FILE", help="SAEs, latents and strengths of a file, such as a contrast's.")
