@@ -201,7 +201,7 @@ def _write_block(database: sqlite3.Connection, ordinal: int, block: list[Latent]
         "INSERT INTO search (rowid, label, peaks, promoted, context) VALUES (?, ?, ?, ?, ?)",
         [(key, *latent.search) for key, latent in zip(keys, block, strict=True)],
     )
-    unread = {"client": RULE_CLIENT, "detection": None, "fuzzing": None, "unparsed": []}
+    unread: dict[str, Any] = {"client": RULE_CLIENT, "detection": None, "fuzzing": None, "unparsed": []}
     labels = [(key, latent.search[0]) for key, latent in zip(keys, block, strict=True) if latent.search[0]]
     database.executemany(
         "INSERT INTO explanations VALUES (?, ?)",
