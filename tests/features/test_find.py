@@ -10,7 +10,7 @@ import torch
 from planted_suite import PLANTED, PLANTED_LATENT
 
 from qwenscope.errors import FormatError
-from qwenscope.features.find import Fired, find, fired_in
+from qwenscope.features.find import Fired, find, fired_in, ranked
 from qwenscope.features.store import Index
 from qwenscope.lm.forward import site_rows
 from qwenscope.lm.model import LanguageModel
@@ -18,6 +18,7 @@ from qwenscope.opening import Target, open_target
 
 ON = [f"{word}{6 * PLANTED} status" for word in ("order", "title", "system release")]
 """The word is an eighth of the index's corpus, and here most of the text."""
+PLACE = ("sae_delta", PLANTED_LATENT)
 OFF = ["order status query", "title content search", "system release error"]
 
 
@@ -48,11 +49,10 @@ def test_counts_are_those_of_plain_passes(target: Target, lm: LanguageModel) -> 
         np.testing.assert_array_equal(found[sae_id].texts_N, texts_N)
 
 
-def test_the_planted_latent_comes_first(index: Index, target: Target, lm: LanguageModel) -> None:
-    hits = find(index, lm, target.saes, target.sites, ON)
-    first = hits[0]
-    assert (first["sae"], first["latent"], first["texts"], first["why"]) == ("sae_delta", PLANTED_LATENT, 3, "example")
-    assert first["peaks"][0] == PLANTED
+def test_the_planted_latent_is_found(index: Index, target: Target, lm: LanguageModel) -> None:
+    hits = find(index, lm, target.saes, target.sites, ON, limit=1000)
+    (planted,) = [hit for hit in hits if (hit["sae"], hit["latent"]) == PLACE]
+    assert (planted["texts"], planted["why"], planted["peaks"][0]) == (3, "example", PLANTED)
     counts = fired_in(lm, target.saes, target.sites, ON)
     for hit in hits:
         fired, latent = counts[hit["sae"]], hit["latent"]
@@ -61,32 +61,38 @@ def test_the_planted_latent_comes_first(index: Index, target: Target, lm: Langua
         assert hit["rate"] == pytest.approx(density, abs=2 / index.saes[hit["sae"]]["tokens"])
         assert 1 < hit["lift"] < hit["share"] / hit["rate"]
     assert [hit["texts"] for hit in hits] == sorted((hit["texts"] for hit in hits), reverse=True)
-    without = find(index, lm, target.saes, target.sites, OFF)
-    assert PLANTED_LATENT not in [hit["latent"] for hit in without if hit["sae"] == "sae_delta"]
+    assert len(find(index, lm, target.saes, target.sites, ON, limit=1)) == 1
+    without = find(index, lm, target.saes, target.sites, OFF, limit=1000)
+    assert PLACE not in [(hit["sae"], hit["latent"]) for hit in without]
 
 
 def test_what_fires_on_the_others_too_is_left_out(index: Index, target: Target, lm: LanguageModel) -> None:
-    apart = find(index, lm, target.saes, target.sites, ON, but_not=OFF)
-    assert (apart[0]["sae"], apart[0]["latent"]) == ("sae_delta", PLANTED_LATENT)
+    apart = find(index, lm, target.saes, target.sites, ON, but_not=OFF, limit=1000)
+    assert PLACE in [(hit["sae"], hit["latent"]) for hit in apart]
     assert find(index, lm, target.saes, target.sites, ON, but_not=ON) == []
 
 
-def test_a_latent_at_its_base_rate_is_not_found(
-    index: Index, target: Target, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Draws at the densities themselves: of 20 tries hardly any latent comes through."""
-    random = np.random.default_rng(0)
-    came = 0
-    for _ in range(20):
-        drawn = {
-            sae_id: Fired(
-                200, random.binomial(200, index.table(sae_id)["density"]).astype(float), np.full(sae.dict_size, 3.0)
-            )
-            for sae_id, sae in target.saes.items()
-        }
-        monkeypatch.setattr("qwenscope.features.find.fired_in", lambda *_, drawn=drawn: drawn)
-        came += bool(find(index, lm, target.saes, target.sites, ON))
-    assert came <= 2
+@pytest.mark.parametrize("case", range(20))
+def test_of_9_times_512_latents_the_planted_one_comes_first_and_draws_at_base_rates_do_not_come(case: int) -> None:
+    """4 texts of 25 tokens; all latents fire at their own rates, from 1e-4 to 0.9; one of rate .002 twice in each."""
+    random = np.random.default_rng(case)
+    rates, on, off = {}, {}, {}
+    for number in range(9):
+        rate_N = 10 ** random.uniform(-4, np.log10(0.9), 512)
+        drawn_TN = random.random((8, 25, 512)) < rate_N
+        if number == case % 9:
+            rate_N[case * 25] = 0.002
+            drawn_TN[:, :, case * 25] = False
+            drawn_TN[:4, 3:5, case * 25] = True
+        rates[str(number)] = rate_N
+        on[str(number)], off[str(number)] = (
+            Fired(100, part.sum((0, 1)).astype(float), part.any(1).sum(0).astype(float))
+            for part in (drawn_TN[:4], drawn_TN[4:])
+        )
+    for others in ({}, off):
+        found = ranked(on, others, rates)
+        assert (found[0]["sae"], found[0]["latent"], found[0]["texts"]) == (str(case % 9), case * 25, 4)
+        assert len(found) == 1
 
 
 def test_no_texts_are_refused(index: Index, target: Target, lm: LanguageModel) -> None:

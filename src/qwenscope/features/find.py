@@ -95,27 +95,45 @@ def find(
     """
     if not texts:
         raise FormatError("give at least one text to find latents by")
+    rates = {}
+    for sae_id in saes:
+        rows = index.saes[sae_id]["tokens"]
+        rates[sae_id] = (np.array(index.table(sae_id)["density"]) * rows + 1) / (rows + 2)
     on = fired_in(lm, saes, sites, texts)
     off = fired_in(lm, saes, sites, but_not) if but_not else {}
-    scored = [_scored(sae_id, index, on[sae_id], off.get(sae_id)) for sae_id in saes]
-    names = ["p", "texts", "share", "rate", "lift", "latent"]
-    columns = {name: np.concatenate([part[name] for part in scored]) for name in names}
-    ids = np.concatenate([np.full(len(part["p"]), n) for n, part in enumerate(scored)])
-    found = (false_discovery_control(columns["p"]) <= FDR) & (columns["lift"] > 1)
-    order = np.lexsort((columns["latent"], ids, -columns["lift"], -columns["texts"]))
-    best = [int(place) for place in order if found[place]][:limit]
-    places = [(list(saes)[ids[place]], int(columns["latent"][place])) for place in best]
-    figures = [
-        {"texts": int(columns["texts"][place]), **{name: float(columns[name][place]) for name in names[2:5]}}
-        for place in best
+    best = ranked(on, off, rates)[:limit]
+    hits = index.hits([(figures["sae"], figures["latent"]) for figures in best], "example")
+    return [{**hit, **figures} for hit, figures in zip(hits, best, strict=True)]
+
+
+def ranked(on: Mapping[str, Fired], off: Mapping[str, Fired], rates: Mapping[str, Array]) -> list[dict[str, Any]]:
+    """The latents that fire beyond their rate, best first: {"sae", "latent", "texts", "share", "rate", "lift"}.
+
+    Args:
+        on: what they did in the examples.
+        off: what they did in the other texts; may be empty.
+        rates: the base rate of every latent [N] of each SAE.
+    """
+    parts = [_scored(on[sae_id], off.get(sae_id), rate_N) for sae_id, rate_N in rates.items()]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    numbers = np.concatenate([np.arange(len(rate_N)) for rate_N in rates.values()])
+    ids = [sae_id for sae_id, rate_N in rates.items() for _ in rate_N]
+    found = (false_discovery_control(columns.pop("p")) <= FDR) & (columns["lift"] > 1)
+    order = np.lexsort((-columns["lift"], -columns["texts"]))
+    return [
+        {
+            "sae": ids[place],
+            "latent": int(numbers[place]),
+            "texts": int(columns["texts"][place]),
+            **{name: float(columns[name][place]) for name in ("share", "rate", "lift")},
+        }
+        for place in order
+        if found[place]
     ]
-    return [{**hit, **figure} for hit, figure in zip(index.hits(places, "example"), figures, strict=True)]
 
 
-def _scored(sae_id: str, index: Index, on: Fired, off: Fired | None) -> dict[str, Array]:
-    """p-values and lifts of one SAE's latents."""
-    rows = index.saes[sae_id]["tokens"]
-    rate_N = (np.array(index.table(sae_id)["density"]) * rows + 1) / (rows + 2)
+def _scored(on: Fired, off: Fired | None, rate_N: Array) -> dict[str, Array]:
+    """p-values and figures of one SAE's latents [N]."""
     p_N = binom.sf(on.tokens_N - 1, on.tokens, rate_N)
     if off is not None:
         together_N = on.tokens_N + off.tokens_N
@@ -132,5 +150,4 @@ def _scored(sae_id: str, index: Index, on: Fired, off: Fired | None) -> dict[str
         "share": share_N,
         "rate": rate_N,
         "lift": least_N / rate_N,
-        "latent": np.arange(len(rate_N), dtype=np.float64),
     }
