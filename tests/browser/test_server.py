@@ -72,7 +72,7 @@ def test_every_answer_carries_the_policy(client: TestClient) -> None:
         "/page//etc/passwd",
         "/page/..\\server.py",
         "/page/app.js%00.html",
-        "/api/sae/..",
+        "/api/sae/../x",
         "/api/sae/%2e%2e%2findex.sqlite",
         "/api/latent/sae_delta/-1",
         "/api/latent/sae_delta/999999",
