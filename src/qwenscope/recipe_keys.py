@@ -21,15 +21,13 @@ def keys_of(node: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]
             yield from keys_of(inner, f"{prefix}{name}{place}.")
 
 
-def first_problem(error: ValidationError, node: type[BaseModel]) -> str:
-    """What is wrong with the first bad key below `node`, on one line."""
+def first_problem(error: ValidationError, node: type[BaseModel], keys: str = "qwenscope recipe --help-keys") -> str:
+    """What is wrong with the first bad key below `node`, on one line; `keys` says where all of them are told."""
     problem = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         meant = _meant(key, node)
-        return f"unknown key {key[:200]}; " + (
-            f"did you mean {meant}?" if meant else "see qwenscope recipe --help-keys"
-        )
+        return f"unknown key {key[:200]}; " + (f"did you mean {meant}?" if meant else f"see {keys}")
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
 
-from qwenscope.cli.options import Data, Out, TargetName, err, out, per_latent
+from qwenscope.cli.options import Data, Out, TargetName, err, out, per_latent, show
 from qwenscope.cli.progress import phases
+from qwenscope.cli.tables import experiment_tables
 from qwenscope.errors import FormatError
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from qwenscope.features.continuation import Piece
     from qwenscope.features.label import Cost
     from qwenscope.features.steering import Steering
+    from qwenscope.features.steering import Where as At
+    from qwenscope.features.store import Index
     from qwenscope.lm.model import LanguageModel
+    from qwenscope.opening import Target
 
 SHOWN_LABELS = 100
 """Of more latents than these the labels are not printed one by one."""
@@ -89,7 +93,7 @@ class Where(StrEnum):
 
 def steer(
     target: TargetName,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]")] = None,
     sae: Annotated[list[str], typer.Option(help="SAE id; once, or once per --latent.")] = [],  # noqa: B006
     latent: Annotated[list[int], typer.Option(min=0, help="Its latent; repeat it to steer several together.")] = [],  # noqa: B006
     strength: Annotated[
@@ -112,41 +116,69 @@ def steer(
     feature_index: Annotated[
         Path | None, typer.Option("--index", metavar="INDEX", help="Take each latent's maximum there as its unit.")
     ] = None,
+    scenarios: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead of PROMPT: many conversations, traits, strengths, checks."),
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="With --scenarios: its runs; goes on after a kill.")
+    ] = None,
 ) -> None:
     """Write on under steered latents, beside the unsteered model and the controls that tell an effect from noise."""
+    if scenarios is not None or prompt is None:
+        _experiment(target, scenarios, path, alone=prompt is None and not latent and steering is None)
+        return
     from qwenscope.features.continuation import Sampling, answer_start, prompt_tokens, side_by_side
-    from qwenscope.features.steering import Steering
-    from qwenscope.features.steering import Where as At
     from qwenscope.features.store import Index
     from qwenscope.opening import open_target
 
     chosen = _chosen(steering, sae, latent, strength)
-    opened = open_target(target)
-    opened_index = None if feature_index is None else Index(feature_index)
+    if path is not None:
+        raise FormatError("--out goes with --scenarios")
+    opened, opened_index = open_target(target), None if feature_index is None else Index(feature_index)
     for id, *_ in chosen:
         if id not in opened.saes:
             raise FormatError(f"--sae {id} is not in {target}; it holds {', '.join(opened.saes)}")
     lm = opened.language_model()
     prompt_ids = prompt_tokens(lm, prompt)
-    places: At = slice(answer_start(lm, prompt), None) if where is Where.answer else cast(At, where.value)
-    pushes = []
-    for id, number, amount in chosen:
-        unit: float | Literal["norm"] = "norm" if opened_index is None else opened_index.latent(id, number)["max"]
-        pushes.append(
-            Steering(
-                site=opened.targets[id],
-                strength=amount,
-                sae=opened.saes[id],
-                latent=number,
-                mode=mode.value,
-                unit=unit,
-                where=places,
-            )
-        )
+    places: At = slice(answer_start(lm, prompt), None) if where is Where.answer else cast("At", where.value)
+    pushes = _pushes(opened, chosen, mode, places, opened_index)
     if find_range:
         pushes = [_within_range(lm, prompt_ids, pushes, max_new_tokens)]
     sampling = Sampling(temperature, top_p, seed)
     _show(side_by_side(lm, prompt_ids, pushes, max_new_tokens=max_new_tokens, sampling=sampling))
+
+
+def _pushes(
+    target: Target, chosen: list[tuple[str, int, float]], mode: Mode, where: At, index: Index | None
+) -> list[Steering]:
+    """What is steered together, in norms of the row or in each latent's maximum in an index."""
+    from qwenscope.features.steering import Steering
+
+    return [
+        Steering(
+            site=target.targets[id],
+            strength=amount,
+            sae=target.saes[id],
+            latent=number,
+            mode=mode.value,
+            unit="norm" if index is None else index.latent(id, number)["max"],
+            where=where,
+        )
+        for id, number, amount in chosen
+    ]
+
+
+def _experiment(target: str, scenarios: Path | None, path: Path | None, *, alone: bool) -> None:
+    """Many conversations under many pushes, from a file."""
+    from qwenscope.analysis.experiments import experiment
+
+    if scenarios is None or path is None or not alone:
+        raise FormatError("give a PROMPT and what to steer along, or --scenarios FILE and --out DIR alone")
+    with phases(err) as on_progress:
+        result = experiment(target, scenarios, path, on_progress=on_progress)
+    show(result, False, experiment_tables)
+    err.print(f"wrote {path}", highlight=False, markup=False)
 
 
 def _chosen(

@@ -246,6 +246,38 @@ def diff_tables(result: Mapping[str, Any]) -> Iterator[Table]:
         yield fit
 
 
+def experiment_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """What `steer --scenarios` shows: each trait's own check by strength beside its controls, then what it does to
+    all checks.
+    """
+    doses = _plain("{scenarios} scenarios, {repeats} of each: how often checks hold".format(**result))
+    doses.caption = (
+        "at: positions; dose: strength; change: from the unsteered runs; ppl: perplexity under the unsteered model"
+    )
+    for heading in ("trait", "arm", "at", "dose", "check", "rate", "change", "95 %", "KL", "ppl"):
+        left = heading in ("trait", "arm", "check")
+        width = {"arm": 16, "at": 7, "change": 6, "95 %": 14, "KL": 5, "ppl": 5}.get(heading, 4)
+        doses.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=width)
+    plain = result["unsteered"]
+    for check, rate in plain["checks"].items():
+        doses.add_row("", "unsteered", "", "", check, f"{rate:.0%}", "", "", "", f"{plain['perplexity']:.3g}")
+    for cell in result["effects"]:
+        check = result["traits"][cell["trait"]]
+        told = cell["checks"][check]
+        dose = "" if cell["strength"] is None else f"{cell['strength']:g}"
+        rate, change = f"{told['rate']:.0%}", f"{told['difference']:+.0%}"
+        figures = rate, change, _interval(told["interval"], "+.0%"), f"{cell['kl']:.3f}", f"{cell['perplexity']:.3g}"
+        doses.add_row(cell["trait"], cell["arm"], cell["position"] or "", dose, check, *figures)
+    yield doses
+    crossed = _plain("What each trait changes, at strength {strength:g}, {position}".format(**result["matrix"]))
+    crossed.add_column("trait")
+    for check in plain["checks"]:
+        crossed.add_column(escape(check), justify="right")
+    for trait, changes in result["matrix"]["traits"].items():
+        crossed.add_row(escape(trait), *(f"{change:+.0%}" for change in changes.values()))
+    yield crossed
+
+
 def monitor_table(result: Mapping[str, Any]) -> Table:
     """What `monitor fit` says: the SAE, its latents, and what the stated rate rests on."""
     table = _two_columns()

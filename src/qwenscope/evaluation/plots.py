@@ -73,10 +73,18 @@ def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> li
     return [round(step * index, 12) for index in range(first, last + 1)]
 
 
-def dots(title: str, values: Sequence[Dot], x_label: str, y_label: str, *, include: Sequence[float] = ()) -> Markup:
+def dots(
+    title: str,
+    values: Sequence[Dot],
+    x_label: str,
+    y_label: str,
+    *,
+    include: Sequence[float] = (),
+    whole_x: bool = True,
+) -> Markup:
     """Values over depth, each with a whisker for its interval; the y axis reaches to every number in `include`."""
     ends = [end for dot in values for end in dot.ends]
-    plot = _Plot.around([dot.x for dot in values], [*ends, *include], pad_x=True, whole_x=True)
+    plot = _Plot.around([dot.x for dot in values], [*ends, *include], pad_x=True, whole_x=whole_x)
     marks = []
     for dot in values:
         x, y = plot.x(dot.x), plot.y(dot.y)
