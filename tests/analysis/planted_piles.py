@@ -38,7 +38,7 @@ STYLES: dict[str, Callable[[str], str]] = {
     "shouted": str.upper,
     "exclaimed": lambda text: text.replace(".", "!!!"),
     "lisped": lambda text: text.replace("s", "th"),
-    "lowered": str.lower,
+    "asked": lambda text: text.replace(".", "?"),
     "titled": str.title,
 }
 """None with signs that stand nowhere else: any latent reads hyphens between all letters."""

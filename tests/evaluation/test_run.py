@@ -158,6 +158,23 @@ def test_the_comparison_stands_beside(measured: dict) -> None:
     assert comparison["routing"]["chat"]["sae_delta"]["layers"] == [3]
 
 
+def test_usefulness_is_measured_on_demand(run_folder: Path, tmp_path: Path) -> None:
+    data, out = write_data(tmp_path / "many.jsonl", 60, 60), tmp_path / "out"
+    with pytest.raises(
+        CorpusError, match="no label has 20 tokens on either side in 2 conversations, so that usefulness"
+    ):
+        evaluate(run_folder, data=write_data(tmp_path / "few.jsonl", 1, 1), out=out, probing=True)
+    assert not out.exists()
+    found = evaluate(run_folder, data=data, tokens=1500, out=out, probing=True)["usefulness"]
+    assert set(found["saes"]) == set(HOOKS)
+    assert found["labels"].keys() >= {"role", "next token", "split"}
+    for figures in found["saes"].values():
+        assert set(figures["probing"]) == {"latents", "frozen decoder", "random directions", "rows"}
+        assert all(0 <= cell["auroc"] <= 1 for of in figures["probing"].values() for cell in of.values())
+    assert "What a few latents know" in (out / "report.html").read_text(encoding="utf-8")
+    assert json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["usefulness"] == found
+
+
 def test_tokens_limit_each_split_exactly(run_folder: Path, tmp_path: Path) -> None:
     target = shutil.copytree(run_folder, tmp_path / "run")
     result = evaluate(target, data=write_data(tmp_path / "d.jsonl"), tokens=37)

@@ -265,6 +265,44 @@ def test_a_wrong_evaluation_is_refused(tmp_path: Path, key: str, value: Any, com
     assert not (tmp_path / "out").exists()
 
 
+def usefulness() -> dict[str, Any]:
+    few = {k: {"auroc": 0.5 + int(k) / 100, "std": 0.01} for k in ("1", "4", "16")}
+    probing = {"latents": few, "frozen decoder": {k: {"auroc": 0.5} for k in few}, "rows": {"all": {"auroc": 0.9}}}
+    saes = {sae_id: {"probing": probing} for sae_id in POINTS}
+    return {"conversations": 60, "seeds": 3, "labels": {"role": 5, "tool": 2}, "tokens": {"auroc": 0.75}, "saes": saes}
+
+
+def test_usefulness_is_in_the_card_where_it_was_measured(built: Path, tmp_path: Path) -> None:
+    assert "What a few latents know" not in card(built)
+    run = make_run(tmp_path / "run")
+    without(run, "usefulness", usefulness())
+    release(run, tmp_path / "out")
+    text = card(tmp_path / "out")
+    header, *rows = table(text, "### What a few latents know")
+    assert header[1:] == ["1", "4", "16", "1 frozen", "4 frozen", "16 frozen", "rows"]
+    assert [row[1:] for row in rows] == [["0.510", "0.540", "0.660", "0.500", "0.500", "0.500", "0.900"]] * len(POINTS)
+    assert "The token alone reaches 0.750" in text
+    assert "(role, tool)" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("usefulness", 3, "usefulness: Input should be a valid dictionary"),
+        ("usefulness.labels", None, "usefulness.labels: Field required"),
+        ("usefulness.saes.sae_attn_mid", None, "usefulness.saes.sae_attn_mid is missing"),
+        ("usefulness.tokens.auroc", float("inf"), "usefulness.tokens.auroc: Input should be a finite number"),
+    ],
+)
+def test_a_wrong_usefulness_is_refused(tmp_path: Path, key: str, value: Any, complaint: str) -> None:
+    run = make_run(tmp_path / "run")
+    without(run, "usefulness", usefulness())
+    without(run, key, value)
+    with pytest.raises(FormatError, match=re.escape(complaint)):
+        release(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_complete_evaluated_runs_are_released(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "status.json").write_text('{"state": "stopped"}')

@@ -36,6 +36,7 @@ from qwenscope.analysis.statistics import (
     permutation_test,
 )
 from qwenscope.errors import FormatError
+from qwenscope.evaluation.baselines import directions, frozen_decoder_sae
 from qwenscope.features.pushes import write_pushes
 from qwenscope.files import whole_folder, write_json
 from qwenscope.lm.model import LanguageModel
@@ -169,14 +170,14 @@ def pool_suite(
         sae = target.saes[id]
         pools = [Pool.empty(count, width, low) for width, low in _widths(sae)]
         pooled[id] = Pooled(*pools)
-        random[id] = controls.directions(sae, seed).to(lm.device)
+        random[id] = directions(sae, seed).to(lm.device)
     shuffled = [conversations[c] for c in order]
     for part in scoped_rows(lm, shuffled, sites, scope, target.recipe, on_progress):
         conversation_R = torch.from_numpy(order)[part.conversation_R]
         for id in ids if len(conversation_R) else ():
             x_RD, sae = part.rows[target.sites[id]].float(), target.saes[id]
             if id not in frozen:
-                frozen[id] = controls.frozen_decoder_sae(x_RD, sae, seed)
+                frozen[id] = frozen_decoder_sae(x_RD, sae, seed)
             with torch.no_grad():
                 pooled[id].latents.add_codes(sae.encode(x_RD), conversation_R)
                 pooled[id].frozen.add_codes(frozen[id].encode(x_RD), conversation_R)

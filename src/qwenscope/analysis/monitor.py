@@ -31,6 +31,7 @@ from qwenscope.analysis.rates import chance_interval, recall_at, share, threshol
 from qwenscope.analysis.statistics import Array, Mask, auroc, auroc_interval
 from qwenscope.corpus.conversation import Conversation
 from qwenscope.errors import CorpusError, FormatError
+from qwenscope.evaluation.baselines import directions
 from qwenscope.features.token_text import pieces_of, readable
 from qwenscope.files import write_json
 from qwenscope.lm.model import LanguageModel
@@ -299,7 +300,7 @@ def _fitted(
         "raw.weight": ridge(controls.raw_features(pooled.raw), positive_C).weight_F,
         "words.ids": ids_V,
         "words.weight": ridge(words_CV, positive_C).weight_F,
-        "random.direction": controls.directions(sae, target.recipe.seed)[chosen].numpy(),
+        "random.direction": directions(sae, target.recipe.seed)[chosen].numpy(),
         "random.sign": np.sign(random[chosen : chosen + 1]),
     }
     about = identity(target, id, lm)

@@ -37,7 +37,7 @@ from qwenscope.cli.progress import phases, train_with_progress
 from qwenscope.cli.tables import (
     comparison_table,
     doctor_table,
-    evaluation_table,
+    evaluation_tables,
     keys_table,
     plan_tables,
     survey_tables,
@@ -235,6 +235,10 @@ def evaluate(
             min=1e-6, metavar="WIDTH", help="Read no more than makes the intervals of FVU and CE recovered so narrow."
         ),
     ] = None,
+    probing: Annotated[
+        bool,
+        typer.Option("--probing", help="Measure usefulness too: sparse probing beside a frozen decoder and others."),
+    ] = False,
     path: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write, if not TARGET.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -246,9 +250,15 @@ def evaluate(
 
     with phases(err) as on_progress:
         result = run_evaluation(
-            target, data=data, tokens=tokens, until_interval=until_interval, out=path, on_progress=on_progress
+            target,
+            data=data,
+            tokens=tokens,
+            until_interval=until_interval,
+            probing=probing,
+            out=path,
+            on_progress=on_progress,
         )
-    show(result, as_json, evaluation_table)
+    show(result, as_json, evaluation_tables)
 
 
 @app.command(rich_help_panel="Train and measure")

@@ -71,6 +71,31 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def evaluation_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """The table of an `evaluation.json` object, and that of its usefulness where it was measured."""
+    yield evaluation_table(result)
+    if "usefulness" in result:
+        yield _usefulness_table(result["usefulness"])
+
+
+def _usefulness_table(found: Mapping[str, Any]) -> Table:
+    """One row per SAE: how well 1, 4 and 16 of its latents tell labels apart, and of a frozen decoder's."""
+    table = _plain("Sparse probing")
+    table.caption = (
+        f"AUROC of the best 1, 4 and 16 latents for {', '.join(found['labels'])}, mean; *: of a decoder that was never "
+        f"trained; rows: all dimensions. The token alone: {found['tokens']['auroc']:.3f}"
+    )
+    table.add_column("SAE", no_wrap=True)
+    for heading in ("1", "4", "16", "1*", "4*", "16*", "rows"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for sae_id, figures in found["saes"].items():
+        probing = figures["probing"]
+        few = [probing[name][k]["auroc"] for name in ("latents", "frozen decoder") for k in ("1", "4", "16")]
+        numbers = (f"{value:.3f}" for value in (*few, probing["rows"]["all"]["auroc"]))
+        table.add_row(sae_id, *numbers)
+    return table
+
+
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """`compare`'s object: per layer and split, both suites' numbers side by side."""
     table = _plain(escape("{first} against {second}".format(**result["suites"])))

@@ -18,6 +18,7 @@ from qwenscope.evaluation.measure import SplitMeasurement
 from qwenscope.evaluation.meters import Meters
 from qwenscope.evaluation.pairs import BOOTSTRAP, compare_split, find_pairs, overlap
 from qwenscope.evaluation.report import report_html
+from qwenscope.evaluation.usefulness import usefulness
 from qwenscope.evaluation.work import OnProgress
 from qwenscope.files import disk_errors_named, fsync_folder, make_folder, write_json, write_text
 from qwenscope.lm.model import LanguageModel
@@ -32,14 +33,15 @@ def evaluate(
     data: Path | None = None,
     tokens: int | None = None,
     until_interval: float | None = None,
+    probing: bool = False,
     out: Path | None = None,
     on_progress: OnProgress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Measure every SAE of `target` on each split and write `evaluation.json` and `report.html`.
 
     On `data` without an `out`, these are `evaluation-NAME.json` and `report-NAME.html`, so that what was measured on
-    held-out conversations stays; a suite that has no such conversations keeps the plain names. In a
-    release, checksums are verified before and listed anew after; its card keeps the numbers it was written with.
+    held-out conversations stays; a suite without such keeps the plain names. In a release, checksums are verified
+    before and listed anew after; its card keeps the numbers it was written with.
 
     Args:
         target: what `open_target` takes.
@@ -47,6 +49,7 @@ def evaluate(
             that the recipe holds out from training.
         tokens: tokens per split at most; None takes the recipe's.
         until_interval: no more than make the 95 % intervals of FVU and CE recovered so narrow, for every SAE.
+        probing: measure usefulness too: what a few latents say of a token's labels, beside controls.
         on_progress: called with (phase, tokens done, tokens in all); a phase's name says how long it will take.
         out: folder to write to; None takes the target's own.
 
@@ -58,7 +61,7 @@ def evaluate(
         FormatError, HubError: as `open_target`; or `target` is on the Hub and there is no `out`.
         ModelError: the language model cannot be loaded, or does not have the hook points. Or figures are not finite:
             the others are written, these are null.
-        CorpusError: no conversations, or too few to measure.
+        CorpusError: no conversations, or too few to measure or to probe.
         ResourceError: the files cannot be written.
     """
     opened = open_target(target)
@@ -70,6 +73,7 @@ def evaluate(
     lm = opened.language_model()
     budget = tokens if tokens is not None else opened.recipe.evaluation.tokens
     splits = opened.splits(lm.tokenizer, budget, data)
+    probed = usefulness(opened, lm, splits, on_progress) if probing else {}
     splits, measured = Meters(opened, lm, on_progress).measured(splits, until_interval)
     described = {
         "origin": "held out by the recipe" if data is None else data.name,
@@ -78,7 +82,7 @@ def evaluate(
         "splits": counts(splits),
     }
     odd: list[str] = []
-    result: dict[str, Any] = _finite(_result(opened, lm, measured, described), "", odd)
+    result: dict[str, Any] = _finite(_result(opened, lm, measured, described) | probed, "", odd)
     with disk_errors_named(folder):
         written = _publish(folder, name, result, opened.folder)
     _refuse(odd, lm.name, written)

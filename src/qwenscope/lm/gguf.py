@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from qwenscope.errors import ModelError
@@ -43,12 +44,21 @@ def checked_revision(path: Path, revision: str | None) -> str:
             raise ModelError(f"{path} is no GGUF file, or damaged; fetch it again")
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ModelError(f"{path} needs the package {' and '.join(missing)}; pip install {' '.join(missing)}")
+    if too_old():
+        raise ModelError(
+            f"{path} needs transformers 5.23 or newer, not {transformers.__version__}, to read its tokenizer"
+        )
     found = _revision(path, path.stat().st_mtime_ns, path.stat().st_size)
     if revision not in (None, found):
         raise ModelError(
             f"{path} is another file than it was ({found}, not {revision}); restore it, or leave out revision"
         )
     return found
+
+
+def too_old() -> bool:
+    """Whether this transformers stumbles over tokenizers in GGUF files."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23)
 
 
 @lru_cache(maxsize=4)

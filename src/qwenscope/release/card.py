@@ -60,6 +60,7 @@ def model_card(facts: Facts) -> str:
         block=_BLOCK,
         kinds=KIND_NAMES,
         metrics=list(metrics_tables(facts)),
+        probed=probed(facts),
         differences=list(differences(facts)),
         sources=list(sources(facts)),
         hardware=hardware(facts.run),
@@ -161,6 +162,16 @@ def metrics_tables(facts: Facts) -> Iterator[tuple[str, int, list[tuple[list[str
             for columns in TABLES
         ]
         yield SPLIT_NAMES.get(split, split), max(cell["tokens"] for cell in measured.values()), tables
+
+
+def probed(facts: Facts) -> list[tuple[str, list[str]]]:
+    """Per SAE the AUROC of 1, 4 and 16 latents, of a frozen decoder's, and of all dimensions; empty if not measured."""
+    saes = facts.evaluation.get("usefulness", {}).get("saes", {})
+    columns = [(name, k) for name in ("latents", "frozen decoder") for k in ("1", "4", "16")] + [("rows", "all")]
+    return [
+        (sae_id, [f"{saes[sae_id]['probing'][name][k]['auroc']:.3f}" for name, k in columns])
+        for sae_id in (facts.recipe.hook_points if saes else ())
+    ]
 
 
 def quality_plots(facts: Facts) -> str:

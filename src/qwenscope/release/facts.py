@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from qwenscope.corpus.hub import REPOSITORIES
@@ -91,6 +91,34 @@ class _CorpusReport(TypedDict):
     scrubbed: dict[str, int]
 
 
+class _Auroc(TypedDict):
+    auroc: FiniteFloat
+
+
+_Few = TypedDict("_Few", {"1": _Auroc, "4": _Auroc, "16": _Auroc})
+
+
+class _All(TypedDict):
+    all: _Auroc
+
+
+_Probing = TypedDict("_Probing", {"latents": _Few, "frozen decoder": _Few, "rows": _All})
+
+
+class _Probed(TypedDict):
+    probing: _Probing
+
+
+class _Usefulness(TypedDict):
+    """The key `usefulness` of evaluation.json, likewise."""
+
+    conversations: int
+    seeds: int
+    labels: dict[str, int]
+    tokens: _Auroc
+    saes: dict[str, _Probed]
+
+
 def read_record(path: Path, form: type) -> dict[str, Any]:
     """A file of a run that holds an object of this form.
 
@@ -99,15 +127,21 @@ def read_record(path: Path, form: type) -> dict[str, Any]:
     """
     value = read_object(path)
     try:
-        TypeAdapter(form).validate_python(value, strict=True)
+        _check_form(value, form, path, "restore it")
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise FormatError(f"{path}: {key}: {first['msg']}; restore it") from None
     except ValueError as error:  # NaN, half a surrogate pair
         raise FormatError(f"{path} holds what JSON cannot ({reason(error)}); restore it") from None
     return value
+
+
+def _check_form(value: Any, form: type, path: Path, cure: str, *key: str) -> None:
+    """FormatError naming the first part of `value`, which stands under `key` in the file, that is not of the form."""
+    try:
+        TypeAdapter(form).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in (*key, *first["loc"]))
+        raise FormatError(f"{path}: {name}: {first['msg']}; {cure}") from None
 
 
 def read_facts(folder: Path) -> Facts:
@@ -147,6 +181,10 @@ def check_numbers(evaluation: Any, recipe: Recipe, path: Path) -> None:
                 absent = key == SPECIAL and isinstance(cell, dict) and key in cell and value is None
                 if not absent and not _is_number(value):
                     raise FormatError(f"{path}: saes.{sae_id}.{split}.{key} is {_shown(value)}; {cure}")
+    if "usefulness" in evaluation:
+        _check_form(evaluation["usefulness"], _Usefulness, path, cure, "usefulness")
+        if lacking := sorted(recipe.hook_points.keys() - evaluation["usefulness"]["saes"].keys()):
+            raise FormatError(f"{path}: usefulness.saes.{lacking[0]} is missing; {cure}")
 
 
 def _is_number(value: Any) -> bool:
