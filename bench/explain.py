@@ -1,11 +1,11 @@
 """Labels for 4,096 latents against an endpoint on loopback that delays, refuses and answers nonsense; a kill between.
 
-    python bench/explain.py [--latents 4096] [--sequential 64] [--concurrency 16]
+    python bench/explain.py [--latents 4096] [--sequential 64] [--concurrency 16] [--delay 0.6]
 
-The endpoint, a process of its own, takes 0.1 to 0.3 s for an answer (the offline rule's); of its answers 2 in 100 are
-429 (with Retry-After: 1), 2 are 500, 2 no JSON. The run with concurrency is killed (SIGKILL) half-way and started
-again; the start of both processes counts. The sequential run labels a sample, its wall time is scaled. Random content.
-Prints one JSON object.
+The endpoint, a process of its own, takes DELAY seconds for an answer (the offline rule's), up to half more or less; of
+its answers 2 in 100 are 429 (with Retry-After: 1), 2 are 500, 2 no JSON. The run with concurrency is killed (SIGKILL)
+half-way and started again; the start of both processes counts. The sequential run labels a sample, its wall time is
+scaled. Random content. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Endpoint(BaseHTTPRequestHandler):
     answered: ClassVar = Counter[str]()
     faults: ClassVar = Counter[str]()
     choose = random.Random(0)
+    delay = 0.0
 
     def do_GET(self) -> None:
         """Counts: good answers, different questions, faults."""
@@ -62,7 +63,7 @@ class Endpoint(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with self.lock:
             fault = FAULTS[n] if (n := self.choose.randrange(100)) < len(FAULTS) else None
-            delay = self.choose.uniform(0.1, 0.3)
+            delay = self.delay * self.choose.uniform(0.5, 1.5)
         time.sleep(delay)
         if fault is not None:
             with self.lock:
@@ -86,7 +87,9 @@ class Endpoint(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def _serve(tell: Callable[[int], None]) -> None:
+def _serve(delay: float, tell: Callable[[int], None]) -> None:
+    Endpoint.delay = delay
+
     class Server(ThreadingHTTPServer):
         request_queue_size = 128
 
@@ -101,9 +104,10 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=4096)
     parser.add_argument("--sequential", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--delay", type=float, default=0.6)
     chosen = parser.parse_args()
     reader, writer = multiprocessing.Pipe(duplex=False)
-    endpoint = multiprocessing.Process(target=_serve, args=(writer.send,), daemon=True)
+    endpoint = multiprocessing.Process(target=_serve, args=(chosen.delay, writer.send), daemon=True)
     endpoint.start()
     address = f"http://127.0.0.1:{reader.recv()}"
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +138,7 @@ def main() -> None:
         "at_kill": at_kill,
         "in_the_end": asked,
         "answered_twice": asked["answers"] - asked["questions"],
+        "delay": chosen.delay,
         "seconds": round(many, 1),
         "sequential_seconds": round(sequential, 1),
         "share_of_sequential": round(many / sequential, 4),

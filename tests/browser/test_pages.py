@@ -27,6 +27,7 @@ ROUTES = [
     "#/search?q=that",
     "#/try?text=order+that+status",
     "#/steer",
+    "#/find?on=order+that+that+that+that+that+that%0A%0Atitle+that+that+that+that+that+that",
     "#/notes",
     "#/nowhere",
 ]
@@ -112,6 +113,20 @@ def test_the_try_it_box_runs_the_model(visit: Visit) -> None:
     page.locator(".readable .tok", has_text="that").click()
     expect(page.locator(".active h3")).to_contain_text("that")
     expect(page.locator(".active .entry a", has_text=str(PLANTED_LATENT)).first).to_be_visible()
+
+
+def test_latents_are_found_by_example(visit: Visit) -> None:
+    page = visit.go("#/find")
+    texts = page.get_by_label("Texts, an empty line between two")
+    texts.fill("\n\n".join(f"{word}{6 * PLANTED} status" for word in ("order", "title", "query")))
+    page.get_by_role("button", name="Find").click()
+    first = page.locator(".hit").first
+    expect(first.locator("a")).to_contain_text("sae_")
+    expect(first.locator(".figures")).to_contain_text("in 3 of 3")
+    assert "#/find?on=" in page.url
+    page.get_by_label("But not on these").fill(texts.input_value())
+    page.get_by_role("button", name="Find").click()
+    expect(page.locator("form [role=status]")).to_contain_text("No latent fires")
 
 
 def test_steering_shows_its_controls(visit: Visit) -> None:
@@ -242,8 +257,8 @@ def test_every_page_is_accessible_and_fits(
     visit = Visit(chromium, site, color_scheme=scheme, viewport={"width": width, "height": 900})
     for route in routes:
         page = visit.go(route)
-        if "try" in route:
-            page.wait_for_selector(".active .entry")
+        if "try" in route or "find" in route:
+            page.wait_for_selector(".active .entry, .figures")
         _check_accessible(page, route)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, route
     visit.close()

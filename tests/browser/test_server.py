@@ -72,7 +72,7 @@ def test_every_answer_carries_the_policy(client: TestClient) -> None:
         "/page//etc/passwd",
         "/page/..\\server.py",
         "/page/app.js%00.html",
-        "/api/sae/..",
+        "/api/sae/../x",
         "/api/sae/%2e%2e%2findex.sqlite",
         "/api/latent/sae_delta/-1",
         "/api/latent/sae_delta/999999",
@@ -188,6 +188,33 @@ def test_reading_and_steering_answer(client: TestClient) -> None:
     assert PLANTED_LATENT in [latent for latent, _ in read["saes"]["sae_delta"][at]]
     lines = client.post("/api/steer", json=STEER).text.splitlines()
     assert len(lines) > 5
+
+
+def test_the_api_describes_itself(client: TestClient, app: ASGIApp) -> None:
+    """Every route of it, each of its parameters, and nothing else."""
+    found = client.get("/api").json()
+    assert (found["openapi"], found["info"]["version"]) == ("3.0.3", "1")
+    routes = [route for route in app._app.routes if route.path.startswith("/api")]  # type: ignore[attr-defined]
+    assert set(found["paths"]) == {route.path for route in routes}
+    for route in routes:
+        for method in route.methods - {"HEAD"}:
+            said = found["paths"][route.path][method.lower()]
+            assert said["summary"]
+            assert "200" in said["responses"]
+            assert [p["name"] for p in said.get("parameters", []) if p["in"] == "path"] == list(route.param_convertors)
+            assert ("requestBody" in said) == (method in ("POST", "PUT"))
+    document = (Path(__file__).parents[2] / "docs/http-api.md").read_text()
+    assert all(f"{route.path}`" in document or f"{route.path}?" in document for route in routes)
+
+
+def test_latents_are_found_by_example(client: TestClient) -> None:
+    texts = [f"{word}{6 * PLANTED} status" for word in ("order", "title", "query")]
+    hits = client.post("/api/find", json={"texts": texts}).json()
+    assert {"sae", "latent", "label", "texts", "share", "rate", "lift"} <= set(hits[0])
+    assert len(hits) <= 50
+    assert client.post("/api/find", json={"texts": texts, "but_not": texts}).json() == []
+    for wrong in ({}, {"texts": []}, {"texts": "a"}, {"texts": [" "]}, {"texts": ["a"] * 41}, {"texts": [1]}):
+        assert client.post("/api/find", json=wrong).status_code == 400
 
 
 def test_the_range_of_a_push_is_measured(client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qwenscope.features import corpus_pass
 from qwenscope.features.geometry import CoActivation
 from qwenscope.features.index import build_index
 from qwenscope.features.statistics import AFTER, BEFORE, FIRINGS, TOP, bin_of
-from qwenscope.features.store import Index, MissingLatentError
+from qwenscope.features.store import Index, MissingLatentError, read_explanations
 from qwenscope.lm.forward import final_norm, site_rows, unembedding
 from qwenscope.lm.hooks import find_routers, watch_routers
 from qwenscope.lm.load import load_language_model
@@ -163,6 +164,33 @@ def test_shares_by_role_split_and_expert(index: Index, plain: Plain) -> None:
                 chosen = (experts == expert).any(1)
                 assert share == pytest.approx(float(chosen[mine].float().mean()), rel=1e-3)
                 assert base == pytest.approx(float(chosen[kept].float().mean()), rel=1e-3, abs=1e-4)
+
+
+def test_every_latent_that_fired_has_a_label_by_rule(index: Index, plain: Plain) -> None:
+    """Where it peaks, the role and split that it has more than others, what it promotes: against plain counts."""
+    roles = torch.from_numpy(np.concatenate([c.roles.astype(np.int64) for c in plain.conversations]))
+    kept = torch.cat([torch.arange(len(c.token_ids)) > 0 for c in plain.conversations])
+    base = torch.bincount(roles[kept], minlength=len(ROLES)).double() / int(kept.sum())
+    for sae_id, codes in plain.codes.items():
+        labels, table = index.labels(sae_id), index.table(sae_id)
+        assert sorted(labels) == index.alive(sae_id)
+        for latent in index.alive(sae_id)[::7]:
+            mine = roles[torch.cat(codes)[:, latent] > 0]
+            counts = torch.bincount(mine, minlength=len(ROLES))
+            lifts = (counts.double() / len(mine) / base).nan_to_num(0.0)
+            assert float(lifts[table["role"][latent]]) == pytest.approx(float(lifts.max()))
+            label = labels[latent]
+            peak = table["peaks"][latent][0]
+            assert label.startswith("by rule: " + json.dumps(peak.strip() or peak, ensure_ascii=False))
+            said = f"{ROLES[int(lifts.argmax())].replace('_', ' ')} {float(lifts.max()):.1f} times as often"
+            if float(lifts.max()) > 1.6 and int(counts[lifts.argmax()]) >= 5:
+                assert said in label
+            elif float(lifts.max()) < 1.4:
+                assert said not in label
+            shown = index.latent(sae_id, latent)["explanation"]
+            assert (shown["label"], shown["client"], shown["detection"]) == (label, "rule", None)
+    assert f'by rule: "{PLANTED.strip()}"' in index.labels("sae_delta")[PLANTED_LATENT]
+    assert list(read_explanations(index)) == []
 
 
 def test_promoted_tokens_and_neighbours(index: Index, plain: Plain) -> None:

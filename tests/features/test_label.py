@@ -46,7 +46,9 @@ def test_the_planted_latent_is_named_found_and_scored(index: Index) -> None:
     assert record["detection"] >= 0.75  # the word also stands where the latent is not among the k strongest
     shown = index.latent("sae_delta", PLANTED_LATENT)["explanation"]
     assert shown == {key: record[key] for key in ("label", "client", "detection", "fuzzing", "unparsed")}
-    assert index.labels("sae_delta") == {PLANTED_LATENT: record["label"]}
+    by_rule = {latent: text for latent, text in index.labels("sae_delta").items() if text.startswith("by rule: ")}
+    assert index.labels("sae_delta") == by_rule | {PLANTED_LATENT: record["label"]}  # it replaces the rule's
+    assert PLANTED_LATENT not in by_rule
     hit = index.search("tokens")[0]
     assert (hit["latent"], hit["label"]) == (PLANTED_LATENT, record["label"])
     assert label(index, OfflineClient(), "sae_delta", PLANTED_LATENT) == []  # is done

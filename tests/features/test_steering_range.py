@@ -74,6 +74,9 @@ def test_the_start_is_the_strongest_that_changes_and_stays_within_the_bound() ->
     assert found.sound == tuple(trials)
     assert Range(trials[0], (trials[0], trials[3])).start is None
     assert Range(trials[0], (broken,)).strongest is None
+    circling = trial(0.3, 0.5, True, is_text=False)
+    assert Range(trials[0], (trials[0], circling, trials[3])).start == 0.3
+    assert Range(trials[0], (broken, after)).start is None
 
 
 def test_the_assistants_turn_begins_behind_the_users(lm: LanguageModel) -> None:

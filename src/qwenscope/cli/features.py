@@ -44,7 +44,7 @@ def index(
 
     with phases(err) as on_progress:
         build_index(target, path, data=data, tokens=tokens, on_progress=on_progress)
-    err.print(f"look at it: qwenscope browse {path}", highlight=False, markup=False)
+    err.print(f"wrote {path}; look at it: qwenscope browse {path}", highlight=False, markup=False)
 
 
 def browse(
@@ -59,6 +59,7 @@ def browse(
 
         with phases(err) as on_progress:
             export_site(path, export_, on_progress=on_progress)
+        err.print(f"wrote {export_}; look at it: python -m http.server -d {export_}", highlight=False, markup=False)
         return
     from qwenscope.features.browser.server import serve
 

@@ -5,6 +5,7 @@ Legend: M latents of a block, N latents, W window positions.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.evaluation.run import target_of
 from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
+from qwenscope.features.form import RULE
 from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
 from qwenscope.features.token_text import TokenText, alone, readable
@@ -35,6 +38,8 @@ BANDS = ("75-100", "50-75", "25-50", "0-25")
 PER_BAND, NEGATIVES = 4, 10
 DENSITY_DECADES = (-6, 0)
 DENSITY_BINS_PER_DECADE = 4
+LIFT, LIFT_FIRINGS = 1.5, 5
+"""From which lift and how many firings on a role or a split is part of a label."""
 QUALITY = ("explained_variance", "fvu", "l0", "ce_recovered_mean", "ce_recovered_zero", "dead_fraction", "kl")
 
 
@@ -47,8 +52,8 @@ class Latent:
     """Its row of the SAE's table."""
     detail: dict[str, Any]
     """Its page; examples are (kind, address, window offsets, activations), tokens are ids."""
-    search: tuple[str, str, str]
-    """Peak tokens, promoted tokens (both joined by U+001F), context."""
+    search: tuple[str, str, str, str]
+    """Label by rule, peak tokens, promoted tokens (both joined by U+001F), context."""
     peaks: list[tuple[str, float]]
     """(token in lower case, spaces stripped; top examples that peak there over TOP)."""
 
@@ -201,19 +206,42 @@ class Describer:
         contexts = ["".join(self._texts.window(address, 8, 4)[1]) for address in top[:4]]
         peaks = [token for token, _ in at_peak.most_common(6)]
         promoted = [alone(self._texts.vocabulary[token]) for token, _ in detail["promoted"]]
+        lifts = {name: self._lifts(name, detail[name]) for name in ("roles", "splits")}
         columns = {
             "density": detail["density"],
             "max": detail["max"],
             "mean": detail["mean"],
-            "role": int(np.argmax(detail["roles"])) if detail["fired"] else None,
+            "role": max(range(len(ROLES)), key=lifts["roles"].__getitem__) if detail["fired"] else None,
             "peaks": peaks[:4],
             "promoted": promoted[:3],
         }
         shares: dict[str, float] = {}
         for token, count in at_peak.items():
             shares[token.strip().lower()] = shares.get(token.strip().lower(), 0.0) + count / TOP
-        search = _joined(peaks), _joined(promoted), "\n".join(contexts)
+        rule = _rule(peaks, promoted, detail, lifts) if detail["fired"] else ""
+        search = rule, _joined(peaks), _joined(promoted), "\n".join(contexts)
         return Latent(number, columns, detail, search, list(shares.items()))
+
+    def _lifts(self, name: str, counts: Sequence[int]) -> list[float]:
+        """How much more often than all tokens a latent's firings have each role, or split; 0 where they have not."""
+        first = 0 if name == "splits" else len(SPLITS)
+        bases = self._statistics.base_F[first : first + len(counts)].tolist()
+        share = self._statistics.rows / max(1, sum(counts))
+        return [count * share / base if count else 0.0 for count, base in zip(counts, bases, strict=True)]
+
+
+def _rule(peaks: Sequence[str], promoted: Sequence[str], detail: dict[str, Any], lifts: dict[str, list[float]]) -> str:
+    """A label from counts alone: where a latent peaks, in which role and split more than others, what it promotes."""
+    parts = [_quoted(peaks[:3])]
+    for name, words in (("roles", ROLES), ("splits", SPLITS)):
+        best = max(range(len(words)), key=lifts[name].__getitem__)
+        if lifts[name][best] >= LIFT and detail[name][best] >= LIFT_FIRINGS:
+            parts.append(f"{words[best].replace('_', ' ')} {lifts[name][best]:.1f} times as often")
+    return RULE + "; ".join([*parts, f"promotes {_quoted(promoted[:2])}"])
+
+
+def _quoted(tokens: Sequence[str]) -> str:
+    return ", ".join(json.dumps(token.strip() or token, ensure_ascii=False) for token in tokens)
 
 
 def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any]]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing_extensions import TypedDict
 
 from qwenscope.errors import FormatError
 
+RULE, RULE_CLIENT = "by rule: ", "rule"
+"""How the label begins of a latent that no one has read, and who is said to have written it."""
 LIMIT = 64 << 20
 """Bytes of JSON that a compressed cell may hold, unless its reader knows better."""
 

@@ -27,7 +27,7 @@ from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.features.corpus_pass import CorpusPass, OnProgress
 from qwenscope.features.describe import Describer, Latent, Texts, summary_of
-from qwenscope.features.form import pack
+from qwenscope.features.form import RULE_CLIENT, pack
 from qwenscope.features.integrity import FILE, FILES, PEAKS_BY_TOKEN, SCHEMA
 from qwenscope.features.parquet import ParquetFiles
 from qwenscope.features.store import VERSION, key_of
@@ -83,8 +83,9 @@ def build_index(
         work.mkdir(parents=True, exist_ok=True)
     with run_lock(work), disk_errors_named(out):
         _check_unfinished(out)  # another one may have finished it meanwhile
-        report("loading model", 0, tokens)
+        report("loading model", 0, 1)
         lm = opened.language_model(truncated=True)
+        report("loading model", 1, 1)
         corpus_pass = CorpusPass(opened, lm, data, tokens, work)
         corpus_pass.run(report)
         _finish(corpus_pass, out, work, report)
@@ -197,8 +198,14 @@ def _write_block(database: sqlite3.Connection, ordinal: int, block: list[Latent]
         [(key, latent.columns["density"], pack(latent.detail)) for key, latent in zip(keys, block, strict=True)],
     )
     database.executemany(
-        "INSERT INTO search (rowid, label, peaks, promoted, context) VALUES (?, '', ?, ?, ?)",
+        "INSERT INTO search (rowid, label, peaks, promoted, context) VALUES (?, ?, ?, ?, ?)",
         [(key, *latent.search) for key, latent in zip(keys, block, strict=True)],
+    )
+    unread: dict[str, Any] = {"client": RULE_CLIENT, "detection": None, "fuzzing": None, "unparsed": []}
+    labels = [(key, latent.search[0]) for key, latent in zip(keys, block, strict=True) if latent.search[0]]
+    database.executemany(
+        "INSERT INTO explanations VALUES (?, ?)",
+        [(key, json.dumps({"label": label, **unread}, ensure_ascii=False)) for key, label in labels],
     )
     database.executemany(
         "INSERT INTO peaks VALUES (?, ?, ?)",

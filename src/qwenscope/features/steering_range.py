@@ -69,9 +69,12 @@ class Range:
 
     @property
     def start(self) -> float | None:
-        """The largest sound strength that changes the text and whose divergence is within KL_BOUND; None if none is."""
-        fit = [trial.strength for trial in self.sound if trial.changed and trial.kl <= KL_BOUND]
-        return fit[-1] if fit else None
+        """The largest sound strength that changes the text and whose divergence is within KL_BOUND. Where none is, the
+        least that changes it at all, though it goes in circles, if that one is within the bound; else None."""
+        changed = [trial for trial in self.trials if trial.changed]
+        fit = [trial for trial in self.sound if trial.changed] or changed[:1]
+        fit = [trial for trial in fit if trial.kl <= KL_BOUND]
+        return fit[-1].strength if fit else None
 
 
 def text_range(lm: LanguageModel, prompt_ids: Sequence[int], steering: Steering, *, max_new_tokens: int = 40) -> Range:

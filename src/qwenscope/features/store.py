@@ -19,7 +19,7 @@ import numpy as np
 
 from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
 from qwenscope.errors import FormatError, QwenscopeError
-from qwenscope.features.form import Columns, Detail, Explanation, Meta, Summary, parsed, unpack
+from qwenscope.features.form import RULE_CLIENT, Columns, Detail, Explanation, Meta, Summary, parsed, unpack
 from qwenscope.features.integrity import FILE, FILES, read_only, verify_index
 from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
 from qwenscope.features.token_text import TokenText, alone, readable
@@ -38,6 +38,7 @@ SELECT start, id, source, split, length,
     substr(roles, max(0, :address - start - {BEFORE}) + 1, {WINDOW})
 FROM conversations WHERE start <= :address ORDER BY start DESC LIMIT 1
 """
+_ADDRESS = re.compile(r"(?:(\S+?)\s*[/: ]\s*)?(\d{1,9})")
 _WORDS = re.compile(r"\w+", re.UNICODE)
 
 
@@ -95,11 +96,14 @@ class Index:
         return [latent for latent, density in enumerate(self.table(sae_id)["density"]) if density > 0]
 
     def labels(self, sae_id: str) -> dict[int, str]:
-        """{latent: label} of those that were explained."""
+        """{latent: label}; those that no one has read, but a rule made of counts, begin with `form.RULE`."""
         ordinal = self.ordinal(sae_id)
         low, high = key_of(ordinal, 0), key_of(ordinal + 1, 0)
-        records = self._all("SELECT key, record FROM explanations WHERE key >= ? AND key < ?", low, high)
-        return {key - low: parsed(record, Explanation)["label"] for key, record in records}
+        label = "json_extract(record, '$.label')"
+        rows = self._all(f"SELECT key, {label} FROM explanations WHERE key >= ? AND key < ?", low, high)
+        if any(not isinstance(label, str) for _, label in rows):
+            raise FormatError(f"{self.path} is damaged (a latent without label); build it again")
+        return {key - low: label for key, label in rows}
 
     def latent(self, sae_id: str, latent: int) -> dict[str, Any]:
         """Everything that a latent's page shows.
@@ -139,8 +143,9 @@ class Index:
     def search(self, text: str, *, sae_id: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
         """Latents by peak token, promoted token, label or context, best first.
 
-        A query that is exactly a token (spaces aside, any case) finds the latents that peak there most often first;
-        after them come full-text matches, the last word as a prefix.
+        A query that is an address (sae_attn_mid/40, or 40 for that latent of every SAE) finds it first. One that is
+        exactly a token (spaces aside, any case) finds the latents that peak there most often; after them come full-text
+        matches, the last word as a prefix.
         """
         query = text.strip().lower()
         if not query:
@@ -148,7 +153,7 @@ class Index:
         low, high = 0, key_of(len(self._ids), 0)
         if sae_id is not None:
             low, high = key_of(self.ordinal(sae_id), 0), key_of(self.ordinal(sae_id) + 1, 0)
-        found: dict[int, str] = {}
+        found: dict[int, str] = dict.fromkeys(self._addressed(query, low, high), "address")
         with self._connect() as connection:
             exact = "SELECT key FROM peaks WHERE token = ? AND key >= ? AND key < ? ORDER BY share DESC, key LIMIT ?"
             for (key,) in connection.execute(exact, (query, low, high, limit)):
@@ -161,6 +166,23 @@ class Index:
                 for (key,) in connection.execute(full, (match, low, high, limit)):
                     found.setdefault(key, "text")
             return [self._hit(connection, key, why) for key, why in list(found.items())[:limit]]
+
+    def _addressed(self, query: str, low: int, high: int) -> list[int]:
+        """Keys from `low` to `high` of the latents that a query names."""
+        if not (match := _ADDRESS.fullmatch(query)):
+            return []
+        wanted, latent = match[1], int(match[2])
+        keys = [
+            key_of(ordinal, latent)
+            for sae_id, ordinal in self._ordinals.items()
+            if wanted in (None, sae_id.lower()) and latent < self.saes[sae_id]["dict_size"]
+        ]
+        return [key for key in keys if low <= key < high]
+
+    def hits(self, latents: Iterable[tuple[str, int]], why: str) -> list[dict[str, Any]]:
+        """What `search` says of each of these latents."""
+        with self._connect() as connection:
+            return [self._hit(connection, key_of(self.ordinal(sae_id), latent), why) for sae_id, latent in latents]
 
     def _hit(self, connection: sqlite3.Connection, key: int, why: str) -> dict[str, Any]:
         row = connection.execute(
@@ -287,10 +309,11 @@ def explained_by(index: Index, client: str) -> set[tuple[str, int]]:
 
 
 def read_explanations(index: Index) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Every explanation as (sae_id, latent, record), by SAE and latent."""
+    """Every explanation that someone wrote as (sae_id, latent, record), by SAE and latent; not those by rule."""
     ids = list(index.saes)
+    read = "SELECT key, record FROM explanations WHERE json_extract(record, '$.client') IS NOT ? ORDER BY key"
     with closing(read_only(index.path)) as connection:
-        for key, record in connection.execute("SELECT key, record FROM explanations ORDER BY key"):
+        for key, record in connection.execute(read, (RULE_CLIENT,)):
             yield ids[key >> 32], key & 0xFFFFFFFF, parsed(record, Explanation)
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard, get_args
 from qwenscope.errors import FormatError
 from qwenscope.features.browser.model_thread import Job, ModelThread
 from qwenscope.features.continuation import Sampling, answer_start, prompt_tokens, side_by_side
+from qwenscope.features.find import find
 from qwenscope.features.index import ORIGIN, open_origin
 from qwenscope.features.read import Reading, read
 from qwenscope.features.steering import Mode, Steering
@@ -26,6 +27,7 @@ MAX_CHARACTERS = 8000
 MAX_TOKENS = 1024
 MAX_NEW_TOKENS = 200
 MAX_PUSHES = 8
+MAX_EXAMPLES = 40
 _WORDS = {"mode": get_args(Mode), "where": ("answer", "all", "prefill", "decode"), "unit": ("max", "norm")}
 
 
@@ -60,6 +62,33 @@ class Runner:
         def work() -> Iterator[str]:
             target, lm = self._open()
             yield _reading_json(read(lm, lm.tokenizer, given, target.saes, sites=target.sites, max_length=MAX_TOKENS))
+
+        return self._thread.submit(work)
+
+    def find(self, asked: dict[str, Any]) -> Job:
+        """Latents of all SAEs that fire on texts beyond their base rate: see `features/find.py`.
+
+        Args:
+            asked: {"texts": [text], "but_not": [text]}.
+
+        Returns:
+            One piece, JSON: a list of hits.
+
+        Raises:
+            FormatError: no texts, too many, or one of them empty or too long.
+            BusyError: too many wait.
+        """
+        texts, but_not = asked.get("texts"), asked.get("but_not", [])
+        if not isinstance(texts, list) or not isinstance(but_not, list) or len(texts) + len(but_not) > MAX_EXAMPLES:
+            raise FormatError(f"texts and but_not are lists, of at most {MAX_EXAMPLES} texts together")
+        for text in [*texts, *but_not]:
+            _check_length(text)
+        if not texts:
+            raise FormatError("there is no text to find latents by")
+
+        def work() -> Iterator[str]:
+            target, lm = self._open()
+            yield json.dumps(find(self._index, lm, target.saes, target.sites, texts, but_not=but_not))
 
         return self._thread.submit(work)
 

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -80,6 +81,7 @@ def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
             routes=[
                 Route("/", routes.page),
                 Route("/page/{name}", routes.page),
+                Route("/api", routes.openapi),
                 Route("/api/suite", routes.suite),
                 Route("/api/search", routes.search),
                 Route("/api/sae/{sae}", routes.table),
@@ -88,6 +90,7 @@ def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
                 Route("/api/notes", routes.notes),
                 Route("/api/notes/{sae}/{latent}", routes.put_note, methods=["PUT"]),
                 Route("/api/read", routes.read, methods=["POST"]),
+                Route("/api/find", routes.find, methods=["POST"]),
                 Route("/api/steer", routes.steer, methods=["POST"]),
                 Route("/api/range", routes.range, methods=["POST"]),
             ],
@@ -118,6 +121,7 @@ class _Routes:
         self._index = index
         self._files = page_files()
         self._suite = _json({**index.suite(), "live": Runner.possible(index.folder)}).body
+        self._openapi = json.dumps(yaml.safe_load((files("qwenscope.features.browser") / "openapi.yaml").read_bytes()))
         self._notes = Notes(index.folder)
         self._runner = runner
 
@@ -129,6 +133,9 @@ class _Routes:
 
     async def suite(self, _request: Request) -> Response:
         return Response(self._suite, media_type="application/json")
+
+    async def openapi(self, _request: Request) -> Response:
+        return Response(self._openapi, media_type="application/json")
 
     def table(self, request: Request) -> Response:
         blob = self._index.packed_table(request.path_params["sae"])
@@ -162,6 +169,10 @@ class _Routes:
     async def read(self, request: Request) -> Response:
         asked = await body_of(request)
         job = self._runner.read(asked.get("text"), asked.get("chat") is True)
+        return Response(await _first(request, job), media_type="application/json")
+
+    async def find(self, request: Request) -> Response:
+        job = self._runner.find(await body_of(request))
         return Response(await _first(request, job), media_type="application/json")
 
     async def range(self, request: Request) -> Response:

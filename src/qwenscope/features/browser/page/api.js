@@ -63,14 +63,16 @@ export async function search(query, sae) {
   if (LIVE)
     return fetchJson(`api/search?q=${encodeURIComponent(query)}${sae ? `&sae=${encodeURIComponent(sae)}` : ""}`);
   const wanted = query.trim().toLowerCase();
+  const address = /^(?:(\S+?)\s*[/: ]\s*)?(\d{1,9})$/.exec(wanted);
   const hits = [];
   for (const id of sae ? [sae] : Object.keys((await suite()).saes)) {
     const columns = await table(id);
     columns.peaks.forEach((peaks, number) => {
       const label = columns.label[number] ?? "";
       const rank = peaks.findIndex((text) => text.trim().toLowerCase() === wanted);
+      const named = address && Number(address[2]) === number && [undefined, id.toLowerCase()].includes(address[1]);
       const inside = [label, ...peaks, ...columns.promoted[number]].some((text) => text.toLowerCase().includes(wanted));
-      if (wanted && (rank >= 0 || inside)) {
+      if (wanted && (named || rank >= 0 || inside)) {
         const hit = {
           sae: id,
           latent: number,
@@ -79,7 +81,7 @@ export async function search(query, sae) {
           promoted: columns.promoted[number],
           density: columns.density[number],
         };
-        hits.push([rank < 0 ? 9 : rank, hit]);
+        hits.push([named ? -1 : rank < 0 ? 9 : rank, hit]);
       }
     });
   }
@@ -91,6 +93,7 @@ export async function search(query, sae) {
 
 export const read = (text, chat) => fetchJson("api/read", { ...sent({ text, chat }), signal: running.signal });
 
+export const find = (body) => fetchJson("api/find", { ...sent(body), signal: running.signal });
 export const range = (body) => fetchJson("api/range", { ...sent(body), signal: running.signal });
 
 // Calls onPiece with each piece of the steered text and its controls as it is written.

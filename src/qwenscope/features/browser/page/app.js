@@ -7,6 +7,7 @@ import * as sae from "./sae.js";
 import * as latent from "./latent.js";
 import * as tryit from "./tryit.js";
 import * as steer from "./steer.js";
+import * as find from "./find.js";
 import * as lists from "./lists.js";
 
 const main = document.getElementById("main");
@@ -15,6 +16,7 @@ const help = document.getElementById("help");
 const NAV = [
   ["#/", "Suite"],
   ["#/try", "Try it"],
+  ["#/find", "Find"],
   ["#/steer", "Steer"],
   ["#/notes", "Notes"],
 ];
@@ -27,6 +29,7 @@ const KEYS = [
   ["g", "suite overview"],
   ["t", "try it"],
   ["s", "steer"],
+  ["f", "find by example"],
   ["d", "light, dark"],
   ["Esc", "stop the language model"],
   ["?", "this help"],
@@ -43,6 +46,7 @@ function route() {
   if (parts[0] === "sae" && parts.length === 3 && /^\d+$/.test(parts[2])) return latent.render(parts[1], parts[2]);
   if (parts[0] === "search") return lists.search(asked);
   if (parts[0] === "try") return tryit.render(asked);
+  if (parts[0] === "find") return find.render(asked);
   if (parts[0] === "steer") return steer.render(asked);
   if (parts[0] === "notes") return lists.bookmarks();
   throw new Error("There is no such page.");
@@ -123,6 +127,9 @@ const EVERYWHERE = {
   },
   s: () => {
     location.hash = "#/steer";
+  },
+  f: () => {
+    location.hash = "#/find";
   },
 };
 

@@ -50,6 +50,9 @@ export function visible(text) {
 export const token = (text, properties) =>
   h("code", { class: "chip", title: JSON.stringify(text), ...properties }, visible(text));
 
+// A label that someone, or a model, has written; those that the index makes of counts begin so.
+export const written = (label) => label && !label.startsWith("by rule: ");
+
 export const ROLE_NAMES = {
   system: "system",
   user: "user",

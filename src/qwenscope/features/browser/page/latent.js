@@ -1,6 +1,6 @@
 // One latent: what it fires on, what it does to the output, whom it keeps company with, notes, steering.
 
-import { h, link, number, percent, kindBadge, stat, token, section, ROLE_NAMES } from "./dom.js";
+import { h, link, number, percent, kindBadge, stat, token, section, written, ROLE_NAMES } from "./dom.js";
 import { activations, bars } from "./charts.js";
 import { contexts, shaded } from "./contexts.js";
 import { steerBox } from "./steer.js";
@@ -84,7 +84,7 @@ function known({ label, peaks } = { label: "", peaks: [] }) {
   return h(
     "span",
     { class: "chips" },
-    label ? h("span", { class: "label" }, label) : peaks.slice(0, 2).map((text) => token(text)),
+    written(label) ? h("span", { class: "label" }, label) : peaks.slice(0, 2).map((text) => token(text)),
   );
 }
 

@@ -1,9 +1,9 @@
 // Search results, bookmarks and notes.
 
-import { h, link, percent, token, section } from "./dom.js";
+import { h, link, percent, token, section, written } from "./dom.js";
 import * as api from "./api.js";
 
-function hitRow(hit) {
+export function hitRow(hit, more) {
   return h(
     "li",
     { class: "hit" },
@@ -17,7 +17,7 @@ function hitRow(hit) {
     h(
       "span",
       { class: "chips" },
-      hit.label ? h("span", { class: "label" }, hit.label) : null,
+      written(hit.label) ? h("span", { class: "label" }, hit.label) : null,
       hit.peaks.slice(0, 5).map((text) => token(text)),
     ),
     h(
@@ -25,7 +25,7 @@ function hitRow(hit) {
       { class: "chips promoted" },
       hit.promoted.slice(0, 3).map((text) => token(text, { class: "chip plain" })),
     ),
-    h("span", { class: "num" }, percent(hit.density)),
+    more ?? h("span", { class: "num" }, percent(hit.density)),
   );
 }
 
@@ -41,10 +41,14 @@ export async function search(query) {
       section(
         q ? `“${q}”` : "Nothing asked",
         q
-          ? `${hits.length === 50 ? "the first 50" : hits.length} latents: those that peak on the token first, then by words`
+          ? `${hits.length === 50 ? "the first 50" : hits.length} latents: by address, then those that peak on the token, then by words`
           : null,
         hits.length
-          ? h("ol", { class: "hits" }, hits.map(hitRow))
+          ? h(
+              "ol",
+              { class: "hits" },
+              hits.map((hit) => hitRow(hit)),
+            )
           : h(
               "p",
               { class: "faint" },

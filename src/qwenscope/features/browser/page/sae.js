@@ -1,6 +1,6 @@
 // One SAE: density histogram and the table of its latents, filtered, sorted and paged in the browser.
 
-import { h, link, number, percent, kindBadge, stat, token, section, ROLE_NAMES } from "./dom.js";
+import { h, link, number, percent, kindBadge, stat, token, section, written, ROLE_NAMES } from "./dom.js";
 import { densities } from "./charts.js";
 import * as api from "./api.js";
 
@@ -11,7 +11,7 @@ const COLUMNS = [
   ["promoted", "promotes"],
   ["density", "density"],
   ["max", "max"],
-  ["role", "role"],
+  ["role", "role by lift"],
 ];
 
 function order(rows, columns, sort, down) {
@@ -86,7 +86,7 @@ export async function render(id, query) {
       h(
         "td",
         { class: "peaks" },
-        columns.label[i] ? h("span", { class: "label" }, columns.label[i]) : null,
+        written(columns.label[i]) ? h("span", { class: "label" }, columns.label[i]) : null,
         columns.peaks[i].map((text) => token(text)),
       ),
       h(

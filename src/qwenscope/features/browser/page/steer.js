@@ -139,7 +139,9 @@ function rangeBox(found, onPick) {
       { class: "faint" },
       found.start === null
         ? `No strength changes the text and keeps the KL within ${number(found.kl_bound)} nats a token.`
-        : `Starts at the largest strength with text whose KL is within ${number(found.kl_bound)} nats a token.`,
+        : trials[start].is_text
+          ? `Starts at the largest strength with text whose KL is within ${number(found.kl_bound)} nats a token.`
+          : "Starts at the least strength that changes the text, which goes in circles there.",
       broken < 0 ? " The text holds at all of them." : ` The text breaks at ${number(trials[broken].strength)}.`,
     ),
     charts,

@@ -1,6 +1,6 @@
 // Try it: run the language model on a text and see which latents are active on each token.
 
-import { h, field, link, needsModel, number, percent, token, visible, section, ROLE_NAMES } from "./dom.js";
+import { h, field, link, needsModel, number, percent, token, visible, section, ROLE_NAMES, written } from "./dom.js";
 import * as api from "./api.js";
 
 const SHOWN = 12;
@@ -47,7 +47,7 @@ export async function render(query) {
       h(
         "span",
         { class: "chips" },
-        columns.label[latent]
+        written(columns.label[latent])
           ? h("span", { class: "label" }, columns.label[latent])
           : (columns.peaks[latent] ?? []).slice(0, 2).map((text) => token(text)),
       ),
