@@ -165,6 +165,7 @@ def test_kl_and_nats_are_those_of_a_hook_written_by_hand(done: Path, lm: Languag
         assert record["nats"] == pytest.approx(-float(plain_TV.gather(1, torch.tensor(ids)[:, None]).mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_session_goes_on_without_repeating(
     done: Path, suite: Path, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenscope.errors import FormatError
+from qwenscope.features.form import RULE_CLIENT
 from qwenscope.features.store import Index
 from qwenscope.files import whole_folder
 from qwenscope.sae.formats import neuronpedia
@@ -101,8 +102,8 @@ def _activations(page: dict[str, Any], named: dict[str, Any]) -> Iterator[dict[s
 
 
 def _explanations(page: dict[str, Any], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The latent's explanation, if it has one."""
-    if page["explanation"]:
+    """The latent's explanation, if someone wrote one: a label by rule says no more than the records of a latent do."""
+    if page["explanation"] and page["explanation"].get("client") != RULE_CLIENT:
         yield {
             "id": _name(page, named),
             "modelId": named["modelId"],
