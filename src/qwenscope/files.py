@@ -284,7 +284,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         FormatError: `folder` exists and is not empty, at the start or by the end.
         ResourceError: the disk is full, or the operating system refuses otherwise.
     """
-    _check_empty(folder)
+    check_empty(folder)
     with folder_aside(folder) as temporary:
         yield temporary
         for path in below(temporary):
@@ -293,11 +293,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             else:
                 fsync_folder(path)
         fsync_folder(temporary)
-        _check_empty(folder)
+        check_empty(folder)
         os.replace(temporary, folder.absolute())
         fsync_folder(folder.absolute().parent)
 
 
-def _check_empty(folder: Path) -> None:
+def check_empty(folder: Path) -> None:
+    """FormatError if `folder` is there and holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FormatError(f"{folder} exists and is not empty; choose another folder, or remove it")

@@ -170,6 +170,11 @@ def open_target(target: Path | str, *, revision: str | None = None, like: Target
     return Target(str(target), folder, recipe, saes, revisions or {}, on_hub=on_hub)
 
 
+def as_target(target: Path | str | Target) -> Target:
+    """What is open already, or what `open_target` opens under this name."""
+    return target if isinstance(target, Target) else open_target(target)
+
+
 def check_size(where: Path, sae: SAE, point: HookPoint) -> None:
     """FormatError unless the SAE at `where` has the size and the activation that its recipe gives it."""
     found = {"dict_size": sae.dict_size, "k": sae.k, "activation": sae.activation.name}

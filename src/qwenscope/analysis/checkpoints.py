@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwenscope.analysis.contrast import OnProgress, chosen_saes
 from qwenscope.analysis.diff import compared
+from qwenscope.analysis.heads import head
 from qwenscope.analysis.piles import Reader, labelled
 from qwenscope.analysis.pooling import Pool, Scope, scoped_rows
 from qwenscope.analysis.statistics import Array
@@ -36,8 +37,9 @@ from qwenscope.evaluation.pairs import interval, resample
 from qwenscope.features.token_text import pieces_of, readable
 from qwenscope.files import write_json
 from qwenscope.lm.model import LanguageModel
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import Target, as_target
 from qwenscope.sae.sae import Codes
+from qwenscope.training.lock import sole_writer
 
 SHOWN = 6
 """Tokens that are named for each latent."""
@@ -113,33 +115,35 @@ def diff_checkpoints(
         FormatError: an SAE that is not there, or does not fit the other model.
         CorpusError: the corpus cannot be read or has too few conversations.
         ModelError: the other model cannot be loaded, has no such sites, or other tokens.
+        LockError: another process writes `out`.
     """
-    opened = target if isinstance(target, Target) else open_target(target)
-    ids = chosen_saes(opened, saes)
-    own = opened.recipe.lm
-    lm = opened.language_model(truncated=True)
-    tokenizer, seed = lm.tokenizer, opened.recipe.seed
-    given = Reader(tokenizer, opened.recipe.corpus.max_length).pile(data)
-    pools = {id: Pool.empty(2 * len(given), opened.saes[id].dict_size) for id in ids}
-    conversations = [each.conversation for each in given]
-    reading = _Reading(conversations, pools, lm.known_tokens, scope, on_progress)
-    a = reading.read(opened, lm, 0)
-    del lm
-    recipe = opened.recipe.model_copy(update={"lm": own.model_copy(update={"model": model_b, "revision": None})})
-    lm = dataclasses.replace(opened, recipe=recipe, revisions={}).language_model(truncated=True)
-    check_tokens(conversations, tokenizer, lm.tokenizer, model_b)
-    b = reading.read(opened, lm, 1)
-    twice = labelled([each for each in given for _ in range(2)], [True, False] * len(given))
-    result: dict[str, Any] = {"target": opened.name, "data": str(data), "model": {"a": own.model, "b": model_b}}
-    result |= compared(dataclasses.replace(twice, paired=True), pools, seed)
-    for found in result["latents"]:
-        id = found["sae"]
-        found["tokens"] = _tokens(found["latent"], a[id].fired_NV, b[id].fired_NV, reading.counts_V, tokenizer)
-    result["fvu"] = {
-        id: _fvu_change(a[id].fit, b[id].fit, seed) for id in ids if "target" not in opened.saes[id].config
-    }
-    if out is not None:
-        write_json(out, result)
+    with sole_writer(out):
+        opened = as_target(target)
+        ids = chosen_saes(opened, saes)
+        own = opened.recipe.lm
+        lm = opened.language_model(truncated=True)
+        tokenizer, seed = lm.tokenizer, opened.recipe.seed
+        given = Reader(tokenizer, opened.recipe.corpus.max_length).pile(data)
+        pools = {id: Pool.empty(2 * len(given), opened.saes[id].dict_size) for id in ids}
+        conversations = [each.conversation for each in given]
+        reading = _Reading(conversations, pools, lm.known_tokens, scope, on_progress)
+        a = reading.read(opened, lm, 0)
+        del lm
+        recipe = opened.recipe.model_copy(update={"lm": own.model_copy(update={"model": model_b, "revision": None})})
+        lm = dataclasses.replace(opened, recipe=recipe, revisions={}).language_model(truncated=True)
+        check_tokens(conversations, tokenizer, lm.tokenizer, model_b)
+        b = reading.read(opened, lm, 1)
+        twice = labelled([each for each in given for _ in range(2)], [True, False] * len(given))
+        result = head("checkpoints", opened, ids) | {"data": str(data), "model": {"a": own.model, "b": model_b}}
+        result |= compared(dataclasses.replace(twice, paired=True), pools, seed)
+        for found in result["latents"]:
+            id = found["sae"]
+            found["tokens"] = _tokens(found["latent"], a[id].fired_NV, b[id].fired_NV, reading.counts_V, tokenizer)
+        result["fvu"] = {
+            id: _fvu_change(a[id].fit, b[id].fit, seed) for id in ids if "target" not in opened.saes[id].config
+        }
+        if out is not None:
+            write_json(out, result)
     return result
 
 

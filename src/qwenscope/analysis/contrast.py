@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwenscope.analysis import controls
+from qwenscope.analysis.heads import head
 from qwenscope.analysis.piles import Piles, Reader, example_path
 from qwenscope.analysis.pooling import Pool, Scope, scoped_rows
 from qwenscope.analysis.probes import Fit, best_feature, cross_validated, folds_of, ridge, sparse
@@ -38,11 +39,12 @@ from qwenscope.analysis.statistics import (
 from qwenscope.errors import FormatError
 from qwenscope.evaluation.baselines import directions, frozen_decoder_sae
 from qwenscope.features.pushes import write_pushes
-from qwenscope.files import whole_folder, write_json
+from qwenscope.files import check_empty, whole_folder, write_json
 from qwenscope.lm.model import LanguageModel
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import Target, as_target
 from qwenscope.sae.formats.directions import Push
 from qwenscope.sae.sae import SAE
+from qwenscope.training.lock import sole_writer
 
 FEWEST_ACTIVE = 3
 """Conversations in which a latent must be active to be tested: a rule that does not look at the labels."""
@@ -121,21 +123,25 @@ def contrast(
     Raises:
         FormatError: an SAE that is not there, an unknown pool, an `out` that is not empty.
         CorpusError: the piles cannot be read or are too small.
+        LockError: another process writes `out`.
     """
-    opened = target if isinstance(target, Target) else open_target(target)
-    ids = chosen_saes(opened, saes)
-    if pool not in POOLS:
-        raise FormatError(f"pool {pool!r} is neither max nor mean")
-    lm = opened.language_model(truncated=True)
-    reader = Reader(lm.tokenizer, opened.recipe.corpus.max_length)
-    read = open_piles(reader, **piles)
-    pooled = pool_suite(opened, lm, ids, read, scope, lambda done, total: on_progress("reading", done, total))
-    result = compare_piles(opened, read, pooled, pool, scope, on_progress)
-    if out is not None:
-        with whole_folder(Path(out)) as folder:
-            write_json(folder / "contrast.json", result)
-            if pushes := steered(result):
-                write_pushes(folder / "steering.json", pushes)
+    with sole_writer(out):
+        if out is not None:
+            check_empty(Path(out))
+        opened = as_target(target)
+        ids = chosen_saes(opened, saes)
+        if pool not in POOLS:
+            raise FormatError(f"pool {pool!r} is neither max nor mean")
+        lm = opened.language_model(truncated=True)
+        reader = Reader(lm.tokenizer, opened.recipe.corpus.max_length)
+        read = open_piles(reader, **piles)
+        pooled = pool_suite(opened, lm, ids, read, scope, lambda done, total: on_progress("reading", done, total))
+        result = compare_piles(opened, read, pooled, pool, scope, on_progress)
+        if out is not None:
+            with whole_folder(Path(out)) as folder:
+                write_json(folder / "contrast.json", result)
+                if pushes := steered(result):
+                    write_pushes(folder / "steering.json", pushes)
     return result
 
 
@@ -217,7 +223,7 @@ def compare_piles(
     ]
     on_progress("testing", 1, 1)
     return {
-        "target": target.name,
+        **head("contrast", target, pooled),
         "model": target.recipe.lm.model,
         "conversations": {"positive": int(design.positive_C.sum()), "negative": int((~design.positive_C).sum())},
         "paired": piles.paired,

@@ -13,7 +13,6 @@ Legend: T tokens, R rows, D hidden, F latents of the detector, K active latents,
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -175,6 +174,12 @@ class Detector:
         """Whether a score is above the threshold."""
         return score > self.threshold
 
+    def listed(self) -> list[dict[str, Any]]:
+        """[{"sae", "latent", "weight"}], the largest weight first."""
+        order_F = np.argsort(-np.abs(self.weight_F), kind="stable").tolist()
+        sae = self.about["sae"]
+        return [{"sae": sae, "latent": int(self.latents_F[f]), "weight": float(self.weight_F[f])} for f in order_F]
+
     def save(self, folder: Path) -> None:
         """Write the folder of a monitor, whole or not at all.
 
@@ -222,7 +227,7 @@ class Detector:
         id, site = self.about["sae"], self.about["site"]
         if id not in target.saes or target.sites[id].name != site:
             raise FormatError(f"{target.name} has no SAE {id} at {site}; the monitor was fitted on that one")
-        if sae_digest(target.saes[id]) != self.about["sae_digest"]:
+        if target.saes[id].digest() != self.about["sae_digest"]:
             raise FormatError(f"{id} of {target.name} has other weights than the SAE that the monitor was fitted on")
         return target.saes[id]
 
@@ -240,14 +245,6 @@ def identity(target: Target, sae_id: str, lm: LanguageModel) -> dict[str, Any]:
         "revision": lm.revision,
         "model_digest": lm.digest(target.sites[sae_id].layer),
         "sae": sae_id,
-        "sae_digest": sae_digest(target.saes[sae_id]),
+        "sae_digest": target.saes[sae_id].digest(),
         "site": target.sites[sae_id].name,
     }
-
-
-def sae_digest(sae: SAE) -> str:
-    """16 hex digits of the SAE's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

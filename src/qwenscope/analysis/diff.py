@@ -23,11 +23,13 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from qwenscope.analysis.contrast import FDR, FEWEST_ACTIVE, LISTED, OnProgress, chosen_saes
+from qwenscope.analysis.heads import head
 from qwenscope.analysis.piles import Given, Piles, Reader, labelled
 from qwenscope.analysis.pooling import Pool, Scope, scoped_rows
 from qwenscope.analysis.statistics import Design, effect_intervals, effects, permutation_test
 from qwenscope.files import write_json
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import Target, as_target
+from qwenscope.training.lock import sole_writer
 
 TOGETHER = 0.5
 """Correlation of firing rates over conversations above which latents are one group."""
@@ -62,23 +64,25 @@ def diff(
     Raises:
         FormatError: an SAE that is not there.
         CorpusError: a corpus cannot be read or has too few conversations.
+        LockError: another process writes `out`.
     """
-    opened = target if isinstance(target, Target) else open_target(target)
-    ids = chosen_saes(opened, saes)
-    lm = opened.language_model(truncated=True)
-    reader = Reader(lm.tokenizer, opened.recipe.corpus.max_length)
-    sides = reader.pile(a), reader.pile(b)
-    piles = labelled([*sides[0], *sides[1]], [True] * len(sides[0]) + [False] * len(sides[1]))
-    pools = {id: Pool.empty(len(piles.given), opened.saes[id].dict_size) for id in ids}
-    sites = sorted({opened.sites[id] for id in ids})
-    for part in scoped_rows(lm, piles.conversations, sites, scope, opened.recipe):
-        for id, pool in pools.items():
-            with torch.no_grad():
-                pool.add_codes(opened.saes[id].encode(part.rows[opened.sites[id]]), part.conversation_R)
-        on_progress("reading", part.stop, len(piles.given))
-    result = {"target": opened.name, "a": str(a), "b": str(b), **compared(piles, pools, opened.recipe.seed)}
-    if out is not None:
-        write_json(out, result)
+    with sole_writer(out):
+        opened = as_target(target)
+        ids = chosen_saes(opened, saes)
+        lm = opened.language_model(truncated=True)
+        reader = Reader(lm.tokenizer, opened.recipe.corpus.max_length)
+        sides = reader.pile(a), reader.pile(b)
+        piles = labelled([*sides[0], *sides[1]], [True] * len(sides[0]) + [False] * len(sides[1]))
+        pools = {id: Pool.empty(len(piles.given), opened.saes[id].dict_size) for id in ids}
+        sites = sorted({opened.sites[id] for id in ids})
+        for part in scoped_rows(lm, piles.conversations, sites, scope, opened.recipe):
+            for id, pool in pools.items():
+                with torch.no_grad():
+                    pool.add_codes(opened.saes[id].encode(part.rows[opened.sites[id]]), part.conversation_R)
+            on_progress("reading", part.stop, len(piles.given))
+        result = head("diff", opened, ids) | {"a": str(a), "b": str(b)} | compared(piles, pools, opened.recipe.seed)
+        if out is not None:
+            write_json(out, result)
     return result
 
 

@@ -24,7 +24,7 @@ CONDITION = ("arm", "trait", "strength", "position")
 
 
 def summarise(plan: Plan, records: Records) -> dict[str, Any]:
-    """{"scenarios", "repeats", "traits", "unsteered", "effects", "matrix"}; docs/analysis.md says what each means."""
+    """{"scenarios", "repeats", "traits", "latents", "unsteered", "effects", "matrix"}: see docs/analysis.md."""
     by_condition: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for record in records:
         by_condition.setdefault(tuple(record[name] for name in CONDITION), []).append(record)
@@ -46,6 +46,7 @@ def summarise(plan: Plan, records: Records) -> dict[str, Any]:
         "scenarios": len(plan.scenarios),
         "repeats": plan.repeats,
         "traits": {name: trait.check for name, trait in plan.traits.items()},
+        "latents": [{"sae": t.sae, "latent": t.latent, "trait": name} for name, t in plan.traits.items()],
         "unsteered": {**_costs(plain), "checks": {check: float(rate_X.mean()) for check, rate_X in base.items()}},
         "effects": effects,
         "matrix": _matrix(plan, effects),

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from qwenscope.analysis.contrast import OnProgress, chosen_saes
-from qwenscope.analysis.detector import sae_digest
 from qwenscope.analysis.doses import dose_response, summarise
+from qwenscope.analysis.heads import head
 from qwenscope.analysis.scenarios import Plan, Scenario, read_plan, tool_calls
 from qwenscope.errors import FormatError, ModelError
 from qwenscope.features.continuation import generate
@@ -30,8 +30,9 @@ from qwenscope.features.steering import Steering, steer
 from qwenscope.files import disk_errors_named, make_folder, write_json, write_text
 from qwenscope.lm.forward import final_hidden, logits
 from qwenscope.lm.model import LanguageModel
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import Target, as_target
 from qwenscope.seeds import derive_seed, generator
+from qwenscope.training.lock import sole_writer
 
 MOST_ANSWERS = 8
 """Of one run, however many tools are called."""
@@ -101,36 +102,38 @@ def experiment(
     Raises:
         FormatError: a wrong key in the file, an SAE or latent that is not there, an `out` of other experiments.
         ModelError: the model has no chat template.
+        LockError: another process does runs in `out`.
     """
     plan = read_plan(scenarios)
-    opened = target if isinstance(target, Target) else open_target(target)
-    ids = chosen_saes(opened, sorted({trait.sae for trait in plan.traits.values()}))
-    for name, trait in plan.traits.items():
-        if trait.latent >= opened.saes[trait.sae].dict_size:
-            raise FormatError(f"{scenarios}: traits.{name}: {trait.sae} has no latent {trait.latent}")
-    lm = opened.language_model()
-    if not getattr(lm.tokenizer, "chat_template", None):
-        raise ModelError(f"{lm.name} has no chat template; scenarios are conversations")
-    head = {
-        "plan": plan.model_dump(mode="json"),
-        "model": lm.digest(),
-        "saes": {id: sae_digest(opened.saes[id]) for id in ids},
-    }
-    make_folder(out)
-    done = _done(out / RUNS, head)
-    runs = runs_of(plan)
-    by_name = {scenario.name: scenario for scenario in plan.scenarios}
-    for number, run in enumerate(runs):
-        on_progress("running scenarios", number, len(runs))
-        if run not in done:
-            record = asdict(run) | carry_out(opened, lm, plan, by_name[run.scenario], run)
-            _append(out / RUNS, record)
-            done[run] = record
-    on_progress("running scenarios", len(runs), len(runs))
-    result = {"target": opened.name, "model": opened.recipe.lm.model, "runs": len(runs)}
-    result |= summarise(plan, [done[run] for run in runs])
-    write_json(out / RESULT, result)
-    write_text(out / PLOT, dose_response(plan, result))
+    with sole_writer(out):
+        opened = as_target(target)
+        ids = chosen_saes(opened, sorted({trait.sae for trait in plan.traits.values()}))
+        for name, trait in plan.traits.items():
+            if trait.latent >= opened.saes[trait.sae].dict_size:
+                raise FormatError(f"{scenarios}: traits.{name}: {trait.sae} has no latent {trait.latent}")
+        lm = opened.language_model()
+        if not getattr(lm.tokenizer, "chat_template", None):
+            raise ModelError(f"{lm.name} has no chat template; scenarios are conversations")
+        planned = {
+            "plan": plan.model_dump(mode="json"),
+            "model": lm.digest(),
+            "saes": {id: opened.saes[id].digest() for id in ids},
+        }
+        make_folder(out)
+        done = _done(out / RUNS, planned)
+        runs = runs_of(plan)
+        by_name = {scenario.name: scenario for scenario in plan.scenarios}
+        for number, run in enumerate(runs):
+            on_progress("running scenarios", number, len(runs))
+            if run not in done:
+                record = asdict(run) | carry_out(opened, lm, plan, by_name[run.scenario], run)
+                _append(out / RUNS, record)
+                done[run] = record
+        on_progress("running scenarios", len(runs), len(runs))
+        result = head("scenarios", opened, ids) | {"model": opened.recipe.lm.model, "runs": len(runs)}
+        result |= summarise(plan, [done[run] for run in runs])
+        write_json(out / RESULT, result)
+        write_text(out / PLOT, dose_response(plan, result))
     return result
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from qwenscope.analysis import controls
 from qwenscope.analysis.contrast import POOLS, Pooled, chosen_saes, open_piles, pool_suite
 from qwenscope.analysis.detector import Detector, Scores, identity
+from qwenscope.analysis.heads import head
 from qwenscope.analysis.piles import Given, Piles, Reader, Row, labelled
 from qwenscope.analysis.pooling import Pool, Scope, scoped_rows
 from qwenscope.analysis.probes import Fit, Linear, best_feature, cross_validated, folds_of, ridge, sparse
@@ -33,12 +34,13 @@ from qwenscope.corpus.conversation import Conversation
 from qwenscope.errors import CorpusError, FormatError
 from qwenscope.evaluation.baselines import directions
 from qwenscope.features.token_text import pieces_of, readable
-from qwenscope.files import write_json
+from qwenscope.files import check_empty, write_json
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import Target, as_target
 from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import SAE
+from qwenscope.training.lock import sole_writer
 
 RATES = (0.01, 0.001)
 """At which `measure` gives recall."""
@@ -85,25 +87,28 @@ def fit(
     Raises:
         FormatError: options that do not fit together, an SAE or latent that is not there, an `out` that is not empty.
         CorpusError: the piles cannot be read, or are too small for the rate.
+        LockError: another process writes `out`.
     """
-    opened = target if isinstance(target, Target) else open_target(target)
-    ids = _check(opened, sae, latents, pool, scope, fpr)
-    lm = opened.language_model(truncated=True)
-    reader = Reader(lm.tokenizer, opened.recipe.corpus.max_length)
-    read = open_piles(reader, **piles)
-    read, held = (read, reader.pile(calibration)) if calibration else _split(read)
-    threshold_at(np.zeros(len(held)), fpr, "the calibration pile")  # refuses before any work
-    pooled = pool_suite(opened, lm, ids, read, scope, lambda done, total: on_progress("reading", done, total))
-    id, validated = _best(opened, read, pooled, pool, latents)
-    plain = _fitted(opened, lm, id, read, pooled[id], latents, pool, scope)
-    scores_n = _score_all(plain, opened, lm, [given.conversation for given in held], on_progress)
-    about = plain.about | {
-        "fitted_on": {"positive": int(read.positive_C.sum()), "negative": int((~read.positive_C).sum())},
-        "held_out": validated,
-        "calibration": _profile(held) | {"rate_interval": chance_interval(len(held), fpr)},
-    }
-    threshold = threshold_at(scores_n, fpr, "the calibration pile")
-    replace(plain, threshold=threshold, fpr=fpr, about=about).save(Path(out))
+    with sole_writer(out):
+        check_empty(Path(out))
+        opened = as_target(target)
+        ids = _check(opened, sae, latents, pool, scope, fpr)
+        lm = opened.language_model(truncated=True)
+        reader = Reader(lm.tokenizer, opened.recipe.corpus.max_length)
+        read = open_piles(reader, **piles)
+        read, held = (read, reader.pile(calibration)) if calibration else _split(read)
+        threshold_at(np.zeros(len(held)), fpr, "the calibration pile")  # refuses before any work
+        pooled = pool_suite(opened, lm, ids, read, scope, lambda done, total: on_progress("reading", done, total))
+        id, validated = _best(opened, read, pooled, pool, latents)
+        plain = _fitted(opened, lm, id, read, pooled[id], latents, pool, scope)
+        scores_n = _score_all(plain, opened, lm, [given.conversation for given in held], on_progress)
+        about = plain.about | {
+            "fitted_on": {"positive": int(read.positive_C.sum()), "negative": int((~read.positive_C).sum())},
+            "held_out": validated,
+            "calibration": _profile(held) | {"rate_interval": chance_interval(len(held), fpr)},
+        }
+        threshold = threshold_at(scores_n, fpr, "the calibration pile")
+        replace(plain, threshold=threshold, fpr=fpr, about=about).save(Path(out))
     return about | {"threshold": threshold, "fpr": fpr, "latents": plain.latents_F.tolist()}
 
 
@@ -125,29 +130,32 @@ def measure(
         piles: as `contrast.open_piles` takes them; of packaged pairs those that are held out.
 
     Returns:
-        {"fpr", "slices": {name: {"conversations", "stated": {"false_positives", "recall", "holds"}, "by": {name:
-        {"auroc", "interval", "at": {rate: ...}}}}}}; see docs/analysis.md.
+        {"latents", "fpr", "slices": {name: {"conversations", "stated": {"false_positives", "recall", "holds"}, "by":
+        {name: {"auroc", "interval", "at": {rate: ...}}}}}}; see docs/analysis.md.
 
     Raises:
         FormatError: the monitor is damaged or for another model or SAE.
         CorpusError: the piles cannot be read.
+        LockError: another process writes `out`.
     """
-    opened = target if isinstance(target, Target) else open_target(target)
-    detector, lm, sae = _opened(opened, monitor)
-    read = open_piles(Reader(lm.tokenizer, opened.recipe.corpus.max_length), **piles, held_out=True)
-    scores = {"monitor": _score_all(detector, opened, lm, read.conversations, on_progress)}
-    scores |= control_scores(detector, opened.recipe, lm, sae, read.conversations)
-    groups_C, seed = read.groups_C, opened.recipe.seed
-    slices = {}
-    for name, in_C in _slices(read.given, detector.about["calibration"]).items():
-        positive_C = read.positive_C[in_C]
-        if not positive_C.all():  # which it is too where there is none
-            part = {by: scores_C[in_C] for by, scores_C in scores.items()}
-            groups = np.unique(groups_C[in_C], return_inverse=True)[1]
-            slices[name] = _measured(detector, part, positive_C, groups, seed)
-    result = {"monitor": str(monitor), "fpr": detector.fpr, "slices": slices}
-    if out is not None:
-        write_json(out, result)
+    with sole_writer(out):
+        opened = as_target(target)
+        detector, lm, sae = _opened(opened, monitor)
+        read = open_piles(Reader(lm.tokenizer, opened.recipe.corpus.max_length), **piles, held_out=True)
+        scores = {"monitor": _score_all(detector, opened, lm, read.conversations, on_progress)}
+        scores |= control_scores(detector, opened.recipe, lm, sae, read.conversations)
+        groups_C, seed = read.groups_C, opened.recipe.seed
+        slices = {}
+        for name, in_C in _slices(read.given, detector.about["calibration"]).items():
+            positive_C = read.positive_C[in_C]
+            if not positive_C.all():  # which it is too where there is none
+                part = {by: scores_C[in_C] for by, scores_C in scores.items()}
+                groups = np.unique(groups_C[in_C], return_inverse=True)[1]
+                slices[name] = _measured(detector, part, positive_C, groups, seed)
+        result = head("monitor test", opened, [detector.about["sae"]])
+        result |= {"latents": detector.listed(), "monitor": str(monitor), "fpr": detector.fpr, "slices": slices}
+        if out is not None:
+            write_json(out, result)
     return result
 
 
@@ -193,11 +201,19 @@ def score(target: str | Path | Target, monitor: Path | str, rows: Iterable[tuple
         FormatError: the monitor is damaged or for another model or SAE.
         CorpusError: a row cannot be read.
     """
-    opened = target if isinstance(target, Target) else open_target(target)
-    detector, lm, sae = _opened(opened, monitor)
-    reader, left = Reader(lm.tokenizer, opened.recipe.corpus.max_length), iter(rows)
+    opened = as_target(target)
+    detector, lm, _ = _opened(opened, monitor)
+    yield from score_rows(detector, opened, lm, rows)
+
+
+def score_rows(
+    detector: Detector, target: Target, lm: LanguageModel, rows: Iterable[tuple[str, Row]]
+) -> Iterator[Scored]:
+    """As `score`, by what is loaded and known to be what the monitor is for."""
+    reader, left = Reader(lm.tokenizer, target.recipe.corpus.max_length), iter(rows)
+    sae = target.saes[detector.about["sae"]]
     while chunk := [reader.read(row, where).conversation for where, row in islice(left, CHUNK)]:
-        for conversation, found in zip(chunk, detector.score(lm, sae, chunk, opened.recipe), strict=True):
+        for conversation, found in zip(chunk, detector.score(lm, sae, chunk, target.recipe), strict=True):
             yield Scored(detector, lm.tokenizer, conversation, found)
 
 

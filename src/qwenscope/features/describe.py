@@ -256,6 +256,7 @@ def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any
     return {
         **site.described(),
         **target_of(sae),
+        "digest": sae.digest(),
         "kind": corpus_pass.lm.layer_kinds[site.layer],
         "dict_size": sae.dict_size,
         "k": sae.k,

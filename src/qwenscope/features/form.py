@@ -57,6 +57,7 @@ class Summary(TypedDict):
     """One SAE."""
 
     layer: int
+    digest: NotRequired[str]
     kind: str | None
     dict_size: Annotated[int, Field(gt=0, lt=1 << 32)]
     k: int

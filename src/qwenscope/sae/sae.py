@@ -11,6 +11,7 @@ Legend: B rows (tokens), D hidden, N latents (dictionary size), K places of a ro
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -219,6 +220,13 @@ class SAE(nn.Module):
         if not isinstance(sae, cls):
             raise FormatError(f"{folder} has the activation {sae.activation.name}; load it by SAE.from_pretrained")
         return sae
+
+    def digest(self) -> str:
+        """16 hex digits of the weights, by which SAEs are told apart; a gigabyte takes about a second."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 class TopKSAE(SAE):

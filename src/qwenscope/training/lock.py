@@ -1,4 +1,6 @@
-"""One process per run folder: an advisory file lock that the kernel drops when its holder dies, however it dies."""
+"""One process per run folder, or per file or folder that is to be written: an advisory file lock that the kernel drops
+when its holder dies, however it dies.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwenscope.errors import CheckpointError, LockError
+from qwenscope.files import disk_errors_named, make_folder
 
 LOCK_NAME = ".lock"
 _held: set[int] = set()
@@ -35,27 +38,71 @@ def run_lock(folder: Path) -> Iterator[None]:
         LockError: another process (or another call in this one) holds it; the message names its pid and host.
         OSError: the lock file cannot be made or is a link, or the file system has no locks.
     """
-    path = folder / LOCK_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    descriptor = _acquire(folder / LOCK_NAME, folder)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno != errno.EAGAIN:
-            raise
-        raise LockError(
-            f"{folder} is in use by {_holder(path)}; stop that one first, or choose another folder"
-        ) from None
+        yield
+    finally:
+        _release(descriptor)
+
+
+@contextmanager
+def sole_writer(out: Path | str | None) -> Iterator[None]:
+    """Keep others from writing `out`, a file or a folder, until the block ends; None is written by nobody.
+
+    The lock is a hidden file beside it, which goes when the block ends.
+
+    Raises:
+        LockError: another process (or another call in this one) writes it; the message names its pid and host.
+        ResourceError: the operating system refuses.
+    """
+    if out is None:
+        yield
+        return
+    path = Path(out).absolute()
+    lock = path.with_name(f".{path.name}{LOCK_NAME}")
+    with disk_errors_named(path):
+        make_folder(path.parent)
+        descriptor = _acquire(lock, Path(out))
+    try:
+        yield
+    finally:
+        if descriptor in _held:
+            lock.unlink(missing_ok=True)
+        _release(descriptor)
+
+
+def _acquire(path: Path, what: Path) -> int:
+    """The descriptor of a lock file for `what`, locked, with our name in it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno != errno.EAGAIN:
+                raise
+            raise LockError(
+                f"{what} is in use by {_holder(path)}; stop that one first, or choose another place"
+            ) from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor)):
+                break
+        os.close(descriptor)  # its last holder removed it in the moment before we locked it
     _held.add(descriptor)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         os.fsync(descriptor)  # other ranks read it, perhaps from other machines
-        yield
-    finally:
-        if descriptor in _held:  # not in a child that was forked inside the block
-            _held.discard(descriptor)
-            os.close(descriptor)
+    except BaseException:
+        _release(descriptor)
+        raise
+    return descriptor
+
+
+def _release(descriptor: int) -> None:
+    if descriptor in _held:  # not in a child that was forked inside the block
+        _held.discard(descriptor)
+        os.close(descriptor)
 
 
 def check_held(folder: Path) -> None:
