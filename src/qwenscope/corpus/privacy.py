@@ -12,7 +12,7 @@ from qwenscope.corpus.identifiers import find_identifiers
 from qwenscope.corpus.repair import Dropped
 from qwenscope.recipe import PrivacyRecipe
 
-FILTER_VERSION = 4
+FILTER_VERSION = 5
 """Counts up when the same row could get another decision."""
 SHORT = 40
 """Characters of strings that are worth remembering: names of tools, keys and values come again and again."""

@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 
 from qwenscope.corpus.identifiers import accounts, contacts, national, network, payment, secrets
-from qwenscope.corpus.identifiers.folding import fold
+from qwenscope.corpus.identifiers.contacts import is_spelled
+from qwenscope.corpus.identifiers.folding import Folded, fold
 from qwenscope.corpus.identifiers.rules import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -24,7 +25,8 @@ RULES: tuple[Rule, ...] = (
     *payment.RULES,
     *national.RULES,
 )
-_MAYBE = re.compile(r"[\d@\uff20\ufe6b/]|PRIVATE KEY|hf_|at[)\]\uff09\uff3d]")  # no identifier is without
+_MAYBE = re.compile(r"[\d@\uff20\ufe6b/]|PRIVATE KEY|hf_|commat|(?:at|AT)[\uff09\uff3d]")  # no identifier is without
+_ZERO_WIDTH_SPACE = "\u200b"
 _BY_GATE = {gate: [rule for rule in RULES if rule.gate is gate] for gate in {rule.gate for rule in RULES}}
 KINDS = tuple(sorted({rule.kind for rule in RULES}))
 
@@ -45,17 +47,23 @@ def find_identifiers(text: str) -> list[Identifier]:
         >>> find_identifiers("mail bo@firm.de")
         [Identifier(start=5, end=15, kind='EMAIL_ADDRESS')]
     """
-    if not _MAYBE.search(text):
+    if not _MAYBE.search(text) and not is_spelled(text):
         return []
-    folded = fold(text)
+    found = _found(fold(text))
+    if _ZERO_WIDTH_SPACE in text:  # within an identifier it is nothing, between two words a space
+        found += _found(fold(text.replace(_ZERO_WIDTH_SPACE, " ")))
+    kept: list[Identifier] = []
+    for identifier in sorted(found, key=lambda found: (found.start, -found.end)):
+        if not kept or identifier.start >= kept[-1].end:
+            kept.append(identifier)
+    return kept
+
+
+def _found(folded: Folded) -> list[Identifier]:
+    """Of every rule, in the original's places."""
     found = []
     for gate, rules in _BY_GATE.items():
         if regions := gate(folded.text):
-            found += [(span, rule.kind) for rule in rules for span in rule.spans(folded.text, regions)]
-    kept: list[Identifier] = []
-    end = 0
-    for (start, stop), kind in sorted(found, key=lambda found: (found[0][0], -found[0][1])):
-        if start >= end:
-            kept.append(Identifier(*folded.span(start, stop), kind))
-            end = stop
-    return kept
+            for rule in rules:
+                found += [Identifier(*folded.span(*span), rule.kind) for span in rule.spans(folded.text, regions)]
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from qwenscope.corpus.identifiers.rules import Rule, Span, after, before, cue, where
+from qwenscope.corpus.identifiers.rules import Rule, Span, after, after_words, before, cue, where
 
 _PROFILES = re.findall(
     r"\S+",
@@ -43,8 +43,10 @@ _PATHS_OF_HOST: dict[str, list[str]] = {}
 for _address in _PROFILES:
     _host, _, _path = _address.partition("/")
     _PATHS_OF_HOST.setdefault(_host, []).append(_path)
+for _paths in _PATHS_OF_HOST.values():
+    _paths.sort(key=len, reverse=True)  # profile.php?id= before whatever follows the host
 _SLASH = re.compile(r"\.[A-Za-z]{2,6}/")
-_NAME = re.compile(r"[0-9A-Za-z_\-](?:[\w.\-]{0,62}\w)?", re.ASCII)
+_NAME = re.compile(r"(?:%[0-9A-F]{2}|[0-9A-Za-z_\-])(?:(?:%[0-9A-F]{2}|[\w.\-]){0,62}(?:%[0-9A-F]{2}|\w))?", re.ASCII)
 _HANDLE = re.compile(
     r"(?<![0-9A-Za-z_@./`\\{\"'<*])@([A-Za-z0-9_](?:[A-Za-z0-9_.]{0,38}[A-Za-z0-9_]))(?![@(0-9A-Za-z_/=])"
 )
@@ -66,6 +68,20 @@ _AFTER = re.compile(
 )
 
 
+_CODE_AFTER = re.compile(
+    r"\W{0,2}(?:annotat|decorat|directive|propert|param|tag\b|rule\b|注解|装饰器|декоратор)", re.IGNORECASE
+)
+_REDDITOR = re.compile(r"(?<![\w/.:])/?u/([A-Za-z0-9_\-]{3,20})(?![\w/\-])", re.ASCII)
+_LABELS = tuple(
+    re.findall(r"\S+", "stagram itter legram iktok ebook napchat iscord insta Insta INSTA IG ithub itHub wechat WeChat")
+)
+_AFTER_LABEL = re.compile(  # a name is told from a word by its digit, dot or underscore
+    rf"(?<![A-Za-z])(?i:{_SITES})(?i: handle| id| username| account)? ?: ?"
+    r"(?=[A-Za-z0-9]{0,30}[0-9._])([A-Za-z0-9](?:[\w.]{1,38}\w))(?![\w@/:]|\.\w)",
+    re.ASCII,
+)
+
+
 def _profile(match: re.Match[str]) -> Span | None:
     text, end = match.string, match.end()
     address = re.search(r"[0-9a-z.\-]{1,40}$", text[max(0, end - 40) : end - 1].lower())
@@ -84,10 +100,19 @@ def _profile(match: re.Match[str]) -> Span | None:
 def _handle(match: re.Match[str]) -> Span | None:
     if match[1].lower() in _NO_NAMES or match[1].lower().startswith("your") or match[1].isdecimal():
         return None
+    if _CODE_AFTER.match(after(match)):
+        return None
     return match.span() if _BEFORE.search(before(match)) or _AFTER.match(after(match)) else None
 
 
+def _named(match: re.Match[str]) -> Span | None:
+    name = match[1].lower()
+    return None if name in _NO_NAMES or name.startswith("your") else match.span(1)
+
+
 RULES = (
+    Rule("USERNAME", after_words(("u/",), 3), _REDDITOR, _named),
+    Rule("USERNAME", after_words(_LABELS, 12), _AFTER_LABEL, _named),
     Rule("USERNAME", where(_SLASH.pattern), _SLASH, _profile),
     Rule("USERNAME", where(r"@\w"), _HANDLE, _handle),
 )

@@ -35,17 +35,25 @@ _LOCAL_REVERSED = re.compile(  # one script only: a word of another one before i
 _TLD = (  # scripts without spaces need to know where a domain ends
     "中国|中國|公司|网络|網路|网址|香港|台湾|台灣|新加坡|澳門|在线|商城|集团|我爱你|みんな|コム|한국|닷컴|닷넷|삼성|ไทย|คอม"
 )
-_DOT = r"(?:\.|\s?[\[(]dot[\])]\s?)"
+_DOT = r"(?:\.|\s?[\[({<](?:dot|DOT|\.)[\])}>]\s?|\s(?:dot|DOT)\s)"
 _DOMAIN = re.compile(
     rf"(?:[0-9A-Za-z](?:[0-9A-Za-z\-]{{0,62}}[0-9A-Za-z])?{_DOT}){{1,16}}(?:xn--[0-9A-Za-z\-]{{2,59}}|[A-Za-z]{{2,24}})"
     rf"|(?:[^\W_](?:[\w\-]{{0,62}}[^\W_])?{_DOT}){{1,8}}(?:[A-Za-z]{{2,24}}|{_TLD}"
     rf"|(?:(?![{_LATIN}{_UNSPACED}])[^\W\d_]){{2,24}}|[{_UNSPACED}{MARK}]{{2,10}})"
 )
-_AT = re.compile(r"@|%40|\s?[\[(]at[\])]\s?")
+_SPELLED = [*(word + end for word in ("at", "AT") for end in ")]}>"), " dot ", " DOT "]
+_AT = re.compile(
+    r"@|\s?[\[({<](?:at|AT|@)[\])}>]\s?|\s(?:at|AT)\s(?=[0-9A-Za-z\-]{1,63}\s(?:dot|DOT)\s(?i:com|org|net|edu|gov|info|io|de|fr|uk|pl|ru|cn|jp|nl|br)\b)"
+)
 
 
 def _at_signs(text: str) -> Sequence[Span]:
-    return everywhere(text) if "@" in text or "%40" in text or "at]" in text or "at)" in text else ()
+    return everywhere(text) if "@" in text or is_spelled(text) else ()
+
+
+def is_spelled(text: str) -> bool:
+    """Whether an e-mail address may stand there without its sign."""
+    return any(sign in text for sign in _SPELLED)
 
 
 _PLACEHOLDER = (
@@ -99,7 +107,7 @@ _PHONE_CUE = cue(
     r"whats?app|viber|signal|sms|text (?:me|us)|(?:my|our) number|(?:reach|contact) (?:me|us)|handy|rufen sie|ruf"
     r"|zadzwo[nń]\w*|dzwo[nń]\w*|bel|volej\w*|zavolej\w*|cellulare|chiama\w*|sun[aă]\w*|h[ií]vj\w*|soita|telefonsz[aá]m\w*|hubungi|"
     r"telp|hp|gsm|puhelin|tlf|điện thoại|đt|sđt|cep)(?![A-Za-z])"
-    r"|wa\.me/|[?&]phone=|telegram|телефон|тел(?!\w)|моб|звони|факс|позвони|номер|電話|电话|手机|手機|致电|致電|拨打|撥打|携帯|ファックス"
+    r"|wa\.me/|[?&]phone=|telegram|微信|телефон|тел(?!\w)|моб|звони|факс|позвони|номер|電話|电话|手机|手機|致电|致電|拨打|撥打|携帯|ファックス"
     r"|传真|傳真|전화|휴대폰|연락처|핸드폰|هاتف|جوال|اتصل|تلفن|موبايل|موبایل|טלפון|נייד|फ.?ोन|मोबाइल|โทร|มือถือ|τηλ"
 )
 _EXTENSION = re.compile(
@@ -230,14 +238,17 @@ RULES = (
         numbers,
         re.compile(
             rf"(?:(?:(?<![0-9A-Za-z_)])|(?<=[Tt]el)|(?<=hone)|(?<=ax)|(?<=App))\+\(?"
-            rf"|(?<![0-9A-Za-z_+])(?<![0-9][.,\-])00(?=[1-9]))[0-9](?:{GAP}[0-9]){{6,16}}(?![0-9])"
+            rf"|(?<![0-9A-Za-z_+])(?<![0-9][.\-])00(?=[1-9]))[0-9](?:{GAP}[0-9]){{6,16}}(?![0-9])"
         ),
         _international,
     ),
     Rule(
         "PHONE_NUMBER",
         numbers,
-        re.compile(rf"(?<![0-9A-Za-z_+])(?<![0-9][.,\-])\(?[0-9](?:{GAP}[0-9]){{6,13}}(?![0-9%])"),
+        re.compile(
+            rf"(?<![0-9A-Za-z_+])(?:(?<![0-9][.,\-])|(?<=[0-9],)(?=\(?[2-9][0-9][0-9][)\-]))"
+            rf"\(?[0-9](?:{GAP}[0-9]){{6,13}}(?![0-9%])"
+        ),
         _national,
     ),
 )

@@ -14,8 +14,8 @@ _DIGITS = {
     r"[0-9]{3}-[0-9]{2}-[0-9]{4}": "us.ssn",
     r"[1-9][0-9]{5}(?:19|20)[0-9]{2}[01][0-9][0-3][0-9]{4}[0-9Xx]": "cn.ric",
     r"[0-9]{3}\.[0-9]{3}\.[0-9]{3}-[0-9]{2}": "br.cpf",
-    r"[0-9]{8}-?[A-Z]": "es.dni",
-    r"[XYZ]-?[0-9]{7}-?[A-Z]": "es.nie",
+    r"[0-9]{8}-?[A-Za-z]": "es.dni",
+    r"[XYZxyz]-?[0-9]{7}-?[A-Za-z]": "es.nie",
     r"[12] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}": "fr.nir",
     r"[0-9]{2}[01][0-9][0-3][0-9]-[1-8][0-9]{6}": "kr.rrn",
     r"(?:19|20)?[0-9]{6}[\-+][0-9]{4}": "se.personnummer",
@@ -29,7 +29,7 @@ _DIGITS = {
 }
 _LETTERS = {
     r"[A-Za-z]{6}[0-9]{2}[A-EHLMPRSTa-ehlmprst][0-9]{2}[A-Za-z][0-9]{3}[A-Za-z]": "it.codicefiscale",
-    r"[0-3][0-9][01][0-9]{3}[\-+A-FU-Y][0-9]{3}[0-9A-Y]": "fi.hetu",
+    r"[0-3][0-9][01][0-9]{3}[\-+A-FU-Y][0-9]{3}[0-9A-Ya-y]": "fi.hetu",
     r"[A-Z]{4}[0-9]{6}[HM][A-Z]{5}[0-9A-Z][0-9]": "mx.curp",
     r"[A-Z]{3}P[A-Z][0-9]{4}[A-Z]": "in_.pan",
     r"[A-CEGHJ-PR-TW-Z]{2} [0-9]{2} [0-9]{2} [0-9]{2} [A-D]": "",  # British national insurance
@@ -67,7 +67,7 @@ _PASSPORT_CUE = cue(
     r"(?<![A-Za-z])(?:passports?|pasaporte|passaporto|passaporte|passeport|reisepass|paspoort|paszport\w?|pass"
     r"|pasaport|paspor|"
     r"driver'?s? licen[cs]e|driving licen[cs]e|f[üu]hrerschein\w*|\w*ausweis\w*|national insurance(?: number)?"
-    r"|nino)(?![A-Za-z])"
+    r"|nino|(?-i:NI))(?![A-Za-z])"
     r"|护照|護照|паспорт|パスポート|旅券|여권|جواز|דרכון|पासपोर्ट|พาสปอร์ต|หนังสือเดินทาง"
 )
 _NAMED = re.compile(
@@ -76,7 +76,17 @@ _NAMED = re.compile(
     r"[A-Za-z]{6}[0-9]{2}[A-Za-z][0-9]{2}[A-Za-z][0-9]{3}[A-Za-z](?![0-9A-Za-z])"
 )
 _PASSPORT = re.compile(
-    r"(?<![0-9A-Za-z])(?=[A-Z0-9 ]{0,8}[0-9])[0-9A-Z]{1,4} ?[0-9A-Z]{0,2} ?[0-9A-Z]{4,8}(?![0-9A-Za-z])"
+    r"(?<![0-9A-Za-z])(?:(?=[A-Z0-9 ]{0,8}[0-9])[0-9A-Z]{1,4} ?[0-9A-Z]{0,2} ?[0-9A-Z]{4,10}"
+    r"|(?=[a-z]{0,5}[0-9])[0-9a-z]{6,16})(?![0-9A-Za-z])"
+)
+
+
+_OF_PASSPORTS = tuple(
+    re.findall(
+        r"\S+",
+        """pas Pas PAS icen ICEN rschein usweis nsurance nino NINO NI 护照 護照 паспорт Паспорт パスポート 旅券 여권
+    جواز דרכון सप พาสปอร ทาง""",
+    )
 )
 
 
@@ -96,12 +106,14 @@ def _shape_rule(gate: Gate, shapes: dict[str, str]) -> Rule:
 
     def check(match: re.Match[str]) -> Span | None:
         module = modules[match.lastindex or 0]
-        if match[0] in ("12345678Z", "00000000T", "987-65-4321", "123-45-6789"):  # everybody's example
+        if match[0].upper() in ("12345678Z", "00000000T", "987-65-4321", "123-45-6789"):  # everybody's example
             return None
         return match.span() if not module or _module(module).is_valid(match[0]) else None
 
     shape = "|".join(f"({shape})" for shape in shapes)
-    pattern = re.compile(rf"(?<![0-9A-Za-z_.\-/])(?:{shape})(?![0-9A-Za-z_\-/]|\.[0-9])")
+    pattern = re.compile(
+        rf"(?:(?<![0-9A-Za-z_.\-/])|(?<=SSN)|(?<=ssn)|(?<=CPF)|(?<=cpf))(?:{shape})(?![0-9A-Za-z_\-/]|\.[0-9])"
+    )
     return Rule("NATIONAL_ID", gate, pattern, check)
 
 
@@ -115,7 +127,7 @@ def _named(match: re.Match[str]) -> Span | None:
 
 def _passport(match: re.Match[str]) -> Span | None:
     compact = match[0].replace(" ", "")
-    enough = 6 <= len(compact) <= 12 and sum(char.isdecimal() for char in compact) >= 3
+    enough = 6 <= len(compact) <= 16 and sum(char.isdecimal() for char in compact) >= 3
     return match.span() if enough and is_named_by(_PASSPORT_CUE, before(match)) else None
 
 
@@ -126,5 +138,5 @@ RULES = (
         _LETTERS,
     ),
     Rule("NATIONAL_ID", numbers, _NAMED, _named),
-    Rule("NATIONAL_ID", where(r"[0-9][0-9A-Z]{4}"), _PASSPORT, _passport),
+    Rule("NATIONAL_ID", where(r"[0-9][0-9A-Za-z]{4}"), _PASSPORT, _passport, _OF_PASSPORTS),
 )

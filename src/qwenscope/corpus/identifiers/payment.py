@@ -13,6 +13,7 @@ from qwenscope.corpus.identifiers.rules import (
     after,
     before,
     claimed,
+    everywhere,
     is_named_by,
     numbers,
     where,
@@ -25,7 +26,7 @@ _IBAN = re.compile(
     r"[ \-.]?[0-9]{2}(?:[ \t\r\n.\-]{0,3}[0-9A-Z]){11,30}",
     re.IGNORECASE,
 )
-_SEP = r"[ \t\r\n.\-]{1,3}"
+_SEP = r"[ \t\r\n.\-/]{1,3}"
 _CARD = re.compile(
     rf"(?<![0-9])(?<![0-9][.\-])(?:[0-9]{{12,19}}"
     rf"|[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}(?:{_SEP}[0-9]{{3}}(?![0-9]))?"
@@ -48,9 +49,10 @@ _TEST_CARDS = frozenset(
     3530111333300000 3566002020360505 4222222222222 4000000000000002 6200000000000005""",
     )
 )
+_MONERO = re.compile(r"(?<![0-9A-Za-z])[48][0-9AB][1-9A-HJ-NP-Za-km-z]{93}(?:[1-9A-HJ-NP-Za-km-z]{11})?(?![0-9A-Za-z])")
 _ARITHMETIC_AFTER = re.compile(r"\s?(?:[+*^%\u00d7]|//|<<|>>|[<>]=?)\s?[\w(]|\s[/\-]\s[0-9]")
-_ARITHMETIC_BEFORE = re.compile(r"[\w)\]]\s?[+*^%]\s?$|[0-9)]\s[/\-]\s$|(?<![0-9])0,$")
-_ALNUM = re.compile(r"[0-9A-Za-z_]{1,40}")
+_ARITHMETIC_BEFORE = re.compile(r"[\w)\]]\s?(?:\*\*|[+*^%])\s?$|[0-9)]\s[/\-]\s$|(?<![0-9])0,$")
+_ALNUM = re.compile(r"(?!(?:exp|cvv|cvc|valid|thru))[0-9A-Za-z_]{1,40}", re.IGNORECASE)
 
 
 def _iban(match: re.Match[str]) -> Span | None:
@@ -93,19 +95,29 @@ def _bech32(match: re.Match[str]) -> Span | None:
     return match.span() if bitcoin.bech32_checksum(expanded + values) in (1, 0x2BC830A3) else None
 
 
-def _ethereum(match: re.Match[str]) -> Span | None:
-    return match.span() if len(set(match[0].lower())) > 6 else None  # 0x000...0, 0xdead...beef
+def _monero(match: re.Match[str]) -> Span | None:
+    """By form: its checksum is Keccak's, which no library here has."""
+    return match.span() if len(set(match[0])) > 20 else None
 
+
+def _ethereum(match: re.Match[str]) -> Span | None:
+    digits = match[0][2:].lower()
+    repeated = digits in (digits + digits)[1:-1]  # 0x000...0, 0xdeadbeef...
+    return None if repeated or len(set(digits)) < 5 else match.span()
+
+
+_has_base58 = where(r"[1-9DKLMTX][1-9A-HJ-NP-Za-km-z]{25}")
 
 RULES = (
     Rule("IBAN_CODE", numbers, _IBAN, _iban),
     Rule("CREDIT_CARD", numbers, _CARD, _card),
     Rule(
         "CRYPTO_ADDRESS",
-        where(r"[1-9DKLMTX][1-9A-HJ-NP-Za-km-z]{25}"),
+        _has_base58,
         re.compile(r"(?<![0-9A-Za-z])[1-9DKLMTX][1-9A-HJ-NP-Za-km-z]{25,51}(?![0-9A-Za-z])"),
         _base58,
     ),
+    Rule("CRYPTO_ADDRESS", _has_base58, _MONERO, _monero),
     Rule(
         "CRYPTO_ADDRESS",
         where(r"1[02-9ac-hj-np-z]{38}|1[02-9AC-HJ-NP-Z]{38}"),
@@ -117,8 +129,9 @@ RULES = (
     ),
     Rule(
         "CRYPTO_ADDRESS",
-        where("0x"),
-        re.compile(r"(?<![0-9A-Za-z])0x[0-9A-Fa-f]{40}(?![0-9A-Za-z])"),
+        everywhere,
+        re.compile(r"(?<![0-9A-Za-z])0[xX][0-9A-Fa-f]{40}(?![0-9A-Za-z])"),
         _ethereum,
+        ("0x", "0X"),
     ),
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from qwenscope.corpus.identifiers.folding import fold
+from qwenscope.corpus.identifiers.folding import fold_characters
 
 Span = tuple[int, int]
 Gate = Callable[[str], Sequence[Span]]
@@ -107,7 +107,7 @@ def claimed(match: re.Match[str]) -> bool:
 
 def cue(pattern: str) -> re.Pattern[str]:
     """`pattern` as it reads in folded text, in any case."""
-    return re.compile(fold(pattern).text, re.IGNORECASE)
+    return re.compile(fold_characters(pattern), re.IGNORECASE)
 
 
 def is_named_by(cue: re.Pattern[str], text: str) -> bool:
@@ -139,7 +139,7 @@ _FILLERS = frozenset(
         """a al am an and at auf back below code de deg della der die direct dit do e es est et for free
         ganz given her him his home id is ist it la lautet le line là me meg mein meine mi mig mij minut
         mnie my mě n na naar nam new no nr num number numbers numer numero numeroon numerze nummer numéro
-        número o of office on only op or our please pod por private på self sob sur số the their them this
+        número o of office on only op or our please pod por private på s self sob sur số the their them this
         til to toll un una under unter us van ved voor was werk with work you your è é és čísle číslo""",
     )
 )

@@ -53,6 +53,35 @@ _KEYS = {  # a literal of the key -> its pattern; an empty one for prefix, then 
     "AC": r"AC[0-9a-f]{32}",
     "SK": r"SK[0-9a-f]{32}",
     "eyJ": r"eyJ[\w\-]{8,4000}\.eyJ[\w\-]{4,8000}(?:\.[\w\-]{4,1000})?",
+    "sntry": r"sntry[su]_[\w+/=\-]{40,400}",
+    "NRAK-": r"NRAK-[0-9A-Z]{27}",
+    "PMAK-": r"PMAK-[0-9a-f]{24}-[0-9a-f]{34}",
+    "glsa_": r"glsa_[0-9A-Za-z]{32}_[0-9A-Fa-f]{8}",
+    "rnd_": r"rnd_[0-9A-Za-z]{28,40}",
+    "CFPAT-": r"CFPAT-[\w\-]{40,50}",
+    "k.eyJ": r"[ps]k\.eyJ[\w\-]{20,200}\.[\w\-]{16,40}",
+    "sbp_": r"sbp_[0-9a-f]{40}",
+    "ercel_": r"[Vv]ercel_[0-9A-Za-z]{24,60}",
+    "ops_eyJ": r"ops_eyJ[\w+/=\-]{200,2000}",
+    "tskey-": r"tskey-[a-z]{3,10}-[0-9A-Za-z]{8,20}(?:-[0-9A-Za-z]{16,50})?",
+    "pscale_": r"pscale_(?:tkn|oauth|pw)_[\w\-]{32,64}",
+    "ATATT": r"ATATT[\w\-]{24,250}(?:=[0-9A-F]{8})?",
+    "FLWSECK": r"FLWSECK(?:_TEST)?-[0-9a-f]{12,40}-X",
+    "jina_": r"jina_[0-9A-Za-z]{40,80}",
+    "pcsk_": r"pcsk_\w{40,80}",
+    "fw_": r"fw_[0-9A-Za-z]{22,30}",
+    "lsv2_": r"lsv2_[ps][tk]_[0-9a-f]{32}_[0-9a-f]{10}",
+    "apify_api_": r"apify_api_[0-9A-Za-z]{30,50}",
+    "phc_": r"phc_[0-9A-Za-z]{40,50}",
+    "phx_": r"phx_[0-9A-Za-z]{40,50}",
+    "fio-u-": r"fio-u-[\w\-=]{60,70}",
+    "EAA": r"EAA[A-Z][0-9A-Za-z]{80,250}",
+    "bkua_": r"bkua_[0-9a-f]{40}",
+    "CCIPAT_": r"CCIPAT_[0-9A-Za-z]{20,30}_[0-9a-f]{40}",
+    "dp.": r"dp\.(?:pt|st(?:\.[a-z0-9\-]{1,35})?|ct|sa)\.[0-9A-Za-z]{40,44}",
+    "akfx": r"akfx[0-9A-Za-z]{40}",
+    "atlasv1.": r"[0-9A-Za-z]{14}\.atlasv1\.[\w=\-]{60,70}",
+    "oy2": r"oy2[a-z0-9]{43}",
     "AccountKey=": r"(?<=AccountKey=)[A-Za-z0-9+/=]{60,100}",
 }
 _PEM = re.compile(r"-----BEGIN ([A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?)-----")
@@ -65,7 +94,7 @@ _VALUE = re.compile(r"(?<=[\s=:\"'`])[0-9A-Za-z+/_\-.~]{20,200}={0,2}(?![\w(])")
 _NAME_BEFORE = re.compile(
     r"(?i:(?:api|access|secret|private|auth|account|client|encryption|signing)[_\- ]?(?:key|token|secret)|token"
     r"|secret|passw(?:or)?d|pwd|"
-    r"bearer|authorization|credential)s?[\"'`]?(?:\s{0,3}(?:[:=]|:=|=>|is|:\s?bearer)\s{0,3}|\s)[\"'`]?$"
+    r"bearer|authorization|credential)s?[\"'`]?(?:\s{0,3}(?:[:=]|:=|=>|is|:\s?[Bb]asic)\s{0,3}|\s)[\"'`]?$"
 )
 _DUMMY = re.compile(
     r"example|your|xxxx|\*\*\*|placeholder|insert|change.?me|dummy|redacted|todo|replace", re.IGNORECASE
@@ -74,7 +103,7 @@ _PASSWORD = re.compile(  # its name, and a value in quotes or not
     r"(?:passw(?:or)?[dt]|passphrase|pwd|secret|kennwort|contrase\u00f1a|mot de passe|senha|пароль|密码|密碼"
     r"|パスワード|비밀번호)"
     r"\w{0,24}(?:\\?[\"'`])?\s{0,3}(?::=|=>|[:=]|is)\s{0,3}"
-    r"(?:\\?([\"'`])([^\s\"'`<>{}()\[\]\\]{8,128})(?=\\?\1)|([^\s\"'`<>{}()\[\],;&|\\]{8,128})(?=[\s,;&|]|$))",
+    r"(?:\\?([\"'`])([^\s\"'`<>{}()\[\]\\]{8,128})(?=\\?\1)|((?:[^\s\"'`<>{}()\[\],;&|\\]|&(?!\w{1,40}=)){8,128})(?=[\s,;&|]|$))",
     re.IGNORECASE,
 )
 _COMMON = re.compile(r"p[a@4][s5$]{2}|pwd|secret|abcd|0123|1234|qwert|://|^[/.~]", re.IGNORECASE)
