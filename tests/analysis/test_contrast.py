@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from word_piles import chat, rows
 
 from qwenscope.analysis.contrast import contrast
-from qwenscope.analysis.piles import Reader, example_names, example_path, script
+from qwenscope.analysis.piles import Reader, example_names, example_path
 from qwenscope.analysis.pooling import Scope
 from qwenscope.cli.main import app
 from qwenscope.corpus.conversation import ROLES
+from qwenscope.corpus.given import script
 from qwenscope.errors import CorpusError, FormatError
 from qwenscope.features.pushes import read_pushes
 from qwenscope.lm.load import load_tokenizer

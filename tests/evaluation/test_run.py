@@ -9,6 +9,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,16 +64,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_data(path: Path, chats: int = 4, tools: int = 4) -> Path:
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {n} plus {n}?"},
-                {"role": "assistant", "content": f"It is {2 * n}."},
-            ]
-        }
-        for n in range(chats)
+def chat(n: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"What is {n} plus {n}?"},
+        {"role": "assistant", "content": f"It is {2 * n}."},
     ]
+
+
+def write_data(path: Path, chats: int = 4, tools: int = 4) -> Path:
+    rows: list[dict[str, Any]] = [{"messages": chat(n)} for n in range(chats)]
     for n in range(tools):
         call = {"type": "function", "function": {"name": "add", "arguments": {"a": n, "b": n}}}
         rows.append(
@@ -173,6 +173,27 @@ def test_usefulness_is_measured_on_demand(run_folder: Path, tmp_path: Path) -> N
         assert all(0 <= cell["auroc"] <= 1 for of in figures["probing"].values() for cell in of.values())
     assert "What a few latents know" in (out / "report.html").read_text(encoding="utf-8")
     assert json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["usefulness"] == found
+
+
+def test_labels_that_rows_state_are_probed_for(run_folder: Path, tmp_path: Path) -> None:
+    data, tasks, out = write_data(tmp_path / "data.jsonl"), tmp_path / "moods.jsonl", tmp_path / "out"
+    rows = [
+        {"messages": chat(number), "labels": {"mood": "calm" if number % 2 else "<b>angry", "seen": number % 3}}
+        for number in range(40)
+    ]
+    rows.append({"messages": chat(99)})  # states nothing: its tokens belong to no side
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = evaluate(run_folder, data=data, tokens=60, out=out, tasks=tasks)
+    assert "usefulness" not in result
+    found = result["tasks"]
+    assert (found["origin"], found["conversations"], found["labels"]) == ("moods.jsonl", 41, {"mood": 1, "seen": 3})
+    assert set(found["saes"]) == set(HOOKS)
+    assert "What a few latents know of moods.jsonl" in (out / "report.html").read_text(encoding="utf-8")
+    for labels, said in ((None, "no row has labels"), (["calm"], "moods.jsonl:1: labels must be")):
+        tasks.write_text(json.dumps({"messages": chat(1), "labels": labels}) + "\n", encoding="utf-8")
+        with pytest.raises(CorpusError, match=said):
+            evaluate(run_folder, data=data, tokens=60, out=tmp_path / "none", tasks=tasks)
+    assert not (tmp_path / "none").exists()
 
 
 def test_tokens_limit_each_split_exactly(run_folder: Path, tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from qwenscope.analysis.contrast import FDR, FEWEST_ACTIVE, LISTED, OnProgress, chosen_saes
 from qwenscope.analysis.heads import head
-from qwenscope.analysis.piles import Given, Piles, Reader, labelled
+from qwenscope.analysis.piles import Piles, Reader, labelled
 from qwenscope.analysis.pooling import Pool, Scope, scoped_rows
 from qwenscope.analysis.statistics import Design, effect_intervals, effects, permutation_test
+from qwenscope.corpus.given import Given
 from qwenscope.files import write_json
 from qwenscope.opening import Target, as_target
 from qwenscope.training.lock import sole_writer

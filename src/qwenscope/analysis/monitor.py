@@ -25,12 +25,13 @@ from qwenscope.analysis import controls
 from qwenscope.analysis.contrast import POOLS, Pooled, chosen_saes, open_piles, pool_suite
 from qwenscope.analysis.detector import Detector, Scores, identity
 from qwenscope.analysis.heads import head
-from qwenscope.analysis.piles import Given, Piles, Reader, Row, labelled
+from qwenscope.analysis.piles import Piles, Reader, labelled
 from qwenscope.analysis.pooling import Pool, Scope, scoped_rows
 from qwenscope.analysis.probes import Fit, Linear, best_feature, cross_validated, folds_of, ridge, sparse
 from qwenscope.analysis.rates import chance_interval, recall_at, share, threshold_at
 from qwenscope.analysis.statistics import Array, Mask, auroc, auroc_interval
 from qwenscope.corpus.conversation import Conversation
+from qwenscope.corpus.given import Given, Row
 from qwenscope.errors import CorpusError, FormatError
 from qwenscope.evaluation.baselines import directions
 from qwenscope.features.token_text import pieces_of, readable

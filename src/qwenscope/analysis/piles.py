@@ -1,8 +1,7 @@
 """Two piles of conversations, with and without a behavior: from two places, from labels, or as pairs.
 
-A row is one of the corpus (`messages` and optional `tools`, or `text`), and may say its `source`, `language` and
-`group`: rows of a group are never on both sides of a cross-validation. A row of pairs holds what both have in common
-and two ways to go on:
+A row is one of `corpus/given.py`; rows of a `group` are never on both sides of a cross-validation. A row of pairs holds
+what both have in common and two ways to go on:
 
     {"messages": [...], "positive": [...], "negative": [...], "tools": [...], "held_out": false}
 
@@ -14,39 +13,20 @@ Legend: C conversations.
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from qwenscope.corpus.anything import render_given
 from qwenscope.corpus.conversation import Conversation
-from qwenscope.corpus.repair import Dropped, clean, conversation_id, document_id, parse_json
-from qwenscope.corpus.sources import FileSource, open_source
-from qwenscope.errors import CorpusError, reason
-from qwenscope.recipe import SourceRecipe
+from qwenscope.corpus.given import KEYS, Given, RowReader, rows_of, word
+from qwenscope.errors import CorpusError
 
 EXAMPLES = Path(__file__).parent / "examples"
 FEWEST = 4
 """Conversations that a pile needs to be compared at all."""
-_KEYS = ("messages", "tools", "text", "source", "language", "group")
-Row = Mapping[str, Any]
 _OF_PAIRS = ("messages", "tools", "positive", "negative", "source", "language", "group", "held_out")
-
-
-@dataclass(frozen=True)
-class Given:
-    """A conversation and what its row says of it."""
-
-    conversation: Conversation
-    group: str
-    language: str
 
 
 @dataclass(frozen=True)
@@ -69,12 +49,8 @@ class Piles:
         return np.unique([each.group for each in self.given], return_inverse=True)[1]
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Makes conversations of rows as the language model's corpus would."""
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
+class Reader(RowReader):
+    """Reads piles as the language model's corpus would."""
 
     def two_piles(self, positive: Path, negative: Path) -> Piles:
         """Everything in one place against everything in another.
@@ -92,11 +68,11 @@ class Reader:
             CorpusError: it cannot be read, a row has no such key, or a side holds too little.
         """
         given, positive = [], []
-        for where, row in rows_of(data, (*_KEYS, key)):
+        for where, row in rows_of(data, (*KEYS, key)):
             if key not in row:
                 raise CorpusError(f"{where} has no key {key}; every row needs its label")
             given.append(self.read(row, where))
-            positive.append(_word(row[key]) == value)
+            positive.append(word(row[key]) == value)
         return labelled(given, positive)
 
     def pairs(self, path: Path, *, held_out: bool | None = None) -> Piles:
@@ -120,35 +96,6 @@ class Reader:
                 given.append(self.read(whole, where))
         return dataclasses.replace(labelled(given, [True, False] * (len(given) // 2)), paired=True)
 
-    def pile(self, path: Path) -> list[Given]:
-        """All conversations of a place.
-
-        Raises:
-            CorpusError: it cannot be read.
-        """
-        return [self.read(row, where) for where, row in rows_of(path)]
-
-    def read(self, row: Row, where: str) -> Given:
-        """One row, found at `where`.
-
-        Raises:
-            CorpusError: it is no conversation.
-        """
-        try:
-            if isinstance(row.get("messages"), list):
-                messages, tools = clean(row["messages"], row.get("tools"))
-                id, text = conversation_id(messages, tools), " ".join(message["content"] for message in messages)
-                rendered = render_given(self.tokenizer, messages, tools, self.max_length)
-            elif isinstance(row.get("text"), str):
-                id, text = document_id(row["text"]), row["text"]
-                rendered = render_given(self.tokenizer, text, max_length=self.max_length)
-            else:
-                raise CorpusError("neither messages nor text")
-        except (CorpusError, Dropped) as error:
-            raise CorpusError(f"{where}: {error}") from None
-        conversation = Conversation.of(rendered, id, str(row.get("source") or "unknown"))
-        return Given(conversation, str(row.get("group", id)), str(row.get("language") or script(text)))
-
 
 def example_names() -> list[str]:
     """The behaviors of which pairs are packaged."""
@@ -164,58 +111,6 @@ def example_path(name: str) -> Path:
     if name not in example_names():
         raise CorpusError(f"there is no example {name!r}; there are {', '.join(example_names())}")
     return EXAMPLES / f"{name}.jsonl"
-
-
-def script(text: str) -> str:
-    """The writing system of most of a text's letters, such as latin or cjk; none where there are no letters.
-
-    Examples:
-        >>> script("Добрый день, Anna"), script("12 %")
-        ('cyrillic', 'none')
-    """
-    letters = Counter(unicodedata.name(sign, "?").split(" ", 1)[0].lower() for sign in text[:2000] if sign.isalpha())
-    return letters.most_common(1)[0][0] if letters else "none"
-
-
-def rows_of(path: Path, keys: Sequence[str] = _KEYS) -> Iterator[tuple[str, Row]]:
-    """(file:number, row) of a file or folder, with `keys` of each row.
-
-    Raises:
-        CorpusError: it cannot be read.
-    """
-    source = open_source(SourceRecipe(name="files", weight=1.0, path=path), str(path), 0, True, None)
-    assert isinstance(source, FileSource)
-    source = dataclasses.replace(source, columns={key: key for key in keys}, where=str(path))
-    for chunk in source.chunks(0, 0):
-        name = source.groups[chunk.shard][0].name
-        for index, row in chunk.rows:
-            yield _checked(f"{name}:{index + 1}", row)
-
-
-def rows_of_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Row]]:
-    """(name:number, row) of lines of JSON; blank ones are passed over.
-
-    Raises:
-        CorpusError: a line is not JSON.
-    """
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise CorpusError(f"{name}:{number} is not JSON ({reason(error)})") from None
-            yield _checked(f"{name}:{number}", row)
-
-
-def _checked(where: str, row: Any) -> tuple[str, Row]:
-    if not isinstance(row, dict):  # or Malformed
-        raise CorpusError(f"{where} is no JSON object that can be read")
-    return where, row
-
-
-def _word(value: Any) -> str:
-    """A label as it is written on a command line: true, 1, formal."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def labelled(given: list[Given], positive: list[bool]) -> Piles:

@@ -201,7 +201,7 @@ def score(
 ) -> None:
     """Score conversations, one JSON object a line: as a whole and turn by turn, with an alarm above the threshold."""
     from qwenscope.analysis import monitor as room
-    from qwenscope.analysis.piles import rows_of, rows_of_lines
+    from qwenscope.corpus.given import rows_of, rows_of_lines
 
     rows = rows_of_lines(sys.stdin, "stdin") if data is None else rows_of(data)
     for scored in room.score(target, folder, rows):

@@ -239,6 +239,10 @@ def evaluate(
         bool,
         typer.Option("--probing", help="Measure usefulness too: sparse probing beside a frozen decoder and others."),
     ] = False,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="The same for what rows state as labels: {NAME: VALUE}."),
+    ] = None,
     path: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write, if not TARGET.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -255,6 +259,7 @@ def evaluate(
             tokens=tokens,
             until_interval=until_interval,
             probing=probing,
+            tasks=tasks,
             out=path,
             on_progress=on_progress,
         )

@@ -72,18 +72,20 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
 
 
 def evaluation_tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """The table of an `evaluation.json` object, and that of its usefulness where it was measured."""
+    """The table of an `evaluation.json` object, and those of its usefulness where that was measured."""
     yield evaluation_table(result)
     if "usefulness" in result:
-        yield _usefulness_table(result["usefulness"])
+        yield _usefulness_table(result["usefulness"], "Sparse probing")
+    if "tasks" in result:
+        yield _usefulness_table(result["tasks"], f"Sparse probing of {escape(result['tasks']['origin'])}")
 
 
-def _usefulness_table(found: Mapping[str, Any]) -> Table:
+def _usefulness_table(found: Mapping[str, Any], title: str) -> Table:
     """One row per SAE: how well 1, 4 and 16 of its latents tell labels apart, and of a frozen decoder's."""
-    table = _plain("Sparse probing")
+    table = _plain(title)
     table.caption = (
-        f"AUROC of the best 1, 4 and 16 latents for {', '.join(found['labels'])}, mean; *: of a decoder that was never "
-        f"trained; rows: all dimensions. The token alone: {found['tokens']['auroc']:.3f}"
+        f"AUROC of the best 1, 4 and 16 latents for {escape(', '.join(found['labels']))}, mean; *: of a decoder that "
+        f"was never trained; rows: all dimensions. The token alone: {found['tokens']['auroc']:.3f}"
     )
     table.add_column("SAE", no_wrap=True)
     for heading in ("1", "4", "16", "1*", "4*", "16*", "rows"):

@@ -18,7 +18,7 @@ from qwenscope.evaluation.measure import SplitMeasurement
 from qwenscope.evaluation.meters import Meters
 from qwenscope.evaluation.pairs import BOOTSTRAP, compare_split, find_pairs, overlap
 from qwenscope.evaluation.report import report_html
-from qwenscope.evaluation.usefulness import usefulness
+from qwenscope.evaluation.usefulness import labelled_usefulness, usefulness
 from qwenscope.evaluation.work import OnProgress
 from qwenscope.files import disk_errors_named, fsync_folder, make_folder, write_json, write_text
 from qwenscope.lm.model import LanguageModel
@@ -34,6 +34,7 @@ def evaluate(
     tokens: int | None = None,
     until_interval: float | None = None,
     probing: bool = False,
+    tasks: Path | None = None,
     out: Path | None = None,
     on_progress: OnProgress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def evaluate(
         tokens: tokens per split at most; None takes the recipe's.
         until_interval: no more than make the 95 % intervals of FVU and CE recovered so narrow, for every SAE.
         probing: measure usefulness too: what a few latents say of a token's labels, beside controls.
+        tasks: the same for the `labels` that the rows of this file or folder state.
         on_progress: called with (phase, tokens done, tokens in all); a phase's name says how long it will take.
         out: folder to write to; None takes the target's own.
 
@@ -65,15 +67,13 @@ def evaluate(
         ResourceError: the files cannot be written.
     """
     opened = open_target(target)
-    if opened.on_hub and out is None:
-        raise FormatError(f"{target} is on the Hub; say with --out where its evaluation is written")
-    folder = out or opened.folder
-    beside = data is not None and out is None and opened.own_recipe
-    name = f"-{data.resolve().name.split('.')[0]}" if data is not None and beside else ""
+    folder, name = _where(opened, data, out)
     lm = opened.language_model()
     budget = tokens if tokens is not None else opened.recipe.evaluation.tokens
     splits = opened.splits(lm.tokenizer, budget, data)
     probed = usefulness(opened, lm, splits, on_progress) if probing else {}
+    if tasks is not None:
+        probed |= labelled_usefulness(opened, lm, tasks, on_progress)
     splits, measured = Meters(opened, lm, on_progress).measured(splits, until_interval)
     described = {
         "origin": "held out by the recipe" if data is None else data.name,
@@ -87,6 +87,14 @@ def evaluate(
         written = _publish(folder, name, result, opened.folder)
     _refuse(odd, lm.name, written)
     return result
+
+
+def _where(opened: Target, data: Path | None, out: Path | None) -> tuple[Path, str]:
+    """The folder to write to, and what is put to the names there."""
+    if opened.on_hub and out is None:
+        raise FormatError(f"{opened.name} is on the Hub; say with --out where its evaluation is written")
+    beside = data is not None and out is None and opened.own_recipe
+    return out or opened.folder, f"-{data.resolve().name.split('.')[0]}" if data is not None and beside else ""
 
 
 def target_of(sae: SAE) -> dict[str, str]:

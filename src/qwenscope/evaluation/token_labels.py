@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenscope.corpus.conversation import ROLES, Conversation
+from qwenscope.corpus.given import Given
 
 Tokenizer = Any
 Categories = dict[str, NDArray[np.object_]]
@@ -65,10 +66,16 @@ def shape(text: str) -> str:
     return "word" if text[0].isspace() else "word part"
 
 
+def stated(given: Given, families: Iterable[str]) -> Categories:
+    """What a row says of its conversation, of each of its tokens: its label in each family, or None."""
+    length = len(given.conversation.token_ids)
+    return {family: np.full(length, given.labels.get(family), dtype=object) for family in families}
+
+
 def joined(parts: Iterable[Categories]) -> Categories:
-    """The categories of several conversations in turn."""
+    """The categories of several conversations in turn; all have the same families."""
     parts = list(parts)
-    return {family: np.concatenate([part[family] for part in parts]) for family in FAMILIES}
+    return {family: np.concatenate([part[family] for part in parts]) for family in parts[0]}
 
 
 @lru_cache(maxsize=1 << 16)

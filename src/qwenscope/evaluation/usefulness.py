@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from qwenscope.activations.harvest import harvest
 from qwenscope.corpus.conversation import Conversation
+from qwenscope.corpus.given import RowReader
 from qwenscope.errors import CorpusError
 from qwenscope.evaluation.baselines import directions, frozen_decoder_sae
-from qwenscope.evaluation.token_labels import Categories, binary, categories, joined
+from qwenscope.evaluation.token_labels import Categories, binary, categories, joined, stated
 from qwenscope.evaluation.work import OnProgress
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
@@ -33,8 +35,8 @@ from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import SAE
 from qwenscope.seeds import derive_seed
 
-CONVERSATIONS, ROWS_EACH = 64, 48
-"""How many are looked at, and at most so many tokens of each."""
+CONVERSATIONS, LABELLED, ROWS_EACH = 64, 256, 48
+"""How many held-out ones are looked at, how many of a labelled file, and at most so many tokens of each."""
 SEEDS = 3
 """Each divides the conversations anew, and draws another frozen decoder and other directions."""
 LATENTS = (1, 4, 16)
@@ -47,6 +49,7 @@ DENSE = 0.1
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,49 @@ def usefulness(
     Raises:
         CorpusError: no label has enough tokens on both sides.
     """
+    random = _choice(target)
+    share = max(1, CONVERSATIONS // len(splits))
+    chosen = [each for own in splits.values() for each in _some(own, share, random)]
+    known = joined(categories(conversation, lm.tokenizer) for conversation in chosen)
+    sample = draw(lm, sorted(set(target.sites.values())), chosen, known, target.recipe, random)
+    return {"usefulness": _measured(target, sample, on_progress)}
+
+
+def labelled_usefulness(
+    target: Target,
+    lm: LanguageModel,
+    path: Path,
+    on_progress: OnProgress = lambda phase, done, total: None,
+) -> dict[str, Any]:
+    """Sparse probing for the labels that the rows of a file state, the tokens of a row having its labels.
+
+    Args:
+        target: as `usefulness`.
+        lm: likewise.
+        path: file or folder of rows as in `corpus/given.py`, with `labels`: {name: value}.
+        on_progress: as `usefulness`.
+
+    Returns:
+        {"tasks": ...}, a part of evaluation.json with the form of `usefulness`.
+
+    Raises:
+        CorpusError: it cannot be read, no row states a label, or no label has enough tokens on both sides.
+    """
     recipe = target.recipe
-    sample = draw(lm, sorted(set(target.sites.values())), splits, recipe)
+    pile = RowReader(lm.tokenizer, recipe.corpus.max_length).pile(path)
+    families = sorted({name for given in pile for name in given.labels})
+    if not families:
+        raise CorpusError(f"{path}: no row has labels; give each row labels: {{name: value}}")
+    random = _choice(target)
+    chosen = _some(pile, LABELLED, random)
+    known = joined(stated(given, families) for given in chosen)
+    conversations = [given.conversation for given in chosen]
+    sample = draw(lm, sorted(set(target.sites.values())), conversations, known, recipe, random)
+    return {"tasks": {"origin": path.name, **_measured(target, sample, on_progress)}}
+
+
+def _measured(target: Target, sample: Sample, on_progress: OnProgress) -> dict[str, Any]:
+    recipe = target.recipe
     tasks = [tasks_of(sample, derive_seed(recipe.seed, f"usefulness {number}")) for number in range(SEEDS)]
     if not all(tasks):
         raise CorpusError(
@@ -104,29 +148,33 @@ def usefulness(
         on_progress("probing", done, len(target.saes))
         found[id] = _of_sae(sae, sample, target.sites[id], tasks, recipe.seed)
     return {
-        "usefulness": {
-            "rows": len(sample.token_R),
-            "conversations": len(np.unique(sample.conversation_R)),
-            "seeds": SEEDS,
-            "labels": _counts(tasks[0]),
-            "tokens": _over_seeds([_probe(_TokenRates(sample), own) for own in tasks]),
-            "saes": found,
-        }
+        "rows": len(sample.token_R),
+        "conversations": len(np.unique(sample.conversation_R)),
+        "seeds": SEEDS,
+        "labels": _counts(tasks[0]),
+        "tokens": _over_seeds([_probe(_TokenRates(sample), own) for own in tasks]),
+        "saes": found,
     }
+
+
+def _choice(target: Target) -> np.random.Generator:
+    return np.random.default_rng(derive_seed(target.recipe.seed, "usefulness rows") % 2**63)
+
+
+def _some(own: Sequence[T], most: int, random: np.random.Generator) -> list[T]:
+    return [own[number] for number in sorted(random.choice(len(own), min(most, len(own)), replace=False).tolist())]
 
 
 @torch.no_grad()
 def draw(
-    lm: LanguageModel, sites: Sequence[Site], splits: Mapping[str, Sequence[Conversation]], recipe: Recipe
+    lm: LanguageModel,
+    sites: Sequence[Site],
+    chosen: Sequence[Conversation],
+    known: Categories,
+    recipe: Recipe,
+    random: np.random.Generator,
 ) -> Sample:
-    """Rows of at most ROWS_EACH tokens of each of CONVERSATIONS conversations, drawn by the recipe's seed."""
-    random = np.random.default_rng(derive_seed(recipe.seed, "usefulness rows") % 2**63)
-    share = max(1, CONVERSATIONS // len(splits))
-    chosen = [
-        own[number]
-        for own in splits.values()
-        for number in sorted(random.choice(len(own), min(share, len(own)), replace=False).tolist())
-    ]
+    """Rows of at most ROWS_EACH tokens of each conversation, with what is known of them (of all tokens, in turn)."""
     found = harvest(lm, chosen, sites, recipe.activations, recipe.corpus.batch_tokens)
     conversation_R = found.conversation_R.numpy().astype(np.int64)
     kept = np.concatenate(
@@ -138,7 +186,6 @@ def draw(
     ends = np.cumsum([0, *(len(conversation.token_ids) for conversation in chosen)])
     place_R = ends[conversation_R[kept]] + found.position_R.numpy()[kept]
     tokens = np.concatenate([conversation.token_ids for conversation in chosen]).astype(np.int64)
-    known = joined(categories(conversation, lm.tokenizer) for conversation in chosen)
     return Sample(
         {site: x_RD[torch.from_numpy(kept).to(x_RD.device)].float() for site, x_RD in found.rows.items()},
         conversation_R[kept],
