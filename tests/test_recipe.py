@@ -235,6 +235,21 @@ def test_a_published_recipe_keeps_nothing_of_this_machine(tmp_path: Path) -> Non
     assert load_recipe("qwen3.5-35b-a3b").published() == load_recipe("qwen3.5-35b-a3b")
 
 
+def test_a_chat_template_of_several_lines_comes_back_from_the_resolved_recipe(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}\n{{ m.content }}\u00a0\t\n{% endfor %}\n", "utf-8")
+    recipe = load_recipe("standin", [f"corpus.chat_template={tmp_path / 'chat.jinja'}"])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "hosts", '"{\\ud800"'])
+def test_a_file_that_is_no_chat_template_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("127.0.0.1 localhost\n")
+    with pytest.raises(RecipeError, match=r"^standin: corpus\.chat_template: "):
+        load_recipe("standin", [f"corpus.chat_template={name}"])
+
+
 def test_a_missing_recipe_lists_the_packaged_ones() -> None:
     with pytest.raises(RecipeError, match="standin"):
         load_recipe("no-such-recipe")

@@ -234,6 +234,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_at_most(path: Path, most: int) -> bytes:
+    """A file's bytes, of which there are so many at most: devices have no end.
+
+    Raises:
+        ValueError: there are more.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it holds more than {most:,} bytes")
+    return data
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file.
 

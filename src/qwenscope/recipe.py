@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qwenscope.errors import RecipeError, reason
-from qwenscope.files import public_name
+from qwenscope.files import public_name, read_at_most
 from qwenscope.recipe_keys import first_problem, keys_of
 from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share, file_systems, schemes_of
 from qwenscope.recipe_nodes import HookPoint as HookPoint
@@ -97,7 +97,7 @@ class SourceRecipe(Node):
 
     @model_validator(mode="after")
     def _files_need_a_path(self) -> SourceRecipe:
-        if self.name == "files" and self.path is None and self.repo is None:
+        if self.name == "files" and self.path in (None, Path()) and self.repo is None:
             raise ValueError("a source named files needs a path or a repo")
         if self.path is not None and (self.repo or self.revision or self.config):
             raise ValueError("path and repo/revision/config exclude each other")
@@ -126,6 +126,8 @@ class PrivacyRecipe(Node):
 class CorpusRecipe(Node):
     """Conversations and documents: sources, filter, length, batches."""
 
+    texts = ("chat_template",)
+
     sources: Annotated[tuple[SourceRecipe, ...], Field(min_length=1)]
     """Where conversations and documents come from; weights are shares of tokens."""
     privacy: PrivacyRecipe = PrivacyRecipe()
@@ -147,12 +149,15 @@ class CorpusRecipe(Node):
     @field_validator("chat_template")
     @classmethod
     def _the_templates_text(cls, given: str | None) -> str | None:
-        if given is None or "{" in given:
+        if given is None or ("{" in given and given.encode()):
             return given
         try:
-            return Path(given).read_text(encoding="utf-8")
+            text = read_at_most(Path(given), 1 << 20).decode("utf-8-sig")
         except (OSError, ValueError) as error:
             raise ValueError(f"the file cannot be read: {reason(error)}") from None
+        if "{" not in text:
+            raise ValueError("the file is no Jinja template: it holds no {")
+        return text
 
     @model_validator(mode="after")
     def _a_conversation_fits_a_batch(self) -> CorpusRecipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -33,13 +33,16 @@ class Node(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    texts: ClassVar[tuple[str, ...]] = ()
+    """Keys whose values may have several lines."""
+
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, given: Any, info: ValidationInfo) -> Any:
         """pydantic takes true for 1, and YAML takes yes and on for true; no name or path holds control characters."""
         if isinstance(given, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("true and false stand for no value here")
-        if isinstance(given, str) and not given.isprintable():
+        if isinstance(given, str) and not given.isprintable() and info.field_name not in cls.texts:
             raise ValueError("holds a character that cannot be shown")
         return given
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qwenscope.errors import printable
+from qwenscope.files import read_at_most
 
 _OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*:.*)")
 _LEVELS = 32
@@ -52,14 +53,12 @@ def read_yaml(path: Path) -> Any:
         YamlError: as `parse_yaml`; or the file is larger than any recipe, or not UTF-8.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        data = file.read(_BYTES + 1)
-    if len(data) > _BYTES:
-        raise YamlError(f"it holds more than {_BYTES:,} bytes")
     try:
-        return parse_yaml(data.decode("utf-8-sig"))
+        return parse_yaml(read_at_most(path, _BYTES).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise YamlError(f"it is not UTF-8 text (byte {error.start + 1}); save it as UTF-8") from None
+    except ValueError as error:
+        raise YamlError(str(error)) from None
 
 
 class _Loader(yaml.SafeLoader):

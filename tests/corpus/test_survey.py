@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from qwenscope.corpus.privacy import FILTER_VERSION
 from qwenscope.corpus.survey import survey
 from qwenscope.errors import CorpusError
 from qwenscope.lm.batches import cut
@@ -87,4 +88,4 @@ def test_the_fixture_through_the_survey(shared_data: Path, tokenizer: PreTrained
     privacy = report["privacy"]
     assert privacy["sources"]["wildchat"]["dropped_countries"]["Germany"] > 50
     assert privacy["sources"]["wildchat"]["revision"].startswith("sha256:")
-    assert privacy["filter_version"] == 4
+    assert privacy["filter_version"] == FILTER_VERSION
