@@ -18,6 +18,7 @@ from word_piles import rows
 
 from qwenscope.analysis.checkpoints import Fit, diff_checkpoints
 from qwenscope.analysis.piles import Reader
+from qwenscope.analysis.result_forms import FORMS
 from qwenscope.cli.main import app
 from qwenscope.corpus.tool_use import chat_conversation
 from qwenscope.errors import QwenscopeError
@@ -139,6 +140,7 @@ def test_the_same_checkpoint_twice_gives_no_finding(release: Path, words: Path) 
 def test_a_latent_that_fell_silent_is_found_with_its_token(release: Path, words: Path, quiet: Path) -> None:
     arguments = ["diff", release, "--data", words, "--model-b", quiet, "--sae", "sae_delta", "--json"]
     found = json.loads(CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False).stdout)
+    FORMS[found["kind"]].validate_json(json.dumps(found), strict=True)
     (planted,) = [each for each in found["latents"] if each["latent"] == PLANTED_LATENT]
     assert planted["q"] <= 0.05
     assert planted["effect"] > 0.7  # a more than b

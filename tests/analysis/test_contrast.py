@@ -15,6 +15,7 @@ from word_piles import chat, rows
 from qwenscope.analysis.contrast import contrast
 from qwenscope.analysis.piles import Reader, example_names, example_path
 from qwenscope.analysis.pooling import Scope
+from qwenscope.analysis.result_forms import FORMS
 from qwenscope.cli.main import app
 from qwenscope.corpus.conversation import ROLES
 from qwenscope.corpus.given import script
@@ -48,6 +49,7 @@ def result(release: Path, piles: tuple[Path, Path], tmp_path_factory: pytest.Tem
     options = ["--positive", str(piles[0]), "--negative", str(piles[1]), "--roles", "user", "--out", str(out)]
     shown = json.loads(run(str(release), *options, "--json").stdout)
     assert shown == json.loads((out / "contrast.json").read_text())
+    FORMS[shown["kind"]].validate_json((out / "contrast.json").read_bytes(), strict=True)
     (push,) = read_pushes(out / "steering.json")
     assert (push.sae_id, push.latent) == (shown["latents"][0]["sae"], shown["latents"][0]["latent"])
     shown["steering"] = str(out / "steering.json")

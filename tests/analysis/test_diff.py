@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from word_piles import rows
 
 from qwenscope.analysis.diff import diff
+from qwenscope.analysis.result_forms import FORMS
 from qwenscope.cli.main import app
 from qwenscope.errors import CorpusError
 
@@ -41,6 +42,7 @@ def test_a_planted_topic_is_found_with_its_conversations(
     shown = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "d.json")], catch_exceptions=False).stdout
     found = json.loads((tmp_path / "d.json").read_text())
     (planted,) = [each for each in found["latents"] if (each["sae"], each["latent"]) == ("sae_delta", PLANTED_LATENT)]
+    FORMS[found["kind"]].validate_json((tmp_path / "d.json").read_bytes(), strict=True)
     assert planted["q"] <= 0.05
     assert planted["active"] == pytest.approx({"a": 0.5, "b": 0.0}, abs=0.1)
     assert planted["rate"]["a"] > 0 == planted["rate"]["b"]

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from qwenscope.analysis import experiments
 from qwenscope.analysis.experiments import RUNS, converse, experiment, runs_of
+from qwenscope.analysis.result_forms import FORMS
 from qwenscope.analysis.scenarios import Check, Scenario, read_plan
 from qwenscope.cli.main import app
 from qwenscope.errors import FormatError, QwenscopeError
@@ -104,6 +105,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 def test_a_planted_direction_shows_and_its_controls_do_not(done: Path) -> None:
     result = json.loads((done / "experiment.json").read_text())
+    FORMS[result["kind"]].validate_json((done / "experiment.json").read_bytes(), strict=True)
     assert result["runs"] == 2 * 2 * (1 + 1 + 2 * 2 * 3 * 2) == len(records(done))
     cells = {(c["arm"], c["trait"], c["strength"], c["position"]): c for c in result["effects"]}
     steered = cells["steered", "asks", 8, "all"]

@@ -17,6 +17,7 @@ from word_piles import rows
 from qwenscope.analysis.detector import BLOCK, Detector, Running
 from qwenscope.analysis.piles import Reader
 from qwenscope.analysis.pooling import Scope
+from qwenscope.analysis.result_forms import FORMS
 from qwenscope.analysis.watching import prompt, watch
 from qwenscope.cli.main import app
 from qwenscope.corpus.conversation import ROLES
@@ -67,6 +68,7 @@ def test_a_test_says_what_holds_and_what_the_controls_do(
     named = ["--positive", piles["test positive"], "--negative", piles["test negative"], "--out", tmp_path / "t.json"]
     shown = run("test", release, monitor, *named).stdout
     found = json.loads((tmp_path / "t.json").read_text())
+    FORMS[found["kind"]].validate_json((tmp_path / "t.json").read_bytes(), strict=True)
     whole = found["slices"]["all"]
     assert set(whole["by"]) == {"monitor", "raw rows", "words", "random direction"}
     assert whole["by"]["monitor"]["auroc"] > 0.95

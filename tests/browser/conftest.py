@@ -1,4 +1,4 @@
-"""A served index of the planted suite, its export, and a headless Chromium."""
+"""A served index of the planted suite with results, its export, and a headless Chromium."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from made_results import write_results
 from planted_suite import make_corpus, make_release
 from playwright.sync_api import Browser, expect, sync_playwright
 from starlette.types import ASGIApp
 from visiting import FLAGS, Visit, serving
 
+from qwenscope.analysis.results import read_results
 from qwenscope.features.browser.export import export_site
 from qwenscope.features.browser.server import make_app
 from qwenscope.features.index import build_index
+from qwenscope.features.store import Index
 
 expect.set_options(timeout=60_000)  # a busy machine is no failure
 
@@ -30,8 +33,15 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def app(index: Path) -> ASGIApp:
-    return make_app(index)
+def results(index: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One of each kind."""
+    return write_results(Index(index), tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="session")
+def app(index: Path, results: list[Path]) -> ASGIApp:
+    opened = Index(index)
+    return make_app(opened, read_results(results, opened))
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from made_results import ODD_NAME
 from planted_suite import HOSTILE, PLANTED, PLANTED_LATENT
 from playwright.sync_api import Browser, Page, expect
 from starlette.applications import Starlette
@@ -30,7 +32,11 @@ ROUTES = [
     "#/find?on=order+that+that+that+that+that+that%0A%0Atitle+that+that+that+that+that+that",
     "#/notes",
     "#/nowhere",
+    "#/results/monitor",
+    "#/results/contrast",
+    "#/results/scenarios",
 ]
+ODD = f"#/results/{quote(ODD_NAME)}"
 
 
 @pytest.fixture
@@ -231,6 +237,47 @@ def test_html_in_tokens_labels_and_notes_stays_text(visit: Visit, index: Path) -
     assert page.evaluate("document.querySelectorAll('script').length") == 1
 
 
+def test_results_are_listed_and_open_their_latents(visit: Visit) -> None:
+    page = visit.go("")
+    page.get_by_role("link", name="Results").click()
+    names = ["contrast", ODD_NAME, "checkpoints", "test", "scenarios", "monitor"]
+    expect(page.locator(".hit.result a")).to_have_text(names)
+    page.get_by_role("link", name="scenarios").click()
+    expect(page.locator("svg.doses circle")).to_have_count(4)
+    page.locator("table a", has_text=f"sae_delta / {PLANTED_LATENT}").first.click()
+    expect(page.locator("h1")).to_have_text(f"sae_delta / {PLANTED_LATENT}")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("contrast", ["0.80 to 0.95", "without any SAE", "probe on raw rows", "What else differs", "mean tokens"]),
+        ("test", ["does not hold", "5 % to 20 %", "recall at 0.1 %", "too few", "words"]),
+        ("scenarios", ["random direction", "beyond random", "+30 %", "-25 %"]),
+        ("checkpoints", ["on which tokens", "0.0500 to 0.1500", "+2 %", "<script>"]),
+        (ODD_NAME, ["rate in b", "66.4", "<script>"]),
+    ],
+)
+def test_results_show_latents_and_controls(visit: Visit, name: str, shown: list[str]) -> None:
+    page = visit.go(f"#/results/{quote(name)}")
+    expect(page.locator("h1")).to_have_text(name)
+    for words in shown:
+        expect(page.locator("main")).to_contain_text(words)
+    expect(page.locator("table a", has_text=f"sae_delta / {PLANTED_LATENT}").first).to_be_visible()
+    expect(page.locator(".named .chip", has_text=PLANTED.strip()).first).to_be_visible()
+    assert page.locator("main img, main script").count() == 0
+
+
+def test_a_text_is_scored_by_a_monitor(visit: Visit) -> None:
+    page = visit.go("#/results/monitor")
+    for text, said in ((f"order{PLANTED} status", "alarm: "), ("order status", "no alarm: ")):
+        page.get_by_label("Text", exact=True).fill(text)
+        page.get_by_role("button", name="Score").click()
+        expect(page.locator("form [role=status]")).to_contain_text(said)
+        if said == "alarm: ":
+            expect(page.locator("form .peak")).to_have_text(PLANTED)
+
+
 def test_inline_scripts_and_foreign_connections_are_blocked(chromium: Browser, site: str) -> None:
     visit = Visit(chromium, site)
     page = visit.go("")
@@ -249,7 +296,11 @@ def test_inline_scripts_and_foreign_connections_are_blocked(chromium: Browser, s
 
 @pytest.mark.parametrize(
     ("scheme", "width", "routes"),
-    [("light", 1280, ROUTES), ("dark", 1280, [*ROUTES[1:5:3], LATENT]), ("light", 390, ROUTES[:5])],
+    [
+        ("light", 1280, ROUTES),
+        ("dark", 1280, [*ROUTES[1:5:3], LATENT, ODD]),
+        ("light", 390, [*ROUTES[:5], *ROUTES[-2:]]),
+    ],
 )
 def test_every_page_is_accessible_and_fits(
     chromium: Browser, site: str, scheme: str, width: int, routes: list[str]

@@ -193,7 +193,7 @@ def test_reading_and_steering_answer(client: TestClient) -> None:
 def test_the_api_describes_itself(client: TestClient, app: ASGIApp) -> None:
     """Every route of it, each of its parameters, and nothing else."""
     found = client.get("/api").json()
-    assert (found["openapi"], found["info"]["version"]) == ("3.0.3", "1")
+    assert (found["openapi"], found["info"]["version"]) == ("3.0.3", "2")
     routes = [route for route in app._app.routes if route.path.startswith("/api")]  # type: ignore[attr-defined]
     assert set(found["paths"]) == {route.path for route in routes}
     for route in routes:

@@ -210,7 +210,11 @@ class Detector:
         try:
             tensors = load_file(folder / _WEIGHTS)
             latents_F, weight_F = tensors.pop("latents"), tensors.pop("weight")
+            if latents_F.ndim != 1 or weight_F.shape != latents_F.shape or (latents_F < 0).any():
+                raise ValueError("latents and weights do not fit")
             numbers = [float(about.pop(name)) for name in ("bias", "threshold", "fpr")]
+            if not np.isfinite([*numbers, *weight_F]).all():
+                raise ValueError("a number is not finite")
             scope = Scope(tuple(about.pop("roles")), about.pop("start"), about.pop("stop"))
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise FormatError(f"{folder} cannot be read ({error}); fit the monitor again") from None
@@ -229,6 +233,8 @@ class Detector:
             raise FormatError(f"{target.name} has no SAE {id} at {site}; the monitor was fitted on that one")
         if target.saes[id].digest() != self.about["sae_digest"]:
             raise FormatError(f"{id} of {target.name} has other weights than the SAE that the monitor was fitted on")
+        if len(self.latents_F) and self.latents_F.max() >= target.saes[id].dict_size:
+            raise FormatError(f"{id} has no latent {self.latents_F.max()}, which the monitor reads; fit it again")
         return target.saes[id]
 
     def check_model(self, lm: LanguageModel) -> None:

@@ -52,9 +52,15 @@ def browse(
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 8321,
     export_: Annotated[Path | None, typer.Option("--export", metavar="DIR", help="Write a static site.")] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the web browser.")] = False,
+    results: Annotated[
+        list[Path],
+        typer.Option(metavar="PATH", help="Contrast, diff, monitor, its test or scenarios to show; repeat it."),
+    ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Look at features in the web browser, offline; or write the same as a static site."""
     if export_ is not None:
+        if results:
+            raise FormatError("--results are for this machine and are not exported; leave out --results or --export")
         from qwenscope.features.browser.export import export_site
 
         with phases(err) as on_progress:
@@ -62,6 +68,14 @@ def browse(
         err.print(f"wrote {export_}; look at it: python -m http.server -d {export_}", highlight=False, markup=False)
         return
     from qwenscope.features.browser.server import serve
+    from qwenscope.features.store import Index
+
+    opened = Index(path)
+    shown = []
+    if results:
+        from qwenscope.analysis.results import read_results  # with scikit-learn, which takes a second
+
+        shown = read_results(results, opened)
 
     def ready(address: str) -> None:
         err.print(f"{address}  (Ctrl-C ends it)", highlight=False)
@@ -69,7 +83,7 @@ def browse(
             webbrowser.open(address)
 
     try:
-        serve(path, port, on_ready=ready)
+        serve(opened, port, results=shown, on_ready=ready)
     except KeyboardInterrupt:
         os._exit(130)  # at once: the interpreter's own end takes seconds among so many modules, or waits for a model
 

@@ -179,6 +179,11 @@ class Index:
         ]
         return [key for key in keys if low <= key < high]
 
+    def names(self, latents: Iterable[tuple[str, int]]) -> dict[str, dict[str, Any]]:
+        """What each of these latents is known by: {"sae_id/latent": {"label", "peaks"}}."""
+        with self._connect() as connection:
+            return self._names(connection, latents)
+
     def hits(self, latents: Iterable[tuple[str, int]], why: str) -> list[dict[str, Any]]:
         """What `search` says of each of these latents."""
         with self._connect() as connection:

@@ -6,13 +6,14 @@ Legend: K active latents.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard, get_args
 
 from qwenscope.errors import FormatError
 from qwenscope.features.browser.model_thread import Job, ModelThread
+from qwenscope.features.browser.results import Result
 from qwenscope.features.continuation import Sampling, answer_start, prompt_tokens, side_by_side
 from qwenscope.features.find import find
 from qwenscope.features.index import ORIGIN, open_origin
@@ -28,14 +29,16 @@ MAX_TOKENS = 1024
 MAX_NEW_TOKENS = 200
 MAX_PUSHES = 8
 MAX_EXAMPLES = 40
+MAX_CONVERSATIONS = 100
 _WORDS = {"mode": get_args(Mode), "where": ("answer", "all", "prefill", "decode"), "unit": ("max", "norm")}
 
 
 class Runner:
     """The suite and its language model, on a thread of their own."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, results: Sequence[Result] = ()) -> None:
         self._index = index
+        self._monitors = {result.name: result.score for result in results if result.score is not None}
         self._thread = ModelThread()
         self._loaded: tuple[Target, LanguageModel] | None = None
         self.close: Callable[[], bool] = self._thread.close
@@ -91,6 +94,44 @@ class Runner:
             yield json.dumps(find(self._index, lm, target.saes, target.sites, texts, but_not=but_not))
 
         return self._thread.submit(work)
+
+    def score(self, asked: dict[str, Any]) -> Job:
+        """A monitor's scores of conversations.
+
+        Args:
+            asked: {"conversations": [{"messages", "tools"} or {"text"}], "monitor": its name, where there are several,
+                "tokens": whether every token is scored}.
+
+        Returns:
+            One piece, JSON: {"scores": [a line of `monitor score` for each]}.
+
+        Raises:
+            FormatError: no such monitor, no conversations or too many.
+            BusyError: too many wait.
+        """
+        rows, tokens = asked.get("conversations"), asked.get("tokens", False)
+        score = self._monitors[self._monitor(asked.get("monitor"))]
+        if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_CONVERSATIONS:
+            raise FormatError(f"conversations is a list of 1 to {MAX_CONVERSATIONS}")
+        if not all(isinstance(row, dict) for row in rows) or not isinstance(tokens, bool):
+            raise FormatError("a conversation is an object with messages or text; tokens is true or false")
+
+        def work() -> Iterator[str]:
+            target, lm = self._open()
+            yield json.dumps({"scores": score(target, lm, rows, tokens)}, separators=(",", ":"))
+
+        return self._thread.submit(work)
+
+    def _monitor(self, name: Any) -> str:
+        """The one that is meant."""
+        there = list(self._monitors)
+        if not there:
+            raise FormatError("there is no monitor here; start browse with --results and a monitor's folder")
+        if name is None and len(there) == 1:
+            return there[0]
+        if name not in there:
+            raise FormatError(f"monitor is one of {', '.join(there)}")
+        return str(name)
 
     def steer(self, asked: dict[str, Any]) -> Job:
         """Pieces, a line of JSON each, {"run", "text", "effect", "note"} of the steered run and its controls.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +29,7 @@ from qwenscope.features.browser.edge import Guard, body_of, checked_text
 from qwenscope.features.browser.listening import Server, listener_on
 from qwenscope.features.browser.model_thread import BusyError, Job
 from qwenscope.features.browser.notes import Notes
+from qwenscope.features.browser.results import Result
 from qwenscope.features.browser.running import Runner
 from qwenscope.features.store import Index, MissingLatentError
 
@@ -38,19 +39,26 @@ SWITCH_SECONDS = 0.0005
 """How long the model's thread keeps the interpreter when an answer needs it: each answer does several times."""
 
 
-def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | None = None) -> None:
+def serve(
+    index: Path | Index,
+    port: int = 8321,
+    *,
+    results: Sequence[Result] = (),
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
     """Serve an index on 127.0.0.1 until interrupted.
 
     Args:
-        index: folder made by `build_index`.
+        index: folder made by `build_index`, or what was opened there.
         port: 0 takes a free one.
+        results: of `analysis.results.read_results`, shown beside it.
         on_ready: called with the address once it takes connections.
 
     Raises:
         FormatError: no index, a damaged one, or the port is taken.
     """
-    opened = Index(index)
-    runner = Runner(opened)
+    opened = index if isinstance(index, Index) else Index(index)
+    runner = Runner(opened, results)
     try:
         listener = listener_on(port)
     except (OSError, OverflowError) as error:
@@ -59,7 +67,7 @@ def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | No
     with closing(listener):
         if on_ready is not None:
             on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        server = Server(make_app(opened, runner), runner.close)
+        server = Server(make_app(opened, results, runner), runner.close)
         try:
             server.run(sockets=[listener])
         finally:
@@ -68,14 +76,14 @@ def serve(index: Path, port: int = 8321, *, on_ready: Callable[[str], None] | No
             raise KeyboardInterrupt
 
 
-def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
+def make_app(index: Path | Index, results: Sequence[Result] = (), runner: Runner | None = None) -> Guard:
     """The application alone, for any ASGI server bound to loopback.
 
     Raises:
         FormatError: no index, or a damaged one.
     """
     opened = index if isinstance(index, Index) else Index(index)
-    routes = _Routes(opened, runner or Runner(opened))
+    routes = _Routes(opened, results, runner or Runner(opened, results))
     return Guard(
         Starlette(
             routes=[
@@ -87,12 +95,15 @@ def make_app(index: Path | Index, runner: Runner | None = None) -> Guard:
                 Route("/api/sae/{sae}", routes.table),
                 Route("/api/labels/{sae}", routes.labels),
                 Route("/api/latent/{sae}/{latent}", routes.latent),
+                Route("/api/results", routes.results),
+                Route("/api/results/{name}", routes.result),
                 Route("/api/notes", routes.notes),
                 Route("/api/notes/{sae}/{latent}", routes.put_note, methods=["PUT"]),
                 Route("/api/read", routes.read, methods=["POST"]),
                 Route("/api/find", routes.find, methods=["POST"]),
                 Route("/api/steer", routes.steer, methods=["POST"]),
                 Route("/api/range", routes.range, methods=["POST"]),
+                Route("/api/monitor/score", routes.score, methods=["POST"]),
             ],
             exception_handlers={
                 MissingLatentError: _refused(404),
@@ -117,8 +128,9 @@ class _Routes:
     language model waits in the event loop for the model's own thread.
     """
 
-    def __init__(self, index: Index, runner: Runner) -> None:
+    def __init__(self, index: Index, results: Sequence[Result], runner: Runner) -> None:
         self._index = index
+        self._results = {result.name: result for result in results}
         self._files = page_files()
         self._suite = _json({**index.suite(), "live": Runner.possible(index.folder)}).body
         self._openapi = json.dumps(yaml.safe_load((files("qwenscope.features.browser") / "openapi.yaml").read_bytes()))
@@ -153,6 +165,21 @@ class _Routes:
             raise FormatError(f"a search has at most {SEARCH_LIMIT:,} characters, not {len(text):,}")
         return _json(self._index.search(text, sae_id=request.query_params.get("sae") or None))
 
+    async def results(self, _request: Request) -> Response:
+        return _json(
+            [
+                {"name": each.name, "kind": each.value["kind"], "summary": each.summary}
+                for each in self._results.values()
+            ]
+        )
+
+    def result(self, request: Request) -> Response:
+        result = self._results.get(request.path_params["name"])
+        if result is None:
+            return JSONResponse({"error": f"there is no result {request.path_params['name']}"}, 404)
+        latents = {(each["sae"], each["latent"]) for each in result.value["latents"]}
+        return _json({"name": result.name, **result.value, "names": self._index.names(latents)})
+
     def notes(self, _request: Request) -> Response:
         return _json(self._notes.all())
 
@@ -177,6 +204,10 @@ class _Routes:
 
     async def range(self, request: Request) -> Response:
         job = self._runner.range(await body_of(request))
+        return Response(await _first(request, job), media_type="application/json")
+
+    async def score(self, request: Request) -> Response:
+        job = self._runner.score(await body_of(request))
         return Response(await _first(request, job), media_type="application/json")
 
     async def steer(self, request: Request) -> Response:

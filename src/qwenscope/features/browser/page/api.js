@@ -115,6 +115,11 @@ export async function steer(body, onPiece) {
   }
 }
 
+// Contrasts, diffs, monitors and experiments that the browser was started with; an exported site has none.
+export const results = async () => (LIVE ? once("api/results") : []);
+export const result = (name) => once(`api/results/${encodeURIComponent(name)}`);
+export const score = (body) => fetchJson("api/monitor/score", { ...sent(body), signal: running.signal });
+
 // Bookmarks and notes: beside the index on this machine, or in this browser for an exported site.
 const STORE = "qwenscope notes";
 const local = () => JSON.parse(localStorage.getItem(STORE) ?? "[]");

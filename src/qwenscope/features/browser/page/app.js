@@ -1,7 +1,6 @@
 // Routes, keys and theme. A route is what follows #/ in the address, so that every view can be linked to.
 
 import { h } from "./dom.js";
-import { stopRunning } from "./api.js";
 import * as suite from "./suite.js";
 import * as sae from "./sae.js";
 import * as latent from "./latent.js";
@@ -9,6 +8,8 @@ import * as tryit from "./tryit.js";
 import * as steer from "./steer.js";
 import * as find from "./find.js";
 import * as lists from "./lists.js";
+import * as results from "./results.js";
+import * as api from "./api.js";
 
 const main = document.getElementById("main");
 const box = document.getElementById("q");
@@ -49,13 +50,14 @@ function route() {
   if (parts[0] === "find") return find.render(asked);
   if (parts[0] === "steer") return steer.render(asked);
   if (parts[0] === "notes") return lists.bookmarks();
+  if (parts[0] === "results") return parts.length === 2 ? results.render(parts[1]) : results.list();
   throw new Error("There is no such page.");
 }
 
 async function show() {
   if (location.hash && !location.hash.startsWith("#/")) return;
   const mine = ++turn;
-  stopRunning();
+  api.stopRunning();
   let view;
   try {
     view = await route();
@@ -76,10 +78,12 @@ async function show() {
   keys = view.keys ?? {};
   document.title = `${view.title} · qwenscope`;
   const here = location.hash.split("?")[0] || "#/";
+  const nav = (await api.results().catch(() => [])).length ? [...NAV, ["#/results", "Results"]] : NAV;
+  if (mine !== turn) return;
   document
     .getElementById("nav")
     .replaceChildren(
-      ...NAV.map(([href, text]) => h("a", { href, "aria-current": href === here ? "page" : null }, text)),
+      ...nav.map(([href, text]) => h("a", { href, "aria-current": href === here ? "page" : null }, text)),
     );
   if (here !== "#/search") box.value = "";
   scrollTo(0, 0);
@@ -135,7 +139,7 @@ const EVERYWHERE = {
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || help.open) return;
-  if (event.key === "Escape") stopRunning();
+  if (event.key === "Escape") api.stopRunning();
   if (event.target.closest("input, textarea, select")) {
     if (event.key === "Escape") event.target.blur();
     return;

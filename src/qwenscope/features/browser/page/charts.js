@@ -76,6 +76,50 @@ export function sparkline({ counts }) {
   );
 }
 
+// A value and its interval on a line from `low` to `high`, with a mark at `zero`; the number stands beside it.
+export function whisker(value, interval, [low, high, zero], tone = "") {
+  const width = 120;
+  const at = (x) => (4 + (width - 8) * Math.min(1, Math.max(0, (x - low) / (high - low)))).toFixed(1);
+  return s(
+    "svg",
+    { class: `whisker ${tone}`, viewBox: `0 0 ${width} 16`, "aria-hidden": "true" },
+    s("line", { class: "zero", x1: at(zero), x2: at(zero), y1: 0, y2: 16 }),
+    interval ? s("line", { class: "interval", x1: at(interval[0]), x2: at(interval[1]), y1: 8, y2: 8 }) : null,
+    s("circle", { cx: at(value), cy: 8, r: 3.5 }),
+  );
+}
+
+// Values by strength, joined, one line per series: [{ tone, text, level: y of a dashed line, points: [[x, y, interval]] }].
+export function doses(series, title) {
+  const [width, height, left, bottom] = [360, 190, 44, 24];
+  const xs = series.flatMap(({ points }) => points.map(([x]) => x));
+  const ys = series.flatMap(({ points, level }) => [level ?? 0, ...points.flatMap(([, y, i]) => [y, ...(i ?? [])])]);
+  const [x0, x1] = [Math.min(0, ...xs), Math.max(0, ...xs)];
+  const [least, most] = [Math.min(0, ...ys), Math.max(0, ...ys)];
+  const [y0, y1] = least === most ? [-0.1, 0.1] : [least, most];
+  const at = (x) => (left + ((width - left - 10) * (x - x0)) / (x1 - x0 || 1)).toFixed(1);
+  const up = (y) => (8 + ((height - bottom - 8) * (y1 - y)) / (y1 - y0)).toFixed(1);
+  const text = (x, y, said, anchor) => s("text", { x, y, "text-anchor": anchor }, said);
+  const marks = series.map(({ tone, level, points, text: name }) => [
+    level === undefined
+      ? null
+      : s("line", { class: `level ${tone}`, x1: left, x2: width - 10, y1: up(level), y2: up(level) }),
+    s("polyline", { class: tone, points: points.map(([x, y]) => `${at(x)},${up(y)}`).join(" ") }),
+    points.map(([x, y, interval]) => [
+      interval ? s("line", { class: tone, x1: at(x), x2: at(x), y1: up(interval[0]), y2: up(interval[1]) }) : null,
+      s("circle", { class: tone, cx: at(x), cy: up(y), r: 4 }, s("title", null, `${name}, ${x}: ${percent(y)}`)),
+    ]),
+  ]);
+  return s(
+    "svg",
+    { class: "doses", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title },
+    s("line", { class: "zero", x1: left, x2: width - 10, y1: up(0), y2: up(0) }),
+    [...new Set([y0, 0, y1])].map((y) => text(left - 6, Number(up(y)) + 4, percent(y), "end")),
+    [...new Set(xs)].map((x) => text(at(x), height - 6, number(x), "middle")),
+    ...marks.flat(3).filter(Boolean),
+  );
+}
+
 // rows: [label node, value 0..1 of the bar, text, reference 0..1 or null].
 export function bars(rows, caption) {
   return h(

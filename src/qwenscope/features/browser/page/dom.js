@@ -22,6 +22,7 @@ export const link = {
   sae: (sae) => `#/sae/${encodeURIComponent(sae)}`,
   latent: (sae, latent) => `#/sae/${encodeURIComponent(sae)}/${latent}`,
   read: (text) => `#/try?text=${encodeURIComponent(text)}`,
+  result: (name) => `#/results/${encodeURIComponent(name)}`,
   search: (q) => `#/search?q=${encodeURIComponent(q)}`,
 };
 
@@ -52,6 +53,15 @@ export const token = (text, properties) =>
 
 // A label that someone, or a model, has written; those that the index makes of counts begin so.
 export const written = (label) => label && !label.startsWith("by rule: ");
+
+// What a latent is known by where it is one of many: its label, or where it peaks.
+export function known({ label, peaks } = { label: "", peaks: [] }) {
+  return h(
+    "span",
+    { class: "chips" },
+    written(label) ? h("span", { class: "label" }, label) : peaks.slice(0, 2).map((text) => token(text)),
+  );
+}
 
 export const ROLE_NAMES = {
   system: "system",

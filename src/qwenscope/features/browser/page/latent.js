@@ -1,6 +1,6 @@
 // One latent: what it fires on, what it does to the output, whom it keeps company with, notes, steering.
 
-import { h, link, number, percent, kindBadge, stat, token, section, written, ROLE_NAMES } from "./dom.js";
+import { h, link, number, percent, kindBadge, stat, token, section, known, ROLE_NAMES } from "./dom.js";
 import { activations, bars } from "./charts.js";
 import { contexts, shaded } from "./contexts.js";
 import { steerBox } from "./steer.js";
@@ -76,15 +76,6 @@ function tokenList(rows, sign) {
         h("span", { class: "num" }, number(score)),
       ),
     ),
-  );
-}
-
-// What another latent is known by: its label, or where it peaks.
-function known({ label, peaks } = { label: "", peaks: [] }) {
-  return h(
-    "span",
-    { class: "chips" },
-    written(label) ? h("span", { class: "label" }, label) : peaks.slice(0, 2).map((text) => token(text)),
   );
 }
 
