@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from qwenscope.cli.options import AsJson, Out, TargetName, err, show, write_json
+from qwenscope.cli.options import AsJson, Data, Out, TargetName, err, show, write_json
 from qwenscope.cli.progress import phases
 from qwenscope.cli.tables import contrast_tables, diff_tables, monitor_table, monitor_test_tables
+from qwenscope.cli.trace_tables import trace_tables
 from qwenscope.errors import FormatError
 
 
@@ -110,6 +111,35 @@ def diff(
         else:
             raise FormatError("name two corpora with --a and --b, or one and a checkpoint with --data and --model-b")
     show(result, as_json, diff_tables)
+
+
+def trace(
+    target: TargetName,
+    sae: Annotated[str, typer.Option(metavar="ID", help="SAE of the latent.")],
+    latent: Annotated[int, typer.Option(min=0, help="Which of its latents.")],
+    strength: Annotated[float, typer.Option(help="How far is pushed along it, in norms of the row.")] = 0.3,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read of each split at most.")] = 5_000,
+    path: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the result as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where a latent acts: at prefill or decode, on which experts, on the recurrent states above; beside controls."""
+    from qwenscope.analysis.trace import trace as trace_latent
+
+    with phases(err) as on_progress:
+        result = trace_latent(
+            target,
+            sae=sae,
+            latent=latent,
+            strength=strength,
+            data=data,
+            tokens=tokens,
+            out=path,
+            on_progress=on_progress,
+        )
+    show(result, as_json, trace_tables)
+    if path is not None:
+        err.print(f"wrote {path}", highlight=False, markup=False)
 
 
 monitor = typer.Typer(

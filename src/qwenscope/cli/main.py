@@ -280,7 +280,10 @@ def compare(
     show(compare_suites(first, second, data=data, tokens=tokens), as_json, comparison_table)
 
 
-for command in (features.index, features.browse, features.steer, features.explain, analysis.contrast, analysis.diff):
+for command in (
+    *(features.index, features.browse, features.steer, features.explain),
+    *(analysis.contrast, analysis.diff, analysis.trace),
+):
     app.command(rich_help_panel="Look and steer")(command)
 app.add_typer(analysis.monitor, name="monitor", rich_help_panel="Look and steer")
 

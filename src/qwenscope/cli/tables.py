@@ -30,14 +30,14 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _plain(title: str = "", **options: Any) -> Table:
+def plain_table(title: str = "", **options: Any) -> Table:
     """A table without lines."""
     return Table(box=None, padding=(0, 2, 0, 0), title=title or None, **_TITLE, **options)
 
 
 def _two_columns() -> Table:
     """Names and what is said of them."""
-    table = _plain(show_header=False)
+    table = plain_table(show_header=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     return table
@@ -53,7 +53,7 @@ def keys_table(keys: Mapping[str, str]) -> Table:
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:
     """One row per SAE and split of an `evaluation.json` object."""
-    table = _plain("Held-out evaluation")
+    table = plain_table("Held-out evaluation")
     table.caption = "EV explained variance (1 - FVU), CE: cross-entropy recovered against zero and mean ablation"
     table.add_column("SAE", no_wrap=True)
     table.add_column("split", no_wrap=True)
@@ -82,7 +82,7 @@ def evaluation_tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 def _usefulness_table(found: Mapping[str, Any], title: str) -> Table:
     """One row per SAE: how well 1, 4 and 16 of its latents tell labels apart, and of a frozen decoder's."""
-    table = _plain(title)
+    table = plain_table(title)
     table.caption = (
         f"AUROC of the best 1, 4 and 16 latents for {escape(', '.join(found['labels']))}, mean; *: of a decoder that "
         f"was never trained; rows: all dimensions. The token alone: {found['tokens']['auroc']:.3f}"
@@ -100,7 +100,7 @@ def _usefulness_table(found: Mapping[str, Any], title: str) -> Table:
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """`compare`'s object: per layer and split, both suites' numbers side by side."""
-    table = _plain(escape("{first} against {second}".format(**result["suites"])))
+    table = plain_table(escape("{first} against {second}".format(**result["suites"])))
     table.caption = "shared: latents of the first with a decoder direction in the second above cosine 0.7"
     for heading in ("layer", "split", "FVU", "", "L0", "", "CE mean", "", "shared"):
         table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
@@ -210,7 +210,7 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table]:
 
 def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """The latents with the largest effects, then what they must be compared with, then how else the piles differ."""
-    latents = _plain("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
+    latents = plain_table("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
     latents.caption = "adjusted: the effect without length and roles; with, without: conversations it is active in"
     for heading in ("SAE", "latent", "effect", "95 %", "adjusted", "q", "with", "without"):
         latents.add_column(heading, justify="left" if heading == "SAE" else "right", no_wrap=True)
@@ -218,16 +218,16 @@ def contrast_tables(result: Mapping[str, Any]) -> Iterator[Table]:
         effect, adjusted = (format(cell[key], ".2f") for key in ("effect", "adjusted_effect"))
         active = [format(cell["active"][side], ".0%") for side in ("positive", "negative")]
         q, latent = format(cell["q"], ".1g"), str(cell["latent"])
-        latents.add_row(cell["sae"], latent, effect, _interval(cell["interval"]), adjusted, q, *active)
+        latents.add_row(cell["sae"], latent, effect, interval_text(cell["interval"]), adjusted, q, *active)
     yield latents
-    compared = _plain("How well the piles can be told apart, on held-out conversations")
+    compared = plain_table("How well the piles can be told apart, on held-out conversations")
     for heading in ("SAE", "by", "AUROC", "95 %", "accuracy"):
         compared.add_column(heading, justify="left" if heading in ("SAE", "by") else "right", no_wrap=True)
     for sae_id, cells in result["controls"].items():
         for place, (name, cell) in enumerate(cells.items()):
             numbers = (
                 format(cell["auroc"], ".3f"),
-                _interval(cell["interval"]),
+                interval_text(cell["interval"]),
                 format(cell["balanced_accuracy"], ".1%"),
             )
             compared.add_row(sae_id if place == 0 else "", name, *numbers)
@@ -240,7 +240,7 @@ def diff_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     checkpoints also on which tokens, and how well the SAEs fit.
     """
     where, what = ("changed on", "change") if "fvu" in result else ("strongest in", "fire")
-    table = _plain("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
+    table = plain_table("{found} of {tested:,} latents found at a false discovery rate of {fdr:.0%}".format(**result))
     table.caption = f"a, b: share of tokens on which it fires; #: latents that {what} in the same conversations"
     for heading, width in (
         ("#", 2),
@@ -259,16 +259,18 @@ def diff_tables(result: Mapping[str, Any]) -> Iterator[Table]:
         said = " ".join(repr(each["token"]) for each in cell.get("tokens", []))
         if "fvu" not in result and cell["conversations"]:
             said = " ".join(cell["conversations"][0]["text"].split())
-        numbers = format(cell["effect"], ".2f"), _interval(cell["interval"]), format(cell["q"], ".1g"), *rates
+        numbers = format(cell["effect"], ".2f"), interval_text(cell["interval"]), format(cell["q"], ".1g"), *rates
         table.add_row(str(cell["group"]), cell["sae"], str(cell["latent"]), *numbers, escape(said[:40]))
     yield table
     if "fvu" in result:
-        fit = _plain(escape("How well the SAEs fit {a} (a) and {b} (b)".format(**result["model"])))
+        fit = plain_table(escape("How well the SAEs fit {a} (a) and {b} (b)".format(**result["model"])))
         for heading in ("SAE", "FVU a", "FVU b", "change", "95 %"):
             fit.add_column(heading, justify="left" if heading == "SAE" else "right", no_wrap=True)
         for sae_id, cell in result["fvu"].items():
             fit.add_row(
-                sae_id, *(format(cell[key], ".4f") for key in ("a", "b", "change")), _interval(cell["interval"], ".4f")
+                sae_id,
+                *(format(cell[key], ".4f") for key in ("a", "b", "change")),
+                interval_text(cell["interval"], ".4f"),
             )
         yield fit
 
@@ -277,7 +279,7 @@ def experiment_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """What `steer --scenarios` shows: each trait's own check by strength beside its controls, then what it does to
     all checks.
     """
-    doses = _plain("{scenarios} scenarios, {repeats} of each: how often checks hold".format(**result))
+    doses = plain_table("{scenarios} scenarios, {repeats} of each: how often checks hold".format(**result))
     doses.caption = (
         "at: positions; dose: strength; change: from the unsteered runs; ppl: perplexity under the unsteered model"
     )
@@ -293,10 +295,16 @@ def experiment_tables(result: Mapping[str, Any]) -> Iterator[Table]:
         told = cell["checks"][check]
         dose = "" if cell["strength"] is None else f"{cell['strength']:g}"
         rate, change = f"{told['rate']:.0%}", f"{told['difference']:+.0%}"
-        figures = rate, change, _interval(told["interval"], "+.0%"), f"{cell['kl']:.3f}", f"{cell['perplexity']:.3g}"
+        figures = (
+            rate,
+            change,
+            interval_text(told["interval"], "+.0%"),
+            f"{cell['kl']:.3f}",
+            f"{cell['perplexity']:.3g}",
+        )
         doses.add_row(cell["trait"], cell["arm"], cell["position"] or "", dose, check, *figures)
     yield doses
-    crossed = _plain("What each trait changes, at strength {strength:g}, {position}".format(**result["matrix"]))
+    crossed = plain_table("What each trait changes, at strength {strength:g}, {position}".format(**result["matrix"]))
     crossed.add_column("trait")
     for check in plain["checks"]:
         crossed.add_column(escape(check), justify="right")
@@ -316,19 +324,21 @@ def monitor_table(result: Mapping[str, Any]) -> Table:
     table.add_row("false positives", f"{result['fpr']:.2%}, on {count:,} conversations: {low:.2%} to {high:.2%}")
     table.add_row("threshold", f"{result['threshold']:.4g}")
     for sae_id, cell in result["held_out"].items():
-        table.add_row(f"AUROC {sae_id}", f"{cell['auroc']:.3f} ({_interval(cell['interval'])}), held-out conversations")
+        table.add_row(
+            f"AUROC {sae_id}", f"{cell['auroc']:.3f} ({interval_text(cell['interval'])}), held-out conversations"
+        )
     return table
 
 
 def monitor_test_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """What `monitor test` says: whether the stated rate holds, then the monitor and its controls on every slice."""
-    stated = _plain(f"At the threshold for {result['fpr']:.2%} false positives")
+    stated = plain_table(f"At the threshold for {result['fpr']:.2%} false positives")
     for heading in ("slice", "with", "without", "false positives", "recall", "holds"):
         stated.add_column(heading, justify="left" if heading == "slice" else "right", no_wrap=True)
     for name, cell in result["slices"].items():
         counts = (f"{cell['conversations'][side]:,}" for side in ("positive", "negative"))
         false, recall = cell["stated"]["false_positives"], cell["stated"]["recall"]
-        shown = f"{false['rate']:.1%} ({_interval(false['interval'], '.1%')})"
+        shown = f"{false['rate']:.1%} ({interval_text(false['interval'], '.1%')})"
         found = "–" if recall is None else f"{recall['rate']:.1%}"
         stated.add_row(escape(name), *counts, shown, found, "yes" if cell["stated"]["holds"] else "[red]no[/]")
     yield stated
@@ -338,20 +348,20 @@ def monitor_test_tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _compared(name: str, by: Mapping[str, Any]) -> Table:
-    table = _plain(escape(f"How well conversations can be told apart: {name}"))
+    table = plain_table(escape(f"How well conversations can be told apart: {name}"))
     for heading in ("by", "AUROC", "95 %", "recall at 1 %", "recall at 0.1 %"):
         table.add_column(heading, justify="left" if heading == "by" else "right", no_wrap=True)
     for control, cell in by.items():
         recalls = (
-            "too few" if "refused" in at else f"{at['recall']:.0%} ({_interval(at['interval'], '.0%')})"
+            "too few" if "refused" in at else f"{at['recall']:.0%} ({interval_text(at['interval'], '.0%')})"
             for at in cell["at"].values()
         )
-        table.add_row(control, f"{cell['auroc']:.3f}", _interval(cell["interval"]), *recalls)
+        table.add_row(control, f"{cell['auroc']:.3f}", interval_text(cell["interval"]), *recalls)
     return table
 
 
 def _confounds_table(confounds: Mapping[str, Any]) -> Table:
-    table = _plain("What else differs between the piles")
+    table = plain_table("What else differs between the piles")
     for heading in ("", "positive", "negative", "p"):
         table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     numbers = [("mean tokens", confounds["length"], ".1f")]
@@ -365,5 +375,6 @@ def _confounds_table(confounds: Mapping[str, Any]) -> Table:
     return table
 
 
-def _interval(interval: list[float] | None, form: str = ".2f") -> str:
+def interval_text(interval: list[float] | None, form: str = ".2f") -> str:
+    """0.1 to 0.3, or a dash."""
     return "–" if interval is None else " to ".join(format(edge, form) for edge in interval)

@@ -46,7 +46,7 @@ class RoutingShift:
         for layer, logits in spliced.items():
             before_RE, after_RE = clean[layer].float()[rows_R], logits.float()[rows_R]
             k = int(routers[layer].top_k)  # type: ignore[arg-type]
-            shared_R = (_chosen(before_RE, k) & _chosen(after_RE, k)).sum(1)
+            shared_R = (chosen_experts(before_RE, k) & chosen_experts(after_RE, k)).sum(1)
             before_RE, after_RE = before_RE.double().log_softmax(1), after_RE.double().log_softmax(1)
             divergence_R = (before_RE.exp() * (before_RE - after_RE)).sum(1)
             self.overlap[layer] = self.overlap.get(layer, 0.0) + float(shared_R.double().sum()) / k
@@ -62,10 +62,15 @@ class RoutingShift:
         }
 
 
-def _chosen(logits_RE: Tensor, k: int) -> Tensor:
+def chosen_experts(logits_RE: Tensor, k: int) -> Tensor:
     """bool [R, E], True at each row's k largest."""
     chosen_RE = torch.zeros_like(logits_RE, dtype=torch.bool)
     return chosen_RE.scatter_(1, logits_RE.topk(k, dim=1).indices, True)
+
+
+def before_router(site: Site, layer: int) -> bool:
+    """Whether a pass reaches `site` before the router of `layer`, which stands in its MLP."""
+    return site < Site(f"layers.{layer}.mlp")
 
 
 @torch.no_grad()
@@ -74,18 +79,36 @@ def recurrent_states(lm: LanguageModel, input_ids_CT: Tensor) -> dict[int, Tenso
 
     Layers that a `restart` skips are absent.
     """
-    cache = DynamicCache(config=lm.model.config.get_text_config(decoder=True))
+    cache = empty_cache(lm)
+    lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=True, **cache)
+    return states_in(cache)
+
+
+def empty_cache(lm: LanguageModel) -> dict[str, DynamicCache]:
+    """A cache under the name by which the decoder takes it."""
     taken = signature(lm.decoder.forward).parameters
     name = "cache" if "cache" in taken else "past_key_values"  # until transformers 5.23
-    lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=True, **{name: cache})
+    return {name: DynamicCache(config=lm.model.config.get_text_config(decoder=True))}
+
+
+def states_in(cache: Mapping[str, DynamicCache]) -> dict[int, Tensor]:
+    """The recurrent states that a cache holds, {layer: [C, heads, d_k, d_v]}; passes go on to write into them."""
+    (held_all,) = cache.values()
     states = {}
-    for layer, held in enumerate(cache.layers):
+    for layer, held in enumerate(held_all.layers):
         state = getattr(held, "recurrent_states", None)
         if isinstance(state, dict):  # transformers >= 5.20 keeps several per layer
             state = state.get(0)
         if isinstance(state, Tensor):
             states[layer] = state
     return states
+
+
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """|after - before| / |before| (Frobenius) of each [C, ...]: float64 [C]."""
+    before, after = before.double().flatten(1), after.double().flatten(1)
+    change: Tensor = (after - before).norm(dim=1) / before.norm(dim=1)
+    return change
 
 
 @dataclass
@@ -97,8 +120,7 @@ class StateShift:
     def update(self, clean: Mapping[int, Tensor], spliced: Mapping[int, Tensor]) -> None:
         """Add one batch: {layer: states} of the clean pass and of the spliced one, which has the layers above it."""
         for layer, state in spliced.items():
-            before, after = clean[layer].double().flatten(1), state.double().flatten(1)
-            self.shifts.setdefault(layer, []).append((after - before).norm(dim=1) / before.norm(dim=1))
+            self.shifts.setdefault(layer, []).append(relative_change(clean[layer], state))
 
     def figures(self) -> dict[str, list[Any]]:
         """DeltaNet `layers` above the splice and the mean `shift` over conversations at each."""

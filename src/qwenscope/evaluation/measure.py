@@ -21,7 +21,7 @@ from torch import Tensor
 from qwenscope.activations.harvest import LEFT_OUT, harvest
 from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.errors import CorpusError, ModelError
-from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_shifts
+from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_shifts, before_router
 from qwenscope.evaluation.fidelity import Fidelity, Moments
 from qwenscope.evaluation.kept import Kept
 from qwenscope.evaluation.splice import CleanPass, clean_pass, losses, variant_pass
@@ -81,7 +81,9 @@ class SplitMeter:
         self.lm, self.saes, self.sites, self.targets = lm, saes, sites, targets or sites
         self.conversations, self.recipe = conversations, recipe
         self.hooked = sorted({*sites.values(), *self.targets.values()})
-        self.routers = {layer: router for layer, router in find_routers(lm).items() if _before(self.hooked[0], layer)}
+        self.routers = {
+            layer: router for layer, router in find_routers(lm).items() if before_router(self.hooked[0], layer)
+        }
         added = lm.tokenizer.get_added_vocab().values()
         self.special_ids = torch.tensor(sorted(added), dtype=torch.int64, device=lm.device)
         self.fidelity = {
@@ -217,7 +219,7 @@ class SplitMeter:
         for sae_id, site in self.targets.items():
             x_hat_RD = self._reconstruct(sae_id, batch, rows, kept_CT, roles_R, special_R)
             x_CTD = _replaced(rows[site], kept_CT, x_hat_RD)
-            above = {layer: router for layer, router in self.routers.items() if _before(site, layer)}
+            above = {layer: router for layer, router in self.routers.items() if before_router(site, layer)}
             routing: dict[int, Tensor] = {}
             with watch_routers(above, routing.__setitem__):
                 variants["spliced", sae_id] = self._variant(clean, site, x_CTD)
@@ -335,11 +337,6 @@ def _ablation_key(site: Site, first: Mapping[str, Tensor]) -> dict[str, Any]:
     """What decides, with the conversations, how ablations at a site turn out: the kept rows and their mean."""
     rows = hashlib.sha256(first["kept"].numpy().tobytes() + first[site.name].numpy().tobytes())
     return {"ablation": site.name, "rows": rows.hexdigest()}
-
-
-def _before(site: Site, layer: int) -> bool:
-    """Whether a pass reaches `site` before the router of `layer`, which stands in its MLP."""
-    return site < Site(f"layers.{layer}.mlp")
 
 
 def _replaced(x_CTD: Tensor, kept_CT: Tensor, rows: Tensor) -> Tensor:
