@@ -122,16 +122,12 @@ def trace(
     if len(push.direction_D) != (width := lm.width(site)):
         raise FormatError(f"a direction of {len(push.direction_D)} cannot be added at {site}, {width} wide")
     seed = opened.recipe.seed
-    split_conversations = opened.splits(lm.tokenizer, tokens, data).values()
-    readings = [one for each in itertools.chain(*split_conversations) if (one := Reading.of(each)) is not None]
-    if not readings:
-        raise CorpusError(f"{data or 'what was held out'}: no conversation has an answer; give others with --data")
+    readings = _readings(opened, lm, tokens, data)
     pushes = [push, *_at_random(push, seed)]
     tracing = _Tracing(opened, lm, readings, pushes, opened.sites[sae], coder if along is None else None)
     tracing.run(on_progress)
     on_progress("following states", 0, 1)
-    longest = sorted(readings, key=lambda one: -min(AFTER, len(one.token_ids) - one.start))[:FOLLOWED]
-    states = state_changes(lm, [(one.token_ids.tolist(), one.start) for one in longest], pushes, PLACES)
+    states = state_changes(lm, _longest(readings), pushes, PLACES)
     on_progress("following states", 1, 1)
     result: dict[str, Any] = {
         "target": opened.name,
@@ -150,6 +146,20 @@ def trace(
     if out is not None:
         write_json(out, result)
     return result
+
+
+def _readings(target: Target, lm: LanguageModel, tokens: int, data: Path | None) -> list[Reading]:
+    conversations = itertools.chain(*target.splits(lm.tokenizer, tokens, data).values())
+    readings = [one for each in conversations if (one := Reading.of(each)) is not None]
+    if not readings:
+        raise CorpusError(f"{data or 'what was held out'}: no conversation has an answer; give others with --data")
+    return readings
+
+
+def _longest(readings: Sequence[Reading]) -> list[tuple[list[int], int]]:
+    """The conversations whose states are followed: those with the longest answers."""
+    chosen = sorted(readings, key=lambda one: -min(AFTER, len(one.token_ids) - one.start))[:FOLLOWED]
+    return [(one.token_ids.tolist(), one.start) for one in chosen]
 
 
 def _at_random(push: Steering, seed: int) -> list[Steering]:
