@@ -18,6 +18,7 @@ COMMANDS: dict[str, list[str]] = {
     "contrast": ["contrast", "nowhere", "--example", "asks-before-acting"],
     "diff": ["diff", "nowhere", "--a", "a.jsonl", "--b", "b.jsonl"],
     "checkpoints": ["diff", "nowhere", "--data", "a.jsonl", "--model-b", "other"],
+    "trace": ["trace", "nowhere", "--sae", "one", "--latent", "0"],
     "monitor fit": ["monitor", "fit", "nowhere", "--example", "asks-before-acting"],
     "monitor test": ["monitor", "test", "nowhere", "monitor", "--example", "asks-before-acting"],
     "scenarios": ["steer", "nowhere", "--scenarios", "scenarios.yaml"],

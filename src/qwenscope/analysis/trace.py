@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qwenscope.analysis.contrast import OnProgress, chosen_saes
 from qwenscope.analysis.experts import Added, Firing, choices
+from qwenscope.analysis.heads import head
 from qwenscope.analysis.pooling import Scope
 from qwenscope.analysis.recurrence import AFTER, state_changes
 from qwenscope.corpus.conversation import ROLES, Conversation
@@ -40,9 +41,10 @@ from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.hooks import find_routers, watch_routers
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import Target, as_target
 from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
+from qwenscope.training.lock import sole_writer
 
 STRENGTH = 0.3
 """In norms of the row, as in the steering file of a contrast."""
@@ -110,41 +112,25 @@ def trace(
     Raises:
         FormatError: an SAE or a latent that is not there, a strength of 0, a direction of another width.
         CorpusError: nothing to read, or no conversation has an answer.
+        LockError: another process writes `out`.
     """
-    opened = target if isinstance(target, Target) else open_target(target)
-    chosen_saes(opened, [sae])
-    if not strength:
-        raise FormatError("a push of strength 0 changes nothing; give another --strength")
-    coder, site = opened.saes[sae], opened.targets[sae]
-    named: dict[str, Any] = {"sae": coder, "latent": latent} if along is None else {"along": along}
-    push = Steering(site=site, strength=strength, **named)
-    lm = opened.language_model()
-    if len(push.direction_D) != (width := lm.width(site)):
-        raise FormatError(f"a direction of {len(push.direction_D)} cannot be added at {site}, {width} wide")
-    seed = opened.recipe.seed
-    readings = _readings(opened, lm, tokens, data)
-    pushes = [push, *_at_random(push, seed)]
-    tracing = _Tracing(opened, lm, readings, pushes, opened.sites[sae], coder if along is None else None)
-    tracing.run(on_progress)
-    on_progress("following states", 0, 1)
-    states = state_changes(lm, _longest(readings), pushes, PLACES)
-    on_progress("following states", 1, 1)
-    result: dict[str, Any] = {
-        "target": opened.name,
-        "model": opened.recipe.lm.model,
-        "sae": sae,
-        "latent": latent,
-        "site": site.name,
-        "strength": strength,
-        "random_directions": RANDOM,
-        "conversations": len(readings),
-        "tokens": sum(len(one.token_ids) for one in readings),
-        "output": tracing.output(seed),
-        "routing": tracing.routing(seed),
-        "state": states,
-    }
-    if out is not None:
-        write_json(out, result)
+    with sole_writer(out):
+        opened = as_target(target)
+        chosen_saes(opened, [sae])
+        if not strength:
+            raise FormatError("a push of strength 0 changes nothing; give another --strength")
+        coder, site = opened.saes[sae], opened.targets[sae]
+        named: dict[str, Any] = {"sae": coder, "latent": latent} if along is None else {"along": along}
+        push = Steering(site=site, strength=strength, **named)
+        lm = opened.language_model()
+        if len(push.direction_D) != (width := lm.width(site)):
+            raise FormatError(f"a direction of {len(push.direction_D)} cannot be added at {site}, {width} wide")
+        readings, pushes = _readings(opened, lm, tokens, data), [push, *_at_random(push, opened.recipe.seed)]
+        asked = {"sae": sae, "latent": latent, "site": site.name, "strength": strength, "random_directions": RANDOM}
+        tracing = _Tracing(opened, lm, readings, pushes, opened.sites[sae], coder if along is None else None)
+        result = head("trace", opened, [sae]) | asked | tracing.run(on_progress)
+        if out is not None:
+            write_json(out, result)
     return result
 
 
@@ -195,8 +181,8 @@ class _Tracing:
         self.kl_XA = torch.zeros(shape, AFTER, dtype=torch.float64)
         self.tokens_C = torch.tensor([len(one.token_ids) - one.start for one in readings], dtype=torch.float64)
 
-    def run(self, on_progress: OnProgress) -> None:
-        """All batches."""
+    def run(self, on_progress: OnProgress) -> dict[str, Any]:
+        """What is found over all batches."""
         ids = [one.token_ids for one in self.readings]
         pad = self.lm.tokenizer.pad_token_id or 0
         done = 0
@@ -204,6 +190,17 @@ class _Tracing:
             self._measure(batch)
             done += len(batch.members)
             on_progress("tracing", done, len(ids))
+        on_progress("following states", 0, 1)
+        states = state_changes(self.lm, _longest(self.readings), self.pushes, PLACES)
+        on_progress("following states", 1, 1)
+        seed = self.recipe.seed
+        return {
+            "conversations": len(ids),
+            "tokens": sum(map(len, ids)),
+            "output": self.output(seed),
+            "routing": self.routing(seed),
+            "state": states,
+        }
 
     @torch.no_grad()
     def _measure(self, batch: Batch) -> None:
