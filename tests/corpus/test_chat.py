@@ -252,6 +252,11 @@ def test_a_template_that_refuses_marks_still_gives_roles(tokenizer: PreTrainedTo
     assert found == [("user", "user"), ("template", ": user\n")]  # the first place where the content can stand
 
 
+def test_a_template_that_writes_the_date_writes_the_same_every_day(tokenizer: PreTrainedTokenizerBase) -> None:
+    dated = with_template(tokenizer, "{{ strftime_now('%d %b %Y, %H:%M') }} {{ messages[0].content }}")
+    assert render([{"role": "user", "content": "a"}], None, dated, 100).text == "26 Jul 2024, 00:00 a"
+
+
 def test_named_templates_need_a_default(tokenizer: PreTrainedTokenizerBase) -> None:
     question = [{"role": "user", "content": "a"}]
     with pytest.raises(CorpusError, match="chat templates rag, tool_use and none named default"):

@@ -32,6 +32,19 @@ if TYPE_CHECKING:
 
 _SYSTEM, _USER, _ASSISTANT, _TOOL_CALL, _TOOL_RESULT, _THINK, _TEMPLATE, _ = range(len(ROLES))
 _CODES = {"system": _SYSTEM, "user": _USER, "assistant": _ASSISTANT, "tool": _TOOL_RESULT}
+_TODAY = (
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(
+        f".replace('%{sign}', '{text}')"
+        for sign, text in {
+            **{"d": "26", "-d": "26", "e": "26", "b": "Jul", "B": "July", "m": "07", "-m": "7", "Y": "2024", "y": "24"},
+            **{"a": "Fri", "A": "Friday", "j": "208", "H": "00", "I": "12", "M": "00", "S": "00", "p": "AM"},
+            **{"F": "2024-07-26", "D": "07/26/24", "T": "00:00:00", "x": "07/26/24", "X": "00:00:00", "Z": "", "z": ""},
+        }.items()
+    )
+    + " }}{%- endmacro -%}"
+)
+"""Goes before a template that asks for today's date, so that a run is the same on any day; Llama 3.1's own default."""
 _MOST_MESSAGES = 10_000
 _MOST_OBJECTS = 10_000  # of JSON that are looked at in one rendered text
 _OPEN, _CLOSE = 0xFDD0, chr(0xFDDF)
@@ -49,13 +62,22 @@ def render(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase, max_le
     return renderer.encode([renderer.layout(*clean(messages, tools))])[0]
 
 
-def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | dict[str, str] | None) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or one that renders conversations by another template."""
     if template is None:
         return tokenizer
     changed = copy.copy(tokenizer)
     changed.chat_template = template
     return changed
+
+
+def _on_one_day(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or one for whose templates today is always the same day."""
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if "strftime_now" not in str(template):
+        return tokenizer
+    named = isinstance(template, dict)
+    return with_template(tokenizer, {n: _TODAY + str(t) for n, t in template.items()} if named else _TODAY + template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +96,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         """Raises CorpusError if the tokenizer is not a fast one."""
-        self.tokenizer = tokenizer
+        self.tokenizer = _on_one_day(tokenizer)
         self.max_length = max_length
         self.encoder = encoder_for(tokenizer)
 
