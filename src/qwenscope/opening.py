@@ -77,8 +77,7 @@ class Target:
             ModelError: it cannot be loaded, or does not have the hook points.
             FormatError: an SAE does not fit its width.
         """
-        revision = self.revisions.get("model") or self.recipe.lm.revision
-        recipe = self.recipe.lm.model_copy(update={"revision": revision})
+        recipe = self.recipe.lm.pinned(self.revisions)
         lm = load_language_model(recipe, last_layer=self.recipe.last_layer if truncated else None, lm_head=True)
         lm.tokenizer = with_template(lm.tokenizer, self.recipe.corpus.chat_template)
         check_hook_points(lm, self.recipe.hook_points)
@@ -268,9 +267,14 @@ def _recipe_of(saes: Mapping[str, SAE], shown: str, like: Target | None) -> tupl
     if like is not None:
         return like.recipe.model_copy(update={"hook_points": hooked}), like.own_recipe
     models = {str(sae.config["model"]) for sae in saes.values() if "model" in sae.config}
+    second = {sae.config.get("model_b") for sae in saes.values() if "model" in sae.config} or {None}
     if is_published and not models - {published.lm.model}:
         return published.model_copy(update={"hook_points": {sae_id: points[sae_id] for sae_id in saes}}), True
+    if len(second) != 1:
+        raise FormatError(f"{shown}: its SAEs' config.json name unlike second models under model_b; open them apart")
     if len(models) != 1:
         named = " and ".join(sorted(models)) or "none"
         raise FormatError(f"{shown}: its SAEs' config.json name no one language model ({named}); add the key model")
-    return published.model_copy(update={"lm": LMRecipe(model=models.pop()), "hook_points": hooked}), False
+    return published.model_copy(
+        update={"lm": LMRecipe(model=models.pop(), model_b=second.pop()), "hook_points": hooked}
+    ), False

@@ -18,10 +18,11 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qwenscope.errors import RecipeError, reason
-from qwenscope.files import public_name, read_at_most
+from qwenscope.files import read_at_most
 from qwenscope.recipe_keys import first_problem, keys_of
 from qwenscope.recipe_nodes import MOST, Count, Node, Positive, Role, Share, file_systems, schemes_of
 from qwenscope.recipe_nodes import HookPoint as HookPoint
+from qwenscope.recipe_nodes import LMRecipe as LMRecipe
 from qwenscope.strict_yaml import YamlError, read_yaml, set_value
 
 _SAE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -30,32 +31,6 @@ _RELEASE_NAMES = (
     *("run.json", "privacy_report.json", "notebook.ipynb", "quality.svg", "sha256sums", "saelens", "license"),
 )
 """What else stands in a release beside the SAEs' folders; no id may be one of them, upper or lower case."""
-
-
-class LMRecipe(Node):
-    """Which language model, and how it is loaded."""
-
-    model: str
-    """Hub id, folder, GGUF file, or `standin` for the packaged stand-in."""
-    revision: str | None = None
-    """Commit or tag on the Hub; resolved once and recorded in the run."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward pass; auto takes the checkpoint's."""
-    device: str = "auto"
-    """auto (CUDA when present, else CPU), a torch device such as cpu or cuda:1, or several that share the layers, as
-    cuda:0,cuda:1."""
-    backend: Literal["transformers", "vllm"] = "transformers"
-    """Who computes the rows that a run trains on; vllm only after a comparison with transformers. Evaluation, index and
-    steering are transformers' in any case."""
-
-    @model_validator(mode="after")
-    def _vllm_takes_one_device(self) -> LMRecipe:
-        if self.backend == "vllm" and self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(
-                f"backend vllm runs on one device of its own choice; set device to auto, not {self.device} "
-                "(CUDA_VISIBLE_DEVICES picks a GPU)"
-            )
-        return self
 
 
 class SourceRecipe(Node):
@@ -320,6 +295,17 @@ class Recipe(Node):
             raise ValueError("training.prefixes needs whole SAEs; leave training.latents_per_rank out")
         return self
 
+    @model_validator(mode="after")
+    def _differences_have_two_models(self) -> Recipe:
+        differences = [sae_id for sae_id, point in self.hook_points.items() if point.is_difference]
+        if differences and self.lm.model_b is None:
+            raise ValueError(
+                f"hook_points.{differences[0]} reads a difference of two models; name the other: lm.model_b"
+            )
+        if self.lm.model_b is not None and not differences:
+            raise ValueError("no hook point reads lm.model_b; give one a site such as layers.22.diff, or leave it out")
+        return self
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the hooked sites, each once, by layer."""
@@ -342,7 +328,7 @@ class Recipe(Node):
         )
         return self.model_copy(
             update={
-                "lm": self.lm.model_copy(update={"model": public_name(self.lm.model)}),
+                "lm": self.lm.published(),
                 "corpus": self.corpus.model_copy(update={"sources": sources}),
                 "activations": self.activations.model_copy(update={"cache": None}),
             }

@@ -61,7 +61,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for sae_id, splits in result["saes"].items():
         for position, (split, cell) in enumerate(splits.items()):
-            numbers = (format(cell[key], form) for key, _, form in COLUMNS)
+            numbers = ("–" if cell[key] is None else format(cell[key], form) for key, _, form in COLUMNS)
             table.add_row(
                 sae_id if position == 0 else "",
                 split,

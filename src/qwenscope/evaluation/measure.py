@@ -36,6 +36,9 @@ from qwenscope.sae.sae import SAE
 ENCODE_ROWS = 8192  # rows encoded at once: 0.5 GB of pre-activations at 16,384 latents
 STATE_BATCHES, STATE_ROWS = 4, 8  # the recurrent state is followed on this many conversations of this many batches
 
+SPLICE_SUMS = tuple(f"{a}_{b}" for a in ("ce", "kl") for b in ("spliced", "zero_ablation", "mean_ablation"))
+"""Sums of a splice and its ablations: NaN at a difference of two models, where there is nothing to replace."""
+
 Sums = dict[str, np.ndarray]
 
 
@@ -81,6 +84,8 @@ class SplitMeter:
         self.lm, self.saes, self.sites, self.targets = lm, saes, sites, targets or sites
         self.conversations, self.recipe = conversations, recipe
         self.hooked = sorted({*sites.values(), *self.targets.values()})
+        self.recorded = [site for site in self.hooked if not site.is_difference]
+        self.spliced = {sae_id: site for sae_id, site in self.targets.items() if not site.is_difference}
         self.routers = {
             layer: router for layer, router in find_routers(lm).items() if before_router(self.hooked[0], layer)
         }
@@ -106,7 +111,7 @@ class SplitMeter:
     def units(self) -> int:
         """What `run` will report, in all."""
         first = self.work.up_to(self.hooked[-1]) if self.first is None else 0
-        passes = self.work.from_((*self.ablated, *self.ablated, *self.targets.values()))
+        passes = self.work.from_((*self.ablated, *self.ablated, *self.spliced.values()))
         return self.tokens * (first + self.work.whole + self.work.head + passes)
 
     @torch.no_grad()
@@ -129,10 +134,7 @@ class SplitMeter:
         for number, batch in enumerate(batches):
             self._measure(batch, follow_state="deltanet" in self.lm.layer_kinds and number in followed)
         self._keep(first)
-        sums = {
-            sae_id: {name: value_C.cpu().numpy() for name, value_C in (named | self.ablations[site]).items()}
-            for (sae_id, named), site in zip(self.sums.items(), self.targets.values(), strict=True)
-        }
+        sums = {sae_id: self._sums(sae_id) for sae_id in self.saes}
         return SplitMeasurement(
             figures={sae_id: self._figures(sae_id, sums[sae_id], left_out) for sae_id in self.saes},
             sums=sums,
@@ -140,6 +142,12 @@ class SplitMeter:
             routing={sae_id: shift.figures() for sae_id, shift in self.routing.items() if shift.overlap},
             states={sae_id: shift.figures() for sae_id, shift in self.states.items() if shift.shifts},
         )
+
+    def _sums(self, sae_id: str) -> Sums:
+        found = {name: value_C.cpu().numpy() for name, value_C in self.sums[sae_id].items()}
+        if sae_id not in self.spliced:
+            return found | dict.fromkeys(SPLICE_SUMS, np.full(len(self.conversations), np.nan))
+        return found | {name: value_C.cpu().numpy() for name, value_C in self.ablations[self.spliced[sae_id]].items()}
 
     def _first_pass(self) -> dict[str, Tensor]:
         """Which tokens are `kept` (bool, of all conversations in turn), `left_out` by reason, the mean of each site."""
@@ -163,7 +171,7 @@ class SplitMeter:
 
     def _look_up_ablations(self, first: Mapping[str, Tensor] | None) -> None:
         """Take the sums of ablations that are known; `ablated` are the other sites, which this evaluation measures."""
-        self.ablations: dict[Site, dict[str, Tensor]] = {site: {} for site in sorted(set(self.targets.values()))}
+        self.ablations: dict[Site, dict[str, Tensor]] = {site: {} for site in sorted(set(self.spliced.values()))}
         if self.cache is not None and first is not None:
             for site in self.ablations:
                 self.ablations[site] = self.cache.get(self.conversations, _ablation_key(site, first)) or {}
@@ -202,8 +210,10 @@ class SplitMeter:
         """Everything about one batch."""
         clean_routing: dict[int, Tensor] = {}
         with watch_routers(self.routers, clean_routing.__setitem__):
-            clean = clean_pass(self.lm, batch, self.hooked)
-        rows = clean.recording.rows
+            clean = clean_pass(self.lm, batch, self.recorded)
+        differences = [site for site in self.hooked if site.is_difference]
+        found = self.lm.streams(batch.input_ids_CT, batch.lengths_C, differences) if differences else {}
+        rows = clean.recording.rows | found
         kept_CT = self._padded([self.kept[member] for member in batch.members], clean)
         roles = [torch.from_numpy(self.conversations[member].roles) for member in batch.members]
         roles_R = self._padded(roles, clean)[kept_CT]
@@ -218,6 +228,8 @@ class SplitMeter:
                 variants[name, site] = self._variant(clean, site, ablated_CTD)
         for sae_id, site in self.targets.items():
             x_hat_RD = self._reconstruct(sae_id, batch, rows, kept_CT, roles_R, special_R)
+            if sae_id not in self.spliced:
+                continue
             x_CTD = _replaced(rows[site], kept_CT, x_hat_RD)
             above = {layer: router for layer, router in self.routers.items() if before_router(site, layer)}
             routing: dict[int, Tensor] = {}
@@ -243,7 +255,7 @@ class SplitMeter:
             return _replaced(rows[self.targets[sae_id]], kept_CT, x_hat_RD)
 
         ids_CT = batch.input_ids_CT[:STATE_ROWS, :length]
-        add_state_shifts(self.lm, ids_CT, self.hooked, self.targets, splice, self.states)
+        add_state_shifts(self.lm, ids_CT, self.recorded, self.spliced, splice, self.states)
 
     def _padded(self, values: Sequence[Tensor], clean: CleanPass) -> Tensor:
         """One tensor [T] per conversation as [C, T]; padding is 0."""
@@ -308,7 +320,7 @@ class SplitMeter:
                 "too few to measure; give more data"
             )
         mean = {name: float(value_C.sum()) / predicted for name, value_C in sums.items()}
-        return fidelity | {
+        figures = fidelity | {
             "conversations": len(self.conversations),
             "left_out": dict(left_out),
             "predicted_tokens": int(predicted),
@@ -322,6 +334,9 @@ class SplitMeter:
             "kl_zero_ablation": mean["kl_zero_ablation"],
             "kl_mean_ablation": mean["kl_mean_ablation"],
         }
+        if sae_id in self.spliced:
+            return figures
+        return {name: None if value != value else value for name, value in figures.items()}  # NaN is unlike itself
 
     def _recovered(self, sae_id: str, mean: Mapping[str, float], baseline: str) -> float:
         lost = mean[f"ce_{baseline}_ablation"] - mean["ce_clean"]

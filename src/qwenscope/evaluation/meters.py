@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from qwenscope.corpus.conversation import Conversation
 from qwenscope.evaluation.kept import Kept
 from qwenscope.evaluation.measure import SplitMeasurement, SplitMeter
@@ -71,7 +73,11 @@ class Meters:
 def _widest(sums: Mapping[str, Sums], seed: int) -> float:
     """The widest interval of any SAE; infinite where one does not exist."""
     intervals = compare_split([], sums, seed)["intervals"]
-    found = [named[name] for named in intervals.values() for name in NARROWED]
+    found = [
+        named[name]
+        for sae_id, named in intervals.items()
+        for name in (NARROWED[:1] if np.isnan(sums[sae_id]["ce_spliced"]).all() else NARROWED)
+    ]
     return max(math.inf if pair is None else pair[1] - pair[0] for pair in found)
 
 

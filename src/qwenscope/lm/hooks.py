@@ -131,7 +131,7 @@ def record(lm: HasLayers, sites: Iterable[Site]) -> Iterator[Recording]:
     def look(_module: nn.Module, _inputs: Any, kwargs: dict[str, Any]) -> None:
         recording.linked = any(isinstance(value, Mapping) for value in kwargs.values())
 
-    depth = last_layer(list(wanted)) + 1
+    depth = last_layer(list(wanted)) + 1 if wanted else 0
     with capture(lm, wanted) as rows, _hooked((lm.layers[layer], keep(layer)) for layer in range(depth)):
         recording = Recording(rows, outputs)
         handle = lm.layers[0].register_forward_pre_hook(look, with_kwargs=True)
@@ -206,6 +206,10 @@ def _seeing(lm: HasLayers, seen: Mapping[Site, See]) -> Iterator[None]:
     with ExitStack() as stack:
         for site, see in seen.items():
             module = module_at(lm, site)
+            if site.is_difference:
+                raise ModelError(
+                    f"{site} is a difference of two models' rows: there is nothing to replace in one of them"
+                )
             if site.norm is not None:
                 see = _normalised(NORMS[site.norm], see)
             if KINDS[site.part].entering:

@@ -36,6 +36,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError, QwenscopeError, ResourceError, reason
+from qwenscope.lm.checks import check_looks_back, check_second, check_tokenizer
 from qwenscope.lm.gguf import checked_revision, is_gguf, where
 from qwenscope.lm.gguf import tensors as gguf_tensors
 from qwenscope.lm.model import (
@@ -48,7 +49,7 @@ from qwenscope.lm.model import (
     kind_of,
 )
 from qwenscope.lm.placement import device_map, pick_devices
-from qwenscope.lm.sites import Site, hooked_sites, module_at, target_sites
+from qwenscope.lm.sites import hooked_sites, module_at, target_sites, width_at
 from qwenscope.recipe import HookPoint, LMRecipe
 
 logger = logging.getLogger(__name__)
@@ -103,47 +104,13 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
     model.train(False)
     loaded = as_language_model(model, tokenizer)
     loaded = replace(loaded, layer_kinds=kinds, device=devices[0], name=lm.model, revision=revision)
-    _check_tokenizer(loaded)
+    check_tokenizer(loaded)
     with _model_errors(lm.model):
-        _check_looks_back(loaded)
+        check_looks_back(loaded)
+    if lm.second is not None:
+        loaded.second = load_language_model(lm.second, last_layer=last_layer)
+        check_second(loaded, loaded.second)
     return loaded
-
-
-def _check_tokenizer(lm: LanguageModel) -> None:
-    """Refuse a tokenizer whose text gets ids that the embedding has no row for.
-
-    Special tokens that no template writes may lie beyond: placeholders of images, or defaults of the tokenizer's class.
-    """
-    rows, tokenizer = lm.known_tokens, lm.tokenizer
-    unused = {token for token in tokenizer.all_special_tokens if token not in str(tokenizer.chat_template)}
-    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
-    if wanted := beyond.keys() - unused:
-        token = min(wanted, key=beyond.__getitem__)
-        raise ModelError(
-            f"the tokenizer of {lm.name} has {len(wanted)} tokens beyond the model's {rows}, such as {token!r} "
-            f"({beyond[token]}); it belongs to another model, or the embedding was not resized"
-        )
-
-
-@torch.no_grad()
-def _check_looks_back(lm: LanguageModel) -> None:
-    """Refuse a model in which a token reaches the ones before it: padding would reach them too."""
-    ids = torch.ones((2, 4), dtype=torch.int64, device=lm.device)
-    ids[1, -1] = 2
-    end = Site.of(len(lm.layers) - 1)
-    try:
-        first, second = lm.streams(ids, [4, 4], [end])[end].double()
-    except ModelError:
-        return  # its layers do not return rows; a hook point there is refused by name
-    except TypeError as error:  # an encoder, whose layers are called otherwise
-        raise ModelError(
-            f"{lm.name} ({type(lm.model).__name__}) is no causal decoder, and not supported: {reason(error)}"
-        ) from error
-    apart = ((first - second).norm(dim=-1) / first.norm(dim=-1).clamp(min=1e-30))[:-1].median()
-    if apart > (1e-4 if lm.dtype == torch.float32 else 3e-2):
-        raise ModelError(
-            f"{lm.name} ({type(lm.model).__name__}) looks ahead: it is no causal decoder, and not supported"
-        )
 
 
 def load_config(lm: LMRecipe) -> PretrainedConfig:
@@ -223,7 +190,9 @@ def check_hook_points(lm_or_kinds: LanguageModel | Sequence[Kind], hook_points: 
         for key, site in (("site", sites[name]), ("target", targets[name])):
             if lm is not None and site.layer < len(lm.layers):
                 try:
-                    module_at(lm, site)
+                    module_at(lm, site.place)
+                    if site.is_difference and lm.second is not None and width_at(lm, site) != width_at(lm.second, site):
+                        raise ModelError(f"{lm.second.name} is {width_at(lm.second, site)} wide there")
                 except ModelError as error:
                     raise ModelError(f"hook_points.{name}.{key}: {error}") from None
         actual = kinds[point.layer]

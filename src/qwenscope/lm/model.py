@@ -73,6 +73,8 @@ class LanguageModel:
     """Hub id or folder, as the recipe gave it."""
     revision: str | None
     """Commit of a Hub model; None for a folder."""
+    second: LanguageModel | None = None
+    """The recipe's `model_b`, from whose rows those of this one are subtracted at sites of differences."""
 
     def __post_init__(self) -> None:
         follow_device(self.model)
@@ -103,6 +105,21 @@ class LanguageModel:
         Returns:
             {site: x_CTD} in the model's dtype, on `device`.
         """
+        own = self._caught(input_ids_CT, [site.place for site in sites])
+        differences = [site for site in sites if site.is_difference]
+        if not differences:
+            return own
+        if self.second is None:
+            raise ModelError(f"{differences[0]} takes two models; name the other in lm.model_b")
+        other = self.second.streams(input_ids_CT, lengths_C, [site.place for site in differences])
+        found = {}
+        for site in sites:
+            found[site] = x_CTD = own[site.place]
+            if site.is_difference:
+                found[site] = (other[site.place].to(x_CTD.device).float() - x_CTD.float()).to(x_CTD.dtype)
+        return found
+
+    def _caught(self, input_ids_CT: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
         if int(input_ids_CT.max()) >= (known := self.known_tokens):
             raise ModelError(f"token {int(input_ids_CT.max())} is beyond the {known} that {self.name} knows")
         if (positions := self.known_positions) is not None and input_ids_CT.shape[1] > positions:
@@ -154,6 +171,8 @@ class LanguageModel:
             config = cut_config(config, last_layer + 1)
             parts = [self.model.get_input_embeddings(), *self.layers[: last_layer + 1]]
         tensors = [named for part in parts for named in part.state_dict().items() if isinstance(named[1], Tensor)]
+        if self.second is not None:
+            tensors.append(("second model", torch.tensor([int(self.second.digest(last_layer), 16) >> 1])))
         described = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
         with ThreadPoolExecutor() as pool:

@@ -11,6 +11,8 @@
     Site("layers.6.mlp.rms")    rows of any of these, normalised one by one: divided by their root mean square;
                                 `zscore` subtracts a row's mean and divides by its deviation
 
+    Site("layers.6.diff")       rows of a second model less those of the first, at any of these that is not normalised
+
 `mixer` and `mlp` differ from `mixer_out` and `mlp_out` in families that normalise a part's output before adding it
 (Gemma 2 and 3, OLMo 2): they are read before that norm. The last three are what a module takes, not what it returns. A
 further kind of site is one more entry of `KINDS`, and nothing else. What takes the place of a normalised row is given
@@ -138,6 +140,9 @@ def _zscore(x_BD: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 NORMS: dict[str, Norm] = {"rms": _rms, "zscore": _zscore}
 """Maps rows to themselves normalised one by one, and to the way back."""
 
+DIFFERENCE = "diff"
+"""The last part of the name of a site whose rows are those of a second model less those of the first."""
+
 Where = Union["Site", str, int]
 """A site, its name, or the number of the layer after which the residual stream is meant."""
 
@@ -155,9 +160,13 @@ class Site:
 
     def __post_init__(self) -> None:
         words = self.name.split(".")[2:]
-        if not _NAME.fullmatch(self.name) or words != [word for word in (self.part, self.norm) if word]:
+        if not _NAME.fullmatch(self.name) or words != self._words:
             kinds = ", ".join(f"layers.N.{part}" for part in KINDS if part)
             raise ModelError(f"{self.name!r} names no site; write layers.N (the residual stream) or one of {kinds}")
+
+    @property
+    def _words(self) -> list[str]:
+        return [word for word in (self.part, self.norm, DIFFERENCE if self.is_difference else None) if word]
 
     @classmethod
     def of(cls, where: Where) -> Site:
@@ -180,6 +189,16 @@ class Site:
         return next((word for word in self.name.split(".")[-1:] if word in NORMS), None)
 
     @property
+    def is_difference(self) -> bool:
+        """Whether its rows are of two models; there is nothing to replace in either."""
+        return self.name.endswith(f".{DIFFERENCE}")
+
+    @property
+    def place(self) -> Site:
+        """Where in a single model its rows are read."""
+        return Site(self.name.removesuffix(f".{DIFFERENCE}"))
+
+    @property
     def within(self) -> str | None:
         """What its name says behind the layer: mlp, mlp.rms; None for the residual stream as it is."""
         return ".".join(self.name.split(".")[2:]) or None
@@ -189,7 +208,7 @@ class Site:
         return {"layer": self.layer} | ({"site": self.name} if self.within else {})
 
     def __lt__(self, other: Site) -> bool:
-        return (self.layer, KINDS[self.part].order) < (other.layer, KINDS[other.part].order)
+        return (self.layer, KINDS[self.part].order, self.name) < (other.layer, KINDS[other.part].order, other.name)
 
     def __str__(self) -> str:
         return self.name

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from qwenscope.costs import (
 )
 from qwenscope.errors import ModelError
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
-from qwenscope.lm.model import cut_config
+from qwenscope.lm.model import Kind, cut_config
 from qwenscope.parallel.owners import Piece, owners
 from qwenscope.planning.measure import PADDING, Measured, batches_of
 from qwenscope.planning.memory import GIB, Held, fitting, row_bytes
@@ -84,7 +84,7 @@ def plan(
     name, card = find_card(gpu) if measured is None else (measured.device, _card_like(measured))
     check_activations(recipe)
     config = read_config(recipe)
-    size = model_size(config, recipe.last_layer + 1)
+    size = _of_both(model_size(config, recipe.last_layer + 1), recipe)
     held = owners(recipe, gpus)
     parts = _Parts(recipe, config, size, card, held, measured)
     seconds = parts.per_step()
@@ -98,7 +98,7 @@ def plan(
         "gpu": name,
         "gpus": gpus,
         "tokens": length,
-        "measured": None if measured is None else _rates(measured, config, size),
+        "measured": None if measured is None else _rates(measured, recipe, config, size),
         "model": asdict(size),
         "owners": [[piece.stem for piece in pieces] for pieces in held],
         "seconds_per_step": seconds,
@@ -109,6 +109,19 @@ def plan(
         "cost_usd": cost and [round(value, 2) for value in cost],
         **fitting(recipe, config, size.parameters, gpus, card, process, measured is None or measured.fused_mixer),
     }
+
+
+def _of_both(size: ModelSize, recipe: Recipe) -> ModelSize:
+    """A second model of the recipe is as large as the first, and reads the same tokens."""
+    if recipe.lm.model_b is None:
+        return size
+    twice = ("parameters", "active_parameters", "flops_per_token", "expert_products")
+    return replace(size, **{name: 2 * getattr(size, name) for name in twice})
+
+
+def _passed(recipe: Recipe, config: PretrainedConfig) -> tuple[Kind, ...]:
+    """The kinds of all layers that a token passes, in a recipe of two models in both."""
+    return layer_kinds(config)[: recipe.last_layer + 1] * (1 if recipe.lm.model_b is None else 2)
 
 
 def read_config(recipe: Recipe) -> PretrainedConfig:
@@ -147,7 +160,7 @@ class _Parts:
             padding, position = PADDING, position_seconds(self.size, self.card, math.prod(batches.shape))
         else:
             padding = measured.batches.padding
-            position = _around(measured.lm_seconds(layer_kinds(self.config)[: self.size.layers]))
+            position = _around(measured.lm_seconds(_passed(recipe, self.config)))
         saes = [_sum(self._piece_seconds(piece) for piece in pieces) for pieces in self.held]
         corpus = recipe.training.batch_size * (measured.corpus_seconds if measured else 0.0)
         seconds = {
@@ -264,8 +277,8 @@ def _card_like(measured: Measured) -> Card:
     )
 
 
-def _rates(measured: Measured, config: PretrainedConfig, size: ModelSize) -> dict[str, float]:
-    seconds = measured.lm_seconds(layer_kinds(config)[: size.layers])
+def _rates(measured: Measured, recipe: Recipe, config: PretrainedConfig, size: ModelSize) -> dict[str, float]:
+    seconds = measured.lm_seconds(_passed(recipe, config))
     return {
         "product_tflops": measured.product_tflops,
         "traffic_tb_s": measured.traffic_tb_s,

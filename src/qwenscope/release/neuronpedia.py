@@ -13,6 +13,7 @@ from qwenscope.features.form import RULE_CLIENT
 from qwenscope.features.store import Index
 from qwenscope.files import whole_folder
 from qwenscope.sae.formats import neuronpedia
+from qwenscope.sae.formats.hooks import refuse_difference
 from qwenscope.sae.loading import iterate_suite
 
 
@@ -33,6 +34,7 @@ def export_with_index(target: str | Path, index: Path, out: Path) -> None:
         for sae_id, sae in iterate_suite(target):
             if sae_id not in known.saes:
                 raise FormatError(f"{index} does not know {sae_id}; build it from {target} with `qwenscope index`")
+            refuse_difference(sae.config, sae_id, "neuronpedia")
             page = partial(known.latent, sae_id)
             named = neuronpedia.write(sae, sae_id, temporary, target, layers, partial(_described, known, sae_id))
             folder = temporary / "v1" / named["modelId"] / named["layer"]

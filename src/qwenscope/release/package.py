@@ -131,8 +131,11 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         point = recipe.hook_points[sae_id]
         check_size(run / "saes" / sae_id, sae, point)
         sae.config |= {"sae_id": sae_id, **Site(point.site).described(), "model": public_name(recipe.lm.model)}
+        if recipe.lm.model_b is not None:
+            sae.config["model_b"] = public_name(recipe.lm.model_b)
         sae.save(out / sae_id)
-        export_sae(sae, sae_id, "saelens", out / "saelens", run)
+        if not point.is_difference:  # which SAELens has no word for
+            export_sae(sae, sae_id, "saelens", out / "saelens", run)
         index[sae_id] = {
             "sae_id": sae_id,
             **Site(point.site).described(),

@@ -52,6 +52,7 @@ def build_trainer(
         "kind": lm.layer_kinds[point.layer],
         "model": lm.name,
         "model_revision": lm.revision,
+        **({} if recipe.lm.model_b is None else {"model_b": recipe.lm.model_b}),
         "tokens": training.tokens,
     }
     trainer = SAETrainer if shard.group.size == 1 else partial(ShardedTrainer, shard=shard)

@@ -21,7 +21,7 @@ from qwenscope.activations.windows import Windows
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.errors import ModelError
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config
-from qwenscope.lm.model import RowSource
+from qwenscope.lm.model import LanguageModel, RowSource
 from qwenscope.lm.sites import hooked_sites, sites_of
 from qwenscope.parallel.group import Group
 from qwenscope.recipe import Recipe
@@ -90,6 +90,7 @@ def set_up(recipe: Recipe, folder: RunFolder, group: Group, on_progress: OnProgr
         "recipe": recipe.model_dump(mode="json"),
         "revisions": {
             "model": lm.revision,
+            **({} if recipe.lm.model_b is None else {"model_b": _second_revision(lm)}),
             "corpus": group.broadcast_object(lambda: dict(stream.revisions) if stream else None),
         },
         "precision": suite.precision(),
@@ -159,7 +160,7 @@ def _load_model(
     recipe: Recipe, revisions: Mapping[str, Any], group: Group, closing: ExitStack
 ) -> tuple[RowSource, dict[str, Any] | None]:
     """The language model at the run's revision, the same on all ranks; and how an engine compared with it."""
-    pinned = recipe.lm.model_copy(update={"revision": revisions["model"]})
+    pinned = recipe.lm.pinned(revisions)
     opened: list[tuple[RowSource, dict[str, Any] | None]] = []
 
     def load() -> str | None:
@@ -171,6 +172,10 @@ def _load_model(
     if len(set(models)) > 1:
         raise ModelError(f"ranks loaded unlike revisions of {recipe.lm.model} ({models}); set lm.revision")
     return opened[0]
+
+
+def _second_revision(lm: RowSource) -> str | None:
+    return lm.second.revision if isinstance(lm, LanguageModel) and lm.second is not None else None
 
 
 def _open_corpus(recipe: Recipe, lm: RowSource, revisions: dict[str, str] | None, closing: ExitStack) -> CorpusStream:

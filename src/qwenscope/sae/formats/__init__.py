@@ -30,7 +30,7 @@ from qwenscope.sae.formats import (
 )
 from qwenscope.sae.formats.common import Parts, build
 from qwenscope.sae.formats.directions import Push
-from qwenscope.sae.formats.hooks import norm_of
+from qwenscope.sae.formats.hooks import norm_of, refuse_difference
 from qwenscope.sae.loading import iterate_suite
 from qwenscope.sae.sae import SAE
 
@@ -93,6 +93,7 @@ def export_sae(sae: SAE, sae_id: str, to: str, out: Path, suite: str | Path) -> 
     """
     write, known = _known(to, EXPORTS, "exported to").write, FORMATS[to].activations
     assert write is not None
+    refuse_difference(sae.config, sae_id, to)
     beyond = "transcoders" if "target" in sae.config else norm_of(sae.config) and "rows normalised one by one"
     if beyond and to != "saelens":
         raise FormatError(f"{sae_id}: {to} has no {beyond}, only saelens has")

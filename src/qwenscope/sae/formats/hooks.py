@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qwenscope.errors import FormatError
+
 _MIXERS = {"attention": ".self_attn", "deltanet": ".linear_attn"}
 """What a layer of a kind calls its mixer."""
 _MODULES = {"": "", ".mlp": ".mlp"}
@@ -55,6 +57,12 @@ def _part(config: Mapping[str, Any]) -> str | None:
     if norm := norm_of(config):
         part = part.removesuffix(f".{norm}")
     return part if part in _TRANSFORMER_LENS else None
+
+
+def refuse_difference(config: Mapping[str, Any], sae_id: str, to: str) -> None:
+    """FormatError where an SAE reads a difference of two models' rows, which no other library has a word for."""
+    if (site := str(config.get("site"))).endswith(".diff"):
+        raise FormatError(f"{sae_id}: {to} cannot say {site}, a difference of two models; share it in our own format")
 
 
 def norm_of(config: Mapping[str, Any]) -> str | None:
