@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from qwenscope.activations.harvest import harvest
 from qwenscope.cli.main import app
-from qwenscope.errors import ModelError, QwenscopeError, RecipeError
+from qwenscope.errors import FormatError, ModelError, QwenscopeError, RecipeError
 from qwenscope.evaluation.run import evaluate
 from qwenscope.features.index import build_index
 from qwenscope.features.read import read
@@ -150,10 +150,13 @@ def test_an_evaluation_has_its_fidelity_and_no_splice(run: Path, recipe: Recipe)
     shown = CliRunner().invoke(app, ["evaluate", str(run), "--tokens", "1500", "--until-interval", "0.5"])
     assert shown.exit_code == 0, shown.output
     assert "–" in shown.stdout
+    shown = CliRunner().invoke(app, ["compare", str(run), str(run), "--tokens", "1500"])
+    assert shown.exit_code == 0, shown.output
 
 
 @pytest.mark.slow
 def test_an_index_and_a_reading_are_of_the_difference(run: Path, tmp_path: Path) -> None:
+    evaluate(run, tokens=1500)
     build_index(run, tmp_path / "index", tokens=1500)
     summaries = Index(tmp_path / "index").saes
     assert summaries["changed"]["site"] == "layers.1.diff"
@@ -175,15 +178,9 @@ def test_what_other_formats_cannot_say_is_refused_in_one_line(run: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_release_opens_with_both_models(run: Path, recipe: Recipe, tmp_path: Path) -> None:
-    evaluate(run, tokens=1500)
-    release(run, tmp_path / "release")
-    assert not (tmp_path / "release/saelens/changed").exists()
-    assert (tmp_path / "release/saelens/plain").is_dir()
-    assert json.loads((tmp_path / "release/changed/config.json").read_text())["model_b"] == "second"
-    opened = open_target(tmp_path / "release")
-    assert opened.recipe.lm.model_b == "second"
-    assert opened.sites["changed_mlp"] == Site("layers.2.mlp.diff")
+def test_a_release_is_of_one_model(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="changed reads a difference of two models; a release is of one"):
+        release(run, tmp_path / "release")
 
 
 def test_a_plan_counts_both_models(recipe: Recipe) -> None:

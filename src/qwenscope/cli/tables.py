@@ -30,6 +30,11 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def number_text(value: float | None, form: str) -> str:
+    """A number, or a dash for one that does not exist."""
+    return "–" if value is None else format(value, form)
+
+
 def plain_table(title: str = "", **options: Any) -> Table:
     """A table without lines."""
     return Table(box=None, padding=(0, 2, 0, 0), title=title or None, **_TITLE, **options)
@@ -61,7 +66,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for sae_id, splits in result["saes"].items():
         for position, (split, cell) in enumerate(splits.items()):
-            numbers = ("–" if cell[key] is None else format(cell[key], form) for key, _, form in COLUMNS)
+            numbers = (number_text(cell[key], form) for key, _, form in COLUMNS)
             table.add_row(
                 sae_id if position == 0 else "",
                 split,
@@ -110,7 +115,7 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
         for split, sides in pair["splits"].items():
             cells = []
             for key, form in (("fvu", ".3f"), ("l0", ".1f"), ("ce_recovered_mean", ".3f")):
-                cells += [format(sides[side][key], form) for side in ("first", "second")]
+                cells += [number_text(sides[side][key], form) for side in ("first", "second")]
             table.add_row(str(pair.get("site", pair["layer"])).removeprefix("layers."), split, *cells, shared)
     return table
 

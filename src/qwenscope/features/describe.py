@@ -280,7 +280,10 @@ def _quality(folder: Path, sae_id: str) -> dict[str, dict[str, float]]:
     """The target's own measurements per split, if it was evaluated."""
     path = folder / "evaluation.json"
     splits = read_object(path).get("saes", {}).get(sae_id, {}) if path.is_file() else {}
-    return {split: {key: figures[key] for key in QUALITY if key in figures} for split, figures in splits.items()}
+    return {
+        split: {key: figures[key] for key in QUALITY if figures.get(key) is not None}
+        for split, figures in splits.items()
+    }
 
 
 def _example(kind: str, table: Any, latent: int, place: int) -> list[Any]:

@@ -77,6 +77,8 @@ def bind(folder: Path, repo: str | None) -> None:
 def _build(run: Path, out: Path) -> None:
     """Write everything that does not name the repository."""
     recipe = load_recipe(run / "recipe.yaml")
+    if differences := [name for name, point in recipe.hook_points.items() if point.is_difference]:
+        raise FormatError(f"{differences[0]} reads a difference of two models; a release is of one: share {run}")
     copy_facts(run, out, recipe)
     write_json(out / "config.json", _index(run, out, recipe) | {"saes": _copy_saes(run, out, recipe)})
     write_evaluation(read_json(out / "evaluation.json"), out / "evaluation.parquet")
@@ -131,11 +133,8 @@ def _copy_saes(run: Path, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         point = recipe.hook_points[sae_id]
         check_size(run / "saes" / sae_id, sae, point)
         sae.config |= {"sae_id": sae_id, **Site(point.site).described(), "model": public_name(recipe.lm.model)}
-        if recipe.lm.model_b is not None:
-            sae.config["model_b"] = public_name(recipe.lm.model_b)
         sae.save(out / sae_id)
-        if not point.is_difference:  # which SAELens has no word for
-            export_sae(sae, sae_id, "saelens", out / "saelens", run)
+        export_sae(sae, sae_id, "saelens", out / "saelens", run)
         index[sae_id] = {
             "sae_id": sae_id,
             **Site(point.site).described(),

@@ -62,7 +62,7 @@ def _part(config: Mapping[str, Any]) -> str | None:
 def refuse_difference(config: Mapping[str, Any], sae_id: str, to: str) -> None:
     """FormatError where an SAE reads a difference of two models' rows, which no other library has a word for."""
     if (site := str(config.get("site"))).endswith(".diff"):
-        raise FormatError(f"{sae_id}: {to} cannot say {site}, a difference of two models; share it in our own format")
+        raise FormatError(f"{sae_id}: {to} cannot say {site}, a difference of two models; share the run's folder")
 
 
 def norm_of(config: Mapping[str, Any]) -> str | None:
