@@ -208,7 +208,7 @@ def _seeing(lm: HasLayers, seen: Mapping[Site, See]) -> Iterator[None]:
             module = module_at(lm, site)
             if site.is_difference:
                 raise ModelError(
-                    f"{site} is a difference of two models' rows: in one of them there is nothing to splice, steer or watch"
+                    f"{site} is a difference of two models' rows: no model has it to splice, steer or watch"
                 )
             if site.norm is not None:
                 see = _normalised(NORMS[site.norm], see)
