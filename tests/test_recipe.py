@@ -291,9 +291,11 @@ def test_every_key_of_a_recipe_is_explained() -> None:
     explained = keys()
     written = leaves(load_recipe("standin").model_dump(mode="json"))
     assert set(explained) == written | {
-        "hook_points.<id>.site",
-        "hook_points.<id>.target",
-    }  # instead of layer; of transcoders
+        "hook_points.<id>.site",  # instead of layer
+        "hook_points.<id>.target",  # of transcoders
+        "lm.model_b",  # of differences
+        "lm.revision_b",
+    }
     assert all(meaning.endswith((".", "?")) for meaning in explained.values())
 
 
