@@ -70,6 +70,20 @@ def test_a_tied_tensor_may_stand_under_the_heads_name(tmp_path: Path) -> None:
     check_logits(tmp_path, model)
 
 
+@pytest.mark.parametrize("config", [{"return_dict": False}, {"output_hidden_states": True, "use_cache": False}])
+def test_settings_of_the_outputs_change_nothing(tmp_path: Path, config: dict[str, Any]) -> None:
+    model = save_llama(tmp_path)
+    set_config(tmp_path, **config)
+    check_logits(tmp_path, model)
+
+
+def test_a_config_far_beyond_its_weights_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # the sizes of a model of 7 B
+    with pytest.raises(ModelError, match=r"^the config speaks of 6,738,415,616 weights, .* are there; it lacks sizes"):
+        load_language_model(LMRecipe(model=str(tmp_path)), lm_head=True)
+
+
 def test_a_tokenizer_of_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
     save_llama(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

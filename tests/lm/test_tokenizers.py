@@ -93,6 +93,22 @@ def test_truncation_and_padding_that_were_saved_change_nothing(folder: Path, kin
         assert not found.truncated
 
 
+def test_dropout_that_was_saved_changes_nothing(folder: Path) -> None:
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["model"]["dropout"] = 0.9
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer = load(folder)
+    text = QUESTION[0]["content"]
+    assert tokenizer.encode(text) == AutoTokenizer.from_pretrained(STANDIN_FOLDER).encode(text)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert "has no vocabulary; fetch its tokenizer.json again" in str(refusal(lambda: load(folder)))
+
+
 def test_a_call_with_padding_and_truncation_leaves_nothing_behind() -> None:
     tokenizer = AutoTokenizer.from_pretrained(STANDIN_FOLDER)
     expected = render(QUESTION, None, tokenizer, 1000).token_ids

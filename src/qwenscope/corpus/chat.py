@@ -32,39 +32,11 @@ if TYPE_CHECKING:
 
 _SYSTEM, _USER, _ASSISTANT, _TOOL_CALL, _TOOL_RESULT, _THINK, _TEMPLATE, _ = range(len(ROLES))
 _CODES = {"system": _SYSTEM, "user": _USER, "assistant": _ASSISTANT, "tool": _TOOL_RESULT}
-_TODAY = (
-    "{%- macro strftime_now(form) -%}{{ form"
-    + "".join(
-        f".replace('%{sign}', '{text}')"
-        for sign, text in {
-            "d": "26",
-            "-d": "26",
-            "e": "26",
-            "b": "Jul",
-            "B": "July",
-            "m": "07",
-            "-m": "7",
-            "Y": "2024",
-            "y": "24",
-            "a": "Fri",
-            "A": "Friday",
-            "j": "208",
-            "H": "00",
-            "I": "12",
-            "M": "00",
-            "S": "00",
-            "p": "AM",
-            "F": "2024-07-26",
-            "D": "07/26/24",
-            "T": "00:00:00",
-            "x": "07/26/24",
-            "X": "00:00:00",
-            "Z": "",
-            "z": "",
-        }.items()
-    )
-    + " }}{%- endmacro -%}"
-)
+_DATE = """
+d=26 -d=26 e=26 b=Jul B=July m=07 -m=7 Y=2024 y=24 a=Fri A=Friday j=208 H=00 I=12 M=00 S=00 p=AM F=2024-07-26 T=00:00:00
+"""
+_REPLACED = "".join(".replace('%{}', '{}')".format(*each.split("=")) for each in _DATE.split())
+_TODAY = "{%- macro strftime_now(form) -%}{{ form" + _REPLACED + " }}{%- endmacro -%}"
 """Goes before a template that asks for today's date, so that a run is the same on any day; Llama 3.1's own default."""
 _MOST_MESSAGES = 10_000
 _MOST_OBJECTS = 10_000  # of JSON that are looked at in one rendered text

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +28,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -50,6 +49,7 @@ from qwenscope.lm.model import (
 )
 from qwenscope.lm.placement import device_map, pick_devices
 from qwenscope.lm.sites import hooked_sites, module_at, target_sites, width_at
+from qwenscope.lm.tokenizer import read_tokenizer
 from qwenscope.recipe import HookPoint, LMRecipe
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def load_language_model(lm: LMRecipe, *, last_layer: int | None = None, lm_head:
         model = _build(cut, slices, pick_dtype(lm, config), devices, lm_head)
         if lm_head and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    tokenizer = _tokenizer(lm.model, folder)
+    tokenizer = read_tokenizer(lm.model, folder)
     model.requires_grad_(False)
     model.train(False)
     loaded = as_language_model(model, tokenizer)
@@ -130,23 +130,7 @@ def load_tokenizer(lm: LMRecipe) -> Tokenizer:
         ModelError: no such model, or no tokenizer beside it that transformers reads without code of the checkpoint's.
     """
     folder, _ = resolve(lm)
-    return _tokenizer(lm.model, folder)
-
-
-def _tokenizer(name: str, folder: Path) -> Tokenizer:
-    """Never asks for, nor runs, code of the checkpoint; truncation, padding and a longest length that it was saved with
-    are off."""
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**where(folder), trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # tokenizers raises Exception itself, transformers whatever a foreign file leads to
-        raise ModelError(f"the tokenizer of {name} cannot be loaded: {reason(error)}") from error
-    tokenizer.model_max_length = sys.maxsize
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    return tokenizer
+    return read_tokenizer(lm.model, folder)
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
@@ -230,6 +214,7 @@ def _text_config(name: str, folder: Path) -> PretrainedConfig:
     with _model_errors(name):
         whole = AutoConfig.from_pretrained(**where(folder), trust_remote_code=False)
     config: PretrainedConfig = whole.get_text_config(decoder=True)
+    config.return_dict = True  # or the model's outputs are tuples
     if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({whole.model_type}), not supported; take a causal decoder")
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -299,6 +284,7 @@ def _build(
     auto: Any = AutoModelForCausalLM if lm_head else AutoModel
     with torch.device("meta"):  # shapes only: transformers' own choice of class, for any family
         shapes: Any = auto.from_config(config)
+    _check_amount(shapes, slices)
     places: Any = {"": devices[0]}
     if len(devices) > 1:
         places = device_map(shapes, decoder_layers(shapes, config.num_hidden_layers), devices)
@@ -329,6 +315,14 @@ def _build(
         if parameter.data_ptr() % 64:  # a view of the mapped file: unaligned (the last bits of CPU products depend on
             parameter.data = parameter.data.clone()  # alignment), and at the mercy of whoever writes that file
     return placed
+
+
+def _check_amount(shapes: PreTrainedModel, slices: dict[str, Any]) -> None:
+    """Refuse, before any memory is taken, sizes far beyond what the weights hold; a packed weight is eight at most."""
+    wanted = sum(parameter.numel() for parameter in shapes.parameters())
+    stored = sum(math.prod(getattr(tensor, "shape", None) or tensor.get_shape()) for tensor in slices.values())
+    if wanted > max(2**28, 16 * stored):
+        raise ModelError(f"the config speaks of {wanted:,} weights, {stored:,} are there; it lacks sizes or is damaged")
 
 
 @contextmanager
