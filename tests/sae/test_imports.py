@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import refusal
 from foreign_saes import CASES, DICT_SIZE, HIDDEN_DIM, gemma_scope, llama_scope, saelens, write_json
 from safetensors.torch import load_file, save_file
 
@@ -258,3 +259,29 @@ def test_transcoders_come_back_from_saelens_to_the_bit(case: str, tmp_path: Path
         assert all(torch.equal(value, back.state_dict()[name]) for name, value in sae.state_dict().items())
     with pytest.raises(FormatError, match="sparsify has no transcoders"):
         export_suite(tmp_path / "suite", "sparsify", tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("saelens matryoshka", "W_dec"),
+        ("saelens gated", "b_mag"),
+        ("saelens gated", "r_mag"),
+        ("gemma-scope 2", "w_enc"),
+        ("gemma-scope 2", "b_dec"),
+    ],
+)
+@pytest.mark.parametrize("wrong", ["cut", "huge"])
+def test_tensors_that_do_not_fit_each_other_or_float32_are_named(
+    case: str, name: str, wrong: str, tmp_path: Path
+) -> None:
+    other = CASES[case](tmp_path / "there", 1)
+    path = next(other.source.rglob("*.safetensors"))
+    tensors = load_file(path)
+    tensors[name] = tensors[name][:-1].clone() if wrong == "cut" else tensors[name] * 3e37
+    save_file(tensors, path)
+    said = refusal(lambda: import_suite(other.source, other.origin, tmp_path / "out"))
+    assert (said is None and wrong == "huge") or (said and str(path) in said)
+    if said is None:
+        load_suite(tmp_path / "out")
+    assert (tmp_path / "out").exists() == (said is None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwenscope.errors import FormatError
 from qwenscope.sae.activation import ACTIVATIONS, TopK, described
-from qwenscope.sae.files import check_config
+from qwenscope.sae.files import check_config, check_finite
 from qwenscope.sae.sae import SAE
 
 _UNIT_TOLERANCE = 1e-4
@@ -55,6 +55,7 @@ class Parts:
 
 def subtract_pre_bias(parts: Parts) -> None:
     """From pre-activations `E x + b` to ours, `E (x - p) + b'`: b' = b + E p, summed in float64."""
+    _check_shapes(parts)
     pre_bias_D = parts.pre_bias_D.double()
     product_N = torch.cat([rows_RD.double() @ pre_bias_D for rows_RD in torch.split(parts.encoder_ND, 1 << 16)])
     parts.bias_N = (parts.bias_N.double() + product_N).float()
@@ -80,6 +81,12 @@ def fold_gate(parts: Parts, log_scale_N: Tensor, gate_bias_N: Tensor) -> None:
     With e = E (x - p) a latent is e exp(r) + b where e + g > 0 and that value is above 0. Hence it is what is above
     b - g exp(r), with the encoder's rows times exp(r); in float64, so that only rounding moves the gate.
     """
+    _check_shapes(parts)
+    for name, tensor in {"scale": log_scale_N, "bias": gate_bias_N}.items():
+        if tensor.shape != parts.bias_N.shape:
+            raise FormatError(
+                f"{parts.where}: the gate's {name} has shape {list(tensor.shape)}, unlike the encoder bias"
+            )
     scale_N = log_scale_N.double().exp()
     parts.encoder_ND = (parts.encoder_ND.double() * scale_N[:, None]).float()
     parts.threshold_N = (parts.bias_N.double() - gate_bias_N.double() * scale_N).float()
@@ -96,6 +103,7 @@ def fold_decoder_norms(parts: Parts) -> None:
 
     The selection acted on the scaled pre-activations, so nothing about the codes changes but their unit.
     """
+    _check_shapes(parts)
     norm_N = parts.decoder_ND.double().norm(dim=1)
     if not bool((norm_N > 0).all()):
         raise FormatError(f"{parts.where}: a decoder direction is 0, so its norm cannot move into the encoder")
@@ -140,6 +148,8 @@ def build(parts: Parts, origin: str) -> SAE:
     }
     extra = {"threshold": parts.threshold_N, "decoder.bias": parts.target_bias_D, "skip.weight": parts.skip_DD}
     weights |= {name: tensor.float().contiguous() for name, tensor in extra.items() if tensor is not None}
+    for name, tensor in weights.items():
+        check_finite(parts.where, f"{name}, as float32 and re-parametrised,", tensor)
     return SAE.of(check_config(parts.where, config), weights)
 
 
