@@ -18,6 +18,7 @@ ODD_NAME = "<img src=x onerror=alert(1)>"
 SIDES = {"positive": 0.9, "negative": 0.1}
 LATENT = {"sae": "sae_delta", "latent": PLANTED_LATENT, "effect": 0.9, "interval": [0.8, 0.95], "q": 0.01}
 OTHER = {"sae": "sae_attn", "latent": 41, "effect": -0.2, "interval": None, "q": 0.6}
+OTHERS = [{**OTHER, "latent": latent} for latent in range(41, 54)]
 CONTROL = {"auroc": 0.8, "interval": [0.7, 0.9], "balanced_accuracy": 0.75}
 RATE = {"rate": 0.1, "interval": [0.05, 0.2], "count": 60}
 FOUND: dict[str, Any] = {"tested": 400, "found": 1, "fdr": 0.05}
@@ -27,7 +28,7 @@ CONTRAST: dict[str, Any] = {
     "paired": False,
     "pool": "max",
     **FOUND,
-    "latents": [{**each, "adjusted_effect": 0.5, "auroc": 0.97, "active": SIDES} for each in (LATENT, OTHER)],
+    "latents": [{**each, "adjusted_effect": 0.5, "auroc": 0.97, "active": SIDES} for each in (LATENT, *OTHERS)],
     "controls": {"": {"words": CONTROL}, "sae_delta": {"best latent": CONTROL, "probe on raw rows": CONTROL}},
     "confounds": {
         "length": {"positive": 54.1, "negative": 56.4, "p": 0.009},

@@ -268,6 +268,14 @@ def test_results_show_latents_and_controls(visit: Visit, name: str, shown: list[
     assert page.locator("main img, main script").count() == 0
 
 
+def test_a_long_table_is_shortened(visit: Visit) -> None:
+    page = visit.go("#/results/contrast")
+    rows = page.get_by_role("region", name="Latents").locator("tbody tr")
+    expect(rows).to_have_count(10)
+    page.get_by_role("button", name="Show all").click()
+    expect(rows).to_have_count(14)
+
+
 def test_a_text_is_scored_by_a_monitor(visit: Visit) -> None:
     page = visit.go("#/results/monitor")
     for text, said in ((f"order{PLANTED} status", "alarm: "), ("order status", "no alarm: ")):

@@ -3,7 +3,7 @@
 import { h, field, known, link, number, percent, section, stat, token } from "./dom.js";
 import { shaded } from "./contexts.js";
 import { scenarios } from "./scenarios.js";
-import { address, between, fixed, measured, small, table } from "./tables.js";
+import { address, between, brief, fixed, measured, small, table } from "./tables.js";
 import * as api from "./api.js";
 
 const KINDS = {
@@ -14,26 +14,20 @@ const KINDS = {
   "monitor test": ["Test of a monitor", test],
   scenarios: ["Steering experiment", scenarios],
 };
-const SHOWN = 200;
 const EFFECT = [-1, 1, 0];
 const AUROC = [0, 1, 0.5];
 
-const more = (all) =>
-  all.length > SHOWN ? h("p", { class: "faint" }, `the first ${SHOWN} of ${number(all.length)}`) : null;
-
 function contrast(result) {
   const { latents, controls, confounds, names } = result;
-  const rows = latents
-    .slice(0, SHOWN)
-    .map((each) => [
-      address(each, names),
-      measured(each.effect, each.interval, EFFECT, each.q <= result.fdr ? "found" : ""),
-      fixed(each.adjusted_effect),
-      small(each.q),
-      fixed(each.auroc),
-      percent(each.active.positive),
-      percent(each.active.negative),
-    ]);
+  const rows = latents.map((each) => [
+    address(each, names),
+    measured(each.effect, each.interval, EFFECT, each.q <= result.fdr ? "found" : ""),
+    fixed(each.adjusted_effect),
+    small(each.q),
+    fixed(each.auroc),
+    percent(each.active.positive),
+    percent(each.active.negative),
+  ]);
   const compared = Object.entries(controls).flatMap(([sae, by]) => [
     [sae || "without any SAE"],
     ...Object.entries(by).map(([name, cell]) => [
@@ -53,8 +47,7 @@ function contrast(result) {
       section(
         "Latents",
         "effect of the behavior, 95 % interval; adjusted for length and roles; the share of conversations they are active in",
-        table("Latents", ["latent", "effect", "adjusted", "q", "AUROC", "with", "without"], rows),
-        more(latents),
+        brief("Latents", ["latent", "effect", "adjusted", "q", "AUROC", "with", "without"], rows),
       ),
       section(
         "What it must be compared with",
@@ -99,8 +92,7 @@ function differing({ length, roles, language, source }) {
 }
 
 function diff(result) {
-  const { names, fvu } = result;
-  const latents = result.latents.slice(0, SHOWN);
+  const { latents, names, fvu } = result;
   const groups = [...new Set(latents.map(({ group }) => group))].sort((a, b) => a - b);
   const rows = groups.flatMap((group) => {
     const mine = latents.filter((each) => each.group === group);
@@ -143,8 +135,7 @@ function diff(result) {
       section(
         "Latents",
         "above 0: fires more in a; rate: share of tokens",
-        rows.length ? table("Latents", heads, rows) : h("p", { class: "faint" }, "No latent differs."),
-        more(result.latents),
+        rows.length ? brief("Latents", heads, rows) : h("p", { class: "faint" }, "No latent differs."),
       ),
       fit.length
         ? section(
@@ -189,16 +180,11 @@ const conversations = (each, names, open) =>
 
 const weights = (latents, names) => {
   const most = Math.max(...latents.map(({ weight }) => Math.abs(weight)), 1e-9);
-  return [
-    table(
-      "Latents",
-      ["latent", "weight"],
-      latents
-        .slice(0, SHOWN)
-        .map((each) => [address(each, names), measured(each.weight, null, [-most, most, 0], "found", number)]),
-    ),
-    more(latents),
-  ];
+  const rows = latents.map((each) => [
+    address(each, names),
+    measured(each.weight, null, [-most, most, 0], "found", number),
+  ]);
+  return brief("Latents", ["latent", "weight"], rows);
 };
 
 async function monitor(result) {

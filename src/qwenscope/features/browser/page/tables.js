@@ -3,6 +3,8 @@
 import { h, known, link, number } from "./dom.js";
 import { whisker } from "./charts.js";
 
+const FIRST = 10;
+
 export const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 export const small = (value) => (value === null ? "–" : number(Number(value.toPrecision(2))));
 export const between = (interval, form = fixed) =>
@@ -40,6 +42,16 @@ export function table(name, heads, rows) {
       ),
     ),
   );
+}
+
+// The first rows of a long table, so that what stands below it is seen; a button shows the rest.
+export function brief(name, heads, rows) {
+  const box = h("div", null, table(name, heads, rows.length > FIRST + 2 ? rows.slice(0, FIRST) : rows));
+  if (rows.length > FIRST + 2) {
+    const all = () => box.replaceChildren(table(name, heads, rows));
+    box.append(h("p", null, h("button", { type: "button", class: "quiet", onclick: all }, "Show all")));
+  }
+  return box;
 }
 
 // One cell: which latent, and what it is known by.
