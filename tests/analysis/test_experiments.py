@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,14 @@ def test_a_planted_direction_shows_and_its_controls_do_not(done: Path) -> None:
     assert {arm for arm, trait, *_ in cells if trait == "asks"} == {"prompt", "steered", "random direction"}
     assert result["matrix"]["traits"]["asks"]["asks"] == 1 - plain
     assert "random directions" in (done / "dose-response.svg").read_text()
+
+
+def test_the_scenario_files_that_are_shown_are_scenario_files(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (root / "docs/analysis.md").read_text(), re.DOTALL | re.MULTILINE)
+    write_text(tmp_path / "shown.yaml", block)
+    for path in (tmp_path / "shown.yaml", root / "examples/scenarios.yaml"):
+        assert read_plan(path).traits
 
 
 def test_each_repeat_has_a_random_direction_of_its_own(done: Path) -> None:

@@ -94,24 +94,23 @@ function differing({ length, roles, language, source }) {
 function diff(result) {
   const { latents, names, fvu } = result;
   const groups = [...new Set(latents.map(({ group }) => group))].sort((a, b) => a - b);
-  const rows = groups.flatMap((group) => {
+  const rowsOf = (group, most) => {
     const mine = latents.filter((each) => each.group === group);
-    return [
-      [
-        mine.length > 1
-          ? `group ${group}: ${mine.length} latents that ${fvu ? "change" : "fire"} together`
-          : `group ${group}`,
-      ],
-      ...mine.map((each) => [
+    const together = `: ${mine.length} latents that ${fvu ? "change" : "fire"} together`;
+    const rows = mine
+      .slice(0, most)
+      .map((each) => [
         address(each, names),
         measured(each.effect, each.interval, EFFECT, "found"),
         small(each.q),
         percent(each.rate.a),
         percent(each.rate.b),
         ...(fvu ? [h("span", { class: "chips" }, (each.tokens ?? []).map(changed))] : []),
-      ]),
-    ];
-  });
+      ]);
+    return [[`group ${group}${mine.length > 1 ? together : ""}`], ...rows];
+  };
+  const rows = groups.flatMap((group) => rowsOf(group, latents.length));
+  const first = groups.slice(0, 5).flatMap((group) => rowsOf(group, 4));
   const heads = ["latent", "effect", "q", "rate in a", "rate in b", ...(fvu ? ["on which tokens"] : [])];
   const fit = Object.entries(fvu ?? {}).map(([sae, cell]) => [
     h("a", { href: link.sae(sae) }, sae),
@@ -135,7 +134,7 @@ function diff(result) {
       section(
         "Latents",
         "above 0: fires more in a; rate: share of tokens",
-        rows.length ? brief("Latents", heads, rows) : h("p", { class: "faint" }, "No latent differs."),
+        rows.length ? brief("Latents", heads, rows, first) : h("p", { class: "faint" }, "No latent differs."),
       ),
       fit.length
         ? section(

@@ -44,13 +44,12 @@ export function table(name, heads, rows) {
   );
 }
 
-// The first rows of a long table, so that what stands below it is seen; a button shows the rest.
-export function brief(name, heads, rows) {
-  const box = h("div", null, table(name, heads, rows.length > FIRST + 2 ? rows.slice(0, FIRST) : rows));
-  if (rows.length > FIRST + 2) {
-    const all = () => box.replaceChildren(table(name, heads, rows));
-    box.append(h("p", null, h("button", { type: "button", class: "quiet", onclick: all }, "Show all")));
-  }
+// A long table's first rows, so that what stands below it is seen; a button shows the rest.
+export function brief(name, heads, rows, first = rows.slice(0, FIRST)) {
+  if (rows.length <= first.length + 2) return table(name, heads, rows);
+  const box = h("div", null, table(name, heads, first));
+  const all = () => box.replaceChildren(table(name, heads, rows));
+  box.append(h("p", null, h("button", { type: "button", class: "quiet", onclick: all }, "Show all")));
   return box;
 }
 
