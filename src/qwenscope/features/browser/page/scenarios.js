@@ -66,16 +66,16 @@ function runs({ effects, traits }) {
           cell.position ?? "",
           cell.strength === null ? "" : number(cell.strength),
           percent(told.rate),
+          number(cell.kl),
+          number(cell.perplexity),
           measured(told.difference, told.interval, CHANGE, cell.arm === "steered" ? "found" : "", signed),
           told.beyond_random_difference === undefined
             ? ""
             : measured(told.beyond_random_difference, told.beyond_random_interval, CHANGE, "found", signed),
-          number(cell.kl),
-          number(cell.perplexity),
         ];
       }),
   ]);
-  const heads = ["run", "at", "strength", "rate", "change", "beyond random", "KL", "perplexity"];
+  const heads = ["run", "at", "strength", "rate", "KL", "perplexity", "change", "beyond random"];
   return table("Runs", heads, rows);
 }
 
