@@ -72,7 +72,7 @@ class SourceRecipe(Node):
 
     @model_validator(mode="after")
     def _files_need_a_path(self) -> SourceRecipe:
-        if self.name == "files" and self.path in (None, Path()) and self.repo is None:
+        if self.name == "files" and self.path is None and self.repo is None:
             raise ValueError("a source named files needs a path or a repo")
         if self.path is not None and (self.repo or self.revision or self.config):
             raise ValueError("path and repo/revision/config exclude each other")

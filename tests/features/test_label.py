@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from planted_suite import PLANTED, PLANTED_LATENT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwenscope import hub
+from qwenscope.corpus.chat import with_template
 from qwenscope.errors import FormatError, HubError, ModelError
 from qwenscope.features.clients import Client, EndpointClient, LocalClient, OfflineClient
+from qwenscope.features.continuation import generate
 from qwenscope.features.delphi import export_delphi
 from qwenscope.features.label import chosen, explain
 from qwenscope.features.questions import balanced_accuracy
@@ -234,6 +237,20 @@ def test_a_local_model_writes_and_scores(index: Index, release: Path, which: str
     assert 0 < len(record["label"]) <= 300
     assert len(record["samples"]["detection"]) > 10
     assert not {"label"} & set(record["unparsed"])
+
+
+def test_a_local_model_without_system_turns_gets_the_words_in_the_users(release: Path) -> None:
+    client = LocalClient(open_target(release).recipe.lm.model, device="cpu")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    client._lm = replace(
+        client._lm, tokenizer=with_template(client._lm.tokenizer, refusing + "{{ messages[0].content }}")
+    )
+    whole = client._lm.tokenizer("Be brief.\n\nHello").input_ids
+    assert client._tokens({"role": "user", "content": "Be brief.\n\nHello"}) == whole
+    assert client.complete("Be brief.", "Hello", 3) == "".join(generate(client._lm, whole, [], 3))
+    client._lm = replace(client._lm, tokenizer=with_template(client._lm.tokenizer, "{{ raise_exception('never') }}"))
+    with pytest.raises(FormatError, match="refuses a user's turn: never"):
+        client.complete("Be brief.", "Hello", 3)
 
 
 def test_a_local_model_that_is_not_there_is_named(tmp_path: Path) -> None:

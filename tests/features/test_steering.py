@@ -13,6 +13,7 @@ from standin.model import standin_config
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5MoeForCausalLM
 
+from qwenscope.corpus.chat import with_template
 from qwenscope.errors import FormatError, ModelError
 from qwenscope.features.continuation import Piece, Sampling, Step, generate, prompt_tokens, side_by_side, write_on
 from qwenscope.features.steering import Steering, controls, steer
@@ -202,6 +203,23 @@ def loaded(release: Path) -> tuple[LanguageModel, Steering]:
     target = open_target(release)
     lm = load_language_model(target.recipe.lm, lm_head=True)
     return lm, Steering(1, 3.0, sae=target.saes["sae_delta"], latent=7)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "said"),
+    [
+        ("a\udcff", None, "no UTF-8"),
+        ("hello", "{{ raise_exception('not today') }}", "refuses the prompt: not today"),
+        ("hello", "{{ 1 // 0 }}", "refuses the prompt: "),
+        ("hello", "{{ 'so long ' * 200000 }}", "positions; shorten it"),
+    ],
+)
+def test_a_prompt_that_cannot_be_told_is_one_line(
+    loaded: tuple[LanguageModel, Steering], prompt: str, template: str | None, said: str
+) -> None:
+    lm = replace(loaded[0], tokenizer=with_template(loaded[0].tokenizer, template))
+    with pytest.raises(FormatError, match=said):
+        prompt_tokens(lm, prompt)
 
 
 def test_streamed_text_equals_generate(loaded: tuple[LanguageModel, Steering]) -> None:

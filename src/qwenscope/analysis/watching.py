@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwenscope.analysis.detector import Detector, Running
 from qwenscope.corpus.anything import Messages, render_given
+from qwenscope.corpus.chat import on_one_day
 from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.features.steering import Seen
@@ -107,6 +108,7 @@ def prompt(
     Raises:
         CorpusError: the chat template refuses the messages.
     """
+    tokenizer = on_one_day(tokenizer)
     rendered = render_given(tokenizer, messages, tools)
     turns = [dict(message) for message in rendered.messages]
     ids = tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True, return_dict=False)  # type: ignore[arg-type]

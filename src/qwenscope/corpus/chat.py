@@ -64,7 +64,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str | dict[str, 
     return changed
 
 
-def _on_one_day(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def on_one_day(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or one for whose templates today is always the same day."""
     template: Any = getattr(tokenizer, "chat_template", None)
     if "strftime_now" not in str(template):
@@ -89,7 +89,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         """Raises CorpusError if the tokenizer is not a fast one."""
-        self.tokenizer = _on_one_day(tokenizer)
+        self.tokenizer = on_one_day(tokenizer)
         self.max_length = max_length
         self.encoder = encoder_for(tokenizer)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from qwenscope.errors import FormatError, HubError
+from qwenscope.errors import FormatError, HubError, reason
 from qwenscope.features.continuation import generate
 from qwenscope.hub import retrying
 from qwenscope.lm.load import load_language_model
@@ -111,12 +111,23 @@ class LocalClient:
         self._lm = load_language_model(LMRecipe(model=model, device=device), lm_head=True)
 
     def complete(self, system: str, user: str, max_tokens: int) -> str:
-        """The assistant's turn."""
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        prompt: Any = self._lm.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
-        )
+        """The assistant's turn.
+
+        Raises:
+            FormatError: the model's chat template takes neither a system turn nor a user's alone.
+        """
+        try:
+            prompt = self._tokens({"role": "system", "content": system}, {"role": "user", "content": user})
+        except Exception:  # a template raises what it likes; Gemma's knows no system turn
+            try:
+                prompt = self._tokens({"role": "user", "content": f"{system}\n\n{user}"})
+            except Exception as error:
+                raise FormatError(f"the chat template of {self.name} refuses a user's turn: {reason(error)}") from error
         return "".join(generate(self._lm, prompt, [], max_tokens))
+
+    def _tokens(self, *messages: dict[str, str]) -> list[int]:
+        told: Any = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
+        return list(self._lm.tokenizer.apply_chat_template(list(messages), **told))
 
 
 class OfflineClient:

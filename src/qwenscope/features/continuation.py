@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from qwenscope.errors import FormatError, ModelError
+from qwenscope.errors import FormatError, ModelError, reason
 from qwenscope.features.steering import Steering, controls, steer_rows
 from qwenscope.lm.forward import site_rows
-from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.model import LanguageModel, config_number
 from qwenscope.lm.sites import Site
 from qwenscope.seeds import generator
 
@@ -238,11 +238,26 @@ def answer_start(lm: LanguageModel, prompt: str) -> int:
 
 
 def _turn(lm: LanguageModel, prompt: str, *, answered: bool) -> list[int]:
-    """The user's turn by the model's chat template, with or without the beginning of the answer to it."""
-    if getattr(lm.tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        return list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=answered, return_dict=False))
-    return list(lm.tokenizer(prompt).input_ids)
+    """The user's turn by the model's chat template, with or without the beginning of the answer to it.
+
+    Raises:
+        FormatError: the prompt is no text, the template refuses it, or it has more tokens than the model positions.
+    """
+    try:
+        prompt.encode()
+        if getattr(lm.tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": prompt}]
+            ids = list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=answered, return_dict=False))
+        else:
+            ids = list(lm.tokenizer(prompt).input_ids)
+    except UnicodeEncodeError:
+        raise FormatError("the prompt holds bytes that are no UTF-8, or half a surrogate pair; take them out") from None
+    except Exception as error:  # a template is a program, and may fail like one
+        raise FormatError(f"the chat template of {lm.name} refuses the prompt: {reason(error)}") from error
+    positions = config_number(lm.model.config.get_text_config(), "max_position_embeddings")
+    if 0 < positions < len(ids):
+        raise FormatError(f"the prompt has {len(ids):,} tokens, {lm.name} has {positions:,} positions; shorten it")
+    return ids
 
 
 def _cache_of(output: Any) -> dict[str, Any]:
