@@ -59,9 +59,9 @@ def test_the_commands_run(folder: Path) -> None:
             with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
                 try:
                     assert process.stderr is not None
-                    address = process.stderr.readline().split()[0]
-                    assert address == "http://127.0.0.1:8321/"
-                    assert b"qwenscope" in urllib.request.urlopen(address).read()
+                    said = process.stderr.readline()
+                    assert said.startswith("http://127.0.0.1:8321/"), said
+                    assert b"qwenscope" in urllib.request.urlopen(said.split()[0]).read()
                 finally:
                     process.terminate()
         else:
