@@ -159,7 +159,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many of them, under torchrun.")] = 1,
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="How many of them, under torchrun.")] = 1,
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
