@@ -110,3 +110,11 @@ def test_a_traceback_in_the_log_keeps_its_lines() -> None:
     text = options._Formatter("%(message)s").format(record)
     assert len(text.splitlines()) > 3
     assert text.endswith(f"ValueError: {SHOWN}")
+
+
+def test_words_between_colons_are_no_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    for console in (options.out, options.err):
+        console.print("top:-1: and :smile:", markup=False)
+        console.print("top:-1: and :smile:")
+    said = capsys.readouterr()
+    assert said.out == said.err == "top:-1: and :smile:\n" * 2

@@ -46,8 +46,8 @@ class _Formatter(logging.Formatter):
         return visible(super().format(record))
 
 
-out = _Console(soft_wrap=True)
-err = _Console(stderr=True, soft_wrap=True)
+out = _Console(soft_wrap=True, emoji=False)
+err = _Console(stderr=True, soft_wrap=True, emoji=False)
 
 
 def set_up_output(debug: bool) -> None:

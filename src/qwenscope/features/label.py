@@ -73,6 +73,8 @@ def _numbers(text: str, index: Index, sae_id: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         index.check(sae_id, first)
         index.check(sae_id, last)
+        if last < first:
+            raise FormatError(f"--latents {text}: {part.strip()} is no range, its end comes first")
         numbers |= dict.fromkeys(range(first, last + 1))
     return list(numbers)
 
