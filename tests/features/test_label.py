@@ -160,7 +160,7 @@ def test_latents_are_chosen_by_number_by_range_and_by_how_often_they_fire(index:
     for sae_id, shares in density.items():
         mine = [shares[n] for id, n in top if id == sae_id]
         assert sorted(mine, reverse=True) == sorted(shares, reverse=True)[:5]
-    for wrong in ("", "some", "top:", "3..5", "-3"):
+    for wrong in ("9-3", "", "some", "top:", "3..5", "-3"):
         with pytest.raises(FormatError, match="--latents"):
             chosen(index, wrong)
 
