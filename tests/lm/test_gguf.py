@@ -10,12 +10,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwenscope.errors import ModelError
-from qwenscope.files import sha256
+from qwenscope.files import public_name, sha256
 from qwenscope.lm import gguf as reading
 from qwenscope.lm.forward import final_hidden, logits
 from qwenscope.lm.load import load_config, load_language_model, load_tokenizer
 from qwenscope.lm.sites import Site
-from qwenscope.recipe import LMRecipe, public_name
+from qwenscope.recipe import LMRecipe
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the extra gguf")
 if reading.too_old():
