@@ -123,8 +123,9 @@ def test_a_planted_direction_shows_and_its_controls_do_not(done: Path) -> None:
 
 def test_the_scenario_files_that_are_shown_are_scenario_files(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", (root / "docs/analysis.md").read_text(), re.DOTALL | re.MULTILINE)
-    write_text(tmp_path / "shown.yaml", block)
+    shown = re.findall(r"^```yaml\n(.*?)^```", (root / "docs/analysis.md").read_text(), re.DOTALL | re.MULTILINE)
+    (plan,) = (block for block in shown if "traits:" in block)
+    write_text(tmp_path / "shown.yaml", plan)
     for path in (tmp_path / "shown.yaml", root / "examples/scenarios.yaml"):
         assert read_plan(path).traits
 
