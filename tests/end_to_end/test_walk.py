@@ -129,7 +129,7 @@ def test_the_evaluation_holds_the_contracts_keys(run: Path) -> None:
 
 
 def test_every_key_of_the_recipe_is_read(run: Path, reads: set[tuple[str, str]], tmp_path: Path) -> None:
-    """The stand-in's walk reads most keys; those of sources it does not have are read from a stream of their own."""
+    """The stand-in's walk reads most keys; those of sources, or of a second model, that it does not have are read here."""
     turn = {"role": "user", "content": "mail me@firm.com", "country": "Japan", "redacted": False, "toxic": False}
     answer = {**turn, "role": "assistant", "content": "done", "country": None}
     row = {"conversation": [turn, answer], "country": "Japan", "redacted": False, "toxic": False}
@@ -140,6 +140,7 @@ def test_every_key_of_the_recipe_is_read(run: Path, reads: set[tuple[str, str]],
     offline = load_recipe("standin", ["corpus.sources=[{name: ultrachat, revision: main, weight: 1}]"])
     with pytest.raises(HubError, match="ultrachat"):
         CorpusStream(offline.corpus, load_tokenizer(offline.lm), seed=0)
+    assert local.lm.model_copy(update={"model_b": "tuned", "revision_b": "main"}).second.revision == "main"
     assert set(_fields(Recipe)) - reads == set()
 
 
