@@ -129,7 +129,7 @@ def test_the_evaluation_holds_the_contracts_keys(run: Path) -> None:
 
 
 def test_every_key_of_the_recipe_is_read(run: Path, reads: set[tuple[str, str]], tmp_path: Path) -> None:
-    """The stand-in's walk reads most keys; those of sources, or of a second model, that it does not have are read here."""
+    """The stand-in's walk reads most keys; those of sources and models that it does not have are read here."""
     turn = {"role": "user", "content": "mail me@firm.com", "country": "Japan", "redacted": False, "toxic": False}
     answer = {**turn, "role": "assistant", "content": "done", "country": None}
     row = {"conversation": [turn, answer], "country": "Japan", "redacted": False, "toxic": False}
