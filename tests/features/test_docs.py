@@ -17,8 +17,8 @@ from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import TopKSAE
 
 NOT_HERE = {"--local", "--endpoint", "--results"}
-"""Flags of commands that fetch a model, call one that listens elsewhere, or show what other commands made: tests/features/test_label.py
-and tests/browser/test_results.py do so."""
+"""Flags of commands that fetch a model, call one that listens elsewhere, or show what others made: test_label.py and
+tests/browser/test_results.py do so."""
 TEXT = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
 
 
