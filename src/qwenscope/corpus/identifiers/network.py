@@ -9,7 +9,7 @@ from qwenscope.corpus.identifiers.rules import Rule, Span, after, after_words, b
 
 _IPV4 = re.compile(r"(?:(?<![0-9A-Za-z.])|(?<=IP)|(?<=ip))(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9]|\.[0-9])")
 _IPV4_IN_NAME = re.compile(r"(?<![0-9])(?<!(?<![A-Za-z])[0-9]-)(?:[0-9]{1,3}-){3}[0-9]{1,3}(?=\.[A-Za-z])")
-_IPV6 = re.compile(r"(?<![0-9A-Fa-f:])[0-9A-Fa-f:]{2,45}(?![0-9A-Fa-f:])")
+_IPV6 = re.compile(r"(?<![0-9A-Fa-f:])(?=[0-9A-Fa-f]{0,4}:)[0-9A-Fa-f:]{2,45}(?![0-9A-Fa-f:])")
 _MAC = re.compile(
     r"(?<![0-9A-Za-z])(?<!(?<![G-Zg-z])[0-9A-Fa-f]{2}[:\-])(?:[0-9A-Fa-f]{2}([:\-])[0-9A-Fa-f]{2}(?:\1[0-9A-Fa-f]{2}){4}"
     r"|[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4})(?![0-9A-Za-z]|[:\-.][0-9A-Fa-f])"
