@@ -56,6 +56,12 @@ class _DefaultGroup(TyperGroup):
         known = args and args[0] in self.commands
         return super().resolve_command(ctx, args if known else [self.default, *args])
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """With the flags of the default command, which the group takes as its own."""
+        super().format_help(ctx, formatter)
+        command = self.commands[self.default]
+        command.format_help(type(ctx)(command, info_name=self.default, parent=ctx), formatter)
+
 
 _RANK = os.environ.get("RANK")  # of several processes that torchrun has started
 
