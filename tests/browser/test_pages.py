@@ -26,6 +26,7 @@ ROUTES = [
     "",
     "#/sae/sae_delta",
     LATENT,
+    f"#/compare?at=sae_delta/{PLANTED_LATENT}&at=sae_delta/3&at=sae_attn/5",
     "#/search?q=that",
     "#/try?text=order+that+status",
     "#/steer",
@@ -110,6 +111,30 @@ def test_deep_links_and_keys(visit: Visit) -> None:
     expect(page.locator("h1")).to_have_text("sae_delta")
     page.keyboard.press("/")
     expect(page.get_by_label("Search latents")).to_be_focused()
+
+
+def test_latents_are_compared_side_by_side(visit: Visit, index: Path) -> None:
+    page = visit.go(LATENT)
+    depth = page.locator("section", has=page.get_by_role("heading", name="Through depth")).locator("li")
+    expect(depth).to_have_count(2)
+    expect(depth.first.locator(".num")).to_have_text("here")
+    page.get_by_role("link", name="Compare").click()
+    found = Index(index).latent("sae_delta", PLANTED_LATENT)
+    nearest, cosine = found["neighbours"][0]
+    page.locator(".peers a").first.click()
+    sides = page.locator(".sides > section")
+    expect(sides.locator("h2")).to_have_text([f"sae_delta / {PLANTED_LATENT}", f"sae_delta / {nearest}"])
+    expect(page.get_by_label("Between them").locator("tbody td").nth(1)).to_have_text(f"{cosine:.2f}")
+    page.get_by_label("Another latent").fill("nonsense")
+    page.get_by_role("button", name="Add").click()
+    expect(page.get_by_role("status")).to_contain_text("sae_attn_mid/40")
+    page.get_by_label("Another latent").fill("sae_attn/5")
+    page.get_by_role("button", name="Add").click()
+    expect(sides).to_have_count(3)
+    page.get_by_role("link", name=f"Leave out sae_delta / {nearest}").click()
+    expect(sides.locator("h2")).to_have_text([f"sae_delta / {PLANTED_LATENT}", "sae_attn / 5"])
+    page = visit.go("#/compare?at=sae_delta/999999")
+    expect(page.locator("h1")).to_have_text("Not found")
 
 
 def test_the_try_it_box_runs_the_model(visit: Visit) -> None:

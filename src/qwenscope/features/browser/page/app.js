@@ -4,6 +4,7 @@ import { h } from "./dom.js";
 import * as suite from "./suite.js";
 import * as sae from "./sae.js";
 import * as latent from "./latent.js";
+import * as compare from "./compare.js";
 import * as tryit from "./tryit.js";
 import * as steer from "./steer.js";
 import * as find from "./find.js";
@@ -45,6 +46,7 @@ function route() {
   if (!parts.length) return suite.render();
   if (parts[0] === "sae" && parts.length === 2) return sae.render(parts[1], asked);
   if (parts[0] === "sae" && parts.length === 3 && /^\d+$/.test(parts[2])) return latent.render(parts[1], parts[2]);
+  if (parts[0] === "compare") return compare.render(asked);
   if (parts[0] === "search") return lists.search(asked);
   if (parts[0] === "try") return tryit.render(asked);
   if (parts[0] === "find") return find.render(asked);

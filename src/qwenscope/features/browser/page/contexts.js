@@ -75,17 +75,28 @@ function context({ example, times }, most, roles) {
   );
 }
 
-// Equal texts (one system prompt opens many conversations) are shown once, with their number.
-export function contexts(examples, most, roles) {
+// Equal texts (one system prompt opens many conversations) are shown once, with their number; beyond `first`, when asked.
+export function contexts(examples, most, roles, first = Infinity) {
   const groups = new Map();
   for (const example of examples) {
     const key = JSON.stringify([example.tokens, example.peak]);
     if (groups.has(key)) groups.get(key).times += 1;
     else groups.set(key, { example, times: 1 });
   }
-  return h(
-    "ol",
-    { class: "contexts" },
-    [...groups.values()].map((group) => context(group, most, roles)),
+  const items = [...groups.values()].map((group) => context(group, most, roles));
+  const list = h("ol", { class: "contexts" }, items.slice(0, first));
+  if (items.length <= first) return list;
+  const more = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet more",
+      onclick: () => {
+        list.append(...items.slice(first));
+        more.remove();
+      },
+    },
+    `All ${items.length}`,
   );
+  return h("div", null, list, more);
 }

@@ -21,6 +21,7 @@ export const s = (tag, properties, ...children) => fill(document.createElementNS
 export const link = {
   sae: (sae) => `#/sae/${encodeURIComponent(sae)}`,
   latent: (sae, latent) => `#/sae/${encodeURIComponent(sae)}/${latent}`,
+  compare: (latents) => `#/compare?${new URLSearchParams(latents.map((latent) => ["at", latent.join("/")]))}`,
   read: (text) => `#/try?text=${encodeURIComponent(text)}`,
   result: (name) => `#/results/${encodeURIComponent(name)}`,
   search: (q) => `#/search?q=${encodeURIComponent(q)}`,

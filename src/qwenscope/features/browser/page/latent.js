@@ -1,11 +1,13 @@
 // One latent: what it fires on, what it does to the output, whom it keeps company with, notes, steering.
 
-import { h, link, number, percent, kindBadge, stat, token, section, known, ROLE_NAMES } from "./dom.js";
+import { h, link, number, percent, kindBadge, stat, token, section } from "./dom.js";
 import { activations, bars } from "./charts.js";
+import { latentList, roleBars, splitBars, tokenList } from "./parts.js";
 import { contexts, shaded } from "./contexts.js";
 import { steerBox } from "./steer.js";
 import * as api from "./api.js";
 
+const FIRST = 8; // examples at once, so that test and steer stand near them
 const KINDS = [
   ["top", "Strongest"],
   ["75-100", "75–100 %"],
@@ -38,6 +40,7 @@ function examples(found, roles) {
         found.examples.filter((example) => example.kind === kind),
         most,
         roles,
+        FIRST,
       ),
     );
   }
@@ -61,38 +64,6 @@ function examples(found, roles) {
   if (!kinds.length) return h("p", { class: "faint" }, "This latent never fired on the indexed corpus.");
   choose(kinds[0][0]);
   return [list, panel];
-}
-
-function tokenList(rows, sign) {
-  const most = Math.max(...rows.map(([, score]) => Math.abs(score)), 1e-9);
-  return h(
-    "ul",
-    { class: `tokens ${sign}` },
-    rows.map(([text, score]) =>
-      h(
-        "li",
-        { vars: { "--share": String(Math.abs(score) / most) } },
-        token(text, { class: "chip plain" }),
-        h("span", { class: "num" }, number(score)),
-      ),
-    ),
-  );
-}
-
-function latentList(rows) {
-  return h(
-    "ul",
-    { class: "peers" },
-    rows.map(({ sae, latent, value, title, names, text }) =>
-      h(
-        "li",
-        { title },
-        h("a", { href: link.latent(sae, latent) }, text ?? String(latent)),
-        known(names[`${sae}/${latent}`]),
-        h("span", { class: "num" }, value),
-      ),
-    ),
-  );
 }
 
 // The latent on a text of one's own.
@@ -127,13 +98,6 @@ function testBox(id, latent, found) {
     h("div", { class: "fields" }, h("button", { type: "submit" }, "Test"), said),
     out,
   );
-}
-
-function shares(counts, bases, names) {
-  const total = counts.reduce((sum, count) => sum + count, 0) || 1;
-  return names
-    .map((name, i) => [name, counts[i] / total, percent(counts[i] / total), bases[i]])
-    .filter((row, i) => counts[i] || bases[i]);
 }
 
 async function noteBox(id, latent) {
@@ -174,6 +138,20 @@ async function noteBox(id, latent) {
     toggle,
     box: section("Notes", null, h("label", { class: "hidden", for: "note" }, "Notes on this latent"), area, said),
   };
+}
+
+// This latent among the nearest ones at the other hook points, from the first layer to the last.
+function throughDepth(id, latent, found, saes) {
+  return [[id, latent, 1], ...found.elsewhere]
+    .sort(([a], [b]) => saes[a].layer - saes[b].layer)
+    .map(([sae, other, cosine]) => ({
+      sae,
+      latent: other,
+      text: `${sae} / ${other}`,
+      value: sae === id ? "here" : cosine.toFixed(2),
+      share: Math.max(0, cosine),
+      names: found.names,
+    }));
 }
 
 export async function render(id, number_) {
@@ -217,30 +195,8 @@ export async function render(id, number_) {
       tokenList(found.promoted, "up"),
     ),
     section("Suppresses", null, tokenList(found.suppressed, "down")),
-    section(
-      "Roles",
-      "share of its firings; tick: of all tokens",
-      bars(
-        shares(
-          found.roles,
-          sae.base_roles,
-          roles.map((role) => ROLE_NAMES[role]),
-        ),
-        "Share of firings by role",
-      ),
-    ),
-    section(
-      "Splits",
-      null,
-      bars(
-        shares(
-          found.splits,
-          sae.base_splits,
-          meta.splits.map((split) => split.replace("_", " ")),
-        ),
-        "Share of firings by split",
-      ),
-    ),
+    section("Roles", "share of its firings; tick: of all tokens", roleBars(found, sae, roles)),
+    section("Splits", null, splitBars(found, sae, meta.splits)),
     found.experts.length
       ? section(
           "Experts",
@@ -274,21 +230,9 @@ export async function render(id, number_) {
         )
       : null,
     section(
-      "At other hook points",
-      "the latent with the nearest decoder direction",
-      h(
-        "div",
-        { class: "wide" },
-        latentList(
-          found.elsewhere.map(([sae_, other, cosine]) => ({
-            sae: sae_,
-            latent: other,
-            text: `${sae_} / ${other}`,
-            value: cosine.toFixed(2),
-            names,
-          })),
-        ),
-      ),
+      "Through depth",
+      "at each hook point the latent with the nearest decoder direction, its cosine as a bar",
+      h("div", { class: "wide" }, latentList(throughDepth(id, latent, found, saes))),
     ),
   );
 
@@ -310,6 +254,7 @@ export async function render(id, number_) {
             { class: "steps", "aria-label": "Latents" },
             h("button", { type: "button", class: "quiet", "aria-label": "Previous latent", onclick: to(-1) }, "←"),
             h("button", { type: "button", class: "quiet", "aria-label": "Next latent", onclick: to(1) }, "→"),
+            h("a", { href: link.compare([[id, latent]]) }, "Compare"),
             note.star,
           ),
         ),
