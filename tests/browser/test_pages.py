@@ -146,6 +146,23 @@ def test_the_try_it_box_runs_the_model(visit: Visit) -> None:
     expect(page.locator(".active .entry a", has_text=str(PLANTED_LATENT)).first).to_be_visible()
 
 
+def test_a_text_is_read_over_all_saes_at_once(visit: Visit) -> None:
+    page = visit.go("#/try?text=order+that+status&sae=all+SAEs")
+    links = page.locator(".active .entry a")
+    expect(page.locator(".active h3")).to_have_text("Strongest in this text")
+    assert {text.split(" / ")[0] for text in links.all_inner_texts()} == {"sae_delta", "sae_attn"}
+    page.locator(".readable .tok", has_text="that").hover()
+    expect(page.locator(".active h3")).to_contain_text("that")
+    expect(links.filter(has_text=f"sae_delta / {PLANTED_LATENT}")).to_be_visible()
+    page.locator("h1").hover()
+    expect(page.locator(".active h3")).to_have_text("Strongest in this text")
+    page.get_by_label("Order by").select_option("lift")
+    expect(page.locator(".active h3")).to_have_text("Beyond their base rate")
+    lifts = [float(text.split()[0].replace(",", "")) for text in page.locator(".active .num").all_inner_texts()]
+    assert lifts == sorted(lifts, reverse=True) and lifts[0] > 1
+    assert "by=lift" in page.url
+
+
 def test_latents_are_found_by_example(visit: Visit) -> None:
     page = visit.go("#/find")
     texts = page.get_by_label("Texts, an empty line between two")
