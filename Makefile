@@ -75,7 +75,7 @@ peers:
 	$(PEERS)/sparsify/bin/pip install --quiet $$(grep '^torch==' requirements.lock) eai-sparsify
 	$(PEERS)/dictionary_learning/bin/pip install --quiet --no-deps dictionary-learning
 	$(PEERS)/dictionary_learning/bin/pip install --quiet einops tqdm datasets nnsight $$(grep '^torch==' requirements.lock)
-	$(MAKE) $(PEERS)/vllm
+	$(MAKE) $(PEERS)/vllm $(PEERS)/dashboard $(PEERS)/delphi
 
 # vLLM's CPU build, by hand: torchvision has none beside a CPU torch. Without its operators it does all that is needed, once
 # the file that describes them is empty. qwenscope itself goes in, since a run on vLLM is one process.
@@ -86,3 +86,15 @@ $(PEERS)/vllm:
 	$@/bin/pip install --quiet $$(grep '^torch==' requirements.lock) --requirement $@/requirements.txt
 	$@/bin/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "torchvision/_meta_registrations.py").write_text("")'
 	$@/bin/pip install --quiet $$(grep '^torch==' requirements.lock) .
+
+# The pins of SAEDashboard name a TransformerLens older than SAELens 6 needs: it runs without them.
+$(PEERS)/dashboard:
+	$(PYTHON) -m venv $@ && $@/bin/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$@/bin/pip install --quiet $$(grep '^torch==' requirements.lock) sae-lens matplotlib eindex-callum dataclasses-json
+	$@/bin/pip install --quiet --no-deps sae-dashboard
+
+# What delphi's dependencies bring for pictures and sound is built for another torch than a CPU's, and is not needed.
+$(PEERS)/delphi:
+	$(PYTHON) -m venv $@ && $@/bin/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$@/bin/pip install --quiet $$(grep '^torch==' requirements.lock) eai-delphi
+	$@/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
