@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -277,6 +278,28 @@ def test_html_in_tokens_labels_and_notes_stays_text(visit: Visit, index: Path) -
         expect(page.locator("main")).to_contain_text("<script>")
         assert page.locator("main img, main script").count() == 0
     assert page.evaluate("document.querySelectorAll('script').length") == 1
+
+
+def test_notes_are_exported_and_imported(visit: Visit, tmp_path: Path) -> None:
+    page = visit.go("#/sae/sae_attn/7")
+    page.get_by_label("Notes on this latent").fill("mine")
+    with page.expect_response(lambda response: '"bookmarked":true' in (response.request.post_data or "")):
+        page.get_by_role("button", name="Bookmark").click()
+    page = visit.go("#/notes")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    kept = {(note["sae"], note["latent"]): note for note in json.loads(download.value.path().read_text())}
+    assert kept["sae_attn", 7] == {"sae": "sae_attn", "latent": 7, "note": "mine", "bookmarked": True}
+    file = tmp_path / "theirs.json"
+    theirs = [{"sae": "sae_attn", "latent": latent, "note": "theirs", "bookmarked": False} for latent in (7, 8)]
+    file.write_text(json.dumps(theirs))
+    page.get_by_label("File of notes").set_input_files(file)
+    expect(page.locator(".hit", has_text="sae_attn / 8")).to_contain_text("theirs")
+    expect(page.locator(".hit", has_text="sae_attn / 7")).to_contain_text("mine\ntheirs")
+    expect(page.locator(".hit", has_text="sae_attn / 7").locator(".star-mark")).to_have_text("★")
+    file.write_text('[{"sae": 1}]')
+    page.get_by_label("File of notes").set_input_files(file)
+    expect(page.get_by_role("status")).to_have_text("theirs.json holds no notes")
 
 
 def test_results_are_listed_and_open_their_latents(visit: Visit) -> None:

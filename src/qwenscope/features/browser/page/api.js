@@ -135,7 +135,11 @@ export async function note(sae, number) {
   );
 }
 export async function keepNote({ sae, latent: number, note: text, bookmarked }) {
-  if (LIVE) return fetchJson(`api/notes/${encodeURIComponent(sae)}/${number}`, sent({ note: text, bookmarked }, "PUT"));
+  if (LIVE)
+    return fetchJson(`api/notes/${encodeURIComponent(sae)}/${number}`, {
+      ...sent({ note: text, bookmarked }, "PUT"),
+      keepalive: true, // though the page is left
+    });
   const others = local().filter((n) => n.sae !== sae || n.latent !== number);
   const mine = text || bookmarked ? [{ sae, latent: number, note: text, bookmarked }] : [];
   localStorage.setItem(STORE, JSON.stringify([...mine, ...others]));

@@ -116,7 +116,13 @@ async function noteBox(id, latent) {
     onchange: keep,
   });
   area.value = mine.note;
-  async function keep() {
+  let last = Promise.resolve(); // one after the other: the newest is what stays
+  function keep() {
+    said.textContent = "";
+    last = last.then(put);
+    return last;
+  }
+  async function put() {
     try {
       await api.keepNote({
         sae: id,

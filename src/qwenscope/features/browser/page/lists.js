@@ -59,6 +59,53 @@ export async function search(query) {
   };
 }
 
+// Notes of a file beside those kept here: where both have one, the file's comes after.
+async function merge(file) {
+  const given = JSON.parse(await file.text());
+  const fits = ({ sae, latent, note }) =>
+    typeof sae === "string" && Number.isInteger(latent) && typeof note === "string";
+  if (!Array.isArray(given) || !given.every(fits)) throw new Error(`${file.name} holds no notes`);
+  for (const { sae, latent, note, bookmarked } of given) {
+    const mine = await api.note(sae, latent);
+    const texts = mine.note.split("\n").includes(note) ? [mine.note] : [mine.note, note];
+    await api.keepNote({
+      sae,
+      latent,
+      note: texts.filter(Boolean).join("\n"),
+      bookmarked: mine.bookmarked || Boolean(bookmarked),
+    });
+  }
+  return given.length;
+}
+
+function exchange(all) {
+  const said = h("span", { class: "faint", role: "status" });
+  const pick = h("input", { type: "file", id: "notes-file", accept: ".json,application/json", class: "hidden" });
+  pick.addEventListener("change", async () => {
+    try {
+      const count = await merge(pick.files[0]);
+      said.textContent = `${count} notes imported`;
+      dispatchEvent(new HashChangeEvent("hashchange"));
+    } catch (error) {
+      said.textContent = error instanceof SyntaxError ? `${pick.files[0].name} is not JSON` : error.message;
+    }
+  });
+  const save = () => {
+    const href = URL.createObjectURL(new Blob([JSON.stringify(all, null, 1)], { type: "application/json" }));
+    h("a", { href, download: "notes.json" }).click();
+    URL.revokeObjectURL(href);
+  };
+  return h(
+    "p",
+    { class: "fields" },
+    all.length ? h("button", { type: "button", class: "quiet", onclick: save }, "Export as JSON") : null,
+    h("button", { type: "button", class: "quiet", onclick: () => pick.click() }, "Import"),
+    h("label", { class: "hidden", for: "notes-file" }, "File of notes"),
+    pick,
+    said,
+  );
+}
+
 export async function bookmarks() {
   const all = await api.notes();
   return {
@@ -75,6 +122,7 @@ export async function bookmarks() {
           { class: "faint" },
           api.LIVE ? "Kept beside the index on this computer; never exported." : "Kept in this browser.",
         ),
+        exchange(all),
       ),
       all.length
         ? h(
