@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
+from qwenscope.lm.sites import Site
+from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import SAE
 from qwenscope.seeds import derive_seed
 from qwenscope.training.trainer import SAETrainer
 
-from quality_data import Data, standin, synthetic  # isort: skip
+from quality_data import Data, model_rows, synthetic  # isort: skip
 
 SEEDS = (1, 2, 3)
 
@@ -67,8 +69,10 @@ def main() -> None:
     options = parser.parse_args()
     print("| rows | activation | FVU (three seeds) | mean | L0 held out | dead |\n|---|---|---|---|---|---|")
     options.cache.mkdir(parents=True, exist_ok=True)
+    sites = [Site(f"layers.{layer}") for layer in (6, 22, 35)]
+    standin = model_rows(load_recipe("standin"), sites, options.rows, 32_768, options.cache)
     known = synthetic(options.rows, options.dim, options.features, options.k, ["sparse", "correlated"])
-    for data in itertools.chain(known, standin(options.rows, [6, 22, 35], options.cache)):
+    for data in itertools.chain(known, standin):
         for activation in ("topk", "batch_topk"):
             found = [held_out(data, train(data, activation, seed, options)) for seed in SEEDS]
             fvu, l0, dead = zip(*found, strict=True)

@@ -1,8 +1,8 @@
 """Compare the quality of SAEs: our recipes and the peers', on the same rows, seeds and learning-rate grid.
 
-    python bench/quality.py runs/quality --data synthetic --peer saelens=ENV/bin/python \
+    python bench/quality.py runs/quality --peer saelens=ENV/bin/python \
         --peer dictionary_learning=ENV/bin/python --peer sparsify=ENV/bin/python --peer sparsify_adam=ENV/bin/python
-    python bench/quality.py runs/quality-standin --data standin --layer 6 --layer 22 --layer 35 --peer ...
+    python bench/quality.py runs/quality-standin --recipe standin --site layers.6 --site layers.22 --peer ...
 
 Every trainer sees each row once, in the same order, and is seeded apart from the data. `tuned` is the grid's learning
 rate with the lowest held-out FVU under the first seed, then trained under every seed; `default` are the trainer's own
@@ -19,34 +19,38 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from quality_data import HELD_OUT, KINDS, Data, Splicer, standin, synthetic
+from quality_data import KINDS, Data, Splicer, model_rows, synthetic
 from quality_table import markdown
 from truth import cross_seed_stability, recovery
 
 from qwenscope.evaluation.fidelity import Fidelity
 from qwenscope.files import read_json, write_json
+from qwenscope.lm.sites import Site, hooked_sites
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import TopKSAE
 from qwenscope.seeds import derive_seed
 from qwenscope.training.trainer import SAETrainer
 
 GRID = (4e-4, 1.2e-3, 4e-3, 1.2e-2)
-CARD_DIM, CARD_STEPS, CARD_LAYER = 2048, 48_828, 22  # the published suite; its middle layer stands for synthetic rows
+CARD_DIM, CARD_STEPS, CARD_LAYER = 2048, 48_828, 22  # the published suite; its middle layer stands for any other rows
 DEFAULT = "default"
 OUR_LR = 8e-3  # of the normalised recipe at these widths and budgets; docs/experiments.md, as for `recipe_settings`
 Figures = dict[str, float]
+Trained = tuple[TopKSAE, float]
+"""An SAE and the CPU seconds of its training alone."""
 
 
 def card_rate(data: Data, steps: int) -> float:
     """The published learning rate of this layer, matched to this width and budget."""
     points = load_recipe("qwen3.5-35b-a3b").hook_points.values()
-    published = {point.layer: point.lr for point in points}[data.layer or CARD_LAYER]
+    rates = {point.layer: point.lr for point in points}
+    published = rates.get(CARD_LAYER if data.site is None else data.site.layer, rates[CARD_LAYER])
     return published * (CARD_DIM / data.train_RD.shape[1]) ** 0.5 * CARD_STEPS / steps
 
 
@@ -57,7 +61,7 @@ def recipe_settings(name: str, steps: int, options: argparse.Namespace) -> dict[
     return {"normalise": True, "betas": (0.9, 0.95), "decay_share": 0.4, "aux_k": options.k}
 
 
-def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argparse.Namespace) -> TopKSAE:
+def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argparse.Namespace) -> Trained:
     """The published recipe or the normalised one (`truth` is the latter from the known features on)."""
     dim, rows = data.train_RD.shape[1], len(data.train_RD)
     steps = rows // options.batch
@@ -78,10 +82,11 @@ def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argp
         seed=seed,
         **recipe_settings(name, steps, options),
     )
+    started = time.process_time()
     trainer.calibrate(data.train_RD[: min(50_000, rows)])
     for batch in data.train_RD[: steps * options.batch].split(options.batch):
         trainer.step(batch)
-    return trainer.sae()
+    return trainer.sae(), time.process_time() - started
 
 
 class Peer:
@@ -92,7 +97,7 @@ class Peer:
         self.command = [python, str(Path(__file__).with_name("quality_peers.py")), name]
         self.process: subprocess.Popen[str] | None = None
 
-    def train(self, rows: Path, out: Path, lr: float | None, seed: int, options: argparse.Namespace) -> TopKSAE:
+    def train(self, rows: Path, out: Path, lr: float | None, seed: int, options: argparse.Namespace) -> Trained:
         """Train on the rows in a file; `out` takes the worker's weights for the moment."""
         if self.process is None:
             self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -103,7 +108,7 @@ class Peer:
         print(json.dumps(job), file=self.process.stdin, flush=True)
         for line in self.process.stdout:  # peers print lines of their own
             if line.startswith('{"out"'):
-                return self._load(out, options)
+                return self._load(out, options), float(json.loads(line)["cpu_seconds"])
         raise SystemExit(f"{self.name}: the worker died; its error stands above")
 
     def _load(self, path: Path, options: argparse.Namespace) -> TopKSAE:
@@ -134,14 +139,16 @@ def figures(data: Data, sae: TopKSAE) -> Figures:
     return kept | (recovery(data.truth, sae, rows=8192, seed=9005) if data.truth else {})
 
 
-Train = Callable[[float | None, int], TopKSAE]
+Train = Callable[[float | None, int], Trained]
 
 
 class Runs:
     """One trainer's SAEs on one set of rows, each trained once and kept in a folder of its own."""
 
-    def __init__(self, folder: Path, data: Data, train: Train, seeds: int) -> None:
-        self.folder, self.data, self.train, self.seeds = folder, data, train, seeds
+    def __init__(self, folder: Path, data: Data, train: Train, options: argparse.Namespace) -> None:
+        self.folder, self.data, self.train = folder, data, train
+        self.seeds, self.rates = options.seeds, options.rate
+        self.defaults = not options.tuned_only and folder.name != "truth"
 
     def place(self, rate: float | str, seed: int) -> Path:
         return self.folder / f"{rate}-{seed}"
@@ -150,21 +157,20 @@ class Runs:
         """Figures of one run, trained now if it never was."""
         place = self.place(rate, seed)
         if not (place / "figures.json").is_file():
-            started = time.monotonic()
-            sae = self.train(None if isinstance(rate, str) else rate, seed)
+            sae, cpu_seconds = self.train(None if isinstance(rate, str) else rate, seed)
             sae.save(place)
-            found = figures(self.data, sae)
+            found = figures(self.data, sae) | {"cpu_seconds": cpu_seconds}
             write_json(place / "figures.json", found)
-            print(f"{place}: fvu {found['fvu']:.4f}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            print(f"{place}: fvu {found['fvu']:.4f}, {cpu_seconds:.0f} CPU s", file=sys.stderr, flush=True)
         return {str(key): float(value) for key, value in read_json(place / "figures.json").items()}
 
     def best_rate(self) -> float:
         """The grid's rate with the lowest FVU under the first seed."""
-        return min(GRID, key=lambda lr: self.figures(lr, 0)["fvu"])
+        return min(self.rates, key=lambda lr: self.figures(lr, 0)["fvu"])
 
     def final(self) -> list[Path]:
-        """Folders of the SAEs that are reported: every seed at the best rate and, but for `truth`, at the default."""
-        rates: list[float | str] = [self.best_rate(), *([] if self.folder.name == "truth" else [DEFAULT])]
+        """Folders of the SAEs that are reported: every seed at the best rate and, where asked, at the default."""
+        rates: list[float | str] = [self.best_rate(), *([DEFAULT] if self.defaults else [])]
         places = [(rate, seed) for rate in rates for seed in range(self.seeds)]
         for rate, seed in places:
             self.figures(rate, seed)
@@ -186,9 +192,9 @@ class Runs:
     def result(self) -> dict[str, Any]:
         best = self.best_rate()
         found: dict[str, Any] = {"tuned": {"lr": best} | self.summary(best)}
-        if self.folder.name != "truth":
+        if self.defaults:
             found[DEFAULT] = self.summary(DEFAULT)
-        return found | {"grid": {str(lr): self.figures(lr, 0)["fvu"] for lr in GRID}}
+        return found | {"grid": {str(lr): self.figures(lr, 0)["fvu"] for lr in self.rates}}
 
 
 def _spliced(place: Path) -> Figures:
@@ -196,12 +202,12 @@ def _spliced(place: Path) -> Figures:
     return dict(read_json(file)) if file.is_file() else {}
 
 
-def splice(places: list[Path], layer: int, splicer: Splicer) -> None:
-    """Measure the SAEs that were not spliced yet."""
+def splice(places: list[Path], data: Data) -> None:
+    """Measure the SAEs on a model's rows that were not spliced yet."""
     waiting = {str(place): place for place in places if not (place / "spliced.json").is_file()}
-    if waiting:
+    if waiting and data.site is not None and data.recipe is not None:
         saes = {name: TopKSAE.from_pretrained(place) for name, place in waiting.items()}
-        for name, found in splicer(saes, layer).items():
+        for name, found in Splicer(data.recipe)(saes, data.site).items():
             write_json(waiting[name] / "spliced.json", found)
 
 
@@ -217,53 +223,63 @@ def compare(data: Data, peers: Mapping[str, Peer], options: argparse.Namespace) 
     trainers: dict[str, Runs] = {}
     for name in options.trainer or ("published", *peers, "ours", *(("truth",) if data.truth else ())):
 
-        def train(lr: float | None, seed: int, name: str = name) -> TopKSAE:
+        def train(lr: float | None, seed: int, name: str = name) -> Trained:
             if name in peers:
                 return peers[name].train(rows, folder / f"{name}.pt", lr, seed, options)
             return train_ours(data, name, lr, seed, options)
 
-        trainers[name] = Runs(folder / name, data, train, options.seeds)
+        trainers[name] = Runs(folder / name, data, train, options)
         places += trainers[name].final()
-    if data.layer is not None:
-        splice(places, data.layer, Splicer())
+    splice(places, data)
     for name, runs in trainers.items():
         result[name] = runs.result()
     return result
 
 
+def rows_of(options: argparse.Namespace) -> Iterator[Data]:
+    """The sets of rows that were asked for, one after the other."""
+    if options.recipe is None:
+        kinds = options.kind or list(KINDS)
+        return synthetic(options.rows, options.dim, options.features, options.k, kinds, options.held_out)
+    recipe = load_recipe(options.recipe, options.set)
+    sites = [Site(name) for name in options.site or ()] or sorted(set(hooked_sites(recipe.hook_points).values()))
+    return model_rows(recipe, sites, options.rows, options.held_out, options.folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps each trained SAE and quality.json; one budget per folder")
-    parser.add_argument("--data", choices=("synthetic", "standin"), default="synthetic")
     parser.add_argument("--kind", action="append", choices=KINDS, help="of synthetic rows; all by default")
-    parser.add_argument("--layer", action="append", type=int, help="of the stand-in; 6, 22 and 35 by default")
+    parser.add_argument("--recipe", help="rows of this recipe's model and corpus instead of synthetic ones")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the recipe")
+    parser.add_argument("--site", action="append", help="of the model; the recipe's hook points by default")
     parser.add_argument("--rows", type=int, default=524_288)
+    parser.add_argument("--held-out", type=int, default=32_768, help="held-out rows")
     parser.add_argument("--dim", type=int, default=128, help="of synthetic rows")
     parser.add_argument("--features", type=int, default=512, help="known features of synthetic rows")
     parser.add_argument("--dict-size", type=int, default=512)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rate", action="append", type=float, help=f"of the grid; {GRID} by default")
+    parser.add_argument("--tuned-only", action="store_true", help="leave out the trainers' own settings")
     parser.add_argument("--trainer", action="append", help="only these: published, ours, truth or a peer's name")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    budget = ("data", "rows", "dim", "features", "dict_size", "k", "batch")
-    settings = {key: getattr(options, key) for key in budget} | {"held_out": HELD_OUT}
+    options.rate = options.rate or list(GRID)
+    budget = ("recipe", "set", "rows", "held_out", "dim", "features", "dict_size", "k", "batch")
+    settings = {key: getattr(options, key) for key in budget}
     options.folder.mkdir(parents=True, exist_ok=True)
     kept = options.folder / "settings.json"
     if kept.is_file() and read_json(kept) != settings:
         raise SystemExit(f"{options.folder} holds runs of another budget ({kept}); give another folder")
     write_json(kept, settings)
     peers = {name: Peer(name, python) for name, python in (peer.split("=", 1) for peer in options.peer)}
-    if options.data == "synthetic":
-        sets = synthetic(options.rows, options.dim, options.features, options.k, options.kind or list(KINDS))
-    else:
-        sets = standin(options.rows, options.layer or [6, 22, 35], options.folder)
-    results = {data.name: compare(data, peers, options) for data in sets}
+    results = {data.name: compare(data, peers, options) for data in rows_of(options)}
     for peer in peers.values():
         peer.close()
-    write_json(options.folder / "quality.json", {"settings": settings, "grid": GRID, "results": results})
+    write_json(options.folder / "quality.json", {"settings": settings, "grid": options.rate, "results": results})
     print(markdown(results))
 
 

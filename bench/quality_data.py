@@ -1,7 +1,8 @@
-"""Rows on which bench/quality.py compares trainers: synthetic ones with known features, and the stand-in's."""
+"""Rows on which bench/quality.py compares trainers: synthetic ones with known features, and rows of a model."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,9 @@ from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
 from qwenscope.opening import fill_splits
-from qwenscope.recipe import load_recipe
+from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import TopKSAE
 
-HELD_OUT = 32_768
 CE_TOKENS = 4096
 NOISE = 0.02
 KINDS: tuple[Kind, ...] = ("sparse", "correlated", "hierarchical")
@@ -30,63 +30,80 @@ KINDS: tuple[Kind, ...] = ("sparse", "correlated", "hierarchical")
 
 @dataclass(frozen=True)
 class Data:
-    """Training rows (each used once), held-out rows, and the known features or the hooked layer."""
+    """Training rows (each used once), held-out rows, and the known features or the model's recipe and site."""
 
     name: str
     train_RD: Tensor
     held_out_RD: Tensor
     truth: GroundTruth | None = None
-    layer: int | None = None
+    site: Site | None = None
+    recipe: Recipe | None = None
 
 
-def synthetic(rows: int, dim: int, features: int, active: int, kinds: list[Kind]) -> Iterator[Data]:
+def synthetic(
+    rows: int, dim: int, features: int, active: int, kinds: list[Kind], held_out: int = 32_768
+) -> Iterator[Data]:
     """Each kind of known features; directions, training rows and held-out rows have seeds of their own."""
     for kind in kinds:
         truth = ground_truth(dim, features, kind=kind, active=active, noise=NOISE, seed=9001)
         pieces = [truth.sample(min(65_536, rows - done), seed=9100 + done)[0] for done in range(0, rows, 65_536)]
-        yield Data(f"synthetic {kind}", torch.cat(pieces), truth.sample(HELD_OUT, seed=9003)[0], truth)
+        yield Data(f"synthetic {kind}", torch.cat(pieces), truth.sample(held_out, seed=9003)[0], truth)
 
 
-def standin(rows: int, layers: list[int], cache: Path) -> Iterator[Data]:
-    """Rows of the stand-in at each layer, shuffled; held-out ones come from held-out conversations."""
-    for layer in layers:
-        file = cache / f"rows-{layer}.pt"
-        if not file.is_file():
-            sites = [Site(f"layers.{each}") for each in layers]
-            train, held_out = _harvested(rows, sites, held_out=False), _harvested(HELD_OUT, sites, held_out=True)
-            for site in sites:
-                torch.save((train[site], held_out[site]), cache / f"rows-{site.layer}.pt")
-        train_RD, held_out_RD = torch.load(file, weights_only=True)
-        yield Data(f"layer {layer}", train_RD, held_out_RD, layer=layer)
+def model_rows(recipe: Recipe, sites: list[Site], rows: int, held_out: int, folder: Path) -> Iterator[Data]:
+    """Rows of the recipe's model and corpus at each site, left out and shuffled as in training.
+
+    They are harvested once and kept in `folder`. Held-out rows come from held-out conversations.
+    """
+    places = {site: folder / site.name for site in sites}
+    if missing := [site for site, place in places.items() if not (place / "rows.pt").is_file()]:
+        lm = load_language_model(recipe.lm, last_layer=max(site.layer for site in missing))
+        for file, count in (("held_out.pt", held_out), ("rows.pt", rows)):  # rows.pt says that both are there
+            for site, x_RD in _harvested(lm, recipe, missing, count, held_out=file == "held_out.pt").items():
+                places[site].mkdir(parents=True, exist_ok=True)
+                torch.save(x_RD, part := places[site] / f"{file}.part")
+                part.rename(places[site] / file)
+    for site, place in places.items():
+        train_RD, held_out_RD = (torch.load(place / file, weights_only=True) for file in ("rows.pt", "held_out.pt"))
+        yield Data(site.name, train_RD, held_out_RD, site=site, recipe=recipe)
 
 
-def _harvested(count: int, sites: list[Site], *, held_out: bool) -> dict[Site, Tensor]:
-    recipe = load_recipe("standin")
-    lm = load_language_model(recipe.lm, last_layer=max(site.layer for site in sites))
+def _harvested(
+    lm: LanguageModel, recipe: Recipe, sites: list[Site], count: int, *, held_out: bool
+) -> dict[Site, Tensor]:
+    """`count` rows of each site, the same tokens of all, in one random order; windows are cut as in training."""
     stream = CorpusStream(recipe.corpus, lm.tokenizer, seed=recipe.seed, held_out=held_out)
-    conversations, tokens = list[Conversation](), 0
-    while tokens < count * 1.01:
-        conversations.append(next(stream))
-        tokens += len(conversations[-1].token_ids)
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    have = 0
+    while have < count:
+        window, tokens = list[Conversation](), 0
+        while tokens < min(recipe.activations.window_tokens, count - have):
+            window.append(next(stream))
+            tokens += len(window[-1].token_ids)
+        rows = harvest(lm, window, sites, recipe.activations, recipe.corpus.batch_tokens).rows
+        for site, x_RD in rows.items():
+            found[site].append(x_RD.float())
+        have += len(rows[sites[0]])
+        print(f"{have:,} of {count:,} {'held-out' if held_out else 'training'} rows", file=sys.stderr, flush=True)
     stream.close()
-    found = harvest(lm, conversations, sites, recipe.activations, recipe.corpus.batch_tokens).rows
-    order = torch.randperm(len(found[sites[0]]), generator=torch.Generator().manual_seed(9004))[:count]
-    return {site: x_RD[order].float() for site, x_RD in found.items()}
+    order = torch.randperm(have, generator=torch.Generator().manual_seed(9004))[:count]
+    return {site: torch.cat(parts)[order] for site, parts in found.items()}
 
 
 class Splicer:
-    """Measures what SAEs spliced into the stand-in cost it, on the same held-out conversations for all."""
+    """Measures what SAEs spliced into the recipe's model cost it, on the same held-out conversations for all."""
 
-    def __init__(self) -> None:
-        self.recipe = load_recipe("standin")
-        self.lm: LanguageModel = load_language_model(self.recipe.lm, lm_head=True)
-        stream = CorpusStream(self.recipe.corpus, self.lm.tokenizer, seed=self.recipe.seed, held_out=True)
-        self.conversations = fill_splits(stream, CE_TOKENS, limit=4 * CE_TOKENS)["tool_use"]
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.lm: LanguageModel = load_language_model(recipe.lm, lm_head=True)
+        stream = CorpusStream(recipe.corpus, self.lm.tokenizer, seed=recipe.seed, held_out=True)
+        splits = fill_splits(stream, CE_TOKENS, stream.splits, limit=4 * CE_TOKENS)
+        self.conversations = [conversation for split in splits.values() for conversation in split]
         stream.close()
 
-    def __call__(self, saes: Mapping[str, TopKSAE], layer: int) -> dict[str, dict[str, float]]:
-        """{name: CE recovered under both baselines, and KL} of each SAE at `layer`."""
-        meter = SplitMeter(self.lm, saes, dict.fromkeys(saes, Site(f"layers.{layer}")), self.conversations, self.recipe)
+    def __call__(self, saes: Mapping[str, TopKSAE], site: Site) -> dict[str, dict[str, float]]:
+        """{name: CE recovered under both baselines, and KL} of each SAE at `site`."""
+        meter = SplitMeter(self.lm, saes, dict.fromkeys(saes, site), self.conversations, self.recipe)
         found: Mapping[str, Mapping[str, Any]] = meter.run().figures
         keys = ("ce_recovered_mean", "ce_recovered_zero", "kl")
         return {name: {key: float(figures[key]) for key in keys} for name, figures in found.items()}

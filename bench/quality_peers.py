@@ -2,7 +2,8 @@
 
 Imports nothing of qwenscope. Each line on stdin is a job {"rows", "dict_size", "k", "lr", "batch", "seed", "out"}; `lr`
 null means the peer's default. A tuned job (lr given) also scales what assumes long runs: warmup to 2 % of the steps at
-most, and the dead-latent window to 2 % of the rows. Answers {"out"} once the weights lie there, in the canonical form:
+most, and the dead-latent window to 2 % of the rows. Answers {"out", "cpu_seconds" of the
+training} once the weights lie there, in the canonical form:
 encoder [n, d], encoder_bias [n], decoder [n, d] with unit rows, pre_bias [d] (subtracted before the encoder).
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -150,12 +152,14 @@ def main() -> None:
         rows = torch.load(job["rows"], weights_only=True)
         torch.manual_seed(job["seed"])
         batches = [batch for batch in rows.split(job["batch"]) if len(batch) == job["batch"]]
+        started = time.process_time()
         step, weights = build(job, rows, len(batches))
         for batch in batches:
             step(batch)
+        cpu_seconds = time.process_time() - started
         trained = {name: value.detach().clone().contiguous() for name, value in weights().items()}
         torch.save(trained, job["out"])
-        print(json.dumps({"out": job["out"]}), flush=True)
+        print(json.dumps({"out": job["out"], "cpu_seconds": cpu_seconds}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ COLUMNS = {
     "explained_variance": ("EV", "{:.4f}"),
     "dead_fraction": ("dead", "{:.1%}"),
     "ce_recovered_mean": ("CE recovered", "{:.4f}"),
+    "kl": ("KL", "{:.3f}"),
     "mean_max_cosine": ("max cosine", "{:.3f}"),
     "recovered": ("recovered", "{:.3f}"),
     "matched_f1": ("F1", "{:.3f}"),
     "stable": ("stable", "{:.3f}"),
+    "cpu_seconds": ("CPU s", "{:.0f}"),
 }
 
 
