@@ -7,9 +7,10 @@
 Every trainer sees each row once, in the same order, and is seeded apart from the data. `tuned` is the grid's learning
 rate with the lowest held-out FVU under the first seed, then trained under every seed; `default` are the trainer's own
 settings; quote both. Ours are the published recipe (card: raw rows, resampling), its learning rates matched to this
-budget by lr x sqrt(d) x steps, and the normalised recipe. `truth` starts at the known features and trains with ours:
-what better optimisation could reach. Each trained SAE is kept in the folder given, so an interrupted comparison goes on
-where it stopped and a trainer is measured again by removing its runs; docs/quality.md reads the JSON as tables.
+budget by lr x sqrt(d) x steps, and the normalised recipe (with --recipe, that recipe's own settings). `truth` starts at
+the known features and trains with ours: what better optimisation could reach. Rows of a model and each trained SAE are
+kept in the folder given, so an interrupted comparison goes on where it stopped and a trainer is measured again by
+removing its runs; docs/quality.md reads the JSON as tables.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from truth import cross_seed_stability, recovery
 
 from qwenscope.evaluation.fidelity import Fidelity
 from qwenscope.files import read_json, write_json
-from qwenscope.lm.sites import Site, hooked_sites
+from qwenscope.lm.sites import Site
 from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import TopKSAE
 from qwenscope.seeds import derive_seed
@@ -41,6 +42,7 @@ GRID = (4e-4, 1.2e-3, 4e-3, 1.2e-2)
 CARD_DIM, CARD_STEPS, CARD_LAYER = 2048, 48_828, 22  # the published suite; its middle layer stands for any other rows
 DEFAULT = "default"
 OUR_LR = 8e-3  # of the normalised recipe at these widths and budgets; docs/experiments.md, as for `recipe_settings`
+OUR_KEYS = ("normalise", "initial_decoder", "decay_share", "aux_coefficient", "aux_k", "betas", "eps", "clip_norm")
 Figures = dict[str, float]
 Trained = tuple[TopKSAE, float]
 """An SAE and the CPU seconds of its training alone."""
@@ -54,10 +56,18 @@ def card_rate(data: Data, steps: int) -> float:
     return published * (CARD_DIM / data.train_RD.shape[1]) ** 0.5 * CARD_STEPS / steps
 
 
-def recipe_settings(name: str, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """How the published recipe and the normalised one differ from the trainer's defaults."""
+def our_rate(data: Data) -> float:
+    """The recipe's own learning rate at this site, where the rows come from one of its hook points."""
+    rates = {} if data.recipe is None else {point.site: point.lr for point in data.recipe.hook_points.values()}
+    return rates.get(None if data.site is None else data.site.name, OUR_LR)
+
+
+def recipe_settings(name: str, data: Data, steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    """How the published recipe, the rows' own and the normalised one differ from the trainer's defaults."""
     if name == "published":
         return {"resample_every_steps": max(1, steps // 10)}
+    if data.recipe is not None:
+        return {key: getattr(data.recipe.training, key) for key in OUR_KEYS}
     return {"normalise": True, "betas": (0.9, 0.95), "decay_share": 0.4, "aux_k": options.k}
 
 
@@ -66,7 +76,7 @@ def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argp
     dim, rows = data.train_RD.shape[1], len(data.train_RD)
     steps = rows // options.batch
     if lr is None:
-        lr = card_rate(data, steps) if name == "published" else OUR_LR
+        lr = card_rate(data, steps) if name == "published" else our_rate(data)
     start = TopKSAE(dim, options.dict_size, options.k, seed=derive_seed(seed, "bench", name))
     if name == "truth":
         assert data.truth is not None
@@ -80,7 +90,7 @@ def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argp
         warmup_tokens=steps * options.batch // 50,
         precision="fp32",
         seed=seed,
-        **recipe_settings(name, steps, options),
+        **recipe_settings(name, data, steps, options),
     )
     started = time.process_time()
     trainer.calibrate(data.train_RD[: min(50_000, rows)])
@@ -94,7 +104,8 @@ class Peer:
 
     def __init__(self, name: str, python: str) -> None:
         self.name = name
-        self.command = [python, str(Path(__file__).with_name("quality_peers.py")), name]
+        # -P: no file beside it stands in for a package of the peer's.
+        self.command = [python, "-P", str(Path(__file__).with_name("quality_peers.py")), name]
         self.process: subprocess.Popen[str] | None = None
 
     def train(self, rows: Path, out: Path, lr: float | None, seed: int, options: argparse.Namespace) -> Trained:
@@ -242,7 +253,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[Data]:
         kinds = options.kind or list(KINDS)
         return synthetic(options.rows, options.dim, options.features, options.k, kinds, options.held_out)
     recipe = load_recipe(options.recipe, options.set)
-    sites = [Site(name) for name in options.site or ()] or sorted(set(hooked_sites(recipe.hook_points).values()))
+    sites = [Site(name) for name in options.site or recipe.sites]
     return model_rows(recipe, sites, options.rows, options.held_out, options.folder)
 
 

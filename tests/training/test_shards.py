@@ -113,6 +113,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"clip_norm": 0.01, "resample_every_steps": 7},
     {"aux_coefficient": 0.0},
     {"activation": "batch_topk", "aux_k": 3, "normalise": True},
+    {"initial_decoder": "rows", "normalise": True},
 ]
 
 

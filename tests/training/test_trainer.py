@@ -42,7 +42,7 @@ def same_state(a: SAETrainer, b: SAETrainer) -> bool:
 OPTIONS: list[dict[str, Any]] = [
     {"precision": "fp32"},
     {"precision": "exact", "eight_bits": True, "resample_every_steps": 6},
-    {"precision": "exact", "normalise": True},
+    {"precision": "exact", "normalise": True, "initial_decoder": "rows"},
     {"precision": "bf16", "resample_every_steps": 6},
     {"precision": "fp32", "normalise": True, "resample_every_steps": 6, "moments": torch.bfloat16},
 ]

@@ -67,6 +67,7 @@ def build_trainer(
         dead_after_tokens=training.dead_after_tokens,
         resample_every_steps=training.resample_every_steps,
         normalise=training.normalise,
+        initial_decoder=training.initial_decoder,
         precision=precision,
         betas=training.betas,
         eps=training.eps,

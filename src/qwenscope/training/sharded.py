@@ -32,6 +32,10 @@ class ShardedWeights(Weights):
         self.shard = shard
         super().__init__(sae, precision, moments)
 
+    @property
+    def first(self) -> int:
+        return self.shard.start
+
     def _eight_bits_pay(self) -> bool:
         return self.shard.group.broadcast_object(super()._eight_bits_pay)
 

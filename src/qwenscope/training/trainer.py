@@ -29,6 +29,7 @@ from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_
 from qwenscope.training.fit import Fit, OnStep, fit
 from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
 from qwenscope.training.guards import check_arguments, check_rows, check_state
+from qwenscope.training.initial import InitialDecoder, point_at_rows, tie_encoder
 from qwenscope.training.metrics import StepMetrics
 from qwenscope.training.nested import Nested
 from qwenscope.training.optimizer import Adam, update
@@ -55,11 +56,12 @@ class SAETrainer:
         dead_after_tokens: tokens without firing that make a latent dead; None means 2 % of `tokens`, or 1,000,000.
         resample_every_steps: re-initialise dead latents that often; 0 switches it off.
         normalise: centre and scale rows by `calibrate`'s mean and rms, folded into the weights by `sae()`.
+        initial_decoder: "random", as `sae` comes, or "rows": `calibrate` points latents at rows, see `initial`.
         precision: "fp32", "bf16", "exact" (candidates by fewer bits, float32 values and gradients) or "auto".
         betas, eps: Adam's.
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
         moments: dtype of Adam's moments: None, that of the weights, or bfloat16, the second one rounded stochastically.
-        seed: of the resampling.
+        seed: of the resampling, and of the rows that latents are pointed at.
         prefixes: latents at which nested dictionaries end whose losses are added (Matryoshka); see `nested`.
 
     Raises:
@@ -79,6 +81,7 @@ class SAETrainer:
         dead_after_tokens: int | None = None,
         resample_every_steps: int = 0,
         normalise: bool = False,
+        initial_decoder: InitialDecoder = "random",
         precision: Precision | Literal["auto"] = "auto",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
@@ -117,6 +120,7 @@ class SAETrainer:
             dead_after_tokens = 1_000_000 if tokens is None else max(1, tokens // 50)
         self.ages = FiringAges(sae.dict_size, dead_after_tokens, self.device)
         self.pool = self._new_pool(sae.dict_size) if resample_every_steps else None
+        self.initial_decoder, self.seed = initial_decoder, seed
         self.generator = generator(seed, "resampling")
         # Listing the dead synchronises with a GPU, so there they are listed every so many steps.
         self._refresh_every = 64 if self.device.type == "cuda" else 1
@@ -142,15 +146,12 @@ class SAETrainer:
         return ResamplingPool(per_step * steps, len(self.centre_D), per_step, self.device)
 
     def calibrate(self, rows_RD: Tensor) -> None:
-        """Fit what does not need training, on the first rows of a run: centre, scale, and the encoder's length.
+        """Fit what does not need training, on a run's first rows: centre, scale, directions, the encoder's length.
 
         pre_bias becomes the rows' mean; with `normalise`, rows are from now on centred by that mean and divided by
-        their rms deviation per element, and pre_bias starts at 0. The encoder becomes c times the decoder, with c by
-        least squares of the reconstruction on these rows (codes are homogeneous in c):
-
-            c = sum <x, x_hat> / sum ||x_hat||^2, where x_hat is the reconstruction with W_enc = W_dec
-
-        Rows without spread leave the scale, and c, at 1.
+        their rms deviation per element, and pre_bias starts at 0. If `initial_decoder` says so, latents point at rows.
+        The encoder becomes the decoder, scaled to fit these rows best (`tie_encoder`). Rows without spread leave both
+        scales at 1.
 
         Raises:
             TrainingError: rows that are not finite, or whose squares are not in the weights' dtype.
@@ -166,16 +167,9 @@ class SAETrainer:
             self.rms = torch.where(deviation > 0, (deviation / rows_RD.numel()).sqrt(), 1.0)
         else:
             self.weights["pre_bias"].copy_(mean_D)
-        decoder = self.weights["decoder"]
-        target = fitted = torch.zeros_like(self.rms)
-        for chunk in chunks:
-            x = self._rows(chunk)[:]
-            active = self.active.of(x @ decoder.T)
-            x_hat = self.weights.decode_exactly(active.indices, active.values)
-            target = target + (x * x_hat).sum()
-            fitted = fitted + x_hat.square().sum()
-        self.weights["encoder"].copy_(decoder * torch.where(fitted > 0, target / fitted, 1.0))
-        self.weights.refresh("encoder")
+        if self.initial_decoder == "rows":
+            point_at_rows(self.weights, rows_RD, mean_D, generator(self.seed, "initial decoder"))
+        tie_encoder(self.weights, self.active, (self._rows(chunk)[:] for chunk in chunks))
 
     def _rows(self, x_BD: Tensor) -> ops.Panels:
         """What the encoder multiplies: normalised rows less pre_bias, in the weights' dtype."""

@@ -69,6 +69,11 @@ class Weights:
         return len(self.parameters["encoder"])
 
     @property
+    def first(self) -> int:
+        """Which latent of the SAE the first of these is."""
+        return 0
+
+    @property
     def encoder(self) -> Tensor | EightBit:
         """The encoder as the precision multiplies it: the shadow where there is one."""
         return self.shadows.get("encoder", self.parameters["encoder"])

@@ -1,0 +1,48 @@
+"""Latents that point at rows before the first step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_trainer import HIDDEN, LATENTS, make_trainer, rows
+
+from qwenscope.seeds import generator
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_latents_point_at_different_rows_from_their_mean(*, normalise: bool) -> None:
+    sample = rows(500, 3)
+    found = []
+    for seed in (7, 7, 8):
+        trainer = make_trainer(normalise=normalise, initial_decoder="rows", precision="exact", seed=seed)
+        trainer.calibrate(sample)
+        found.append(trainer.weights["decoder"].clone())
+    directions = torch.nn.functional.normalize(sample.double() - sample.double().mean(0), dim=1)
+    best = (found[0].double() @ directions.T).max(1)
+    torch.testing.assert_close(best.values, torch.ones(LATENTS, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert len(best.indices.unique()) == LATENTS
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    ratio = trainer.weights["encoder"] / trainer.weights["decoder"]
+    torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio), rtol=1e-4, atol=0)
+
+
+def test_latents_without_a_row_to_point_at_stay_as_they_are() -> None:
+    trainer = make_trainer(initial_decoder="rows")
+    start = trainer.weights["decoder"].clone()
+    sample = torch.tensor([[1.0] + [0.0] * (HIDDEN - 1), [0.0] * HIDDEN, [-1.0] + [0.0] * (HIDDEN - 1)])
+    trainer.calibrate(sample)
+    still = int(torch.randperm(3, generator=generator(7, "initial decoder")).argsort()[1])  # who draws the mean
+    turned = [latent for latent in range(3) if latent != still]
+    assert torch.equal(trainer.weights["decoder"][turned].abs(), sample[[0, 0]])
+    rest = [still, *range(3, LATENTS)]
+    assert torch.equal(trainer.weights["decoder"][rest], start[rest])
+
+
+def test_rows_explain_more_than_random_directions_do() -> None:
+    fvu = {}
+    for initial_decoder in ("random", "rows"):
+        trainer = make_trainer(normalise=True, initial_decoder=initial_decoder, precision="fp32")
+        trainer.calibrate(rows(500, 3))
+        fvu[initial_decoder] = float(trainer.step(rows(256, 4)).fvu)
+    assert fvu["rows"] < 0.9 * fvu["random"]
