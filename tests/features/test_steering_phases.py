@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qwenscope.errors import ModelError
-from qwenscope.features.continuation import generate
+from qwenscope.features.continuation import generate, write_on
 from qwenscope.features.steering import Steering, steer
 from qwenscope.lm.model import as_language_model
 from qwenscope.sae.sae import TopKSAE
@@ -148,3 +149,26 @@ def test_a_steering_that_no_pass_calls_is_an_error() -> None:
     model.get_decoder().layers[2].forward = lambda x, **_: x  # as a compiled model, it calls no hook of its parts
     with pytest.raises(ModelError, match=never), steer(model, push(layer=None, site="layers.2.mixer")):
         model(IDS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_5_text", "openai-gpt"])
+def test_a_prompt_that_no_run_steers_is_read_once(family: str) -> None:
+    """By models whose layers keep keys and values; the others read it in every row. Either way the text is the same."""
+    lm: Any = as_language_model(tiny(family), Tokenizer())
+    widths = list[tuple[int, ...]]()
+    handle = lm.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    places, ids = slice(4, None), IDS[0].tolist()
+    runs = [[], [push(places)], [push(places, layer=0, strength=-2.0)]]
+    written = list(write_on(lm, ids, runs, 3, shadows=True))
+    handle.remove()
+    if family in ("llama", "gpt2"):
+        assert widths[:2] == [(1, 4), (6, 2)]
+    for run, steerings in enumerate(runs):
+        read = ids
+        for step in (step for step in written if step.run == run):
+            with torch.no_grad(), steer(lm, *steerings) if steerings else nullcontext():
+                want = lm.model(torch.tensor([read]), use_cache=False).logits[0, -1]
+            torch.testing.assert_close(step.logits_V, want, rtol=1e-4, atol=1e-4)
+            read = [*read, step.token]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
 
 from qwenscope.errors import FormatError, ModelError, reason
 from qwenscope.features.steering import Steering, controls, steer_rows
@@ -87,7 +88,8 @@ def write_on(
     randoms = [generator(sampling.seed, "steering sampling") for _ in runs]
     texts = [_Text(lm.tokenizer) for _ in runs]
     read = torch.tensor([list(prompt_ids)] * (len(runs) * (1 + shadows)), device=lm.device)
-    ids, cached, stops, ended = read, dict[str, Any](), _stop_ids(lm), set[int]()
+    begun, cached = _read_once(lm, read, runs)
+    ids, stops, ended = read[:, begun:], _stop_ids(lm), set[int]()
     for _ in range(max_new_tokens):
         with steer_rows(lm, enumerate(runs)):
             output: Any = lm.model(input_ids=ids, use_cache=True, **cached)
@@ -108,6 +110,24 @@ def write_on(
         new = torch.tensor(tokens * (1 + shadows), device=lm.device).unsqueeze(1)
         read = torch.cat([read, new], dim=1)
         ids = new if cached else read  # without a cache every pass reads all anew
+
+
+def _read_once(lm: LanguageModel, read: Tensor, runs: Sequence[Sequence[Steering]]) -> tuple[int, dict[str, Any]]:
+    """The beginning of the prompt that no run steers, read once for all rows: its length, and a cache that holds it.
+
+    (0, no cache) where there is none, and where a layer keeps more than keys and values: states are for one next token.
+    """
+    wheres = [steering.where for run in runs for steering in run]
+    starts = [where.start or 0 if isinstance(where, slice) and where.step is None else 0 for where in wheres]
+    begun = min([read.shape[1] - 1, *starts])
+    if begun <= 0 or len(read) == 1:
+        return 0, {}
+    cached = _cache_of(lm.model(input_ids=read[:1, :begun], use_cache=True))
+    for cache in cached.values():
+        if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
+            return 0, {}
+        cache.batch_repeat_interleave(len(read))
+    return (begun, cached) if cached else (0, {})
 
 
 class _Text:

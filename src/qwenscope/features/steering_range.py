@@ -46,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Range:
-    """What was tried, from weak to strong."""
+    """What was tried, by `text_range` from weak to strong."""
 
     unsteered: Trial
     trials: tuple[Trial, ...]
@@ -86,22 +86,21 @@ def text_range(lm: LanguageModel, prompt_ids: Sequence[int], steering: Steering,
         steering: whose strength is tried; with unit "norm" they are shares of the stream's norm, alike for all models.
         max_new_tokens: per strength.
     """
-    found = _tried(lm, prompt_ids, steering, LADDER, max_new_tokens)
+    found = tried(lm, prompt_ids, _each(steering, LADDER), max_new_tokens)
     for _ in range(FINER):
         high = next((n for n, trial in enumerate(found.trials) if trial.changed), None)
         if found.start is not None or high is None:
             break
         low, top = (found.trials[high - 1].strength if high else LADDER[0] / 4), found.trials[high].strength
         between = [low * (top / low) ** (n / (BETWEEN + 1)) for n in range(1, BETWEEN + 1)]
-        finer = _tried(lm, prompt_ids, steering, between, max_new_tokens)
+        finer = tried(lm, prompt_ids, _each(steering, between), max_new_tokens)
         found = Range(found.unsteered, (*found.trials[:high], *finer.trials, *found.trials[high:]))
     return found
 
 
-def _tried(
-    lm: LanguageModel, prompt_ids: Sequence[int], steering: Steering, strengths: Sequence[float], max_new_tokens: int
-) -> Range:
-    runs = [[], *([replace(steering, strength=strength)] for strength in strengths)]
+def tried(lm: LanguageModel, prompt_ids: Sequence[int], pushes: Sequence[Steering], max_new_tokens: int) -> Range:
+    """What each push does, as it is and in the order given, greedily decoded in one batch beside the unsteered text."""
+    runs = [[], *([push] for push in pushes)]
     steps: list[list[Step]] = [[] for _ in runs]
     sums = [[0.0, 0.0] for _ in runs]
     for step in write_on(lm, prompt_ids, runs, max_new_tokens, shadows=True):
@@ -111,8 +110,12 @@ def _tried(
             sums[step.run][0] -= float(step.clean_V.double().log_softmax(0)[step.token])
             sums[step.run][1] += divergence(step.logits_V, step.clean_V)
     own = _trial(0.0, steps[0], sums[0], None)
-    rest = zip(strengths, steps[1:], sums[1:], strict=True)
-    return Range(own, tuple(_trial(strength, written, summed, own) for strength, written, summed in rest))
+    rest = zip(pushes, steps[1:], sums[1:], strict=True)
+    return Range(own, tuple(_trial(push.strength, written, summed, own) for push, written, summed in rest))
+
+
+def _each(steering: Steering, strengths: Sequence[float]) -> list[Steering]:
+    return [replace(steering, strength=strength) for strength in strengths]
 
 
 def _trial(strength: float, steps: Sequence[Step], sums: Sequence[float], own: Trial | None) -> Trial:
