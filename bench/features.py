@@ -126,7 +126,7 @@ def paint(latents: int, visits: int = 10) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         random_index(Path(folder), latents)
-        with _browse(Path(folder)) as address, sync_playwright() as playwright:
+        with browse(Path(folder)) as address, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             found = {
                 page: _summed([_visit(browser, address + route) for _ in range(visits)])
@@ -138,7 +138,7 @@ def paint(latents: int, visits: int = 10) -> dict[str, Any]:
 
 
 @contextmanager
-def _browse(index: Path) -> Iterator[str]:
+def browse(index: Path) -> Iterator[str]:
     """The address of `qwenscope browse` on a free port."""
     command = [sys.executable, "-m", "qwenscope", "browse", str(index), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
