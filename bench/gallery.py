@@ -3,19 +3,21 @@
     python bench/gallery.py RUN INDEX --out docs/gallery.md [--json gallery.json]
 
 RUN is a run with SAEs on the residual stream, INDEX its index, every latent labelled and scored by `qwenscope explain
-INDEX` (a rule without a model). All rules were written down before the first latent was seen:
+INDEX` (a rule without a model). All rules but one were written down before the first latent was seen:
 
 Picks. Each group of ten is dealt over the SAEs of the stream, no latent stands in two groups.
     by lot    of all latents that fired in the index, with equal chances (seed 0); 30 for the counts, ten shown
-    clear     the label's words are three, different, of three letters at least; highest detection + fuzzing first,
-              among equals the one that fires more
-    nothing   both scores are there; lowest detection + fuzzing first, among equals the one that fires more
+    clear     both scores 0.8 or more, and the label's words are three, different, of three letters at least; of
+              those the largest share of activation on the label's words, in examples from all quarters of its firings
+    nothing   both scores 0.5, which is chance, or less; of those the smallest such share, among equals the lower number
+  "Clear" and "nothing" were first the highest and lowest sum of the scores; each rests on twenty texts, so that among
+  thousands of latents it found the lucky ones. That was seen in the labels, before any latent was steered.
 
 Nameable. The label predicts on which further texts the latent fires with a balanced accuracy of 0.8 or more
 (detection; the label was written from other texts).
 
 Strength. One per latent: where `text_range` (`steer --range`) would start on the first prompt, from the beginning of
-the assistant's turn, greedily; where it finds none, the strongest text, else none.
+the assistant's turn, greedily, of seven strengths from 0.18 to 1.4; where it finds none, the strongest text, or none.
 
 Control. 20 random directions at each site (`controls`, seeds 0 to 19), at several strengths; beside each latent every
 one of them at that strength whose KL (nats a token, mean over the prompts) is nearest to the latent's in logarithm.
@@ -43,6 +45,7 @@ from typing import Any
 import torch
 
 from qwenscope.features.continuation import answer_start, prompt_tokens
+from qwenscope.features.describe import BANDS
 from qwenscope.features.steering import Steering, controls
 from qwenscope.features.steering_range import LADDER, Trial, text_range, tried
 from qwenscope.features.store import Index, read_explanations
@@ -52,7 +55,8 @@ from qwenscope.seeds import generator
 
 PROMPTS = ("What should I do this weekend?", "Tell me about a river.", "How do I become a better writer?")
 SHOWN, DRAWN, RANDOM = 10, 30, 20
-NAMEABLE, BEATEN = 0.8, 0.95
+NAMEABLE, CHANCE, BEATEN = 0.8, 0.5, 0.95
+STRENGTHS = LADDER[5:12]
 EXAMPLES, BEFORE, AFTER = 3, 12, 6
 BATCH = 32
 GROUPS = {
@@ -77,9 +81,14 @@ class Score:
         return [json.loads(quoted).strip().lower() for quoted in _QUOTED.findall(self.label)]
 
     @property
-    def total(self) -> float | None:
-        """Detection + fuzzing; None if one is missing."""
-        return None if self.detection is None or self.fuzzing is None else self.detection + self.fuzzing
+    def worse(self) -> float | None:
+        """The lower of both scores; None if one is missing."""
+        return None if self.detection is None or self.fuzzing is None else min(self.detection, self.fuzzing)
+
+    @property
+    def better(self) -> float | None:
+        """The higher of both."""
+        return None if self.detection is None or self.fuzzing is None else max(self.detection, self.fuzzing)
 
 
 @dataclass(frozen=True)
@@ -132,22 +141,31 @@ def picks(index: Index, saes: Sequence[str]) -> Iterator[tuple[str, int, str, bo
         if sae in scores:
             scores[sae][latent] = Score(record["label"], record["detection"], record["fuzzing"])
     for sae, drawn, shown in zip(saes, dealt(DRAWN, len(saes)), dealt(SHOWN, len(saes)), strict=True):
-        density, alive, of = index.table(sae)["density"], index.alive(sae), scores[sae]
+        alive, of = index.alive(sae), scores[sae]
         if missing := len(set(alive) - set(of)):
             raise SystemExit(f"{missing} latents of {sae} have no scores; run: qwenscope explain {index.folder}")
         order = torch.randperm(len(alive), generator=generator(0, f"gallery {sae}")).tolist()
         lot = [alive[place] for place in order[:drawn]]
-        scored = [latent for latent in alive if of[latent].total is not None and latent not in lot]
-        worded = [latent for latent in scored if _is_family(of[latent].words)]
-        clear = sorted(worded, key=lambda latent: (-of[latent].total, -density[latent], latent))[:shown]  # type: ignore[operator]
-        rest = [latent for latent in scored if latent not in clear]
-        nothing = sorted(rest, key=lambda latent: (of[latent].total, -density[latent], latent))[:shown]
+        rest = [latent for latent in alive if latent not in lot]
+        good = [n for n in rest if (of[n].worse or 0) >= NAMEABLE and _is_family(of[n].words)]
+        bad = [n for n in rest if of[n].better is not None and of[n].better <= CHANCE]
+        shares = {n: _share_on(index.latent(sae, n), of[n].words) for n in (*good, *bad)}
+        clear = sorted(good, key=lambda n: (-(shares[n] or 0), n))[:shown]
+        nothing = sorted((n for n in bad if shares[n] is not None), key=lambda n: (shares[n], n))[:shown]
         for group, latents in (("clear", clear), ("lot", lot), ("nothing", nothing)):
             yield from ((sae, latent, group, n < shown, of[latent]) for n, latent in enumerate(latents))
 
 
 def _is_family(words: Sequence[str]) -> bool:
     return len(set(words)) == 3 and all(len(word) >= 3 and word.isalpha() for word in words)
+
+
+def _share_on(page: dict[str, Any], words: Sequence[str]) -> float | None:
+    """Share of a latent's activation that lies on tokens among `words`, in examples of all quarters of its firings."""
+    examples = [example for example in page["examples"] if example["kind"] in BANDS]
+    found = [pair for example in examples for pair in zip(example["tokens"], example["activations"], strict=True)]
+    mass = sum(value for _, value in found)
+    return sum(value for token, value in found if token.strip().lower() in words) / mass if mass else None
 
 
 class Bench:
@@ -162,7 +180,8 @@ class Bench:
 
     def range(self, push: Steering) -> tuple[float | None, float | None, Sequence[Trial]]:
         """(the strength that is taken, the end of the range, all trials) on the first prompt."""
-        found = text_range(self.lm, self._ids[0], self._at(push, 0), max_new_tokens=self._length)
+        told: Any = {"max_new_tokens": self._length, "strengths": STRENGTHS}
+        found = text_range(self.lm, self._ids[0], self._at(push, 0), **told)
         return (found.strongest if found.start is None else found.start), found.strongest, found.trials
 
     def all(self, pushes: Sequence[Steering]) -> list[Steered]:
@@ -195,13 +214,14 @@ class Bench:
 def measured(bench: Bench, target: Target, index: Index, sae: str, rows: Sequence[Any]) -> list[Latent]:
     """All picks of one SAE beside its random directions."""
     base = Steering(site=target.targets[sae], sae=target.saes[sae], latent=0)
-    found = []
+    ranges = []
     for _, latent, *_ in rows:
-        push = replace(base, latent=latent)
-        strength, strongest, _ = bench.range(push)
-        steered = None if strength is None else bench.all([replace(push, strength=strength)])[0]
-        found.append((strongest, steered))
-        print(f"{sae}/{latent}", strength, steered and round(steered.kl, 3), flush=True)
+        strength, strongest, _ = bench.range(replace(base, latent=latent))
+        ranges.append((strength, strongest))
+        print(f"{sae}/{latent}", strength, strongest, flush=True)
+    taken = [(row[1], strength) for row, (strength, _) in zip(rows, ranges, strict=True) if strength is not None]
+    tries = iter(bench.all([replace(base, latent=latent, strength=strength) for latent, strength in taken]))
+    found = [(strongest, None if strength is None else next(tries)) for strength, strongest in ranges]
     pool = _pool(bench, base, [steered.kl for _, steered in found if steered])
     latents = []
     for (_, latent, group, shown, score), (strongest, steered) in zip(rows, found, strict=True):
@@ -219,9 +239,9 @@ def measured(bench: Bench, target: Target, index: Index, sae: str, rows: Sequenc
 
 
 def _pool(bench: Bench, base: Steering, kls: Sequence[float]) -> list[list[Steered]]:
-    """Each random direction at the strengths of LADDER that span the latents' KL."""
+    """Each random direction at those of STRENGTHS that span the latents' KL."""
     directions = [controls([base], seed)["random direction"][0] for seed in range(RANDOM)]
-    trials = [trial for trial in bench.range(directions[0])[2] if trial.strength in LADDER]
+    trials = [trial for trial in bench.range(directions[0])[2] if trial.strength in STRENGTHS]
     low, high = min(kls) / 1.4, max(kls) * 1.4
     strengths = [trial.strength for trial in trials if low <= trial.kl <= high]
     pushes = [replace(direction, strength=strength) for direction in directions for strength in strengths]
@@ -241,7 +261,7 @@ def page_of(latents: Sequence[Latent], unsteered: Sequence[str], tokens: int) ->
         "",
         "Made by `python bench/gallery.py runs/smollm2 runs/smollm2-index --out docs/gallery.md` from a run of",
         "`smollm2-135m` on SmolLM2-135M-Instruct (the walk is in the README). All picks, strengths and counts are by",
-        "the rules at the head of that script, which were written down before; nothing was taken out.",
+        "the rules at the head of that script; nothing was taken out.",
         "",
         *_counts([latent for latent in latents if latent.group == "lot"]),
         "",
@@ -336,7 +356,7 @@ def main() -> None:
     parser.add_argument("index", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path, help="also write what was measured here")
-    parser.add_argument("--tokens", type=int, default=24, help="of each text")
+    parser.add_argument("--tokens", type=int, default=20, help="of each text")
     options = parser.parse_args()
     target, index = open_target(options.run), Index(options.index)
     saes = [sae for sae, site in target.sites.items() if site.name == f"layers.{site.layer}"]

@@ -40,6 +40,7 @@ NOT_RUN = {
     "qwenscope train smollm2-135m --out runs/smollm2": SMALL,
     "qwenscope evaluate runs/smollm2 --until-interval 0.05": SMALL,
     "qwenscope index runs/smollm2 --out runs/smollm2-index --tokens 200000": SMALL,
+    "qwenscope explain runs/smollm2-index": SMALL,
     "qwenscope steer runs/smollm2 --sae middle --latent 7 --range 'What should I do this weekend?'": SMALL,
     "hf auth login": "asks for a key",
     "qwenscope release runs/demo --out release-pushed --push you/your-saes": "writes to the Hub; tests/release does",

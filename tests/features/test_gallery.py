@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 from pathlib import Path
 
 import gallery
@@ -12,7 +11,7 @@ import pytest
 
 from qwenscope.features.clients import OfflineClient
 from qwenscope.features.label import chosen, explain
-from qwenscope.features.store import Index, read_explanations
+from qwenscope.features.store import Index
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +28,21 @@ def test_picks_are_by_rule_and_no_latent_is_picked_twice(labelled: Index, index:
     assert found == list(gallery.picks(labelled, saes))
     places = [(sae, latent) for sae, latent, *_ in found]
     assert len(set(places)) == len(places)
-    for group, count in (("lot", gallery.SHOWN), ("nothing", gallery.SHOWN)):
-        assert sum(shown for _, _, one, shown, _ in found if one == group) == count
+    assert sum(shown for _, _, group, shown, _ in found if group == "lot") == gallery.SHOWN
     assert sum(group == "lot" for _, _, group, *_ in found) == gallery.DRAWN
-    totals = {
-        (sae, latent): record["detection"] + record["fuzzing"]
-        for sae, latent, record in read_explanations(labelled)
-        if None not in (record["detection"], record["fuzzing"]) and (sae, latent) not in places
-    }
-    worst = max(score.total for _, _, group, _, score in found if group == "nothing")
-    assert worst <= statistics.median(totals.values())
-    for _, _, group, _, score in found:
+    for _, _, group, shown, score in found:
         if group == "clear":
+            assert shown
+            assert min(score.detection, score.fuzzing) >= 0.8
             assert len({word for word in score.words if len(word) >= 3}) == 3
+        if group == "nothing":
+            assert max(score.detection, score.fuzzing) <= 0.5
+    page = {"examples": [
+        {"kind": "top", "tokens": ["a"], "activations": [9.0]},
+        {"kind": "0-25", "tokens": [" Law", "s", "x"], "activations": [3.0, 0.0, 1.0]},
+    ]}  # fmt: skip
+    assert gallery._share_on(page, ["law"]) == 0.75
+    assert gallery._share_on({"examples": page["examples"][:1]}, ["a"]) is None
     with pytest.raises(SystemExit, match="have no scores; run: qwenscope explain"):
         list(gallery.picks(index, saes))
 
