@@ -16,8 +16,8 @@ Picks. Each group of ten is dealt over the SAEs of the stream, no latent stands 
 Nameable. The label predicts on which further texts the latent fires with a balanced accuracy of 0.8 or more
 (detection; the label was written from other texts).
 
-Strength. One per latent: where `text_range` (`steer --range`) would start on the first prompt, from the beginning of
-the assistant's turn, greedily, of seven strengths from 0.18 to 1.4; where it finds none, the strongest text, or none.
+Strength. One per latent: where `steer --range` would start on the first prompt, from the beginning of
+the assistant's turn, greedily, of six strengths from 0.18 to 1; where it finds none, the strongest text, or none.
 
 Control. 20 random directions at each site (`controls`, seeds 0 to 19), at several strengths; beside each latent every
 one of them at that strength whose KL (nats a token, mean over the prompts) is nearest to the latent's in logarithm.
@@ -47,7 +47,7 @@ import torch
 from qwenscope.features.continuation import answer_start, prompt_tokens
 from qwenscope.features.describe import BANDS
 from qwenscope.features.steering import Steering, controls
-from qwenscope.features.steering_range import LADDER, Trial, text_range, tried
+from qwenscope.features.steering_range import LADDER, Range, Trial, tried
 from qwenscope.features.store import Index, read_explanations
 from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target, open_target
@@ -56,7 +56,7 @@ from qwenscope.seeds import generator
 PROMPTS = ("What should I do this weekend?", "Tell me about a river.", "How do I become a better writer?")
 SHOWN, DRAWN, RANDOM = 10, 30, 20
 NAMEABLE, CHANCE, BEATEN = 0.8, 0.5, 0.95
-STRENGTHS = LADDER[5:12]
+STRENGTHS = LADDER[5:11]
 EXAMPLES, BEFORE, AFTER = 3, 12, 6
 BATCH = 32
 GROUPS = {
@@ -178,11 +178,11 @@ class Bench:
         self._starts = [answer_start(self.lm, prompt) for prompt in PROMPTS]
         self.unsteered = tuple(self._tried([], n)[0].text for n in range(len(PROMPTS)))
 
-    def range(self, push: Steering) -> tuple[float | None, float | None, Sequence[Trial]]:
-        """(the strength that is taken, the end of the range, all trials) on the first prompt."""
-        told: Any = {"max_new_tokens": self._length, "strengths": STRENGTHS}
-        found = text_range(self.lm, self._ids[0], self._at(push, 0), **told)
-        return (found.strongest if found.start is None else found.start), found.strongest, found.trials
+    def ranges(self, pushes: Sequence[Steering]) -> list[Range]:
+        """What STRENGTHS of each push do on the first prompt."""
+        each = [replace(push, strength=strength) for push in pushes for strength in STRENGTHS]
+        own, *trials = self._tried(each, 0)
+        return [Range(own, tuple(trials[n : n + len(STRENGTHS)])) for n in range(0, len(trials), len(STRENGTHS))]
 
     def all(self, pushes: Sequence[Steering]) -> list[Steered]:
         """Each push on every prompt."""
@@ -214,14 +214,15 @@ class Bench:
 def measured(bench: Bench, target: Target, index: Index, sae: str, rows: Sequence[Any]) -> list[Latent]:
     """All picks of one SAE beside its random directions."""
     base = Steering(site=target.targets[sae], sae=target.saes[sae], latent=0)
-    ranges = []
-    for _, latent, *_ in rows:
-        strength, strongest, _ = bench.range(replace(base, latent=latent))
-        ranges.append((strength, strongest))
-        print(f"{sae}/{latent}", strength, strongest, flush=True)
-    taken = [(row[1], strength) for row, (strength, _) in zip(rows, ranges, strict=True) if strength is not None]
+    ranges = bench.ranges([replace(base, latent=latent) for _, latent, *_ in rows])
+    strengths = [found.strongest if found.start is None else found.start for found in ranges]
+    print(sae, strengths, flush=True)
+    taken = [(row[1], strength) for row, strength in zip(rows, strengths, strict=True) if strength is not None]
     tries = iter(bench.all([replace(base, latent=latent, strength=strength) for latent, strength in taken]))
-    found = [(strongest, None if strength is None else next(tries)) for strength, strongest in ranges]
+    found = [
+        (tried_on.strongest, None if strength is None else next(tries))
+        for tried_on, strength in zip(ranges, strengths, strict=True)
+    ]
     pool = _pool(bench, base, [steered.kl for _, steered in found if steered])
     latents = []
     for (_, latent, group, shown, score), (strongest, steered) in zip(rows, found, strict=True):
@@ -241,9 +242,9 @@ def measured(bench: Bench, target: Target, index: Index, sae: str, rows: Sequenc
 def _pool(bench: Bench, base: Steering, kls: Sequence[float]) -> list[list[Steered]]:
     """Each random direction at those of STRENGTHS that span the latents' KL."""
     directions = [controls([base], seed)["random direction"][0] for seed in range(RANDOM)]
-    trials = [trial for trial in bench.range(directions[0])[2] if trial.strength in STRENGTHS]
+    (found,) = bench.ranges(directions[:1])
     low, high = min(kls) / 1.4, max(kls) * 1.4
-    strengths = [trial.strength for trial in trials if low <= trial.kl <= high]
+    strengths = [trial.strength for trial in found.trials if low <= trial.kl <= high] or [STRENGTHS[-1]]
     pushes = [replace(direction, strength=strength) for direction in directions for strength in strengths]
     print("random directions at", strengths, flush=True)
     tries = bench.all(pushes)
@@ -356,7 +357,7 @@ def main() -> None:
     parser.add_argument("index", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path, help="also write what was measured here")
-    parser.add_argument("--tokens", type=int, default=20, help="of each text")
+    parser.add_argument("--tokens", type=int, default=16, help="of each text")
     options = parser.parse_args()
     target, index = open_target(options.run), Index(options.index)
     saes = [sae for sae, site in target.sites.items() if site.name == f"layers.{site.layer}"]

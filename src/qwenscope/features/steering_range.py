@@ -77,29 +77,21 @@ class Range:
         return fit[-1].strength if fit else None
 
 
-def text_range(
-    lm: LanguageModel,
-    prompt_ids: Sequence[int],
-    steering: Steering,
-    *,
-    max_new_tokens: int = 40,
-    strengths: Sequence[float] = LADDER,
-) -> Range:
-    """Try some strengths, greedily decoded in one batch, and some between where all of them are too much.
+def text_range(lm: LanguageModel, prompt_ids: Sequence[int], steering: Steering, *, max_new_tokens: int = 40) -> Range:
+    """Try the strengths of LADDER, greedily decoded in one batch, and some between where all of them are too much.
 
     Args:
         lm: whole model with its LM head.
         prompt_ids: see `prompt_tokens`.
         steering: whose strength is tried; with unit "norm" they are shares of the stream's norm, alike for all models.
         max_new_tokens: per strength.
-        strengths: from weak to strong.
     """
-    found = tried(lm, prompt_ids, _each(steering, strengths), max_new_tokens)
+    found = tried(lm, prompt_ids, _each(steering, LADDER), max_new_tokens)
     for _ in range(FINER):
         high = next((n for n, trial in enumerate(found.trials) if trial.changed), None)
         if found.start is not None or high is None:
             break
-        low, top = (found.trials[high - 1].strength if high else strengths[0] / 4), found.trials[high].strength
+        low, top = (found.trials[high - 1].strength if high else LADDER[0] / 4), found.trials[high].strength
         between = [low * (top / low) ** (n / (BETWEEN + 1)) for n in range(1, BETWEEN + 1)]
         finer = tried(lm, prompt_ids, _each(steering, between), max_new_tokens)
         found = Range(found.unsteered, (*found.trials[:high], *finer.trials, *found.trials[high:]))
