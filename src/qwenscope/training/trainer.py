@@ -100,6 +100,7 @@ class SAETrainer:
             dead_after_tokens=dead_after_tokens is None or dead_after_tokens > 0,
             resample_every_steps=resample_every_steps >= 0,
             precision=precision in ("auto", *PRECISIONS),
+            initial_decoder=initial_decoder in ("random", "rows"),
             clip_norm=clip_norm is None or clip_norm > 0,
             moments=moments in (None, master_dtype(sae), torch.bfloat16),
         )
@@ -110,26 +111,23 @@ class SAETrainer:
         self.aux_coefficient, self.resample_every_steps = aux_coefficient, resample_every_steps
         self.aux_k = max(1, sae.hidden_dim // 2) if aux_k is None else aux_k
         self.betas, self.eps, self.clip_norm, self.normalise = betas, eps, clip_norm, normalise
+        self.initial_decoder, self.seed = initial_decoder, seed
         self._precision_is_free = precision == "auto"
         self.precision: Precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
         self.weights = self._take(sae, moments)
         self.active = self._active(sae)
         self.centre_D = torch.zeros_like(self.weights["pre_bias"])
         self.rms = torch.ones_like(self.centre_D[0])
-        if dead_after_tokens is None:
-            dead_after_tokens = 1_000_000 if tokens is None else max(1, tokens // 50)
-        self.ages = FiringAges(sae.dict_size, dead_after_tokens, self.device)
+        dead_after = dead_after_tokens or (1_000_000 if tokens is None else max(1, tokens // 50))
+        self.ages = FiringAges(sae.dict_size, dead_after, self.device)
         self.pool = self._new_pool(sae.dict_size) if resample_every_steps else None
-        self.initial_decoder, self.seed = initial_decoder, seed
         self.generator = generator(seed, "resampling")
         # Listing the dead synchronises with a GPU, so there they are listed every so many steps.
         self._refresh_every = 64 if self.device.type == "cuda" else 1
         self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
         self._names: Tensor | None = None  # latents that the dead-latent loss works with
-        self._listed = False
-        self._lr = torch.zeros_like(self.rms)
-        self._step = torch.zeros((), device=self.device, dtype=torch.float32)
-        self.steps = self.tokens_trained = 0
+        self._lr, self._step = torch.zeros_like(self.rms), torch.zeros_like(self.rms, dtype=torch.float32)
+        self._listed, self.steps, self.tokens_trained = False, 0, 0
 
     def _take(self, sae: SAE, moments: torch.dtype | None) -> Weights:
         """Copies of the SAE's tensors, ready for training."""
