@@ -145,7 +145,7 @@ def test_doctor_and_data_print_one_json_object(call, tmp_path: Path) -> None:  #
 
 def test_help_of_data_lists_the_flags_of_data_recipe(call) -> None:  # type: ignore[no-untyped-def]
     shown = call("data", "--help").out
-    assert "generate" in shown and "--limit" in shown and "--dump" in shown
+    assert all(word in shown for word in ("generate", "--limit", "--dump"))
 
 
 def test_recipe_prints_what_it_reads(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

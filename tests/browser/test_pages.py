@@ -160,7 +160,8 @@ def test_a_text_is_read_over_all_saes_at_once(visit: Visit) -> None:
     page.get_by_label("Order by").select_option("lift")
     expect(page.locator(".active h3")).to_have_text("Beyond their base rate")
     lifts = [float(text.split()[0].replace(",", "")) for text in page.locator(".active .num").all_inner_texts()]
-    assert lifts == sorted(lifts, reverse=True) and lifts[0] > 1
+    assert lifts == sorted(lifts, reverse=True)
+    assert lifts[0] > 1
     assert "by=lift" in page.url
 
 
