@@ -321,7 +321,7 @@ def _entry(latent: Latent) -> Iterator[str]:
     for example in [each for each in page["examples"] if each["kind"] == "top"][:EXAMPLES]:
         tokens, peak = example["tokens"], example["peak"]
         left, right = "".join(tokens[max(0, peak - BEFORE) : peak]), "".join(tokens[peak + 1 : peak + 1 + AFTER])
-        yield f"- {_safe(left, ' ')}<mark>{_safe(tokens[peak]) or '␣'}</mark>{_safe(right, ' ')}"
+        yield f"- {_safe(left, ' ')}<mark>{_safe(tokens[peak], ' ') or '␣'}</mark>{_safe(right, ' ')}"
     yield ""
     if latent.steered is None:
         yield "The weakest push tried breaks the text: not steered."

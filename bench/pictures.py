@@ -25,10 +25,8 @@ def picture(page: Page, address: str, height: int) -> bytes:
     """A PNG of the page's top once it stands whole and no model runs."""
     page.goto(address)
     page.wait_for_selector("main[data-ready] h1", timeout=PATIENCE)
-    page.wait_for_function(
-        "![...document.querySelectorAll('button')].some((one) => one.disabled)", timeout=PATIENCE, polling=1000
-    )
-    page.wait_for_timeout(500)  # the last words are painted
+    page.wait_for_timeout(1000)  # a link to a steering begins to run it
+    page.wait_for_selector("main button:disabled", state="detached", timeout=PATIENCE)
     shot = page.screenshot(clip={"x": 0, "y": 0, "width": WIDTH, "height": height})
     small = io.BytesIO()
     Image.open(io.BytesIO(shot)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
