@@ -11,7 +11,8 @@ Picks. Each group of ten is dealt over the SAEs of the stream, no latent stands 
               those the largest share of activation on the label's words, in examples from all quarters of its firings
     nothing   both scores 0.5, which is chance, or less; of those the smallest such share, among equals the lower number
   "Clear" and "nothing" were first the highest and lowest sum of the scores; each rests on twenty texts, so that among
-  thousands of latents it found the lucky ones. That was seen in the labels, before any latent was steered.
+  thousands of latents it found the lucky ones. That was seen in the labels; of those picked since, one had been
+  steered by then, of which strength and KL were seen and no text.
 
 Nameable. The label predicts on which further texts the latent fires with a balanced accuracy of 0.8 or more
 (detection; the label was written from other texts).
