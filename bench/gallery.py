@@ -348,7 +348,8 @@ def _safe(text: str, edge: str = "") -> str:
     plain = "".join(c if c.isspace() or (c.isprintable() and unicodedata.category(c) != "So") else "·" for c in text)
     line = " ".join(plain.split())
     before, after = (edge if line and plain != strip(plain) else "" for strip in (str.lstrip, str.rstrip))
-    return before + re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(line, quote=False)) + after
+    quoted = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(line, quote=False))
+    return before + re.sub(r"^([0-9]+(?=[.)] )|(?=[+-] ))", r"\1\\", quoted) + after  # no list of its own
 
 
 def main() -> None:

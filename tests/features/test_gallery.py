@@ -71,5 +71,6 @@ def test_the_page_says_what_was_measured(
 def test_text_is_taken_literally() -> None:
     assert gallery._safe("a | <b> *c*\n_d_ \\ [e](f)") == r"a \| &lt;b&gt; \*c\* \_d\_ \\ \[e\](f)"
     assert gallery._safe(" word ", " ") == " word "
+    assert [gallery._safe(text) for text in ("3. Last", "- x", "3.5", "-x")] == [r"3\. Last", r"\- x", "3.5", "-x"]
     assert gallery._safe("\x1b[0m \U0001f600") == r"·\[0m ·"
     assert gallery.dealt(10, 3) == [3, 3, 4]
