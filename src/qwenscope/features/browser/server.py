@@ -235,6 +235,7 @@ async def _lines(first: str, job: Job) -> AsyncIterator[str]:
     try:
         async for piece in job:
             yield piece
+            await asyncio.sleep(0)  # several may be ready, and asyncio warns of writes to a client that is gone
     except QwenscopeError as error:
         yield json.dumps({"error": str(error)}) + "\n"
 
