@@ -292,13 +292,19 @@ def test_notes_are_exported_and_imported(visit: Visit, tmp_path: Path) -> None:
     kept = {(note["sae"], note["latent"]): note for note in json.loads(download.value.path().read_text())}
     assert kept["sae_attn", 7] == {"sae": "sae_attn", "latent": 7, "note": "mine", "bookmarked": True}
     file = tmp_path / "theirs.json"
-    theirs = [{"sae": "sae_attn", "latent": latent, "note": "theirs", "bookmarked": False} for latent in (7, 8)]
+    notes = {7: ["theirs"], 8: ["theirs", "of two\nlines"]}
+    theirs = [{"sae": "sae_attn", "latent": latent, "note": note} for latent in notes for note in notes[latent]]
     file.write_text(json.dumps(theirs))
-    page.get_by_label("File of notes").set_input_files(file)
-    expect(page.locator(".hit", has_text="sae_attn / 8")).to_contain_text("theirs")
+    for _ in range(2):  # what is there already is not written twice
+        page = visit.go("#/notes")
+        with page.expect_response(lambda response: "of two" in (response.request.post_data or "")):
+            page.get_by_label("File of notes").set_input_files(file)
+    page = visit.go("#/notes")
+    note = page.locator(".hit", has_text="sae_attn / 8").locator("span").nth(1)
+    assert note.inner_text() == "theirs\nof two\nlines"
     expect(page.locator(".hit", has_text="sae_attn / 7")).to_contain_text("mine\ntheirs")
     expect(page.locator(".hit", has_text="sae_attn / 7").locator(".star-mark")).to_have_text("★")
-    file.write_text('[{"sae": 1}]')
+    file.write_text('[{"sae": 1}, null]')
     page.get_by_label("File of notes").set_input_files(file)
     expect(page.get_by_role("status")).to_have_text("theirs.json holds no notes")
 

@@ -59,21 +59,24 @@ export async function search(query) {
   };
 }
 
-// Notes of a file beside those kept here: where both have one, the file's comes after.
+// Notes of a file beside those kept here: where both have one, the file's comes after, unless it is there already.
 async function merge(file) {
   const given = JSON.parse(await file.text());
-  const fits = ({ sae, latent, note }) =>
-    typeof sae === "string" && Number.isInteger(latent) && typeof note === "string";
+  const fits = (one) => typeof one?.sae === "string" && Number.isInteger(one.latent) && typeof one.note === "string";
   if (!Array.isArray(given) || !given.every(fits)) throw new Error(`${file.name} holds no notes`);
+  const address = ({ sae, latent }) => `${sae}/${latent}`;
+  const kept = new Map((await api.notes()).map((mine) => [address(mine), mine]));
   for (const { sae, latent, note, bookmarked } of given) {
-    const mine = await api.note(sae, latent);
-    const texts = mine.note.split("\n").includes(note) ? [mine.note] : [mine.note, note];
-    await api.keepNote({
+    const mine = kept.get(address({ sae, latent })) ?? { note: "", bookmarked: false };
+    const known = `\n${mine.note}\n`.includes(`\n${note}\n`);
+    const merged = {
       sae,
       latent,
-      note: texts.filter(Boolean).join("\n"),
+      note: known ? mine.note : [mine.note, note].filter(Boolean).join("\n"),
       bookmarked: mine.bookmarked || Boolean(bookmarked),
-    });
+    };
+    await api.keepNote(merged);
+    kept.set(address(merged), merged);
   }
   return given.length;
 }
