@@ -1,6 +1,6 @@
 """Rate of harvesting nine hook points through windows, beside bare forward passes and beside SAE steps.
 
-    python bench/harvest.py [--recipe standin] [--tokens N] [--rounds R] [--device cpu] [--dtype float32] ...
+    python bench/harvest.py [--recipe standin] [--set KEY=VALUE] [--tokens N] [--rounds R] [--device cpu] [--dtype float32] ...
 
 Prints one JSON object. The contestants take turns on the same generated conversations, in the same batches and one
 process:
@@ -76,7 +76,7 @@ class Replay:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="standin", help="whose hook points, batches and windows are used")
-    parser.add_argument("--model", help="instead of the recipe's lm.model")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the recipe")
     parser.add_argument("--tokens", type=int, default=7500)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--window-tokens", type=int, default=2500)
@@ -89,8 +89,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     overrides = [f"lm.device={options.device}", f"lm.dtype={options.dtype}"]
     overrides += [f"activations.window_tokens={options.window_tokens}"]
-    overrides += [f"lm.model={options.model}"] * bool(options.model)
-    recipe = load_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, [*overrides, *options.set])
 
     full = load_language_model(recipe.lm, lm_head=True)
     truncated = load_language_model(recipe.lm, last_layer=recipe.last_layer)
@@ -135,6 +134,7 @@ def main() -> None:
             clock: ratio({"bare": bare["truncated"], "thread": thread[clock][1:]}, "bare", "thread")
             for clock, bare in (("cpu", cpu), ("wall", wall))
         },
+        "in_turn_over_truncated": ratio(seconds, "truncated", "in_turn"),
         "overlap": {
             "wall_seconds": {name: round(statistics.median(wall[name]), 3) for name in OVERLAP},
             "in_turn_over_overlapped": ratio(wall, "in_turn", "overlapped"),

@@ -91,6 +91,7 @@ class Run:
         try:
             if (stop := self._agree().stop) is not None:  # during a long load: nothing to save yet
                 self._stopped(stop)
+            self._clock.append((time.monotonic(), self.tokens))  # the first harvest is part of the rate
             if self.session.resumed is None:
                 self._show("calibrating")
                 self.session.suite.calibrate(self.session.windows.calibration_rows())
@@ -110,7 +111,6 @@ class Run:
 
     def _steps(self) -> None:
         training, checkpoint = self.recipe.training, self.recipe.checkpoint
-        self._clock.append((time.monotonic(), self.tokens))
         decided = self._agree()
         while self.tokens < self.target:
             if decided.stop is not None:
