@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qwenscope.sae import triton_ops
 from qwenscope.sae.ops import Pairs
+from qwenscope.training import triton_step
 
 WRONG = 1e-3
 """Relative error above which a sum in float32 is not the same sum."""
@@ -58,31 +59,43 @@ def cases(
     pairs, x = Pairs.of(indices, latents), torch.randn(rows, hidden, device=device).bfloat16()
     table = torch.nn.functional.normalize(torch.randn(latents, hidden, device=device), dim=1)
     weights, shadow = pairs.sort(values.float()), table.bfloat16()
-    offsets = torch.arange(0, rows * k + 1, k, device=device)
+    offset, one = torch.zeros(hidden, device=device), torch.ones((), device=device)
     dense = (shadow.float() @ x.float().T)[pairs.latents.long(), pairs.rows]
     codes = torch.zeros(rows, latents, device=device).scatter_(1, indices, values.float())
-    flat = indices.flatten(), values.flatten(), offsets
-    numbers = torch.tensor([1e-4, 1.0, 1.0, 1.0, 1.0], device=device)
-    master, moments, gradient = table.clone(), [torch.zeros_like(table) for _ in range(2)], codes.T @ x.float()
+    gradient = codes.T @ x.float()
+    unmade = triton_step.GradientRows(x, pairs, weights, None)
+    squares, bound = torch.empty(latents, device=device), torch.full_like(one, torch.inf)
+    corrections = torch.ones(2, dtype=torch.float64, device=device)
+    numbers = triton_step.Numbers(1e-4 * one, corrections, one, one > 0, one, (0.9, 0.999), 1e-8)
+    master, moments = table.clone(), (torch.zeros_like(table), torch.zeros_like(table))
 
-    def update() -> None:
-        triton_ops.adam(master, gradient, *moments, shadow, numbers, (0.9, 0.999), 1e-8, True)
+    def totals() -> Tensor:
+        return triton_step.pair_totals(pairs, pairs, weights, dense, weights, weights)[0][0]
 
-    calls: dict[str, tuple[Callable[[], Any], Any, Tensor]] = {
-        "products": ((lambda: triton_ops.products(shadow, x, pairs.latents, pairs.rows)), None, dense),
-        "decode": ((lambda: triton_ops.weighted_sums(shadow, *flat)), None, codes @ shadow.float()),
-        "gradient rows": (
-            (lambda: triton_ops.weighted_sums(x, pairs.rows, weights, pairs.offsets)), None, codes.T @ x.float(),
+    def norm() -> Tensor:
+        unmade.squares(table, squares, bound, 1.0, True)
+        return squares
+
+    def step() -> Tensor:
+        triton_step.GradientRows(x, pairs, weights, None).step(master, moments, shadow, squares, numbers, True)
+        return master
+
+    calls: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
+        "products": (lambda: triton_ops.products(shadow, x, pairs.latents, pairs.rows), dense),
+        "centre": (lambda: triton_step.centre(x, offset, one, torch.bfloat16)[0].float(), x.float()),
+        "errors": (
+            lambda: triton_step.errors(x, offset, one, shadow, indices, values.float())[1],
+            (codes @ shadow.float() - x.float()).square().sum(1),
         ),
-        "project": ((lambda: triton_ops.project(gradient.clone(), table)), None, along(gradient, table)),
-        "adam": (update, master, stepped(table, gradient)),
-    }  # fmt: skip
+        "totals": (totals, pairs.totals(dense * (weights > 0))),
+        "norm": (norm, along(gradient, table)),
+        "step": (step, stepped(table, gradient)),
+    }
     found: dict[str, tuple[Callable[[], Any], float]] = {
         "top_k": ((lambda: triton_ops.top_k(scores, k)), float(not same))
     }
-    for name, (call, place, expected) in calls.items():
-        made = call()
-        got = made if place is None else place
+    for name, (call, expected) in calls.items():
+        got = call().clone()
         found[name] = call, float((got - expected).norm() / expected.norm())
     return found
 
@@ -94,6 +107,7 @@ def along(gradient: Tensor, table: Tensor) -> Tensor:
 
 def stepped(table: Tensor, gradient: Tensor) -> Tensor:
     """Unit rows after the first step of Adam with rate 1e-4 where nothing corrects its bias."""
+    gradient = gradient - (gradient * table).sum(1, keepdim=True) * table
     step = 1e-4 * 0.1 * gradient / ((0.001 * gradient.square()).sqrt() + 1e-8)
     return torch.nn.functional.normalize(table - step, dim=1)
 

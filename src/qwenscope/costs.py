@@ -19,10 +19,6 @@ from qwenscope.errors import RecipeError
 from qwenscope.lm.model import config_number
 from qwenscope.machine import GROUPED_PRODUCTS
 from qwenscope.recipe import Recipe
-from qwenscope.sae.activation import activation_of
-
-DENSE_SHARE = 0.007
-"""On a GPU, K / N above which a step's dense products beat the sparse ones, by an H200's roofline."""
 
 Range = tuple[float, float]
 """(cautious, optimistic)"""
@@ -158,17 +154,14 @@ def position_seconds(size: ModelSize, card: Card, positions: int) -> Range:
 
 
 def step_seconds(recipe: Recipe, part: Part, hidden: int, card: Card) -> Range:
-    """One sparse step of an SAE, or of a card's latents of it: the encoder product, traffic of selection, gathers and
-    optimizer, and what the cards that share it tell one another (the cautious end: while latents are dead).
-
-    Where many latents are candidates the tail uses three more dense products instead of gathers.
+    """One sparse step of an SAE, or of a card's latents of it: the encoder product, traffic of selection, gathers (of
+    the decoder's rows twice, of the batch's and the residual's for the gradient) and optimizer, and what the cards that
+    share it tell one another (the cautious end: while latents are dead).
     """
     batch, held, point = recipe.training.batch_size, part.latents, recipe.hook_points[part.sae_id]
-    candidates = min(activation_of(point.activation, point.k).candidates, held)
-    dense = candidates / held > DENSE_SHARE
-    product = 2 * batch * hidden * held * (4 if dense else 1)
+    product = 2 * batch * hidden * held
     preactivations = 2 * batch * held * 2
-    gathers = 0 if dense else 5 * batch * candidates * hidden * 2
+    gathers = 4 * batch * min(point.k, held) * hidden * 2
     optimizer = 2 * held * hidden * (2 * 4 + 4 * _moment_bytes(recipe) + 2)
     traffic = preactivations + gathers + optimizer
     link = link_bytes(card, round(part.dict_size / held))

@@ -29,7 +29,7 @@ def test_phases_leave_json_and_one_that_fails_does_not_stop_the_others(tmp_path:
     assert phases[1]["exit_code"] == 0, (tmp_path / "kernels.log").read_text()
     kernels = json.loads((tmp_path / "kernels.json").read_text())
     assert max(kernel["error"] for kernel in kernels["256/8"].values()) < 1e-3
-    assert len(kernels["256/8"]) == 6
+    assert len(kernels["256/8"]) == 7
 
 
 @pytest.mark.slow

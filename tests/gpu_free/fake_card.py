@@ -1,7 +1,7 @@
 """A GPU that computes nothing: torch's fake tensors on "cuda", and a count of what a real one would have to do.
 
 Fake tensors have devices, dtypes and shapes, so that a mismatch raises as it would on a card, and so does whatever
-needs a value on the host (a hidden synchronisation). Triton's kernels are replaced by what they allocate.
+needs a value on the host (a hidden synchronisation). Triton's kernels are counted in place of being launched.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,12 @@ from torch.utils._pytree import tree_leaves
 
 from qwenscope.sae import triton_ops
 from qwenscope.sae.sae import SAE
+from qwenscope.training import triton_step
 
+IN_PLACE = {"deltas", "parameter", "means", "squares"}
+"""Arguments of kernels that are read and written."""
+_MADE = ("new_zeros", "_like")
+"""Operators that write what they make and read nothing."""
 _NO_WORK = {"prim::device", "aten::empty.memory_format", "aten::new_empty", "aten::empty_like"}
 
 
@@ -41,15 +47,19 @@ class Card(TorchDispatchMode):
         super().__init__()
         self.operators: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
-        self.bytes = 0
-        self.to_host = 0
+        self.kernel_bytes: Counter[str] = Counter()
+        self.bytes = self.to_host = 0
+        self.held: dict[int, int] = {}
+        self.peak = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         fused_adam = function.name().startswith("aten::_fused_adam_")
         made = self.fused_adam(*args, **kwargs) if fused_adam else function(*args, **(kwargs or {}))
         returns = [value.alias_info for value in function._schema.returns]
         view = bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
-        read, written = tensors((args, kwargs)), tensors(made)
+        inputs = () if function.name().split(".")[0].endswith(_MADE) else (args, {**(kwargs or {}), "out": None})
+        read, written = tensors(inputs), tensors(made)
+        self.hold(written)
         if (
             not view
             and function.name() not in _NO_WORK
@@ -62,20 +72,54 @@ class Card(TorchDispatchMode):
 
     def fused_adam(self, *lists: Any, **kwargs: Any) -> None:
         """Torch knows no fake one: what its CUDA kernel asks of its arguments, and what it writes."""
-        weights, gradients, means, squares, _, (steps,) = lists
+        weights, gradients, means, squares, _, steps = lists
         assert {tensor.dtype for tensor in (*weights, *gradients, *means, *squares)} == {weights[0].dtype}
-        for number in (steps, kwargs["lr"], kwargs["grad_scale"], kwargs["found_inf"]):
+        for number in (*steps, kwargs["lr"], kwargs["grad_scale"], kwargs["found_inf"]):
             assert number.dtype == torch.float32
             assert number.is_cuda
         self.stream(*weights, *means, *squares)
 
-    def totals(self) -> tuple[int, int, int]:
-        """Operators, bytes, and operators that hand a result to the host."""
-        return self.operators.total(), self.bytes, self.to_host
+    def forget(self) -> None:
+        """Count from here."""
+        for counter in (self.operators, self.kernels, self.kernel_bytes):
+            counter.clear()
+        self.bytes = self.to_host = 0
+        self.peak = sum(self.held.values())
+
+    def hold(self, made: list[Tensor]) -> None:
+        """Count the memory of what was made for as long as it lives."""
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if tensor.is_cuda and storage._cdata not in self.held:
+                self.held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.held.values()))
 
     def stream(self, *passed: Tensor) -> None:
         """Count one pass over each."""
         self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in passed)
+
+
+class Launches:
+    """In a kernel's place: counts its launches and one pass over each of its tensors, two over those in IN_PLACE."""
+
+    def __init__(self, card: Card, kernel: Any) -> None:
+        self.card, self.kernel = card, kernel
+        self.name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, UPDATE: bool = True, **sizes: Any) -> None:
+            name = self.name if UPDATE else f"{self.name}, norm alone"
+            before = self.card.bytes
+            for argument, value in zip(self.kernel.arg_names, args, strict=False):
+                if isinstance(value, Tensor) and argument != "pieces":  # most are neither written nor read
+                    assert value.is_cuda, (name, argument)
+                    assert value.is_contiguous(), (name, argument)
+                    self.card.stream(*[value] * (2 if argument in IN_PLACE and UPDATE else 1))
+            self.card.kernels[name] += 1
+            self.card.kernel_bytes[name] += self.card.bytes - before
+
+        return launch
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -104,49 +148,10 @@ def fake_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     load_guard()
     card = Card()
 
-    def kernel(name: str, made: Any, *passed: Tensor) -> Any:
-        card.kernels[name] += 1
-        card.stream(*passed, *tensors(made))
-        return made
-
-    def top_k(scores_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        assert scores_RN.is_contiguous()
-        assert scores_RN.dtype == torch.bfloat16
-        indices = torch.empty(len(scores_RN), k, dtype=torch.int64, device=scores_RN.device)
-        made: tuple[Tensor, Tensor] = kernel("top_k", (scores_RN.new_empty(len(scores_RN), k), indices), scores_RN)
-        return made
-
-    def products(table_ND: Tensor, x_BD: Tensor, latents_P: Tensor, rows_P: Tensor) -> Tensor:
-        made: Tensor = kernel(
-            "products", table_ND.new_empty(len(rows_P), dtype=torch.float32), table_ND, x_BD, latents_P, rows_P
-        )
-        return made
-
-    def weighted_sums(x_BD: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-        out = x_BD.new_empty(len(offsets) - 1, x_BD.shape[1], dtype=torch.float32)
-        made: Tensor = kernel("weighted_sums", out, x_BD, rows, weights, offsets)
-        return made
-
-    def project(gradient_ND: Tensor, decoder_ND: Tensor | None) -> Tensor:
-        passed = [gradient_ND] if decoder_ND is None else [gradient_ND, gradient_ND, decoder_ND]
-        made: Tensor = kernel("project", gradient_ND.new_empty(len(gradient_ND)), *passed)
-        return made
-
-    def adam(
-        parameter: Tensor,
-        gradient: Tensor,
-        means: Tensor,
-        squares: Tensor,
-        shadow: Tensor | None,
-        numbers: Tensor,
-        *_: Any,
-        unit: bool,
-    ) -> None:
-        assert (parameter.dtype, gradient.dtype, numbers.dtype) == (torch.float32,) * 3
-        kernel("adam", shadow, gradient, *2 * [parameter, means, squares])
-
-    for function in (top_k, products, weighted_sums, project, adam):
-        monkeypatch.setattr(triton_ops, function.__name__, function)
+    for module in (triton_ops, triton_step):
+        for name, kernel in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Launches(card, kernel))
     with FakeTensorMode(), card:
         yield card
 

@@ -24,13 +24,25 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from qwenscope.sae import triton_ops  # noqa: E402
+from qwenscope.sae.ops import Pairs  # noqa: E402
+from qwenscope.training import triton_step  # noqa: E402
 
+MODULES = (triton_ops, triton_step)
 CARDS = {80: 163, 90: 227, 100: 227}
 """{compute capability x 10: KiB of shared memory that a program may have}."""
 REGISTERS, WARPS = 65_536, 64
 """Of one multiprocessor."""
 HIDDEN, BATCH = 2048, 4096
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+    torch.float64: "*fp64",
+}
 SHAPES = [(16384, 64), (16384, 96), (8192, 128), (16384, 384), (65536, 64)]
 """The recipes', four candidates for each of 96 under batch top-k, and the widest."""
 
@@ -49,10 +61,11 @@ def launches(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[t
     """(kernel, arguments, options) of all that `call` launches."""
     recorders = []
     with monkeypatch.context() as patch:
-        for name, kernel in vars(triton_ops).copy().items():
-            if name.endswith("_kernel"):
-                recorders.append(Recorder(kernel))
-                patch.setattr(triton_ops, name, recorders[-1])
+        for module in MODULES:
+            for name, kernel in vars(module).copy().items():
+                if name.endswith("_kernel"):
+                    recorders.append(Recorder(kernel))
+                    patch.setattr(module, name, recorders[-1])
         call()
     return [(recorder.kernel, *launch) for recorder in recorders for launch in recorder.launches]
 
@@ -63,6 +76,9 @@ def resources(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], card:
     signature, attributes = {}, {}
     for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         plain = "fp32" if isinstance(value, float) else "i32"
+        if value is None:
+            sizes[name] = None
+            continue
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else plain
         if isinstance(value, torch.Tensor) or value % 16 == 0:  # what a launch finds out, too
             attributes[(place,)] = [["tt.divisibility", 16]]
@@ -95,28 +111,48 @@ def test_kernels_need_no_stack_and_leave_room_for_each_other(
 
     table = meta(16384, HIDDEN, dtype=torch.bfloat16)
     master = meta(16384, HIDDEN, dtype=torch.float32)
-    x = meta(BATCH, HIDDEN, dtype=torch.bfloat16)
-    pairs = meta(BATCH * 64, dtype=torch.int64)
-    weights = meta(BATCH * 64, dtype=torch.float32)
+    x, vector, number = meta(BATCH, HIDDEN, dtype=torch.bfloat16), meta(HIDDEN, dtype=torch.float32), master[0, 0]
+    places, floats = meta(BATCH * 64, dtype=torch.int64), meta(BATCH * 64, dtype=torch.float32)
+    pairs = Pairs(places, places.to(torch.int16), places, meta(16385, dtype=torch.int64), (BATCH, 64))
+    dead = meta(300, HIDDEN, dtype=torch.float32), meta(16384, dtype=torch.int32)
+
+    numbers = triton_step.Numbers(
+        number, meta(2, dtype=torch.float64), number, number.bool(), number, (0.9, 0.999), 1e-8
+    )
+
+    def gradient(extra: tuple[torch.Tensor, torch.Tensor] | None) -> triton_step.GradientRows:
+        return triton_step.GradientRows(x, pairs, floats, extra)
+
     calls: list[Callable[[], Any]] = [
         *(lambda n=n, k=k: triton_ops.top_k(meta(BATCH, n, dtype=torch.bfloat16), k) for n, k in SHAPES),
-        lambda: triton_ops.products(table, x, meta(BATCH * 64, dtype=torch.int16), pairs),
-        lambda: triton_ops.weighted_sums(x, pairs, weights, meta(16385, dtype=torch.int64)),
-        lambda: triton_ops.project(master, None),
-        lambda: triton_ops.project(master, master),
+        lambda: triton_ops.products(table, x, pairs.latents, pairs.rows),
+        lambda: triton_ops.weighted_sums(x, pairs.rows, floats, pairs.offsets),
+        lambda: triton_step.centre(x, vector, number, torch.bfloat16),
         *(
-            lambda moments=moments, unit=unit: triton_ops.adam(
-                master, master, moments, moments, table, weights, (0.9, 0.999), 1e-8, unit
+            lambda k=k: triton_step.errors(x, vector, number, table, places[: BATCH * k].view(BATCH, k), floats)
+            for k in (16, 64)
+        ),
+        lambda: triton_step.pair_totals(pairs, pairs, floats, floats, vector, vector),
+        *(
+            lambda unit=unit, extra=extra: gradient(extra).squares(master, vector, number, 1.0, unit)
+            for unit in (False, True)
+            for extra in (None, dead)
+        ),
+        *(
+            lambda moments=moments, unit=unit, extra=extra: gradient(extra).step(
+                master, (moments, moments), table, vector, numbers, unit
             )
             for moments in (master, table)
             for unit in (False, True)
+            for extra in (None, dead)
         ),
     ]
     seen = {}
     for call in calls:
         for kernel, args, options in launches(call, monkeypatch):
             seen[kernel.fn.__name__, *sorted(options.items())] = kernel, args, options
-    assert {name for name, *_ in seen} == {name for name in vars(triton_ops) if name.endswith("_kernel")}
+    everything = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
+    assert {name for name, *_ in seen} == everything
     for key, launch in seen.items():
         used = resources(*launch, card, tmp_path)
         assert used["stack"] == 0, (key, used)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenscope.sae.ops import PANEL_COLUMNS, DensePairs, Pairs, Panels, decode, weighted_rows
+from qwenscope.sae.ops import PANEL_COLUMNS, Pairs, Panels, decode, weighted_rows
 
 
 def case(rows: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,13 +19,12 @@ def case(rows: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(7, 12, 3), (1, 5, 5), (40, 700, 1), (33, 40_000, 6)])
 @pytest.mark.parametrize("hidden", [9, PANEL_COLUMNS, 2 * PANEL_COLUMNS + 3])
-@pytest.mark.parametrize("kind", [Pairs, DensePairs])
-def test_pairs(rows: int, n: int, k: int, hidden: int, kind: type[Pairs]) -> None:
+def test_pairs(rows: int, n: int, k: int, hidden: int) -> None:
     indices, values, dense = case(rows, n, k)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, hidden, generator=generator, dtype=torch.float64)
     table = torch.randn(n, hidden, generator=generator, dtype=torch.float64)
-    pairs = kind.of(indices, n)
+    pairs = Pairs.of(indices, n)
     assert torch.equal(pairs.unsort(pairs.sort(values)), values)
     assert (pairs.latents.diff() >= 0).all()
     assert torch.equal(indices.reshape(-1)[pairs.order], pairs.latents.long())
@@ -53,11 +52,10 @@ def test_panels_are_the_matrix(hidden: int) -> None:
     torch.testing.assert_close(panels.squares(), x.square().sum(1))
 
 
-@pytest.mark.parametrize("kind", [Pairs, DensePairs])
-def test_sums_over_bfloat16_rows_have_the_dtype_of_their_weights(kind: type[Pairs]) -> None:
+def test_sums_over_bfloat16_rows_have_the_dtype_of_their_weights() -> None:
     indices, values, dense = case(40, 700, 2)
     x = torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).bfloat16()
-    pairs = kind.of(indices, 700)
+    pairs = Pairs.of(indices, 700)
     sums = pairs.latent_rows(x, pairs.sort(values.float()), 0, 700)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums, dense.T.float() @ x.float(), rtol=0.02, atol=0.02)

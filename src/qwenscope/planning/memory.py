@@ -13,6 +13,7 @@ from qwenscope.lm.model import config_number
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.planning.measure import BATCH_POSITIONS, batches_of
 from qwenscope.recipe import Recipe
+from qwenscope.sae.activation import activation_of
 
 GIB = 1 << 30
 Held = Sequence[Sequence[Piece]]
@@ -82,7 +83,7 @@ def memory_needs(
     fullest = max(held, key=lambda pieces: sum(piece.latents for piece in pieces))
     sizes = [piece.latents for piece in fullest]
     layers, cards = len(sites_held(recipe, fullest)), len(held)
-    weights, widest = sum(2 * size * hidden for size in sizes), max(sizes)
+    weights = sum(2 * size * hidden for size in sizes)
     trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
     position = _position_bytes(recipe, config, width, fused_mixer and not cpu)
@@ -95,11 +96,20 @@ def memory_needs(
         "language_model_activations": recipe.corpus.batch_tokens * position,
         "windows": window * row_bytes(recipe, config) * (layers * (2 if overlap else 1) + travelling),
         "saes": trained + shadows[training.precision],
-        # float32: rows, residuals, a gradient per prefix; on a GPU one SAE's pre-activations and gradients are whole
-        "step": training.batch_size * hidden * (20 + 4 * len(training.prefixes))
-        + (0 if cpu else widest * (2 * training.batch_size + 8 * hidden)),
+        "step": training.batch_size * (_step_bytes(recipe, fullest, hidden, cpu) + 4 * hidden * len(training.prefixes)),
     }
     return needs | {"checkpoint_copy": trained, "process": process} if cpu else needs
+
+
+def _step_bytes(recipe: Recipe, held: Sequence[Piece], hidden: int, cpu: bool) -> int:
+    """Of one row in a step. A CPU has rows and residuals in float32; a GPU in bfloat16, and in float32 for the loss of
+    dead latents, all of one SAE's pre-activations, its pairs, and sums over pieces of them.
+    """
+    if cpu:
+        return 20 * hidden
+    points = [(piece.latents, recipe.hook_points[piece.sae_id]) for piece in held]
+    candidates = max(min(activation_of(point.activation, point.k).candidates, latents) for latents, point in points)
+    return 16 * hidden + 2 * max(latents for latents, _ in points) + candidates * (40 + hidden // 16)
 
 
 def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, fused_mixer: bool) -> int:

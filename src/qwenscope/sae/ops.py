@@ -62,11 +62,12 @@ class Panels:
 
     def squares(self) -> Tensor:
         """Sum of squares of each row -> [B]."""
-        part = self.parts[0]
-        if fused(part) and part.dtype == torch.float32 and part.is_contiguous():
-            squares_B: Tensor = _triton_ops().project(part, None)
-            return squares_B
         return torch.stack([torch.linalg.vecdot(part, part) for part in self.parts]).sum(0)
+
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """Sum of squared deviations from the mean of the rows, and sum of squares, both 0-dim."""
+        deviation = torch.stack([(part - part.mean(0)).square_().sum() for part in self.parts]).sum()
+        return deviation, self.squares().sum()
 
     def sub_(self, other: Panels) -> Self:
         """Subtract another matrix [B, D], in place."""
@@ -84,6 +85,11 @@ class Panels:
 def cut(x_BD: Tensor) -> tuple[Tensor, ...]:
     """The columns of a matrix (or the entries of a vector [D]) in panels, as views."""
     return torch.split(x_BD, x_BD.shape[-1] if x_BD.is_cuda else PANEL_COLUMNS, dim=-1)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """One after the other along the first dimension; a single one as it is."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def fused(x: Tensor) -> bool:
@@ -125,10 +131,9 @@ class Pairs:
     def of(cls, indices_BK: Tensor, dict_size: int) -> Self:
         """Sort the pairs of `indices_BK`, int64 latents in [0, dict_size)."""
         # Short keys: the radix sort of torch is several times faster on 16 bits than on 64.
-        keys = indices_BK.reshape(-1).to(torch.int16 if dict_size <= 1 << 15 else torch.int32)
+        keys = indices_BK.reshape(-1).to(torch.int16 if dict_size < 1 << 15 else torch.int32)
         latents, order = torch.sort(keys, stable=True)
-        bounds = torch.arange(dict_size + 1, device=keys.device, dtype=torch.int32)
-        offsets = torch.searchsorted(latents.to(torch.int32), bounds)
+        offsets = torch.searchsorted(latents, torch.arange(dict_size + 1, device=keys.device, dtype=keys.dtype))
         return cls(order, latents, order // indices_BK.shape[1], offsets, (indices_BK.shape[0], indices_BK.shape[1]))
 
     def sort(self, values_BK: Tensor) -> Tensor:
@@ -177,23 +182,6 @@ class Pairs:
             )
             sums_RC.copy_(bags)
         return sums_RD
-
-
-class DensePairs(Pairs):
-    """The same pairs through dense products: on a GPU faster once they are more than a few in a thousand entries."""
-
-    __slots__ = ()
-
-    def products(self, table_ND: Tensor, x: Panels | Tensor) -> Tensor:
-        """As `Pairs.products`, all of `table @ x.T` made and picked from."""
-        return (table_ND @ Panels.of(x)[:].T)[self.latents.long(), self.rows]
-
-    def latent_rows(self, x: Panels | Tensor, weights_P: Tensor, start: int, stop: int) -> Tensor:
-        """As `Pairs.latent_rows`, the weights spread over an [N, B] matrix."""
-        x_BD = Panels.of(x)[:]
-        weights_NB = x_BD.new_zeros(len(self.offsets) - 1, len(x_BD))
-        weights_NB[self.latents.long(), self.rows] = weights_P.to(x_BD.dtype)
-        return (weights_NB[start:stop] @ x_BD).to(weights_P.dtype)
 
 
 def _triton_ops() -> ModuleType:

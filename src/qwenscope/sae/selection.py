@@ -165,10 +165,10 @@ class Selector:
             places.append(indices)
             if names is not None:
                 named.append(pre_RN.index_select(1, names).to(named_dtype))
-        values, indices, redone = torch.cat(scores), torch.cat(places), 0
+        values, indices, redone = ops.joined(scores), ops.joined(places), 0
         if self.precision == "exact":
             values, indices, redone = self._rescore(rows, weight_ND, bias_N, values, indices)
-        return Selection(values.to(weight_ND.dtype).relu_(), indices, torch.cat(named) if named else None, redone)
+        return Selection(values.to(weight_ND.dtype).relu_(), indices, ops.joined(named) if named else None, redone)
 
     def _products(
         self, rows: ops.Panels, weight_ND: Tensor, shadow_ND: Tensor | EightBit, bias_N: Tensor

@@ -74,10 +74,16 @@ class ActiveLatents:
         width = self.selector.k
         while True:
             selection = candidates(width)
-            values = self.activation.keep(selection.values, self.largest)
+            values = self._kept(selection.values)
             if not self.activation.by_batch or values.is_cuda or not self._exhausted(values):
                 return replace(selection, values=values)
             width = min(2 * width, self.weights.latents)
+
+    def _kept(self, values_BC: Tensor) -> Tensor:
+        """Candidates' values, 0 for those that are not active."""
+        if not self.activation.by_batch and values_BC.shape[1] <= self.activation.k:
+            return values_BC
+        return self.activation.keep(values_BC, self.largest)
 
     def largest(self, values_RC: Tensor, k: int) -> Tensor:
         """Which values are among the k largest of their row, over all latents of the SAE -> bool [R, C]."""

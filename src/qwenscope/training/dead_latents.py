@@ -24,7 +24,7 @@ class FiringAges:
     def update(self, fired_N: Tensor, batch: int, finite: Tensor) -> None:
         """Count one batch, unless `finite` (0-dim bool) is false; `fired_N` is a bool per latent."""
         aged_N = (self.tokens_N + batch).masked_fill_(fired_N, 0)
-        self.tokens_N.copy_(torch.where(finite, aged_N, self.tokens_N))
+        torch.where(finite, aged_N, self.tokens_N, out=self.tokens_N)
 
     def dead(self) -> Tensor:
         """Bool [N]: has not fired for `dead_after_tokens` tokens or more."""

@@ -12,6 +12,7 @@ Legend: B rows (tokens), D hidden, N latents, K active latents, P = B * K pairs,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from qwenscope.sae.selection import Selection
 from qwenscope.training.nested import Nested
 from qwenscope.training.weights import Weights
 
+if TYPE_CHECKING:
+    from qwenscope.training.triton_step import GradientRows
+
 
 def variance(x: ops.Panels) -> Tensor:
     """Sum of squared deviations from the batch mean; at least 1e-6 of the sum of squares, since less is rounding.
@@ -28,9 +32,10 @@ def variance(x: ops.Panels) -> Tensor:
     A single row is its own mean: what it deviates from is then the pre_bias that has been subtracted from it.
     """
     if len(x) == 1:
-        return x.squares().sum().clamp_min(torch.finfo(x.parts[0].dtype).tiny)
-    deviation = torch.stack([(part - part.mean(0)).square_().sum() for part in x.parts]).sum()
-    return torch.maximum(deviation, 1e-6 * x.squares().sum()).clamp_min(torch.finfo(deviation.dtype).tiny)
+        square = x.squares().sum()
+        return square.clamp_min(torch.finfo(square.dtype).tiny)
+    deviation, square = x.spread()
+    return torch.maximum(deviation, 1e-6 * square).clamp_min(torch.finfo(deviation.dtype).tiny)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,8 @@ class Auxiliary:
         The products run in `pre_BM`'s dtype; where that is bfloat16, the gradient (weighted by `scale`) carries its
         rounding.
         """
-        dtype, full = pre_BM.dtype, error.parts[0].dtype
+        dtype, full = pre_BM.dtype, weights["pre_bias"].dtype
+        error = error.to(full)
         left_BM = ~kept_BM
         codes_BM = pre_BM.masked_fill(left_BM, 0.0)
         decoder_MD = weights["decoder"][latents].to(dtype)
@@ -115,34 +121,39 @@ class SparseGradient:
         weights: Weights,
         rows: ops.Panels,
         g: ops.Panels,
+        g_norm_S: Tensor,
         selection: Selection,
         auxiliary: Auxiliary | None,
         nested: Nested,
     ) -> SparseGradient:
-        """Products of the active pairs, and everything that is small."""
-        n, k, table = weights.latents, selection.values.shape[1], weights.decoder
-        on_gpu = table.is_cuda
-        pairs = (ops.DensePairs if weights.dense(k) else ops.Pairs).of(selection.indices, n)
+        """Products of the active pairs, and everything that is small; `g_norm_S`: of the rows of `g`."""
+        table, of_bias = weights.decoder, weights["pre_bias"].dtype
+        pairs = ops.Pairs.of(selection.indices, weights.latents)
         towards = nested.towards(pairs)
         x_gathered, g_gathered = rows.to(table.dtype), g.to(table.dtype)
         values_P = pairs.sort(selection.values)
-        active_P = values_P > 0
-        # A CPU has no sampled product in bfloat16.
-        products_P = towards.products(table, g_gathered) if on_gpu else towards.products(weights["decoder"], g)
-        delta_P = products_P.to(values_P.dtype) * active_P
-        encoder_bias = pairs.totals(delta_P)
-        # Triangle inequality, latent by latent: ||sum_p a_p g_b|| <= sum_p a_p ||g_b||, and likewise for the encoder.
-        # Usually that is far below the clipping norm, and then no norm is needed before the update.
-        g_norm_S, x_norm_B = g.squares().sqrt(), rows.squares().sqrt()
-        decoder_N = pairs.totals(values_P * g_norm_S[towards.rows])
-        encoder_N = pairs.totals(delta_P.abs() * x_norm_B[pairs.rows])
-        extra = []
+        if ops.fused(table):
+            delta_P = towards.products(table, g_gathered)
+            encoder_bias, fired, bounds = _totals_by_kernel(pairs, towards, values_P, delta_P, rows.squares(), g_norm_S)
+        else:
+            active_P = values_P > 0
+            # A CPU has no sampled product in bfloat16.
+            delta_P = towards.products(weights["decoder"], g).to(values_P.dtype) * active_P
+            encoder_bias = pairs.totals(delta_P)
+            fired = pairs.totals(active_P.to(values_P.dtype)) > 0
+            # Triangle inequality, latent by latent: ||sum_p a_p g_b|| <= sum_p a_p ||g_b||, likewise for the encoder.
+            # Usually that is far below the clipping norm, and then no norm is needed before the update.
+            decoder_N = pairs.totals(values_P * g_norm_S[towards.rows])
+            encoder_N = pairs.totals(delta_P.abs() * rows.squares().sqrt()[pairs.rows])
+            bounds = [decoder_N, encoder_N, encoder_bias]
         if auxiliary is not None:
             latents = auxiliary.latents
             encoder_bias.index_copy_(0, latents, encoder_bias[latents] + auxiliary.bias_M)
-            extra = [auxiliary.encoder_MD.norm(), auxiliary.decoder_MD.norm()]
-        pre_bias = torch.cat([part[:: len(nested)].sum(0) for part in g.parts]) - weights.through_encoder(encoder_bias)
-        sparse = torch.stack([part.norm() for part in (decoder_N, encoder_N, encoder_bias, pre_bias)]).norm()
+        summed_D = ops.joined([part[:: len(nested)].sum(0, dtype=of_bias) for part in g.parts])
+        pre_bias = summed_D - weights.through_encoder(encoder_bias)
+        bound = torch.stack([part.norm() for part in (*bounds, pre_bias)]).norm()
+        if auxiliary is not None:
+            bound = bound + (auxiliary.encoder_MD.norm() + auxiliary.decoder_MD.norm())
         return cls(
             x_gathered,
             g_gathered,
@@ -152,10 +163,23 @@ class SparseGradient:
             delta_P,
             encoder_bias,
             pre_bias,
-            pairs.totals(active_P.to(values_P.dtype)) > 0,
-            weights.bound(sparse + sum(extra)),
+            fired,
+            weights.bound(bound),
             auxiliary,
         )
+
+    def unmade(self, name: str) -> GradientRows:
+        """All rows of the "encoder" or "decoder" gradient, for kernels that make them where they are needed."""
+        from qwenscope.training import triton_step
+
+        extra = None
+        if (dead := self.auxiliary) is not None:
+            slots_N = torch.full_like(self.fired, -1, dtype=torch.int32)
+            slots_N[dead.latents] = torch.arange(len(dead.latents), dtype=torch.int32, device=slots_N.device)
+            extra = (dead.encoder_MD if name == "encoder" else dead.decoder_MD), slots_N
+        if name == "encoder":
+            return triton_step.GradientRows(self.x[:], self.pairs, self.delta_P, extra)
+        return triton_step.GradientRows(self.g[:], self.towards, self.values_P, extra)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of the "encoder" or "decoder" gradient -> [stop - start, D]."""
@@ -171,3 +195,15 @@ class SparseGradient:
                 latents, extra_MD = latents[low:high] - start, extra_MD[low:high]
             rows.index_copy_(0, latents, rows.index_select(0, latents) + extra_MD)
         return rows
+
+
+def _totals_by_kernel(
+    pairs: ops.Pairs, towards: ops.Pairs, values_P: Tensor, delta_P: Tensor, x_squares_B: Tensor, g_norm_S: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradient of the encoder's bias [N], which latents fired [N], and what bounds the norm; `delta_P` as it should be
+    where nothing is active.
+    """
+    from qwenscope.training import triton_step
+
+    totals_3N, fired_N = triton_step.pair_totals(pairs, towards, values_P, delta_P, x_squares_B, g_norm_S)
+    return totals_3N[0], fired_N, [totals_3N]

@@ -49,10 +49,17 @@ class Nested:
         """The key `prefixes` of the SAE's configuration; none of an ordinary dictionary."""
         return {"prefixes": list(self.ends)} if len(self) > 1 else {}
 
-    def decode(self, weights: Weights, selection: Selection) -> ops.Panels:
-        """Every x_hat_l -> [S, D]; one gather of the active latents, whatever L is."""
+    def errors(self, weights: Weights, selection: Selection, rows: ops.Panels) -> tuple[ops.Panels, Tensor]:
+        """Every x_hat_l - x -> [S, D], and the square of the whole dictionary's in each row [B]."""
         if len(self) == 1:
-            return weights.decode(selection.indices, selection.values)
+            return weights.errors(selection, rows)
+        errors = self._decode(weights, selection)
+        for part, subtrahend in zip(errors.parts, rows.parts, strict=True):
+            part.view(len(subtrahend), len(self), -1).sub_(subtrahend.unsqueeze(1))
+        return errors, self.whole(errors).squares()
+
+    def _decode(self, weights: Weights, selection: Selection) -> ops.Panels:
+        """Every x_hat_l -> [S, D]; one gather of the active latents, whatever L is."""
         rows, k = selection.indices.shape
         indices_BK, order_BK = selection.indices.sort(dim=1)
         values_BK = selection.values.gather(1, order_BK)
@@ -70,12 +77,6 @@ class Nested:
             bags_SC = bags_SC.to(weights["pre_bias"].dtype)
             parts.append(bags_SC.view(rows, len(self), -1).cumsum(1).flatten(0, 1))
         return ops.Panels(tuple(parts))
-
-    def errors(self, x_hat: ops.Panels, rows: ops.Panels) -> ops.Panels:
-        """x_hat_l - x, in the place of `x_hat` -> [S, D]."""
-        for part, subtrahend in zip(x_hat.parts, rows.parts, strict=True):
-            part.view(len(subtrahend), len(self), -1).sub_(subtrahend.unsqueeze(1))
-        return x_hat
 
     def whole(self, panels: ops.Panels) -> ops.Panels:
         """Of a matrix [S, D] what belongs to the whole dictionary -> [B, D]."""
@@ -95,6 +96,10 @@ class Nested:
                 for level in range(len(self) - 2, -1, -1):
                     levels_BLC[:, level].add_(levels_BLC[:, level + 1])
         return errors.mul_(factor)
+
+    def norms(self, gradient: ops.Panels, loss_B: Tensor, factor: Tensor) -> Tensor:
+        """Norm of each row of what `gradient` returned, given that of a row's error was sqrt(loss) -> [S]."""
+        return loss_B.sqrt() * factor if len(self) == 1 else gradient.squares().sqrt()
 
     def towards(self, pairs: ops.Pairs) -> ops.Pairs:
         """The same pairs, each with the row [S] of the G that it needs."""

@@ -8,7 +8,7 @@ Legend: D hidden, N latents, R rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,15 @@ class Adam:
     step: Tensor
 
     def __call__(
-        self, parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, divisor: Tensor, skip: Tensor
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        means: Sequence[Tensor],
+        squares: Sequence[Tensor],
+        divisor: Tensor,
+        skip: Tensor,
     ) -> None:
-        """Update `parameter`, `mean` and `square` in place with g = `gradient / divisor`; `gradient` is spent.
+        """Update each parameter, mean and square in place with g = gradient / `divisor`; the gradients are spent.
 
             mean   <- beta1 mean + (1 - beta1) g        square <- beta2 square + (1 - beta2) g^2
             parameter <- parameter - lr (mean / (1 - beta1^step)) / (sqrt(square / (1 - beta2^step)) + eps)
@@ -44,18 +50,19 @@ class Adam:
         Moments in bfloat16 are widened for the step and rounded after it. `divisor`: 0-dim, in the parameters' dtype.
         `skip`: 0-dim float32 read on the device; 1 leaves everything as it is.
         """
-        if gradient.dtype == torch.float64:  # the kernel would read the divisor as float32
-            gradient.div_(divisor)
+        dtype = parameters[0].dtype
+        if dtype == torch.float64:  # the kernel would read the divisor as float32
+            for gradient in gradients:
+                gradient.div_(divisor)
             divisor = torch.ones_like(divisor)
-        rounded = mean.dtype != parameter.dtype
-        first, second = (mean.to(parameter.dtype), square.to(parameter.dtype)) if rounded else (mean, square)
+        first, second = [mean.to(dtype) for mean in means], [square.to(dtype) for square in squares]
         torch._fused_adam_(
-            [parameter],
-            [gradient],
-            [first],
-            [second],
+            parameters,
+            gradients,
+            first,
+            second,
             [],
-            [self.step],
+            [self.step] * len(parameters),
             lr=self.lr.float() if self.lr.is_cuda else self.lr,  # CUDA's kernel reads a float32
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -66,9 +73,10 @@ class Adam:
             grad_scale=divisor.float(),
             found_inf=skip,
         )
-        if rounded:
-            mean.copy_(first)
-            square.copy_(stochastic_bfloat16(second, self.step))
+        if means[0].dtype != dtype:
+            for mean, square, wide_mean, wide_square in zip(means, squares, first, second, strict=True):
+                mean.copy_(wide_mean)
+                square.copy_(stochastic_bfloat16(wide_square, self.step))
 
 
 def stochastic_bfloat16(x: Tensor, step: Tensor) -> Tensor:
@@ -110,7 +118,6 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
     """
     if ops.fused(weights["decoder"]):
         return _update_by_kernels(weights, gradient, adam, clip_norm, finite)
-    biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
     of_biases = gradient.encoder_bias.norm(), gradient.pre_bias.norm()
     of_rows: list[Tensor] = []
     norm_of_all: Tensor | None = None
@@ -128,48 +135,46 @@ def update(weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: fl
         if norm_of_all is None:
             of_rows.append(rows_RD.norm())
         parameter = weights[name][block]
-        adam(parameter, rows_RD, weights.means[name][block], weights.squares[name][block], divisor, skip)
+        adam([parameter], [rows_RD], [weights.means[name][block]], [weights.squares[name][block]], divisor, skip)
         if name == "decoder":
             length_R = torch.linalg.vector_norm(parameter, dim=1, keepdim=True)
             parameter.mul_(torch.where(finite, 1 / length_R, 1.0))
         weights.refresh(name, block)
-    for name, value in biases.items():
-        adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
+    _update_biases(weights, gradient, adam, divisor, skip)
     return weights.norm(*of_biases, of_rows) if norm_of_all is None else norm_of_all
+
+
+def _update_biases(weights: Weights, gradient: SparseGradient, adam: Adam, divisor: Tensor, skip: Tensor) -> None:
+    parameters, means, squares = (
+        [of["encoder_bias"], of["pre_bias"]] for of in (weights.parameters, weights.means, weights.squares)
+    )
+    adam(parameters, [gradient.encoder_bias, gradient.pre_bias], means, squares, divisor, skip)
 
 
 def _update_by_kernels(
     weights: Weights, gradient: SparseGradient, adam: Adam, clip_norm: float | None, finite: Tensor
 ) -> Tensor:
-    """As `update`, on a GPU: each gradient matrix is made, projected and applied by a kernel each."""
-    from qwenscope.sae import triton_ops
+    """As `update`, on a GPU: one kernel for each matrix, another for its norm, which returns at once where the
+    gradient's bound excludes a norm above `clip_norm`.
+    """
+    from qwenscope.training.triton_step import Numbers
 
-    rows = {name: gradient.rows(name, 0, weights.latents) for name in ("encoder", "decoder")}
-    squares = [
-        triton_ops.project(rows[name], weights["decoder"] if name == "decoder" else None)
-        for name in ("encoder", "decoder")
-    ]
-    biases = {"encoder_bias": gradient.encoder_bias, "pre_bias": gradient.pre_bias}
-    of_rows = [part.sum().sqrt() for part in squares]
-    norm = weights.norm(gradient.encoder_bias.norm(), gradient.pre_bias.norm(), of_rows)
-    divisor = torch.ones_like(norm) if clip_norm is None else (norm / clip_norm).clamp_min(1.0)
-    first, second = (1 - beta ** adam.step.double() for beta in adam.betas)
-    numbers = torch.stack([adam.lr / first, second.rsqrt(), divisor, finite, adam.step]).float()
-    for name, rows_ND in rows.items():
-        shadow = weights.shadows.get(name)
+    rows = {name: gradient.unmade(name) for name in ("encoder", "decoder")}
+    of_biases = gradient.encoder_bias.norm(), gradient.pre_bias.norm()
+    squares_2N = gradient.encoder_bias.new_zeros(2, weights.latents)
+    if clip_norm is None:
+        divisor = torch.ones_like(gradient.bound)
+    else:
+        for (name, unmade), out_N in zip(rows.items(), squares_2N, strict=True):
+            unmade.squares(weights[name], out_N, gradient.bound, clip_norm, unit=name == "decoder")
+        norm = weights.norm(*of_biases, [squares_2N.sum().sqrt()])
+        divisor = (norm / clip_norm).clamp_min(1.0)
+    step = adam.step.double()
+    corrections = 1 - torch.stack([beta**step for beta in adam.betas])
+    numbers = Numbers(adam.lr, corrections, divisor, finite, adam.step, adam.betas, adam.eps)
+    for (name, unmade), out_N in zip(rows.items(), squares_2N, strict=True):
+        shadow, moments = weights.shadows.get(name), (weights.means[name], weights.squares[name])
         assert shadow is None or isinstance(shadow, Tensor)
-        triton_ops.adam(
-            weights[name],
-            rows_ND,
-            weights.means[name],
-            weights.squares[name],
-            shadow,
-            numbers,
-            adam.betas,
-            adam.eps,
-            unit=name == "decoder",
-        )
-    skip = (~finite).float()
-    for name, value in biases.items():
-        adam(weights[name], value, weights.means[name], weights.squares[name], divisor, skip)
-    return norm
+        unmade.step(weights[name], moments, shadow, out_N, numbers, unit=name == "decoder")
+    _update_biases(weights, gradient, adam, divisor, torch.logical_not(finite, out=torch.empty_like(divisor)))
+    return weights.norm(*of_biases, [squares_2N.sum().sqrt()])

@@ -43,6 +43,10 @@ class ShardedWeights(Weights):
         own = super().decode(indices_BK, values_BK)
         return ops.Panels(tuple(self.shard.all_reduce(part) for part in own.parts))
 
+    def errors(self, selection: Selection, rows: ops.Panels) -> tuple[ops.Panels, Tensor]:
+        errors = self.decode(selection.indices, selection.values).sub_(rows)
+        return errors, errors.squares()
+
     def decode_exactly(self, indices_BK: Tensor, values_BK: Tensor) -> Tensor:
         return self.shard.all_reduce(super().decode_exactly(indices_BK, values_BK))
 
@@ -69,6 +73,9 @@ class ShardedActiveLatents(ActiveLatents):
     def __init__(self, activation: Activation, weights: Weights, precision: Precision, shard: Shard) -> None:
         self.shard = shard
         super().__init__(activation, weights, precision)
+
+    def _kept(self, values_BC: Tensor) -> Tensor:
+        return self.activation.keep(values_BC, self.largest)
 
     def largest(self, values_RC: Tensor, k: int) -> Tensor:
         if values_RC.shape[1] <= k:

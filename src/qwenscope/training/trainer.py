@@ -25,6 +25,7 @@ from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision, Selection, Selector, best_precision
 from qwenscope.seeds import generator
 from qwenscope.training.active import ActiveLatents
+from qwenscope.training.card_rows import CardRows
 from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
 from qwenscope.training.fit import Fit, OnStep, fit
 from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
@@ -127,6 +128,7 @@ class SAETrainer:
         self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
         self._names: Tensor | None = None  # latents that the dead-latent loss works with
         self._lr, self._step = torch.zeros_like(self.rms), torch.zeros_like(self.rms, dtype=torch.float32)
+        self._zero = torch.zeros_like(self.rms)
         self._listed, self.steps, self.tokens_trained = False, 0, 0
 
     def _take(self, sae: SAE, moments: torch.dtype | None) -> Weights:
@@ -167,10 +169,17 @@ class SAETrainer:
             self.weights["pre_bias"].copy_(mean_D)
         if self.initial_decoder == "rows":
             point_at_rows(self.weights, rows_RD, mean_D, generator(self.seed, "initial decoder"))
-        tie_encoder(self.weights, self.active, (self._rows(chunk)[:] for chunk in chunks))
+        tie_encoder(self.weights, self.active, (self._plain_rows(chunk)[:] for chunk in chunks))
 
     def _rows(self, x_BD: Tensor) -> ops.Panels:
-        """What the encoder multiplies: normalised rows less pre_bias, in the weights' dtype."""
+        """What the encoder multiplies: normalised rows less pre_bias."""
+        if ops.fused(self.centre_D):
+            offset_D = torch.addcmul(self.centre_D, self.rms, self.weights["pre_bias"])
+            return CardRows.made(x_BD.to(self.device).contiguous(), offset_D, self.rms, self.weights.decoder.dtype)
+        return self._plain_rows(x_BD)
+
+    def _plain_rows(self, x_BD: Tensor) -> ops.Panels:
+        """The same by plain torch, in the weights' dtype."""
         parts = []
         matrices = (x_BD.to(self.device), self.centre_D, self.weights["pre_bias"])
         for part, centre, bias in zip(*map(ops.cut, matrices), strict=True):
@@ -254,20 +263,22 @@ class SAETrainer:
         weights, names, dead = self.weights, self._names, self.ages.dead().sum()
         rows = self._rows(x_BD)
         selection = self.active.select(rows, names)
-        errors = self.nested.errors(self.nested.decode(weights, selection), rows)
-        error = self.nested.whole(errors)
-        loss_B, whole = error.squares(), variance(rows)
+        errors, loss_B = self.nested.errors(weights, selection, rows)
+        error, whole = self.nested.whole(errors), variance(rows)
         fvu = loss_B.sum() / whole
         auxiliary = None
         if names is not None and selection.named is not None:
             kept_BM = self.active.largest(selection.named, self.aux_k)
             auxiliary = Auxiliary.of(weights, rows, error, selection.named, kept_BM, names, self.aux_coefficient)
-        aux_loss = auxiliary.loss if auxiliary else torch.zeros_like(fvu)
-        loss = self.nested.loss(errors, fvu, whole) + self.aux_coefficient * aux_loss
-        g = self.nested.gradient(errors, 2 / whole)  # dLoss/dx_hat, in the errors' place
-        gradient = SparseGradient.of(weights, rows, g, selection, auxiliary, self.nested)
+        aux_loss = auxiliary.loss if auxiliary else self._zero
+        loss, factor = self.nested.loss(errors, fvu, whole), 2 / whole
+        if auxiliary:
+            loss = loss + self.aux_coefficient * aux_loss
+        g = self.nested.gradient(errors, factor)  # dLoss/dx_hat, in the errors' place
+        g_norm_S = self.nested.norms(g, loss_B, factor)
+        gradient = SparseGradient.of(weights, rows, g, g_norm_S, selection, auxiliary, self.nested)
         del rows, errors, error, g  # in bf16 the gradient has copies of its own
-        finite = torch.isfinite(gradient.bound) & torch.isfinite(loss)
+        finite = gradient.bound + loss < torch.inf
         adam = Adam(self._lr, self.betas, self.eps, self._step)
         norm = update(weights, gradient, adam, self.clip_norm, finite)
         self.ages.update(gradient.fired, len(x_BD), finite)
@@ -278,7 +289,7 @@ class SAETrainer:
             "fvu": fvu,
             "loss": loss,
             "aux_loss": aux_loss,
-            "l0": (selection.values > 0).sum() / len(x_BD),
+            "l0": selection.values.count_nonzero() / len(x_BD),
             "dead": dead,
             "grad_norm": norm,
             "finite": finite,

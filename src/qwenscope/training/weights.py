@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwenscope.costs import DENSE_SHARE
 from qwenscope.sae import ops
 from qwenscope.sae.eight_bit import EightBit
 from qwenscope.sae.sae import SAE
-from qwenscope.sae.selection import Precision, eight_bits_pay
+from qwenscope.sae.selection import Precision, Selection, eight_bits_pay
+from qwenscope.training.card_rows import CardRows
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "pre_bias")
 
@@ -87,15 +87,14 @@ class Weights:
 
     def decode(self, indices_BK: Tensor, values_BK: Tensor) -> ops.Panels:
         """The sum of the named decoder rows, weighted -> x_hat [B, D], in the parameters' dtype."""
-        if self.dense(indices_BK.shape[1]):
-            codes_BN = self.decoder.new_zeros(len(indices_BK), self.latents)
-            codes_BN.scatter_(1, indices_BK, values_BK.to(codes_BN.dtype))
-            return ops.Panels((torch.mm(codes_BN, self.decoder, out_dtype=torch.float32),))
         return ops.decode(self.decoder, indices_BK, values_BK).to(self.parameters["pre_bias"].dtype)
 
-    def dense(self, active: int) -> bool:
-        """Whether, with so many latents active in a row, dense products are faster than gathers: on some GPUs."""
-        return self.decoder.is_cuda and self.decoder.dtype == torch.bfloat16 and active > DENSE_SHARE * self.latents
+    def errors(self, selection: Selection, rows: ops.Panels) -> tuple[ops.Panels, Tensor]:
+        """What the active latents miss of `rows`: x_hat - x [B, D], and each row's square [B]."""
+        if isinstance(rows, CardRows):
+            return rows.errors(self.decoder, selection)
+        errors = self.decode(selection.indices, selection.values).sub_(rows)
+        return errors, errors.squares()
 
     def decode_exactly(self, indices_BK: Tensor, values_BK: Tensor) -> Tensor:
         """As `decode`, from the parameters themselves whatever the precision."""
@@ -106,7 +105,10 @@ class Weights:
         return codes_BM @ decoder_MD
 
     def through_encoder(self, bias_N: Tensor) -> Tensor:
-        """The sum of encoder rows, weighted by a number of each latent -> [D]."""
+        """The sum of encoder rows, weighted by a number of each latent -> [D]; on a GPU from the shadow."""
+        encoder = self.encoder
+        if isinstance(encoder, Tensor) and encoder.is_cuda and encoder.dtype == torch.bfloat16:
+            return torch.mm(bias_N.to(encoder.dtype).unsqueeze(0), encoder, out_dtype=torch.float32).squeeze(0)
         return bias_N @ self.parameters["encoder"]
 
     def bound(self, of_latents: Tensor) -> Tensor:
