@@ -143,6 +143,24 @@ def test_left_out_rows_are_counted_and_never_handed_out(lm: LanguageModel, recip
     assert not {(f"{70:016x}", 29), (f"{71:016x}", 29)} & set(tokens)
 
 
+def test_windows_of_unlike_size_take_memory_of_one_size(
+    lm: LanguageModel, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, sizes = set(), set()
+
+    def watched(*args: Any) -> Harvest:
+        made = harvest(*args)
+        rows.update(len(x_RD) for x_RD in made.rows.values())
+        sizes.update(x_RD.untyped_storage().nbytes() for x_RD in made.rows.values())
+        return made
+
+    monkeypatch.setattr(HARVEST, watched)
+    loud = [conversation(100 + i, 20, LOUD) for i in range(3)]  # windows with rows left out, too
+    drain(Windows(lm, ListStream(loud + CORPUS), recipe(outlier_factor=10.0)), 77)
+    assert len(rows) > 3
+    assert sizes == {(300 + 64) * 32 * lm.dtype.itemsize}
+
+
 def test_broken_windows_name_the_hook_point(lm: LanguageModel, recipe: MakeRecipe) -> None:
     corpus = [conversation(i, 20, BROKEN) for i in range(20)]
     with pytest.raises(TrainingError, match="15 of 300 rows at hook point sae_5 are not finite"):

@@ -67,6 +67,7 @@ def harvest(
     batch_tokens: int,
     names: Mapping[Site, str] | None = None,
     plan: HarvestPlan[Site] | None = None,
+    room: int = 0,
 ) -> Harvest:
     """Rows of every token of `conversations` at each of `sites`.
 
@@ -82,6 +83,8 @@ def harvest(
         batch_tokens: Token budget of one language-model batch, padding included.
         names: {site: hook point} for messages.
         plan: Among several ranks, which all call this with the same conversations; None is one process alone.
+        room: Rows that memory is taken for, where they are more: windows that ask for blocks of one size get those of
+            the windows before them, while blocks of unlike sizes would fill a GPU's memory with gaps.
 
     Raises:
         TrainingError: more than 1 % non-finite rows; names the hook point.
@@ -100,7 +103,7 @@ def harvest(
     own = [batch for batch, one in zip(batches, dealt, strict=True) if one == rank]
     own_lengths = {c: lengths[c] for c in (rank_C == rank).nonzero().squeeze(1).tolist()}
     with memory_errors_named(f"a window of {sum(lengths):,} tokens", _LESS_MEMORY):
-        rows, norms = _forward(lm, own, own_lengths, sites)
+        rows, norms = _forward(lm, own, own_lengths, sites, room)
 
     lengths_C = torch.tensor(lengths)
     conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths_C)
@@ -111,21 +114,27 @@ def harvest(
     if not bool(keep_R.all()):
         index = keep_R[rank_R == rank].nonzero().squeeze(1).to(lm.device)
         for site in sites:  # one hook point at a time: the peak is one window and one site
-            rows[site] = rows[site][index]
+            kept = _buffer(lm, site, len(index), room)
+            rows[site] = torch.index_select(rows[site], 0, index, out=kept)
         conversation_R, position_R, rank_R = conversation_R[keep_R], position_R[keep_R], rank_R[keep_R]
     rows = plan.rows_to_owners(rows, rank_R)
     return Harvest(rows, conversation_R, position_R, left_out, 1 - sum(lengths) / sum(positions))
 
 
+def _buffer(lm: RowSource, site: Site, rows: int, room: int) -> Tensor:
+    """Memory for so many rows of a site, and for as many more as make `room`."""
+    return torch.empty(max(rows, room), lm.width(site), dtype=lm.dtype, device=lm.device)[:rows]
+
+
 def _forward(
-    lm: RowSource, batches: Sequence[Batch], lengths: Mapping[int, int], sites: Sequence[Site]
+    lm: RowSource, batches: Sequence[Batch], lengths: Mapping[int, int], sites: Sequence[Site], room: int
 ) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
     """{site: rows} and {site: norms} of the conversations in `batches`, whose {number: length} are `lengths`."""
     total, starts = 0, {}
     for member, length in lengths.items():
         starts[member] = total
         total += length
-    rows = {site: torch.empty(total, lm.width(site), dtype=lm.dtype, device=lm.device) for site in sites}
+    rows = {site: _buffer(lm, site, total, room) for site in sites}
     norms = {site: torch.empty(total, device=lm.device, dtype=torch.float32) for site in sites}
     for batch in batches:
         streams = lm.streams(batch.input_ids_CT, batch.lengths_C, sites)

@@ -103,6 +103,8 @@ class WindowSource:
             recipe.corpus.batch_tokens,
             site_names(recipe),
             self._plan,
+            # the most that a window holds; of several ranks each has an unlike part of it anyway
+            recipe.activations.window_tokens + recipe.corpus.max_length if self._group.size == 1 else 0,
         )
         window = Window(
             harvest=rows,

@@ -84,7 +84,7 @@ def _top_k_kernel(  # type: ignore[no-untyped-def]
 def _products_kernel(  # type: ignore[no-untyped-def]
     table, x, latents, rows, out, pairs, d, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """One program for PAIRS pairs: they are sorted by latent, so that the table's row is mostly in the nearest cache."""
+    """One program for PAIRS pairs. They are sorted by latent, so the table's row is mostly in the nearest cache."""
     columns = tl.arange(0, BLOCK_D)
     inside = columns < d
     pair = tl.program_id(0) * PAIRS

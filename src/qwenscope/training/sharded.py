@@ -123,6 +123,10 @@ class ShardedTrainer(SAETrainer):
     def _take(self, sae: SAE, moments: torch.dtype | None) -> Weights:
         return ShardedWeights(sae, self.shard, self.precision, moments)
 
+    @property
+    def capturable(self) -> bool:
+        return False  # ranks talk to each other in it
+
     def step(self, x_BD: Tensor) -> StepMetrics:
         own = super().step(x_BD)
         active = self.shard.all_reduce((own.l0 * len(x_BD)).round())  # whole numbers add up exactly

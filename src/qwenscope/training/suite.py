@@ -19,6 +19,7 @@ from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision
 from qwenscope.training.building import build_trainer
+from qwenscope.training.graph import GraphedSteps
 from qwenscope.training.metrics import StepMetrics
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Suite:
             sae_id: build_trainer(recipe, lm, sae_id, precision.get(sae_id, recipe.training.precision), shard)
             for sae_id, shard in shards(recipe, group).items()
         }
+        self._graphed = GraphedSteps(self._trainers)
         self._last: dict[str, StepMetrics] = {}
         self._finite: list[tuple[int, str, Tensor]] = []  # flags of steps not looked at yet
 
@@ -111,9 +113,12 @@ class Suite:
         Raises:
             ResourceError: it does not fit the device.
         """
+        rows = {sae_id: batch[self._sites[sae_id]] for sae_id in self._trainers}
+        with memory_errors_named("a step of all SAEs", _LESS_MEMORY):
+            graphed = self._graphed(rows)
         for sae_id, trainer in self._trainers.items():
             with memory_errors_named(f"a step of {sae_id}", _LESS_MEMORY):
-                self._last[sae_id] = metrics = trainer.step(batch[self._sites[sae_id]])
+                self._last[sae_id] = metrics = graphed[sae_id] if graphed else trainer.step(rows[sae_id])
             self._finite.append((step, sae_id, metrics.finite))
 
     def check_finite(self) -> None:

@@ -229,10 +229,14 @@ class SAETrainer:
             TrainingError: rows of another width, or none.
         """
         x_BD = check_rows(as_rows(x_BD), len(self.centre_D))
+        return self.after(self.before(len(x_BD)), *self.device_step(x_BD))
+
+    def before(self, rows: int) -> float:
+        """What the host does before a step on so many rows -> the step's learning rate."""
         lr = learning_rate(
             self.lr,
             self.tokens_trained,
-            len(x_BD),
+            rows,
             tokens=self.tokens,
             warmup_tokens=self.warmup_tokens,
             decay_share=self.decay_share,
@@ -243,22 +247,26 @@ class SAETrainer:
         if not self._listed:
             self._list_dead()
         self.steps += 1
-        self.tokens_trained += len(x_BD)
+        self.tokens_trained += rows
         self._lr.fill_(lr)
         self._step.fill_(self.steps)
-        metrics, gradient, loss_B = self.device_step(x_BD)
-        if self.pool is not None:
+        return lr
+
+    @torch.no_grad()
+    def after(self, lr: float, metrics: dict[str, Tensor], g: ops.Panels | None, loss_B: Tensor) -> StepMetrics:
+        """What the host does after a step, given what `device_step` returned."""
+        if self.pool is not None and g is not None:
             if -self.steps % self.resample_every_steps < POOL_STEPS:
-                self.pool.add(self.nested.whole(gradient.g), loss_B, self.generator)
+                self.pool.add(g, loss_B, self.generator)
             if self.steps % self.resample_every_steps == 0:
                 self._resample(self.pool)
         return StepMetrics(lr=lr, **metrics)
 
-    def device_step(self, x_BD: Tensor) -> tuple[dict[str, Tensor], SparseGradient, Tensor]:
+    def device_step(self, x_BD: Tensor) -> tuple[dict[str, Tensor], ops.Panels | None, Tensor]:
         """The part of a step that runs on the device: no host decision depends on a value, shapes are static.
 
-        On CUDA in bf16 it can be captured as a graph (see bench/gpu.py); the host's part is in `step`.
-        Returns the metrics (without lr), the gradient and the loss of each row.
+        On CUDA in bf16 it can be captured as a graph (see `graph`). Returns the metrics (without lr), dLoss/dx_hat if
+        there is a pool for it, and the loss of each row.
         """
         weights, names, dead = self.weights, self._names, self.ages.dead().sum()
         rows = self._rows(x_BD)
@@ -294,16 +302,29 @@ class SAETrainer:
             "grad_norm": norm,
             "finite": finite,
         }
-        return metrics, gradient, loss_B
+        return metrics, self.nested.whole(gradient.g) if self.pool else None, loss_B
 
     def _share_redone(self, selection: Selection) -> float:
         """The share of a batch's rows whose candidates had no certificate, so that they were selected again."""
         return selection.redone / len(selection.values)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `device_step` is the same work in each step as long as `named` is the same."""
+        return self.device.type == "cuda" and self.precision == "bf16"
+
+    @property
+    def named(self) -> Tensor | None:
+        """Latents [M] that the dead-latent loss works with: the same tensor for as long as they are the same."""
+        return self._names
+
     def _list_dead(self) -> None:
         """Take up `candidates_N`: what the dead-latent loss works with."""
         names = self.candidates_N.nonzero().squeeze(1)
-        self._names = names if self.aux_coefficient and self._any_dead(names) else None
+        if not self.aux_coefficient or not self._any_dead(names):
+            self._names = None
+        elif self._names is None or not torch.equal(names, self._names):  # else it stays the very same tensor
+            self._names = names
         self._listed = True
 
     def _any_dead(self, names: Tensor) -> bool:
