@@ -36,6 +36,40 @@ _MADE = ("new_zeros", "_like")
 _NO_WORK = {"prim::device", "aten::empty.memory_format", "aten::new_empty", "aten::empty_like"}
 
 
+FOUND = 8
+"""How many entries of a tensor on the card are true, or distinct, as far as the host is told."""
+
+
+def _found(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(FOUND, x.ndim, dtype=torch.int64)
+
+
+def _number(x: Any) -> float:
+    if x.constant is not None:  # one that the host made
+        return float(x.constant) if x.dtype.is_floating_point else int(x.constant)
+    return 1.0 if x.dtype.is_floating_point else int(x.dtype == torch.bool) or FOUND
+
+
+def _distinct(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x[:FOUND].clone(), x.new_empty(len(x), dtype=torch.int64), x.new_empty(0, dtype=torch.int64)
+
+
+def _chosen(x: Tensor, indices: Any, *_: Any, **__: Any) -> Tensor:
+    """`x[mask]`, or with other indices besides."""
+    plain = [index if index is None or index.dtype != torch.bool else _found(index)[:, 0] for index in indices]
+    return torch.ops.aten.index.Tensor(x, plain)
+
+
+_WAITS: dict[str, Any] = {
+    "aten::_local_scalar_dense": _number,
+    "aten::equal": lambda *_: False,
+    "aten::nonzero": _found,
+    "aten::unique_dim": _distinct,
+    "aten::index.Tensor": _chosen,
+}
+"""What the host is told of values, where a test lets it wait for them."""
+
+
 class Card(TorchDispatchMode):
     """Counts operators by name, Triton's kernels apart, and the bytes that all of them read and write.
 
@@ -51,8 +85,15 @@ class Card(TorchDispatchMode):
         self.bytes = self.to_host = 0
         self.held: dict[int, int] = {}
         self.peak = 0
+        self.may_wait = False
+        self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (answer := self.answer(function.name(), args)) is not None:
+            self.waits[function.name()] += any(tensor.device.type == "cuda" for tensor in tensors(args))
+            return answer(*args, **(kwargs or {}))
+        if function.name() == "aten::exponential_":  # torch's fake one takes no generator
+            return args[0]
         fused_adam = function.name().startswith("aten::_fused_adam_")
         made = self.fused_adam(*args, **kwargs) if fused_adam else function(*args, **(kwargs or {}))
         returns = [value.alias_info for value in function._schema.returns]
@@ -78,6 +119,22 @@ class Card(TorchDispatchMode):
             assert number.dtype == torch.float32
             assert number.is_cuda
         self.stream(*weights, *means, *squares)
+
+    def answer(self, name: str, args: Any) -> Any:
+        """What is made up where the host asks for values, which fake tensors lack; None where it may not, or does not."""
+        masked = any(index.dtype in (torch.bool, torch.uint8) for index in tensors(args[1:]))
+        asks = self.may_wait and (name != "aten::index.Tensor" or masked)
+        return _WAITS.get(name) if asks else None
+
+    @contextmanager
+    def waiting(self) -> Iterator[Counter[str]]:
+        """In here the host may wait for the card: how often, by operator."""
+        self.may_wait = True
+        self.waits.clear()
+        try:
+            yield self.waits
+        finally:
+            self.may_wait = False
 
     def forget(self) -> None:
         """Count from here."""
