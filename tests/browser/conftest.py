@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_results import write_results
+from made_results import SHARED, write_results
 from planted_suite import make_corpus, make_release
 from playwright.sync_api import Browser, expect, sync_playwright
 from starlette.types import ASGIApp
@@ -16,6 +16,7 @@ from visiting import FLAGS, Visit, serving
 
 from qwenscope.analysis.results import read_results
 from qwenscope.features.browser.export import export_site
+from qwenscope.features.browser.notes import Notes
 from qwenscope.features.browser.server import make_app
 from qwenscope.features.index import build_index
 from qwenscope.features.store import Index
@@ -52,6 +53,7 @@ def site(app: ASGIApp) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def exported(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    Notes(index).change("sae_attn", SHARED, note="stays at home", lists={"shared": True})
     out = tmp_path_factory.mktemp("site") / "static"
     export_site(index, out)
     return out

@@ -13,6 +13,8 @@ from qwenscope.analysis.monitor import fit
 from qwenscope.features.store import Index
 from qwenscope.files import write_json, write_text
 
+SHARED = 200
+"""The latent of sae_attn on the list that is exported."""
 ODD_NAME = "<img src=x onerror=alert(1)>"
 """Of the diff's file."""
 SIDES = {"positive": 0.9, "negative": 0.1}

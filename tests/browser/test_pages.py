@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from made_results import ODD_NAME
+from made_results import ODD_NAME, SHARED
 from planted_suite import HOSTILE, PLANTED, PLANTED_LATENT
 from playwright.sync_api import Browser, Page, expect
 from starlette.applications import Starlette
@@ -25,7 +26,7 @@ LATENT = f"#/sae/sae_delta/{PLANTED_LATENT}"
 RUNS = ["steered", "unsteered", "negative strength", "random latent", "random direction"]
 ROUTES = [
     "",
-    "#/sae/sae_delta",
+    "#/sae/sae_delta?color=role&role=user&at=7",
     LATENT,
     f"#/compare?at=sae_delta/{PLANTED_LATENT}&at=sae_delta/3&at=sae_attn/5",
     "#/search?q=that",
@@ -112,6 +113,107 @@ def test_deep_links_and_keys(visit: Visit) -> None:
     expect(page.locator("h1")).to_have_text("sae_delta")
     page.keyboard.press("/")
     expect(page.get_by_label("Search latents")).to_be_focused()
+
+
+def test_j_and_k_walk_the_list_that_a_latent_was_opened_from(visit: Visit) -> None:
+    page = visit.go("#/sae/sae_delta?q=that&sort=max&role=user")
+    shown = page.locator(".latents td.latent").all_inner_texts()
+    assert len(shown) > 3
+    assert set(page.locator(".latents td.role").all_inner_texts()) == {"user"}
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    for place, latent in enumerate(shown[:3], 1):
+        expect(page.locator("h1")).to_have_text(f"sae_delta / {latent}")
+        expect(page.locator(".whereabouts")).to_contain_text(f"{place} of {len(shown)}")
+        page.keyboard.press("j")
+    expect(page.locator("h1")).to_have_text(f"sae_delta / {shown[3]}")
+    page = visit.go(page.url.removeprefix(visit.site))  # as whoever was sent the link
+    page.keyboard.press("k")
+    expect(page.locator("h1")).to_have_text(f"sae_delta / {shown[2]}")
+    page.keyboard.press("u")
+    expect(page.get_by_label("Filter latents")).to_have_value("that")
+    assert page.locator(".latents td.latent").all_inner_texts() == shown
+    page = visit.go("#/search?q=that")
+    hits = [text.replace(" ", "") for text in page.locator(".hit a").all_inner_texts()]
+    page.locator(".hit a").first.click()
+    page.keyboard.press("ArrowLeft")  # round to the last
+    expect(page.locator("h1")).to_have_text(hits[-1].replace("/", " / "))
+
+
+def test_the_map_shows_the_list_and_opens_a_latent(visit: Visit, index: Path) -> None:
+    page = visit.go("#/sae/sae_delta?color=role")
+    solid = """() => {
+        const canvas = document.querySelector(".map canvas");
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return data.filter((value, i) => i % 4 === 3 && value > 180).length;
+    }"""
+    everything = page.evaluate(solid)
+    counts = [int(text) for text in page.locator(".colors small").all_inner_texts()]
+    assert sum(counts) == len(Index(index).alive("sae_delta"))
+    page.get_by_label("any role").select_option("user")
+    expect(page.locator(".colors span")).to_have_count(1)
+    assert 0 < page.evaluate(solid) < everything
+    area = page.get_by_role("application", name="Map of latents")
+    area.focus()
+    page.keyboard.press("ArrowRight")
+    at = page.locator(".named-point a")
+    first = at.inner_text()
+    page.keyboard.press("ArrowRight")
+    expect(at).not_to_have_text(first)
+    assert f"at={at.inner_text()}" in page.url
+    name = at.inner_text()
+    assert Index(index).meta["roles"][Index(index).table("sae_delta")["role"][int(name)]] == "user"
+    page = visit.go(page.url.removeprefix(visit.site))
+    expect(page.locator(".named-point a")).to_have_text(name)
+    assert "color=role" in page.url
+    ring, box = page.locator(".ring").bounding_box(), page.locator(".map").bounding_box()
+    assert ring is not None
+    assert box is not None
+    page.mouse.move(box["x"] + 3, box["y"] + 3)
+    page.mouse.move(ring["x"] + ring["width"] / 2, ring["y"] + ring["height"] / 2)
+    expect(page.locator(".named-point a")).to_have_text(name)
+    page.mouse.down()
+    page.mouse.up()
+    expect(page.locator("h1")).to_have_text(f"sae_delta / {name}")
+    page.get_by_role("link", name="Map").click()
+    expect(page.locator(".named-point a")).to_have_text(name)
+
+
+def test_a_tap_names_a_latent_before_the_next_opens_it(chromium: Browser, site: str) -> None:
+    visit = Visit(chromium, site, viewport={"width": 390, "height": 900}, has_touch=True)
+    page = visit.go(f"#/sae/sae_delta?at={PLANTED_LATENT}")
+    page.get_by_role("button", name="Keyboard shortcuts").count()  # no keys on a phone
+    place = page.locator(".ring").bounding_box()
+    assert place is not None
+    x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+    page.evaluate("location.hash = '#/sae/sae_delta'")
+    expect(page.locator(".ring")).to_be_hidden()
+    page.touchscreen.tap(x, y)
+    expect(page.locator(".named-point a")).to_have_text(str(PLANTED_LATENT))
+    expect(page.locator("h1")).to_have_text("sae_delta")
+    page.touchscreen.tap(x, y)
+    expect(page.locator("h1")).to_have_text(f"sae_delta / {PLANTED_LATENT}")
+    visit.close()
+
+
+def test_the_logits_of_a_latent_stand_over_round_numbers(visit: Visit, index: Path) -> None:
+    page = visit.go(LATENT)
+    found = Index(index).latent("sae_delta", PLANTED_LATENT)
+    logits = page.locator("section", has=page.get_by_role("heading", name="Logits"))
+    ticks = [int(tick.replace("−", "-")) for tick in logits.locator(".axis span").all_inner_texts()]
+    assert 0 in ticks
+    assert ticks == sorted(ticks)
+    for tone, name in (("up", "promoted"), ("down", "suppressed")):
+        expect(logits.locator(f".mark.{tone}")).to_have_count(len(found[name]))
+    titles = "".join(logits.locator("title").all_text_contents())
+    assert sum(found["logits"]["counts"]) == sum(
+        int(n) for n in re.findall(r": ([\d,]+) tokens", titles.replace(",", ""))
+    )
+    assert all(f'"{text}"' in titles for text, _ in found["promoted"] if text.isalpha())
+    activations = page.locator("section", has=page.get_by_role("heading", name="Activations", exact=False).first)
+    round_ones = activations.first.locator(".axis span").all_inner_texts()
+    assert 2 <= len(round_ones) <= 7
+    assert all(re.fullmatch(r"(0\.0*)?[125]0*", tick.replace(",", "")) for tick in round_ones), round_ones
 
 
 def test_latents_are_compared_side_by_side(visit: Visit, index: Path) -> None:
@@ -290,7 +392,7 @@ def test_notes_are_exported_and_imported(visit: Visit, tmp_path: Path) -> None:
     with page.expect_download() as download:
         page.get_by_role("button", name="Export as JSON").click()
     kept = {(note["sae"], note["latent"]): note for note in json.loads(download.value.path().read_text())}
-    assert kept["sae_attn", 7] == {"sae": "sae_attn", "latent": 7, "note": "mine", "bookmarked": True}
+    assert kept["sae_attn", 7] == {"sae": "sae_attn", "latent": 7, "note": "mine", "bookmarked": True, "lists": []}
     file = tmp_path / "theirs.json"
     notes = {7: ["theirs"], 8: ["theirs", "of two\nlines"]}
     theirs = [{"sae": "sae_attn", "latent": latent, "note": note} for latent in notes for note in notes[latent]]
@@ -307,6 +409,65 @@ def test_notes_are_exported_and_imported(visit: Visit, tmp_path: Path) -> None:
     file.write_text('[{"sae": 1}, null]')
     page.get_by_label("File of notes").set_input_files(file)
     expect(page.get_by_role("status")).to_have_text("theirs.json holds no notes")
+
+
+def test_latents_are_put_on_lists_and_walked(visit: Visit, tmp_path: Path) -> None:
+    for address in ("sae_attn/21", "sae_delta/20"):
+        page = visit.go(f"#/sae/{address}")
+        page.keyboard.press("l")
+        page.get_by_label("Put on a list").fill("to read")
+        with page.expect_response(lambda response: response.request.method == "PUT"):
+            page.get_by_role("button", name="Add").click()
+        expect(page.get_by_role("checkbox", name="to read")).to_be_checked()
+    page = visit.go("#/sae/sae_delta?list=to+read")
+    expect(page.locator(".latents td.latent")).to_have_text(["20"])
+    page = visit.go("#/notes")
+    page.get_by_role("link", name="to read").click()
+    expect(page.locator("h1")).to_have_text("to read")
+    _check_accessible(page, "a list")
+    page.get_by_role("link", name="sae_attn / 21").click()
+    page.keyboard.press("j")
+    expect(page.locator("h1")).to_have_text("sae_delta / 20")
+    expect(page.locator(".whereabouts")).to_contain_text("2 of 2")
+    page.keyboard.press("j")
+    expect(page.locator("h1")).to_have_text("sae_attn / 21")
+    page = visit.go("#/notes")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    kept = json.loads(download.value.path().read_text())
+    assert [one["latent"] for one in kept if "to read" in one["lists"]] == [21, 20]
+    page = visit.go("#/sae/sae_delta/20")
+    with page.expect_response(lambda response: response.request.method == "PUT"):
+        page.get_by_role("checkbox", name="to read").uncheck()
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps([one for one in kept if "to read" in one["lists"]]))
+    page = visit.go("#/notes")
+    with page.expect_response(lambda response: "20" in response.url and response.request.method == "PUT"):
+        page.get_by_label("File of notes").set_input_files(file)
+    page = visit.go("#/notes?list=to%20read")
+    expect(page.locator(".hit a")).to_have_text(["sae_attn / 21", "sae_delta / 20"])
+
+
+def test_two_tabs_lose_nothing(visit: Visit) -> None:
+    page = visit.go("#/sae/sae_attn/30")
+    other = visit.context.new_page()
+    other.goto(f"{visit.site}#/sae/sae_attn/30")
+    for tab, text in ((page, "the one"), (other, "the other")):
+        tab.get_by_label("Notes on this latent").fill(text)
+        tab.get_by_label("Notes on this latent").blur()
+        expect(
+            tab.locator("section", has=tab.get_by_label("Notes on this latent")).get_by_role("status")
+        ).to_contain_text("kept")
+    expect(other.get_by_label("Notes on this latent")).to_have_value("the one\nthe other")
+    other.get_by_role("button", name="Bookmark").click()
+    page.get_by_label("Notes on this latent").fill("the one, more")
+    with page.expect_response(lambda response: response.ok and response.request.method == "PUT"):
+        page.get_by_label("Notes on this latent").blur()
+    expect(page.get_by_label("Notes on this latent")).to_have_value("the one\nthe other\nthe one, more")
+    page = visit.go("#/sae/sae_attn/30")
+    expect(page.get_by_label("Notes on this latent")).to_have_value("the one\nthe other\nthe one, more")
+    expect(page.locator(".star")).to_have_attribute("aria-pressed", "true")
+    visit.problems = [problem for problem in visit.problems if "409" not in problem]  # Chromium reports the answer
 
 
 def test_results_are_listed_and_open_their_latents(visit: Visit) -> None:
@@ -418,7 +579,12 @@ def test_the_exported_site_shows_the_same_without_a_server(chromium: Browser, st
     page = visit.go("#/search?q=that")
     expect(page.locator(".hit a").first).to_be_visible()
     page = visit.go("#/notes")
-    expect(page.locator(".hit a")).to_have_text([f"sae_delta / {PLANTED_LATENT}"])
+    expect(page.locator(".hit a")).to_have_text([f"sae_attn / {SHARED}", f"sae_delta / {PLANTED_LATENT}"])
+    assert "stays at home" not in page.locator("main").inner_text()
+    page.locator(".hit a").first.click()
+    expect(page.locator(".whereabouts")).to_contain_text("1 of 1")
+    assert page.get_by_label("Put on a list").count() == 0
+    expect(page.get_by_role("link", name="shared", exact=True)).to_be_visible()
     expect(visit.go("#/try").locator("main")).to_contain_text("qwenscope browse")
     expect(visit.go("#/steer").locator("main")).to_contain_text("qwenscope browse")
     for route in ("#/sae/sae_delta", "#/sae/nope/1", "#/sae/sae_delta/99999"):

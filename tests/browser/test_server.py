@@ -193,7 +193,7 @@ def test_reading_and_steering_answer(client: TestClient) -> None:
 def test_the_api_describes_itself(client: TestClient, app: ASGIApp) -> None:
     """Every route of it, each of its parameters, and nothing else."""
     found = client.get("/api").json()
-    assert (found["openapi"], found["info"]["version"]) == ("3.0.3", "2")
+    assert (found["openapi"], found["info"]["version"]) == ("3.0.3", "3")
     routes = [route for route in app._app.routes if route.path.startswith("/api")]  # type: ignore[attr-defined]
     assert set(found["paths"]) == {route.path for route in routes}
     for route in routes:
@@ -248,12 +248,42 @@ def test_several_latents_steer_together_as_in_python(client: TestClient, index: 
 def test_notes_are_kept_replaced_and_removed(client: TestClient) -> None:
     put = lambda note, marked: client.put("/api/notes/sae_delta/3", json={"note": note, "bookmarked": marked})  # noqa: E731
     assert put("reads HTML", True).status_code == 200
-    assert _notes(client, 3) == [{"sae": "sae_delta", "latent": 3, "note": "reads HTML", "bookmarked": True}]
+    kept = {"sae": "sae_delta", "latent": 3, "note": "reads HTML", "bookmarked": True, "lists": []}
+    assert _notes(client, 3) == [kept]
     put("", False)
     assert _notes(client, 3) == []
     assert client.put("/api/notes/sae_delta/300", json={"note": "x", "bookmarked": True}).status_code == 404
     assert client.put("/api/notes/nope/3", json={"note": "x", "bookmarked": True}).status_code == 404
-    assert client.put("/api/notes/sae_delta/3", json={"note": 5, "bookmarked": 1}).status_code == 400
+    wrong: list[dict[str, Any]] = [
+        {"note": 5, "bookmarked": True},
+        {"bookmarked": 1},
+        {"note": "x", "was": None},
+        {"lists": ["a"]},
+        {"lists": {"a": 1}},
+        {"lists": {" ": True}},
+        {"lists": {"a" * 101: True}},
+        {"note": "a" * 4001},
+        {"nope": 1},
+    ]
+    for change in wrong:
+        assert client.put("/api/notes/sae_delta/3", json=change).status_code == 400, change
+    assert _notes(client, 3) == []
+
+
+def test_a_note_that_its_writer_has_not_seen_is_not_replaced(client: TestClient) -> None:
+    path = "/api/notes/sae_delta/5"
+    assert client.put(path, json={"note": "first", "was": ""}).json()["note"] == "first"
+    late = client.put(path, json={"note": "second", "was": "", "bookmarked": True, "lists": {"later": True}})
+    assert (late.status_code, late.json()["note"]) == (409, "first")
+    assert _notes(client, 5) == [{"sae": "sae_delta", "latent": 5, "note": "first", "bookmarked": False, "lists": []}]
+    marked = client.put(path, json={"bookmarked": True, "lists": {" later ": True, "other": False}})
+    assert marked.json() == {"sae": "sae_delta", "latent": 5, "note": "first", "bookmarked": True, "lists": ["later"]}
+    assert client.put(path, json={"note": "second", "was": "first"}).json()["lists"] == ["later"]
+    client.put(path, json={"note": "", "bookmarked": False})
+    (left,) = _notes(client, 5)
+    assert (left["note"], left["lists"]) == ("", ["later"])
+    client.put(path, json={"lists": {"later": False}})
+    assert _notes(client, 5) == []
 
 
 def test_search_is_served(client: TestClient) -> None:

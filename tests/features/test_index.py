@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from planted_suite import PLANTED, PLANTED_LATENT
 from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.errors import CorpusError, FormatError
 from qwenscope.features import corpus_pass
-from qwenscope.features.geometry import CoActivation
+from qwenscope.features.geometry import CoActivation, principal_plane, token_effects
 from qwenscope.features.index import build_index
 from qwenscope.features.statistics import AFTER, BEFORE, FIRINGS, TOP, bin_of
 from qwenscope.features.store import Index, MissingLatentError, read_explanations
@@ -24,6 +25,7 @@ from qwenscope.lm.hooks import find_routers, watch_routers
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import SPLITS, Target, open_target
+from qwenscope.sae.sae import TopKSAE
 
 TOKENS = 2500  # as the index of conftest
 
@@ -179,6 +181,8 @@ def test_every_latent_that_fired_has_a_label_by_rule(index: Index, plain: Plain)
             counts = torch.bincount(mine, minlength=len(ROLES))
             lifts = (counts.double() / len(mine) / base).nan_to_num(0.0)
             assert float(lifts[table["role"][latent]]) == pytest.approx(float(lifts.max()))
+            splits = np.array(index.latent(sae_id, latent)["splits"])
+            assert table["split"][latent] == (splits / np.maximum(index.saes[sae_id]["base_splits"], 1e-9)).argmax()
             label = labels[latent]
             peak = table["peaks"][latent][0]
             assert label.startswith("by rule: " + json.dumps(peak.strip() or peak, ensure_ascii=False))
@@ -212,6 +216,61 @@ def test_promoted_tokens_and_neighbours(index: Index, plain: Plain) -> None:
             assert detail["elsewhere"] == [
                 [other, int(across[latent].argmax()), pytest.approx(float(across[latent].max()), rel=1e-3)]
             ]
+
+
+def test_logit_histograms_count_every_token_of_the_vocabulary(index: Index, plain: Plain) -> None:
+    """Against dense float64 logits; a score within rounding of a bin's edge may lie on either side of it."""
+    words_VD = unembedding(plain.lm).double()
+    norm = copy.deepcopy(final_norm(plain.lm)).double()
+    for sae_id, sae in plain.target.saes.items():
+        for latent in range(0, sae.dict_size, 13):
+            detail = index.latent(sae_id, latent)
+            with torch.no_grad():
+                logits_V = words_VD @ norm(sae.decoder.weight.detach().double()[:, latent])
+            scores_V = (logits_V - logits_V.mean()) / logits_V.std()
+            found = detail["logits"]
+            assert sum(found["counts"]) == len(words_VD)
+            assert found["counts"][0] > 0 < found["counts"][-1]
+            edges = found["first"] + np.arange(len(found["counts"]) + 1) / found["per_sd"]
+            below = np.concatenate([[0], np.cumsum(found["counts"])])
+            for edge, count in zip(edges, below, strict=True):
+                least, most = (int((scores_V < edge + by).sum()) for by in (-1e-4, 1e-4))
+                assert least <= count <= most
+            best, worst = detail["promoted"][0][1], detail["suppressed"][0][1]
+            assert edges[-2] - 1e-3 <= best <= edges[-1] + 1e-3
+            assert edges[0] - 1e-3 <= worst <= edges[1] + 1e-3
+
+
+def test_extreme_logits_stand_in_the_end_bins() -> None:
+    words_VD = torch.zeros(1000, 2)
+    words_VD[0, 0] = 1000.0  # 31 standard deviations
+    effects = token_effects(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.nn.Identity(), words_VD, 1)
+    assert effects.histogram_MH.sum(1).tolist() == [1000, 1000]
+    assert effects.histogram_MH[0, -1] == effects.histogram_MH[1, 0] == 1
+    assert float(effects.promoted[0][0]) == pytest.approx(31.6, abs=0.1)
+
+
+def test_the_map_is_the_principal_plane_of_the_directions_that_fire(index: Index, plain: Plain) -> None:
+    for sae_id, sae in plain.target.saes.items():
+        table, alive = index.table(sae_id), index.alive(sae_id)
+        places = [(x, y) for x, y in zip(table["x"], table["y"], strict=True)]
+        assert [n for n, place in enumerate(places) if place != (None, None)] == alive
+        directions_AD = torch.nn.functional.normalize(sae.decoder.weight.detach().double().T[alive], dim=1)
+        centred_AD = directions_AD - directions_AD.mean(0)
+        u, s, _ = torch.linalg.svd(centred_AD, full_matrices=False)
+        expected_A2 = u[:, :2] * s[:2]
+        expected_A2 *= 1000 / expected_A2.abs().max()
+        found_A2 = torch.tensor([places[latent] for latent in alive]).double()
+        found_A2 *= (found_A2 * expected_A2).sum(0).sign()  # either way round
+        torch.testing.assert_close(found_A2, expected_A2, rtol=0, atol=1.0)
+        shares = s.square() / s.square().sum()
+        assert index.saes[sae_id]["map_shares"] == pytest.approx(shares[:2].tolist(), rel=2e-3)
+
+
+@pytest.mark.parametrize("alive", [0, 1, 2])
+def test_fewer_than_three_latents_have_no_plane(alive: int) -> None:
+    places, shares = principal_plane(TopKSAE(8, 16, 2), np.arange(alive))
+    assert (places.tolist(), shares) == ([[0.0, 0.0]] * alive, [0.0, 0.0])
 
 
 def test_coactivation_equals_the_correlation_matrix() -> None:

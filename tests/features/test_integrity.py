@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from tiny_run import context, start_server
 
 from qwenscope.checksums import CHECKSUMS_FILE
 from qwenscope.errors import FormatError, LockError, QwenscopeError
-from qwenscope.features.browser.notes import Notes
+from qwenscope.features.browser.notes import ChangedNoteError, Notes
+from qwenscope.features.form import pack, unpack
 from qwenscope.features.index import build_index
 from qwenscope.features.store import Index, explaining
 from qwenscope.training.lock import run_lock
@@ -53,6 +55,7 @@ def test_every_flipped_bit_is_named(copy: Path) -> None:
         "UPDATE saes SET summary = replace(summary, '\"dict_size\": 256', '\"dict_size\": 900000')",
         "UPDATE saes SET latents = x'00'",
         "UPDATE saes SET latents = 'text'",
+        "UPDATE saes SET summary = json_set(summary, '$.map_shares', 'much')",
         "DELETE FROM latents WHERE key = 3",
         "UPDATE latents SET detail = 5 WHERE key = 3",
         "UPDATE conversations SET length = 'long'",
@@ -71,6 +74,25 @@ def test_odd_values_are_named_when_it_is_opened(copy: Path, statement: str) -> N
     with pytest.raises(FormatError, match=r"index\.sqlite|the index is damaged") as caught:
         Index(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_of_before_there_was_a_map_opens(copy: Path) -> None:
+    with closing(sqlite3.connect(copy / "index.sqlite")) as database:
+        ((table,),) = database.execute("SELECT latents FROM saes WHERE ordinal = 0")
+        ((page,),) = database.execute("SELECT detail FROM latents WHERE key = 3")
+    columns, detail = unpack(table), unpack(page)
+    for name in ("x", "y", "split"):
+        del columns[name]
+    del detail["logits"]
+    _change(
+        copy,
+        "UPDATE saes SET latents = ?, summary = json_remove(summary, '$.map_shares') WHERE ordinal = 0",
+        pack(columns),
+    )
+    _change(copy, "UPDATE latents SET detail = ? WHERE key = 3", pack(detail))
+    opened = Index(copy)
+    assert "x" not in opened.table("sae_delta")
+    assert "logits" not in opened.latent("sae_delta", 3)
 
 
 def test_a_small_cell_cannot_take_much_memory(copy: Path) -> None:
@@ -141,10 +163,43 @@ def _change(folder: Path, statement: str, *values: object) -> None:
             database.executescript(statement)
 
 
+def test_nothing_is_lost_when_many_write_notes(tmp_path: Path) -> None:
+    """Threads stand for tabs: SQLite tells connections apart, not processes."""
+
+    def write(writer: int) -> None:
+        notes, seen = Notes(tmp_path), ""
+        for line in range(10):
+            notes.change("sae", writer, lists={"ours": True, f"list {line}": True})
+            while True:
+                mine = f"{writer}.{line}"
+                try:
+                    seen = notes.change("sae", 99, note=f"{seen}\n{mine}".strip(), was=seen)["note"]
+                    break
+                except ChangedNoteError as error:
+                    seen = error.note
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    kept = {one["latent"]: one for one in Notes(tmp_path).all()}
+    assert sorted(kept[99]["note"].splitlines()) == sorted(f"{w}.{line}" for w in range(8) for line in range(10))
+    assert all(kept[w]["lists"] == [*(f"list {line}" for line in range(10)), "ours"] for w in range(8))
+
+
+def test_notes_of_before_there_were_lists_are_read(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "notes.sqlite")) as database, database:
+        columns = "sae TEXT, latent INTEGER, note TEXT, bookmarked INTEGER, changed REAL, PRIMARY KEY (sae, latent)"
+        database.execute(f"CREATE TABLE notes ({columns})")
+        database.execute("INSERT INTO notes VALUES ('sae', 1, 'mine', 1, julianday('now'))")
+    assert Notes(tmp_path).change("sae", 1, lists={"found": True})["lists"] == ["found"]
+    assert Notes(tmp_path).all() == [
+        {"sae": "sae", "latent": 1, "note": "mine", "bookmarked": True, "lists": ["found"]}
+    ]
+
+
 @pytest.mark.parametrize("row", [(b"\xff", 1, "n"), ("sae", "one", "n"), ("sae", 1, b"\xff"), (None, 1, "n")])
 def test_notes_of_another_kind_are_named(row: tuple[object, ...], tmp_path: Path) -> None:
     notes = Notes(tmp_path)
-    notes.put("sae", 0, "mine", True)
+    notes.change("sae", 0, note="mine", bookmarked=True)
     with closing(sqlite3.connect(tmp_path / "notes.sqlite")) as database, database:
         database.execute("INSERT INTO notes VALUES (?, ?, ?, 0, 0)", row)
     with pytest.raises(FormatError, match=r"notes\.sqlite is damaged"):

@@ -22,7 +22,16 @@ from qwenscope.corpus.conversation import ROLES
 from qwenscope.evaluation.run import target_of
 from qwenscope.features.corpus_pass import CONTEXT_COLUMNS, CorpusPass
 from qwenscope.features.form import RULE
-from qwenscope.features.geometry import CoActivation, Ranking, counterparts, neighbours, token_effects
+from qwenscope.features.geometry import (
+    BINS_PER_SD,
+    LOGIT_REACH,
+    CoActivation,
+    Ranking,
+    counterparts,
+    neighbours,
+    principal_plane,
+    token_effects,
+)
 from qwenscope.features.statistics import AFTER, BEFORE, BINS_PER_OCTAVE, OCTAVES, TOP
 from qwenscope.features.token_text import TokenText, alone, readable
 from qwenscope.files import read_object
@@ -38,6 +47,8 @@ BANDS = ("75-100", "50-75", "25-50", "0-25")
 PER_BAND, NEGATIVES = 4, 10
 DENSITY_DECADES = (-6, 0)
 DENSITY_BINS_PER_DECADE = 4
+MAP_STEPS = 1000
+"""A latent's place on the map is an integer, at most so far from the middle."""
 LIFT, LIFT_FIRINGS = 1.5, 5
 """From which lift and how many firings on a role or a split is part of a label."""
 QUALITY = ("explained_variance", "fvu", "l0", "ce_recovered_mean", "ce_recovered_zero", "dead_fraction", "kl")
@@ -79,10 +90,13 @@ class Texts:
         conversation = bisect_right(self._starts, address) - 1
         low = max(self._starts[conversation], address - before)
         high = min(self._starts[conversation + 1], address + after + 1)
-        return low, readable([self.vocabulary[token] for token in self.tokens[low:high].tolist()])
+        return low, readable(list(map(self.vocabulary.__getitem__, self.tokens[low:high].tolist())))
 
     def token(self, address: int) -> str:
         """Text of the token at `address`; of the character that it takes part in."""
+        piece = self.vocabulary[int(self.tokens[address])]
+        if piece and isinstance(piece, str):
+            return piece
         low, texts = self.window(address, before=4, after=4)
         return next((text for text in reversed(texts[: address - low + 1]) if text), "")
 
@@ -115,7 +129,7 @@ class Describer:
     def _block(self, start: int, stop: int) -> list[Latent]:
         directions_MD = to_stream(self._lm, self._site, self._sae.decoder.weight.detach().T[start:stop])
         vocabulary = len(self._unembedding)
-        up, down, spread_M = token_effects(directions_MD, self._norm, self._unembedding, min(TOKENS_SHOWN, vocabulary))
+        effects = token_effects(directions_MD, self._norm, self._unembedding, min(TOKENS_SHOWN, vocabulary))
         near = neighbours(self._sae, start, stop, LATENTS_SHOWN)
         coactive, together_M = self._coactive.of(start, stop, LATENTS_SHOWN)
         elsewhere = {
@@ -127,9 +141,10 @@ class Describer:
         for m in range(stop - start):
             detail = {
                 **self._counts(start + m),
-                "promoted": _pairs(up, m),
-                "suppressed": _pairs(down, m),
-                "logit_spread": _short(spread_M[m]),
+                "promoted": _pairs(effects.promoted, m),
+                "suppressed": _pairs(effects.suppressed, m),
+                "logit_spread": _short(effects.spread_M[m]),
+                "logits": _trimmed(effects.histogram_MH[m], -LOGIT_REACH, "per_sd", BINS_PER_SD),
                 "neighbours": _pairs(near, m),
                 "elsewhere": [[id, int(found[1][m]), _short(found[0][m])] for id, found in elsewhere.items()],
                 "coactive": [
@@ -147,20 +162,13 @@ class Describer:
         """Density, activation histogram, shares by split and role."""
         found = self._statistics
         fired = int(found.fired_N[latent])
-        bins = found.histogram_NH[latent]
-        held = bins.nonzero().squeeze(1)
-        first, last = (int(held[0]), int(held[-1])) if len(held) else (0, -1)
         context = found.context_NF[latent].tolist()
         return {
             "fired": fired,
             "density": fired / max(found.rows, 1),
             "mean": _short(found.total_N[latent] / max(fired, 1)),
             "max": _short(found.top.values_NM[latent].max()),
-            "histogram": {
-                "first": OCTAVES[0] + first / BINS_PER_OCTAVE,
-                "per_octave": BINS_PER_OCTAVE,
-                "counts": bins[first : last + 1].tolist(),
-            },
+            "histogram": _trimmed(found.histogram_NH[latent], OCTAVES[0], "per_octave", BINS_PER_OCTAVE),
             "splits": context[: len(SPLITS)],
             "roles": context[len(SPLITS) : CONTEXT_COLUMNS],
         }
@@ -212,6 +220,7 @@ class Describer:
             "max": detail["max"],
             "mean": detail["mean"],
             "role": max(range(len(ROLES)), key=lifts["roles"].__getitem__) if detail["fired"] else None,
+            "split": max(range(len(SPLITS)), key=lifts["splits"].__getitem__) if detail["fired"] else None,
             "peaks": peaks[:4],
             "promoted": promoted[:3],
         }
@@ -242,6 +251,20 @@ def _rule(peaks: Sequence[str], promoted: Sequence[str], detail: dict[str, Any],
 
 def _quoted(tokens: Sequence[str]) -> str:
     return ", ".join(json.dumps(token.strip() or token, ensure_ascii=False) for token in tokens)
+
+
+def places_on_map(
+    corpus_pass: CorpusPass, sae_id: str, density: Sequence[float]
+) -> tuple[dict[str, list[int | None]], list[float]]:
+    """Columns x and y of an SAE's map, None for latents that never fired, and the shares of variance along them."""
+    alive_A = np.flatnonzero(np.array(density) > 0)
+    xy_A2, shares = principal_plane(corpus_pass.target.saes[sae_id], alive_A)
+    columns: dict[str, list[int | None]] = {}
+    for name, place_A in zip("xy", (xy_A2.T * MAP_STEPS).round().astype(int), strict=True):
+        columns[name] = [None] * len(density)
+        for latent, place in zip(alive_A.tolist(), place_A.tolist(), strict=True):
+            columns[name][latent] = place
+    return columns, [_short(share) for share in shares]
 
 
 def summary_of(corpus_pass: CorpusPass, sae_id: str, columns: dict[str, list[Any]]) -> dict[str, Any]:
@@ -291,6 +314,13 @@ def _example(kind: str, table: Any, latent: int, place: int) -> list[Any]:
     offsets = window_W.nonzero()[0]
     values = [_short(value) for value in window_W[offsets].tolist()]
     return [kind, int(table.addresses_NM[latent, place]), offsets.tolist(), values]
+
+
+def _trimmed(bins_H: Tensor, start: float, unit: str, per_unit: int) -> dict[str, Any]:
+    """A histogram without its empty ends; its bins begin at `start` and are `per_unit` to a unit."""
+    held = bins_H.nonzero().squeeze(1)
+    first, last = (int(held[0]), int(held[-1])) if len(held) else (0, -1)
+    return {"first": start + first / per_unit, unit: per_unit, "counts": bins_H[first : last + 1].tolist()}
 
 
 def _joined(tokens: Sequence[str]) -> str:

@@ -66,6 +66,7 @@ class Summary(TypedDict):
     dead: _Count
     l0: FiniteFloat
     density: _Densities
+    map_shares: NotRequired[list[FiniteFloat]]
     base_splits: list[FiniteFloat]
     base_roles: list[FiniteFloat]
     experts: _Count
@@ -79,13 +80,22 @@ class Columns(TypedDict):
     max: list[FiniteFloat]
     mean: list[FiniteFloat]
     role: list[int | None]
+    split: NotRequired[list[int | None]]
     peaks: list[list[str]]
     promoted: list[list[str]]
+    x: NotRequired[list[int | None]]
+    y: NotRequired[list[int | None]]
 
 
 class _Histogram(TypedDict):
     first: FiniteFloat
     per_octave: _Count
+    counts: list[_Count]
+
+
+class _Logits(TypedDict):
+    first: FiniteFloat
+    per_sd: _Count
     counts: list[_Count]
 
 
@@ -102,6 +112,7 @@ class Detail(TypedDict):
     promoted: list[_Pair]
     suppressed: list[_Pair]
     logit_spread: NotRequired[FiniteFloat]
+    logits: NotRequired[_Logits]
     neighbours: list[_Pair]
     elsewhere: list[tuple[str, _Count, FiniteFloat]]
     coactive: list[tuple[_Count, FiniteFloat, _Count]]

@@ -1,13 +1,18 @@
 """What a latent's weights say by themselves, and which latents fire together: block by block, in bounded memory.
 
-Legend: D hidden, N latents, M latents of a block, V vocabulary, S sampled tokens, K active latents.
+Legend: D hidden, N latents, M latents of a block, V vocabulary, S sampled tokens, K active latents, A alive latents,
+H histogram bins.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from qwenscope.evaluation.pairs import unit_decoder
@@ -17,25 +22,61 @@ Ranking = tuple[Tensor, Tensor]
 """(scores [M, top], indices [M, top] int64), best first."""
 
 
+LOGIT_REACH, BINS_PER_SD = 16, 4
+"""A logit histogram spans so many standard deviations to either side, its end bins take the rest."""
+LOGIT_BINS = 2 * LOGIT_REACH * BINS_PER_SD
+
+
+class TokenEffects(NamedTuple):
+    """What directions do to the logits; scores are standard deviations from the mean over the vocabulary."""
+
+    promoted: Ranking
+    suppressed: Ranking
+    spread_M: Tensor
+    """That deviation, in logits."""
+    histogram_MH: Tensor
+    """int64 [M, LOGIT_BINS]: how many tokens have which score."""
+
+
 @torch.no_grad()
-def token_effects(
-    directions_MD: Tensor, norm: nn.Module, unembedding_VD: Tensor, top: int
-) -> tuple[Ranking, Ranking, Tensor]:
+def token_effects(directions_MD: Tensor, norm: nn.Module, unembedding_VD: Tensor, top: int) -> TokenEffects:
     """Tokens that directions push up and down: the logit lens (nostalgebraist 2020) on decoder directions.
 
     Each direction goes through the final norm by itself and then the unembedding; scores are in units of the
     standard deviation over the vocabulary, so that they compare between latents and layers. An approximation that grows
     worse the more layers follow the hook point.
-
-    Returns:
-        (promoted, suppressed, spread [M]): rankings in standard deviations, and that deviation in logits.
     """
     directions_MD = norm(directions_MD.to(unembedding_VD.device, unembedding_VD.dtype)).to(unembedding_VD.dtype)
     logits_MV = (directions_MD @ unembedding_VD.T).float()
     spread_M, mean_M = torch.std_mean(logits_MV, dim=1)
-    logits_MV = (logits_MV - mean_M.unsqueeze(1)) / spread_M.unsqueeze(1).clamp(min=1e-12)
-    up, down = logits_MV.topk(top, dim=1), logits_MV.topk(top, dim=1, largest=False)
-    return (up.values.cpu(), up.indices.cpu()), (down.values.cpu(), down.indices.cpu()), spread_M.cpu()
+    deviation_M1 = spread_M.clamp(min=1e-12).unsqueeze(1)
+
+    def ranking(largest: bool) -> Ranking:
+        found = logits_MV.topk(top, dim=1, largest=largest)
+        return ((found.values - mean_M.unsqueeze(1)) / deviation_M1).cpu(), found.indices.cpu()
+
+    promoted, suppressed = ranking(True), ranking(False)
+    # In place, and row by row: bins of a whole block as integers would take as much memory again.
+    bins_MV = logits_MV.sub_(mean_M.unsqueeze(1)).mul_(BINS_PER_SD / deviation_M1).add_(LOGIT_BINS // 2)
+    histogram = [torch.bincount(row_V.clamp_(0, LOGIT_BINS - 1).int(), minlength=LOGIT_BINS) for row_V in bins_MV]
+    return TokenEffects(promoted, suppressed, spread_M.cpu(), torch.stack(histogram).cpu())
+
+
+@torch.no_grad()
+def principal_plane(sae: SAE, alive_A: NDArray[np.int64]) -> tuple[NDArray[np.float64], list[float]]:
+    """Latents by their unit decoder directions' first two principal components (scikit-learn, exact).
+
+    The same SAE and latents give the same plane, turned the same way.
+
+    Returns:
+        (xy [A, 2], shares): places whose largest coordinate is 1 or -1, and how much of the directions' variance lies
+        along either axis. Fewer than three latents span no plane and stand at 0.
+    """
+    if len(alive_A) < 3:
+        return np.zeros((len(alive_A), 2)), [0.0, 0.0]
+    pca = PCA(n_components=2, svd_solver="covariance_eigh")
+    xy_A2 = pca.fit_transform(unit_decoder(sae)[torch.from_numpy(alive_A)].float().cpu().numpy()).astype(np.float64)
+    return xy_A2 / max(float(np.abs(xy_A2).max()), 1e-12), [float(share) for share in pca.explained_variance_ratio_]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
 from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import FormatError
 from qwenscope.features.corpus_pass import CorpusPass, OnProgress
-from qwenscope.features.describe import Describer, Latent, Texts, summary_of
+from qwenscope.features.describe import Describer, Latent, Texts, places_on_map, summary_of
 from qwenscope.features.form import RULE_CLIENT, pack
 from qwenscope.features.integrity import FILE, FILES, PEAKS_BY_TOKEN, SCHEMA
 from qwenscope.features.parquet import ParquetFiles
@@ -139,8 +139,10 @@ def _finish(corpus_pass: CorpusPass, out: Path, work: Path, report: OnProgress) 
                             columns.setdefault(name, []).append(value)
                     done += len(block)
                     report("describing", done, total)
-                summary = json.dumps(summary_of(corpus_pass, sae_id, columns))
-                database.execute("INSERT INTO saes VALUES (?, ?, ?, ?)", (ordinal, sae_id, summary, pack(columns)))
+                places, shares = places_on_map(corpus_pass, sae_id, columns["density"])
+                summary = json.dumps({**summary_of(corpus_pass, sae_id, columns), "map_shares": shares})
+                row = (ordinal, sae_id, summary, pack(columns | places))
+                database.execute("INSERT INTO saes VALUES (?, ?, ?, ?)", row)
         database.execute(PEAKS_BY_TOKEN)
         database.execute("INSERT INTO search (search) VALUES ('optimize')")
     target = corpus_pass.target

@@ -81,7 +81,10 @@ class Index:
         return {"meta": self.meta, "roles": self.meta["roles"], "saes": self.saes}
 
     def table(self, sae_id: str) -> dict[str, Any]:
-        """Columns over all latents of one SAE: density, max, mean, role, peaks, promoted."""
+        """Columns over all latents of one SAE: density, max, mean, role, split, peaks, promoted, x and y of its map.
+
+        Indices made before there was a map have no split, x and y.
+        """
         limit = _ROW_LIMIT * (1 + self.saes[sae_id]["dict_size"])
         columns: dict[str, Any] = unpack(self.packed_table(sae_id), Columns, limit)
         return columns

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -67,9 +67,8 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str, str]:
 
 def readable(pieces: Sequence[TokenText]) -> list[str]:
     """Texts of successive tokens, one each; what never becomes a character is the replacement character."""
-    whole = [piece for piece in pieces if isinstance(piece, str)]
-    if len(whole) == len(pieces):
-        return whole
+    if bytes not in set(map(type, pieces)):  # nearly always, and an index asks for each of its examples
+        return cast(list[str], list(pieces))
     texts = [""] * len(pieces)
     decoder = getincrementaldecoder("utf-8")("replace")
     first = 0

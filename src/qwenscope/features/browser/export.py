@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenscope.errors import FormatError
+from qwenscope.features.browser.notes import Notes
 from qwenscope.features.browser.server import page_files
 from qwenscope.features.form import pack
 from qwenscope.features.store import Index
@@ -17,7 +18,9 @@ SHARD = 16
 
 
 def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Write the site to the new folder `out`, whole or not at all. Notes stay at home; explanations go along.
+    """Write the site to the new folder `out`, whole or not at all.
+
+    Explanations and named lists of latents go along; notes and bookmarks stay at home.
 
     Raises:
         FormatError: no index, `out` is not empty, or the index holds text that the privacy filter did not scrub.
@@ -40,6 +43,7 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
         data = site / "data"
         data.mkdir()
         _write(data / "suite", {**opened.suite(), "live": False, "shard": SHARD})
+        _write(data / "lists", lists_of(Notes(index).all()))
         for sae_id, sae in opened.saes.items():
             folder = data / sae_id
             folder.mkdir()
@@ -51,6 +55,15 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
                 _write(folder / str(start // SHARD), shard)
                 done += len(shard)
                 report("exporting", done, total)
+
+
+def lists_of(notes: list[dict[str, Any]]) -> dict[str, list[tuple[str, int]]]:
+    """The latents on each named list: {name: [(SAE id, latent)]}."""
+    lists: dict[str, list[tuple[str, int]]] = {}
+    for kept in notes:
+        for name in kept["lists"]:
+            lists.setdefault(name, []).append((kept["sae"], kept["latent"]))
+    return {name: sorted(lists[name]) for name in sorted(lists)}
 
 
 def _write(path: Path, value: Any) -> None:

@@ -28,7 +28,7 @@ from qwenscope.errors import FormatError, QwenscopeError
 from qwenscope.features.browser.edge import Guard, body_of, checked_text
 from qwenscope.features.browser.listening import Server, listener_on
 from qwenscope.features.browser.model_thread import BusyError, Job
-from qwenscope.features.browser.notes import Notes
+from qwenscope.features.browser.notes import ChangedNoteError, Notes, checked_change
 from qwenscope.features.browser.results import Result
 from qwenscope.features.browser.running import Runner
 from qwenscope.features.store import Index, MissingLatentError
@@ -185,13 +185,12 @@ class _Routes:
 
     async def put_note(self, request: Request) -> Response:
         sae, latent = request.path_params["sae"], _number(request)
-        asked = await body_of(request)
-        note, bookmarked = asked.get("note"), asked.get("bookmarked")
-        if not isinstance(note, str) or not isinstance(bookmarked, bool):
-            raise FormatError("a note is {note: text, bookmarked: true or false}")
+        change = checked_change(await body_of(request))
         self._index.check(sae, latent)
-        await run_in_threadpool(self._notes.put, sae, latent, note, bookmarked)
-        return _json({})
+        try:
+            return _json(await run_in_threadpool(lambda: self._notes.change(sae, latent, **change)))
+        except ChangedNoteError as error:
+            return JSONResponse({"error": str(error), "note": error.note}, 409)
 
     async def read(self, request: Request) -> Response:
         asked = await body_of(request)

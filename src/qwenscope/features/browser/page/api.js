@@ -6,7 +6,8 @@ const kept = new Map();
 async function fetchJson(path, options) {
   const response = await fetch(path, options);
   const value = await response.json().catch(() => ({ error: `${response.status} ${response.statusText}` }));
-  if (!response.ok) throw new Error(value.error ?? response.statusText);
+  if (!response.ok)
+    throw Object.assign(new Error(value.error ?? response.statusText), { status: response.status, value });
   return value;
 }
 
@@ -120,28 +121,62 @@ export const results = async () => (LIVE ? once("api/results") : []);
 export const result = (name) => once(`api/results/${encodeURIComponent(name)}`);
 export const score = (body) => fetchJson("api/monitor/score", { ...sent(body), signal: running.signal });
 
-// Bookmarks and notes: beside the index on this machine, or in this browser for an exported site.
+// Notes, bookmarks and lists: beside the index on this machine; in this browser for an exported site, whose lists are its own.
 const STORE = "qwenscope notes";
 const local = () => JSON.parse(localStorage.getItem(STORE) ?? "[]");
+const none = { note: "", bookmarked: false, lists: [] };
+const at = (sae, number) => (one) => one.sae === sae && one.latent === number;
+
 export const notes = async () => (LIVE ? fetchJson("api/notes") : local());
-export async function note(sae, number) {
-  return (
-    (await notes()).find((n) => n.sae === sae && n.latent === number) ?? {
-      sae,
-      latent: number,
-      note: "",
-      bookmarked: false,
-    }
+export const note = async (sae, number) => ({
+  ...none,
+  sae,
+  latent: number,
+  ...(await notes()).find(at(sae, number)),
+});
+
+// {name: [[sae, latent]]}, by name; the latents of a list by SAE and number.
+export async function lists() {
+  if (!LIVE) return once("lists");
+  const found = {};
+  for (const one of await notes()) for (const name of one.lists) (found[name] ??= []).push([one.sae, one.latent]);
+  const byAddress = ([a, i], [b, j]) => (a < b ? -1 : a > b ? 1 : i - j);
+  return Object.fromEntries(
+    Object.keys(found)
+      .sort()
+      .map((name) => [name, found[name].sort(byAddress)]),
   );
 }
-export async function keepNote({ sae, latent: number, note: text, bookmarked }) {
-  if (LIVE)
-    return fetchJson(`api/notes/${encodeURIComponent(sae)}/${number}`, {
-      ...sent({ note: text, bookmarked }, "PUT"),
-      keepalive: true, // though the page is left
-    });
-  const others = local().filter((n) => n.sae !== sae || n.latent !== number);
-  const mine = text || bookmarked ? [{ sae, latent: number, note: text, bookmarked }] : [];
-  localStorage.setItem(STORE, JSON.stringify([...mine, ...others]));
-  return {};
+
+// What to keep where another note stands than its writer had seen: both, unless one holds the other.
+function both(stands, note, was) {
+  const holds = (text, part) => `\n${text}\n`.includes(`\n${part}\n`);
+  if (stands === was || !stands || holds(note, stands)) return note;
+  return note === was || !note || holds(stands, note) ? stands : `${stands}\n${note}`;
+}
+
+// Change what is kept of a latent: some of { note, was: the note that was seen, bookmarked, lists: {name: on} }.
+// Gives what is kept now.
+export async function keep(sae, number, change) {
+  if (!LIVE) return keepHere(sae, number, change);
+  const path = `api/notes/${encodeURIComponent(sae)}/${number}`;
+  for (;;) {
+    try {
+      return await fetchJson(path, { ...sent(change, "PUT"), keepalive: true }); // though the page is left
+    } catch (error) {
+      if (error.status !== 409) throw error;
+      const { note } = error.value;
+      change = { ...change, note: both(note, change.note, change.was), was: note };
+    }
+  }
+}
+
+function keepHere(sae, number, { note, was, bookmarked }) {
+  const others = local();
+  const place = others.findIndex(at(sae, number));
+  const kept = { ...none, sae, latent: number, ...(place < 0 ? {} : others.splice(place, 1)[0]) };
+  if (note !== undefined) kept.note = both(kept.note, note, was ?? kept.note);
+  if (bookmarked !== undefined) kept.bookmarked = bookmarked;
+  localStorage.setItem(STORE, JSON.stringify(kept.note || kept.bookmarked ? [kept, ...others] : others));
+  return kept;
 }

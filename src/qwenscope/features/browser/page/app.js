@@ -24,10 +24,11 @@ const NAV = [
 ];
 const KEYS = [
   ["/", "search"],
-  ["← →  or  k j", "previous, next latent"],
+  ["← →  or  k j", "previous, next latent of the list that you came from"],
   ["↑ ↓  or  k j", "through a table of latents"],
   ["b", "bookmark this latent"],
-  ["u", "up to the SAE"],
+  ["l", "put this latent on a list"],
+  ["u", "up to the list or SAE"],
   ["g", "suite overview"],
   ["t", "try it"],
   ["s", "steer"],
@@ -45,13 +46,14 @@ function route() {
   const asked = new URLSearchParams(query);
   if (!parts.length) return suite.render();
   if (parts[0] === "sae" && parts.length === 2) return sae.render(parts[1], asked);
-  if (parts[0] === "sae" && parts.length === 3 && /^\d+$/.test(parts[2])) return latent.render(parts[1], parts[2]);
+  if (parts[0] === "sae" && parts.length === 3 && /^\d+$/.test(parts[2]))
+    return latent.render(parts[1], parts[2], asked);
   if (parts[0] === "compare") return compare.render(asked);
   if (parts[0] === "search") return lists.search(asked);
   if (parts[0] === "try") return tryit.render(asked);
   if (parts[0] === "find") return find.render(asked);
   if (parts[0] === "steer") return steer.render(asked);
-  if (parts[0] === "notes") return lists.bookmarks();
+  if (parts[0] === "notes") return lists.kept(asked);
   if (parts[0] === "results") return parts.length === 2 ? results.render(parts[1]) : results.list();
   throw new Error("There is no such page.");
 }
@@ -97,6 +99,7 @@ function theme(next) {
     next ??
     (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
   document.documentElement.dataset.theme = dark;
+  dispatchEvent(new Event("theme")); // for what is drawn, not styled
   return dark;
 }
 
@@ -167,6 +170,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   main.focus();
 });
 addEventListener("hashchange", show);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dispatchEvent(new Event("theme")));
 const kept = localStorage.getItem("qwenscope theme");
 if (kept) theme(kept);
 show();

@@ -3,9 +3,13 @@
 import { h, s, number, percent } from "./dom.js";
 
 const LEAST_BINS = 20;
+const MOST_TICKS = 7;
 
-// counts: numbers; label(i): text of bar i; axis: [[position 0..1, text]].
-export function histogram(counts, { label, axis = [], height = 96, title, onPick, picked }) {
+// How far a tick's text stands to the left of where it begins: in the middle, within the chart at its ends.
+const shiftOf = (place) => (place < 0.04 ? "0%" : place > 0.96 ? "-100%" : "-50%");
+
+// counts: numbers; label(i): text of bar i; axis: [[position 0..1, text]]; marks: [[position 0..1, tone]].
+export function histogram(counts, { label, axis = [], marks = [], height = 96, title, onPick, picked }) {
   const width = 480;
   const most = Math.max(1, ...counts);
   const step = width / Math.max(1, counts.length);
@@ -26,7 +30,12 @@ export function histogram(counts, { label, axis = [], height = 96, title, onPick
     );
     return s("g", { class: onPick ? "pick" : "" }, bar, hit);
   });
-  const marks = axis.map(([place, text]) => h("span", { vars: { "--at": String(place) } }, text));
+  const lines = marks.map(([place, tone]) =>
+    s("line", { class: `mark ${tone}`, x1: place * width, x2: place * width, y1: height - 22, y2: height }),
+  );
+  const ticks = axis.map(([place, text]) =>
+    h("span", { vars: { "--at": String(place), "--shift": shiftOf(place) } }, text),
+  );
   return h(
     "figure",
     { class: "histogram" },
@@ -34,8 +43,9 @@ export function histogram(counts, { label, axis = [], height = 96, title, onPick
       "svg",
       { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": title },
       ...bars,
+      ...lines,
     ),
-    h("div", { class: "axis", "aria-hidden": "true" }, ...marks),
+    h("div", { class: "axis", "aria-hidden": "true" }, ...ticks),
   );
 }
 
@@ -48,7 +58,42 @@ export function activations({ first, per_octave, counts }) {
   return histogram(all, {
     title: "Histogram of activations, logarithmic scale",
     label: (i, count) => `${number(edge(i))} – ${number(edge(i + 1))}: ${number(count)} tokens`,
-    axis: [0, 0.25, 0.5, 0.75, 1].map((place) => [place, number(edge(place * all.length))]),
+    axis: roundNumbers(edge(0), edge(all.length)).map((value) => [
+      ((Math.log2(value) - first) * per_octave + before) / all.length,
+      number(value),
+    ]),
+  });
+}
+
+// Round numbers between two positive ones, by decades or their parts, as many as fit on an axis.
+function roundNumbers(low, high) {
+  const decades = Array.from({ length: 80 }, (_, i) => i - 40);
+  const within = (parts) =>
+    decades
+      .flatMap((decade) => parts.map((part) => Number(`${part}e${decade}`)))
+      .filter((value) => value >= low && value <= high);
+  const choices = [[1, 2, 5], [1, 3], [1]].map(within);
+  return choices.find((values) => values.length <= MOST_TICKS) ?? choices.at(-1).filter((_, i) => i % 2 === 0);
+}
+
+// How many tokens of the vocabulary a direction moves how far; the tokens moved most are marked: [[text, score]].
+export function logits({ first, per_sd, counts }, promoted, suppressed) {
+  const span = counts.length / per_sd;
+  const at = (score) => Math.min(1, Math.max(0, (score - first) / span));
+  const step = [1, 2, 4, 8].find((each) => span / each <= MOST_TICKS);
+  const ticks = Array.from({ length: 33 }, (_, i) => i - 16).filter(
+    (value) => value % step === 0 && value >= first && value <= first + span,
+  );
+  const named = (i) =>
+    [...promoted, ...suppressed]
+      .filter(([, score]) => Math.min(counts.length - 1, Math.floor(at(score) * counts.length)) === i)
+      .map(([text]) => ` ${JSON.stringify(text)}`);
+  return histogram(counts, {
+    title: "Histogram of logits over the vocabulary, in standard deviations",
+    label: (i, count) =>
+      `${number(first + i / per_sd)} – ${number(first + (i + 1) / per_sd)}: ${number(count)} tokens${named(i)}`,
+    axis: ticks.map((value) => [at(value), value > 0 ? `+${value}` : String(value).replace("-", "−")]),
+    marks: [...suppressed.map(([, score]) => [at(score), "down"]), ...promoted.map(([, score]) => [at(score), "up"])],
   });
 }
 

@@ -24,6 +24,7 @@ export const link = {
   compare: (latents) => `#/compare?${new URLSearchParams(latents.map((latent) => ["at", latent.join("/")]))}`,
   read: (text) => `#/try?text=${encodeURIComponent(text)}`,
   result: (name) => `#/results/${encodeURIComponent(name)}`,
+  notes: (name) => `#/notes?list=${encodeURIComponent(name)}`,
   search: (q) => `#/search?q=${encodeURIComponent(q)}`,
 };
 

@@ -1,10 +1,12 @@
 // One latent: what it fires on, what it does to the output, whom it keeps company with, notes, steering.
 
 import { h, link, number, percent, kindBadge, stat, token, section } from "./dom.js";
-import { activations, bars } from "./charts.js";
+import { activations, bars, logits } from "./charts.js";
 import { latentList, roleBars, splitBars, tokenList } from "./parts.js";
 import { contexts, shaded } from "./contexts.js";
 import { steerBox } from "./steer.js";
+import { noteBox } from "./keeping.js";
+import { walkOf } from "./walk.js";
 import * as api from "./api.js";
 
 const FIRST = 8; // examples at once, so that test and steer stand near them
@@ -100,52 +102,6 @@ function testBox(id, latent, found) {
   );
 }
 
-async function noteBox(id, latent) {
-  const mine = await api.note(id, latent);
-  const star = h(
-    "button",
-    { type: "button", class: "star", "aria-pressed": String(mine.bookmarked), onclick: toggle },
-    "Bookmark",
-  );
-  const said = h("span", { class: "faint", role: "status" });
-  const area = h("textarea", {
-    id: "note",
-    rows: "3",
-    maxlength: "4000",
-    placeholder: "What does it do?",
-    onchange: keep,
-  });
-  area.value = mine.note;
-  let last = Promise.resolve(); // one after the other: the newest is what stays
-  function keep() {
-    said.textContent = "";
-    last = last.then(put);
-    return last;
-  }
-  async function put() {
-    try {
-      await api.keepNote({
-        sae: id,
-        latent,
-        note: area.value,
-        bookmarked: star.getAttribute("aria-pressed") === "true",
-      });
-      said.textContent = "kept";
-    } catch (error) {
-      said.textContent = api.reason(error);
-    }
-  }
-  function toggle() {
-    star.setAttribute("aria-pressed", String(star.getAttribute("aria-pressed") !== "true"));
-    return keep();
-  }
-  return {
-    star,
-    toggle,
-    box: section("Notes", null, h("label", { class: "hidden", for: "note" }, "Notes on this latent"), area, said),
-  };
-}
-
 // This latent among the nearest ones at the other hook points, from the first layer to the last.
 function throughDepth(id, latent, found, saes) {
   return [[id, latent, 1], ...found.elsewhere]
@@ -160,13 +116,30 @@ function throughDepth(id, latent, found, saes) {
     }));
 }
 
-export async function render(id, number_) {
+// Which of how many it is in the list that it was opened from, once that is known.
+function whereabouts(walk) {
+  const said = h("span", { class: "faint whereabouts" });
+  walk.then(
+    ({ place, count, title, up }) => {
+      if (count !== undefined)
+        said.append(`${place < 0 ? "–" : number(place + 1)} of ${number(count)}, `, h("a", { href: up }, title));
+    },
+    (error) => said.append(api.reason(error)),
+  );
+  return said;
+}
+
+export async function render(id, number_, query) {
   const latent = Number(number_);
-  const [{ saes, roles, meta, live }, found] = await Promise.all([api.suite(), api.latent(id, latent)]);
+  const [{ saes, roles, meta, live }, found, note] = await Promise.all([
+    api.suite(),
+    api.latent(id, latent),
+    noteBox(id, latent),
+  ]);
   const sae = saes[id];
-  const note = await noteBox(id, latent);
-  const to = (by) => () => {
-    location.hash = link.latent(id, (latent + by + sae.dict_size) % sae.dict_size);
+  const walk = walkOf(id, latent, query, sae.dict_size); // may need the whole table; the page does not wait for it
+  const to = (by) => async () => {
+    location.hash = (await walk).href(by);
   };
   const label = found.explanation?.label;
   const { names } = found;
@@ -195,13 +168,24 @@ export async function render(id, number_) {
   const side = h(
     "aside",
     { class: "column", "aria-label": "Properties" },
+    found.logits
+      ? section(
+          "Logits",
+          "of the whole vocabulary, through final norm and unembedding, in standard deviations; marks: the tokens below",
+          logits(found.logits, found.promoted, found.suppressed),
+        )
+      : null,
     section(
       "Promotes",
-      "through final norm and unembedding; in standard deviations of the logits",
+      found.logits ? null : "through final norm and unembedding; in standard deviations of the logits",
       tokenList(found.promoted, "up"),
     ),
     section("Suppresses", null, tokenList(found.suppressed, "down")),
-    section("Roles", "share of its firings; tick: of all tokens", roleBars(found, sae, roles)),
+    section(
+      "Roles",
+      "share of its firings, and how many times that of all tokens, the tick",
+      roleBars(found, sae, roles),
+    ),
     section("Splits", null, splitBars(found, sae, meta.splits)),
     found.experts.length
       ? section(
@@ -258,8 +242,12 @@ export async function render(id, number_) {
           h(
             "nav",
             { class: "steps", "aria-label": "Latents" },
+            whereabouts(walk),
             h("button", { type: "button", class: "quiet", "aria-label": "Previous latent", onclick: to(-1) }, "←"),
             h("button", { type: "button", class: "quiet", "aria-label": "Next latent", onclick: to(1) }, "→"),
+            found.fired && sae.map_shares
+              ? h("a", { href: `${link.sae(id)}?at=${latent}`, title: "among the SAE's decoder directions" }, "Map")
+              : null,
             h("a", { href: link.compare([[id, latent]]) }, "Compare"),
             note.star,
           ),
@@ -300,8 +288,9 @@ export async function render(id, number_) {
       j: to(1),
       k: to(-1),
       b: note.toggle,
-      u: () => {
-        location.hash = link.sae(id);
+      l: note.toLists,
+      u: async () => {
+        location.hash = (await walk).up;
       },
     },
   };

@@ -1,15 +1,16 @@
-// Search results, bookmarks and notes.
+// Search results; bookmarks, notes and named lists.
 
 import { h, link, percent, token, section, written } from "./dom.js";
 import * as api from "./api.js";
 
-export function hitRow(hit, more) {
+// walk: the query by which its page knows the list that the latent stands in.
+export function hitRow(hit, more, walk = "") {
   return h(
     "li",
     { class: "hit" },
     h(
       "a",
-      { href: link.latent(hit.sae, hit.latent) },
+      { href: link.latent(hit.sae, hit.latent) + walk },
       hit.sae,
       h("span", { class: "slash" }, " / "),
       String(hit.latent),
@@ -47,7 +48,7 @@ export async function search(query) {
           ? h(
               "ol",
               { class: "hits" },
-              hits.map((hit) => hitRow(hit)),
+              hits.map((hit) => hitRow(hit, null, `?${new URLSearchParams({ found: q })}`)),
             )
           : h(
               "p",
@@ -59,24 +60,21 @@ export async function search(query) {
   };
 }
 
-// Notes of a file beside those kept here: where both have one, the file's comes after, unless it is there already.
+// What a file keeps of latents, beside what is kept here: nothing here is lost, and nothing comes twice.
 async function merge(file) {
   const given = JSON.parse(await file.text());
-  const fits = (one) => typeof one?.sae === "string" && Number.isInteger(one.latent) && typeof one.note === "string";
+  const fits = (one) =>
+    typeof one?.sae === "string" &&
+    Number.isInteger(one.latent) &&
+    typeof one.note === "string" &&
+    (one.lists ?? []).every?.((name) => typeof name === "string");
   if (!Array.isArray(given) || !given.every(fits)) throw new Error(`${file.name} holds no notes`);
-  const address = ({ sae, latent }) => `${sae}/${latent}`;
-  const kept = new Map((await api.notes()).map((mine) => [address(mine), mine]));
-  for (const { sae, latent, note, bookmarked } of given) {
-    const mine = kept.get(address({ sae, latent })) ?? { note: "", bookmarked: false };
-    const known = `\n${mine.note}\n`.includes(`\n${note}\n`);
-    const merged = {
-      sae,
-      latent,
-      note: known ? mine.note : [mine.note, note].filter(Boolean).join("\n"),
-      bookmarked: mine.bookmarked || Boolean(bookmarked),
-    };
-    await api.keepNote(merged);
-    kept.set(address(merged), merged);
+  for (const { sae, latent, note, bookmarked, lists = [] } of given) {
+    await api.keep(sae, latent, {
+      ...(note ? { note, was: "" } : {}),
+      ...(bookmarked ? { bookmarked: true } : {}),
+      lists: Object.fromEntries(lists.map((name) => [name, true])),
+    });
   }
   return given.length;
 }
@@ -109,45 +107,64 @@ function exchange(all) {
   );
 }
 
-export async function bookmarks() {
-  const all = await api.notes();
+const keptRows = (rows, walk = "") =>
+  h(
+    "ol",
+    { class: "hits" },
+    rows.map(({ sae, latent, note, bookmarked }) =>
+      h(
+        "li",
+        { class: "hit note" },
+        h("a", { href: link.latent(sae, latent) + walk }, sae, h("span", { class: "slash" }, " / "), String(latent)),
+        h("span", null, note),
+        h("span", { class: "star-mark" }, bookmarked ? "★" : ""),
+      ),
+    ),
+  );
+
+function namedList(name, latents, all) {
+  const kept = new Map(all.map((one) => [`${one.sae}/${one.latent}`, one]));
+  const rows = latents.map(([sae, latent]) => kept.get(`${sae}/${latent}`) ?? { sae, latent, note: "" });
+  const heading = h("a", { href: link.notes(name) }, name);
+  return section(heading, `${latents.length} latents`, keptRows(rows, `?${new URLSearchParams({ on: name })}`));
+}
+
+// Everything that is kept, or one named list.
+export async function kept(query) {
+  const [all, lists] = await Promise.all([api.notes(), api.lists()]);
+  const only = query.get("list");
+  if (only !== null && !lists[only]) throw new Error(`There is no list ${only}.`);
+  const named = Object.entries(lists).filter(([name]) => only === null || name === only);
+  const noted = all.filter(({ note, bookmarked }) => note || bookmarked);
   return {
-    title: "Notes",
+    title: only ?? "Notes",
     node: h(
       "div",
       { class: "page" },
       h(
         "header",
         { class: "title" },
-        h("h1", null, "Bookmarks and notes"),
+        only === null ? null : h("p", { class: "eyebrow" }, h("a", { href: "#/notes" }, "Notes and lists")),
+        h("h1", null, only ?? "Notes and lists"),
         h(
           "p",
           { class: "faint" },
-          api.LIVE ? "Kept beside the index on this computer; never exported." : "Kept in this browser.",
+          api.LIVE
+            ? "Kept beside the index on this computer; of these only the lists go along with an exported site."
+            : "Notes are kept in this browser; the lists are the site's.",
         ),
-        exchange(all),
+        only === null ? exchange(all) : null,
       ),
-      all.length
-        ? h(
-            "ol",
-            { class: "hits" },
-            all.map((note) =>
-              h(
-                "li",
-                { class: "hit note" },
-                h(
-                  "a",
-                  { href: link.latent(note.sae, note.latent) },
-                  note.sae,
-                  h("span", { class: "slash" }, " / "),
-                  String(note.latent),
-                ),
-                h("span", null, note.note),
-                h("span", { class: "star-mark" }, note.bookmarked ? "★" : ""),
-              ),
-            ),
+      named.map(([name, latents]) => namedList(name, latents, all)),
+      only === null
+        ? section(
+            "Bookmarks and notes",
+            null,
+            noted.length
+              ? keptRows(noted)
+              : h("p", { class: "faint" }, "None yet: press b on a latent, or write a note below its examples."),
           )
-        : h("p", { class: "faint" }, "None yet: press b on a latent, or write a note below its examples."),
+        : null,
     ),
   };
 }

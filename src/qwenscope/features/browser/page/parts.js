@@ -37,10 +37,16 @@ export function latentList(rows) {
   );
 }
 
+// A share, and how many times the share of all tokens it is.
+const shareAndLift = (share, base) => [
+  percent(share),
+  base ? h("small", { class: "lift" }, `${number(Number((share / base).toPrecision(2)))} ×`) : null,
+];
+
 function shares(counts, bases, names) {
   const total = counts.reduce((sum, count) => sum + count, 0) || 1;
   return names
-    .map((name, i) => [name, counts[i] / total, percent(counts[i] / total), bases[i]])
+    .map((name, i) => [name, counts[i] / total, shareAndLift(counts[i] / total, bases[i]), bases[i]])
     .filter((row, i) => counts[i] || bases[i]);
 }
 

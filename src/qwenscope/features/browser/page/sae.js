@@ -1,7 +1,9 @@
-// One SAE: density histogram and the table of its latents, filtered, sorted and paged in the browser.
+// One SAE: density histogram, map, and the table of its latents, filtered, sorted and paged in the browser.
 
 import { h, link, number, percent, kindBadge, stat, token, section, written, ROLE_NAMES } from "./dom.js";
 import { densities } from "./charts.js";
+import { COLORS, latentMap } from "./map.js";
+import { listed, readState, textsOf, walkable, writeState } from "./walk.js";
 import * as api from "./api.js";
 
 const PAGE = 100;
@@ -12,77 +14,84 @@ const COLUMNS = [
   ["density", "density"],
   ["max", "max"],
   ["role", "role by lift"],
+  ["split", "split by lift"],
 ];
+const spaced = (name) => name.replace("_", " ");
 
-function order(rows, columns, sort, down) {
-  const value =
-    sort === "latent"
-      ? (i) => i
-      : sort === "peaks" || sort === "promoted"
-        ? (i) => (columns[sort][i][0] ?? "\uffff").trim().toLowerCase()
-        : (i) => columns[sort][i] ?? -1;
-  const sign = down ? -1 : 1;
-  return rows.sort((a, b) => {
-    const x = value(a),
-      y = value(b);
-    return x < y ? -sign : x > y ? sign : a - b;
-  });
+function stats(sae) {
+  return h(
+    "dl",
+    { class: "stats" },
+    stat("latents", number(sae.dict_size)),
+    stat("k", String(sae.k)),
+    sae.activation ? stat("activation", sae.activation) : null,
+    stat("alive", percent(1 - sae.dead / sae.dict_size)),
+    stat("L0", sae.l0.toFixed(1), "mean number of active latents per token"),
+    stat("tokens read", number(sae.tokens)),
+    Object.entries(sae.quality).map(([split, { explained_variance: value }]) =>
+      value === undefined ? null : stat(`explained variance, ${spaced(split)}`, value.toFixed(3)),
+    ),
+  );
+}
+
+// A choice among names, nothing of them at first.
+function choice(id, text, names, chosen, onChange) {
+  const select = h(
+    "select",
+    { id, "aria-label": text, onchange: () => onChange(select.value) },
+    h("option", { value: "" }, text),
+    names.map(([name, shown]) => h("option", { value: name, selected: name === chosen }, shown)),
+  );
+  return select;
 }
 
 export async function render(id, query) {
-  const [{ saes, roles }, columns] = await Promise.all([api.suite(), api.table(id)]);
+  const [suite, columns, lists] = await Promise.all([api.suite(), api.table(id), api.lists()]);
+  const { saes, roles, meta } = suite;
   const sae = saes[id];
-  const state = {
-    q: query.get("q") ?? "",
-    sort: query.get("sort") ?? "density",
-    down: query.get("down") !== "0",
-    dead: query.get("dead") === "1",
-    bin: query.has("bin") ? Number(query.get("bin")) : null,
-    shown: PAGE,
-  };
+  const state = readState(query);
+  let color = query.get("color") in COLORS ? query.get("color") : "density";
+  let at = query.get("at");
+  let shown = PAGE;
+  let latents = [];
+  let walk = "";
   const body = h("tbody");
   const count = h("p", { class: "faint", role: "status" });
-  const more = h(
-    "button",
-    {
-      type: "button",
-      class: "quiet",
-      onclick: () => {
-        state.shown += PAGE;
-        update();
-      },
-    },
-    "Show more",
-  );
+  const showMore = () => {
+    shown += PAGE;
+    fill();
+  };
+  const more = h("button", { type: "button", class: "quiet", onclick: showMore }, "Show more");
   const chart = h("div");
-  const texts = columns.peaks.map((peaks, i) =>
-    [String(i), columns.label[i] ?? "", ...peaks, ...columns.promoted[i]].join("\n").toLowerCase(),
-  );
-  const binOf = (density) =>
-    Math.min(
-      sae.density.counts.length - 1,
-      Math.max(0, Math.floor((Math.log10(density) - sae.density.first) * sae.density.per_decade)),
-    );
+  const texts = textsOf(columns);
+  const set = (change) => {
+    Object.assign(state, change);
+    shown = PAGE;
+    update();
+  };
 
-  const heads = COLUMNS.map(([name, text]) => {
-    const button = h(
-      "button",
-      {
-        type: "button",
-        onclick: () => {
-          state.down = state.sort === name ? !state.down : name === "density" || name === "max";
-          state.sort = name;
-          update();
-        },
-      },
-      text,
-    );
-    return { name, head: h("th", { scope: "col", class: name }, button) };
+  const heads = COLUMNS.filter(([name]) => name === "latent" || columns[name]).map(([name, text]) => {
+    const onclick = () =>
+      set({ sort: name, down: state.sort === name ? !state.down : name === "density" || name === "max" });
+    return { name, head: h("th", { scope: "col", class: name }, h("button", { type: "button", onclick }, text)) };
   });
+  const map =
+    columns.x &&
+    latentMap(columns, sae, suite, color, {
+      href: (i) => `${link.latent(id, i)}?${walk}`,
+      onColor: (kind) => {
+        color = kind;
+        write();
+      },
+      onPick: (i) => {
+        at = i;
+        write();
+      },
+    });
 
   function row(i) {
     const cells = [
-      h("td", { class: "num latent" }, h("a", { href: link.latent(id, i) }, String(i))),
+      h("td", { class: "num latent" }, h("a", { href: `${link.latent(id, i)}?${walk}` }, String(i))),
       h(
         "td",
         { class: "peaks" },
@@ -97,22 +106,30 @@ export async function render(id, query) {
       h("td", { class: "num density" }, columns.density[i] ? percent(columns.density[i]) : "dead"),
       h("td", { class: "num max" }, number(columns.max[i])),
       h("td", { class: "role" }, columns.role[i] === null ? "" : ROLE_NAMES[roles[columns.role[i]]]),
+      columns.split
+        ? h("td", { class: "split" }, columns.split[i] === null ? "" : spaced(meta.splits[columns.split[i]]))
+        : null,
     ];
     return h("tr", null, cells);
   }
 
+  function fill() {
+    body.replaceChildren(...latents.slice(0, shown).map(row));
+    more.hidden = latents.length <= shown;
+  }
+
+  function write() {
+    const kept = writeState(state);
+    if (color !== "density") kept.set("color", color);
+    if (at !== null) kept.set("at", at);
+    history.replaceState(null, "", link.sae(id) + (kept.size ? `?${kept}` : ""));
+  }
+
   function update() {
-    const wanted = state.q.trim().toLowerCase();
-    let rows = [...columns.density.keys()].filter(
-      (i) => (state.dead || columns.density[i] > 0) && (!wanted || texts[i].includes(wanted)),
-    );
-    if (state.bin !== null)
-      rows = rows.filter((i) => columns.density[i] > 0 && binOf(columns.density[i]) === state.bin);
-    order(rows, columns, state.sort, state.down);
-    rows.sort((a, b) => (String(b) === wanted) - (String(a) === wanted)); // the latent of that number before all
-    body.replaceChildren(...rows.slice(0, state.shown).map(row));
-    count.textContent = `${number(rows.length)} of ${number(columns.density.length)} latents`;
-    more.hidden = rows.length <= state.shown;
+    latents = listed(id, columns, texts, state, suite, lists);
+    walk = walkable(id, state, latents);
+    fill();
+    count.textContent = `${number(latents.length)} of ${number(columns.density.length)} latents`;
     for (const { name, head } of heads) {
       if (name === state.sort) head.setAttribute("aria-sort", state.down ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
@@ -120,19 +137,11 @@ export async function render(id, query) {
     chart.replaceChildren(
       densities(sae.density, {
         picked: (i) => i === state.bin,
-        onPick: (i) => {
-          state.bin = state.bin === i ? null : i;
-          update();
-        },
+        onPick: (i) => set({ bin: state.bin === i ? null : i }),
       }),
     );
-    const kept = new URLSearchParams();
-    if (state.q) kept.set("q", state.q);
-    if (state.sort !== "density") kept.set("sort", state.sort);
-    if (!state.down) kept.set("down", "0");
-    if (state.dead) kept.set("dead", "1");
-    if (state.bin !== null) kept.set("bin", state.bin);
-    history.replaceState(null, "", link.sae(id) + (kept.size ? `?${kept}` : ""));
+    map?.show(latents);
+    write();
   }
 
   const filter = h("input", {
@@ -142,47 +151,48 @@ export async function render(id, query) {
     placeholder: "token, label or number",
     autocomplete: "off",
     spellcheck: "false",
-    oninput: (event) => {
-      state.q = event.target.value;
-      state.shown = PAGE;
-      update();
-    },
+    oninput: (event) => set({ q: event.target.value }),
   });
   const dead = h("input", {
     type: "checkbox",
     id: "dead",
     checked: state.dead,
-    onchange: (event) => {
-      state.dead = event.target.checked;
-      update();
-    },
+    onchange: (event) => set({ dead: event.target.checked }),
   });
+  const found = (column, names) => names.filter((_, i) => columns[column]?.includes(i));
+  const choices = [
+    ["role", "any role", found("role", roles).map((role) => [role, ROLE_NAMES[role]])],
+    ["split", "any split", found("split", meta.splits).map((split) => [split, spaced(split)])],
+    ["list", "any list", Object.keys(lists).map((name) => [name, name])],
+  ].map(([name, text, names]) =>
+    names.length || state[name] ? choice(name, text, names, state[name], (value) => set({ [name]: value })) : null,
+  );
   update();
+  if (at !== null) map?.pick(Number(at));
+  const step = (by) => () => {
+    const links = [...body.querySelectorAll("a")];
+    const next = links.indexOf(document.activeElement) + by;
+    if (next === links.length && latents.length > shown) showMore();
+    body.querySelectorAll("a")[next]?.focus();
+  };
   return {
     title: id,
     node: h(
       "div",
       { class: "page" },
+      h("header", { class: "title" }, h("p", { class: "eyebrow" }, kindBadge(sae)), h("h1", null, id), stats(sae)),
       h(
-        "header",
-        { class: "title" },
-        h("p", { class: "eyebrow" }, kindBadge(sae)),
-        h("h1", null, id),
-        h(
-          "dl",
-          { class: "stats" },
-          stat("latents", number(sae.dict_size)),
-          stat("k", String(sae.k)),
-          sae.activation ? stat("activation", sae.activation) : null,
-          stat("alive", percent(1 - sae.dead / sae.dict_size)),
-          stat("L0", sae.l0.toFixed(1), "mean number of active latents per token"),
-          stat("tokens read", number(sae.tokens)),
-          Object.entries(sae.quality).map(([split, { explained_variance: value }]) =>
-            value === undefined ? null : stat(`explained variance, ${split.replace("_", " ")}`, value.toFixed(3)),
-          ),
+        "div",
+        { class: "overview" },
+        section("Density", "share of tokens a latent fires on; pick a bar to see its latents", chart),
+        section(
+          "Map",
+          "decoder directions on their first two principal components; those of the list below stand out",
+          map
+            ? map.node
+            : h("p", null, "This index has no map: build it again with ", h("code", null, "qwenscope index"), "."),
         ),
       ),
-      section("Density", "share of tokens a latent fires on; pick a bar to see its latents", chart),
       section(
         "Latents",
         null,
@@ -191,6 +201,7 @@ export async function render(id, query) {
           { class: "tools" },
           h("label", { for: "filter", class: "hidden" }, "Filter latents"),
           filter,
+          choices,
           h("label", { class: "check" }, dead, " dead ones too"),
           count,
         ),
@@ -215,17 +226,6 @@ export async function render(id, query) {
         h("p", null, more),
       ),
     ),
-    keys: {
-      ArrowDown: () => step(body, 1),
-      ArrowUp: () => step(body, -1),
-      j: () => step(body, 1),
-      k: () => step(body, -1),
-    },
+    keys: { ArrowDown: step(1), ArrowUp: step(-1), j: step(1), k: step(-1) },
   };
-}
-
-function step(body, by) {
-  const links = [...body.querySelectorAll("a")];
-  const next = links[links.indexOf(document.activeElement) + by];
-  next?.focus();
 }
