@@ -33,6 +33,7 @@ from starlette.testclient import TestClient
 from qwenscope.activations.harvest import harvest
 from qwenscope.features.browser.server import make_app
 from qwenscope.features.corpus_pass import CorpusPass
+from qwenscope.features.index import _finish
 from qwenscope.features.integrity import FILE
 from qwenscope.features.store import Index
 from qwenscope.lm.load import load_language_model
@@ -55,14 +56,19 @@ new Promise((found) => new PerformanceObserver((list) => {
 
 
 def rate(tokens: int) -> dict[str, Any]:
-    """CPU seconds of reading the corpus, of indexing each chunk, and of the bare forward pass over the same chunk."""
+    """CPU seconds of reading the corpus, of indexing each chunk, and of the bare forward pass over the same chunk.
+
+    `describe` is what follows once, however many tokens were read: pages, map, logit histograms, search, files.
+    """
     recipe = load_recipe("standin")
     saes = {name: TopKSAE(64, point.dict_size, point.k, seed=point.layer) for name, point in recipe.hook_points.items()}
     lm = load_language_model(recipe.lm, last_layer=recipe.last_layer, lm_head=True)
     seconds: dict[str, list[float]] = {"corpus": [], "index": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
         target = Target(folder, Path(folder), recipe, saes, {})
-        corpus_pass = CorpusPass(target, lm, None, tokens, Path(folder))
+        out = Path(folder) / "index"
+        (work := out / ".work").mkdir(parents=True)
+        corpus_pass = CorpusPass(target, lm, None, tokens, work)
         with target.conversations(lm.tokenizer) as stream:
             while corpus_pass.read < tokens:
                 marks = [time.process_time()]
@@ -72,11 +78,15 @@ def rate(tokens: int) -> dict[str, Any]:
                 marks.append(time.process_time())
                 harvest(lm, conversations, sites_of(recipe), recipe.activations, recipe.corpus.batch_tokens)
                 marks.append(time.process_time())
-                for name, taken in zip(seconds, np.diff(marks), strict=True):
+                for name, taken in zip(("corpus", "index", "forward"), np.diff(marks), strict=True):
                     seconds[name].append(float(taken))
+        begin = time.process_time()
+        _finish(corpus_pass, out, work, lambda *_: None)
+        seconds["describe"] = [time.process_time() - begin]
     shares = [forward / index for forward, index in zip(seconds["forward"], seconds["index"], strict=True)]
     return {
         "tokens": corpus_pass.read,
+        "latents": sum(sae.dict_size for sae in saes.values()),
         "cpu_seconds": {name: round(sum(spent), 2) for name, spent in seconds.items()},
         "rate_of_forward": round(sum(seconds["forward"]) / sum(seconds["index"]), 3),
         "rate_of_forward_per_chunk": [round(share, 3) for share in shares],

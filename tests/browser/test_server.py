@@ -117,7 +117,9 @@ def test_writes_from_elsewhere_are_refused(client: TestClient, headers: dict[str
 
 
 def _notes(client: TestClient, latent: int) -> list[dict[str, Any]]:
-    return [note for note in client.get("/api/notes").json() if note["latent"] == latent]
+    notes = [note for note in client.get("/api/notes").json() if note["latent"] == latent]
+    assert all(isinstance(note.pop("label"), str) and isinstance(note.pop("peaks"), list) for note in notes)
+    return notes
 
 
 @pytest.mark.parametrize(

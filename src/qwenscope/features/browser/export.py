@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenscope.errors import FormatError
-from qwenscope.features.browser.notes import Notes
+from qwenscope.features.browser.notes import Notes, named
 from qwenscope.features.browser.server import page_files
 from qwenscope.features.form import pack
 from qwenscope.features.store import Index
@@ -43,7 +43,7 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
         data = site / "data"
         data.mkdir()
         _write(data / "suite", {**opened.suite(), "live": False, "shard": SHARD})
-        _write(data / "lists", lists_of(Notes(index).all()))
+        _write(data / "lists", lists_of(named(Notes(index).all(), opened)))
         for sae_id, sae in opened.saes.items():
             folder = data / sae_id
             folder.mkdir()
@@ -57,12 +57,12 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
                 report("exporting", done, total)
 
 
-def lists_of(notes: list[dict[str, Any]]) -> dict[str, list[tuple[str, int]]]:
-    """The latents on each named list: {name: [(SAE id, latent)]}."""
-    lists: dict[str, list[tuple[str, int]]] = {}
+def lists_of(notes: list[dict[str, Any]]) -> dict[str, list[tuple[str, int, str, list[str]]]]:
+    """The latents on each named list: {name: [(SAE id, latent, label, peak tokens)]}."""
+    lists: dict[str, list[tuple[str, int, str, list[str]]]] = {}
     for kept in notes:
         for name in kept["lists"]:
-            lists.setdefault(name, []).append((kept["sae"], kept["latent"]))
+            lists.setdefault(name, []).append((kept["sae"], kept["latent"], kept["label"], kept["peaks"]))
     return {name: sorted(lists[name]) for name in sorted(lists)}
 
 

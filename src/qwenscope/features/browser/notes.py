@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from qwenscope.errors import FormatError
+from qwenscope.features.store import Index
 
 FILE = "notes.sqlite"
 LIMIT = 4000
@@ -144,6 +145,13 @@ class Notes:
                 yield connection
         except sqlite3.DatabaseError as error:
             raise FormatError(f"notes cannot be kept in {self._path}: {error}") from None
+
+
+def named(notes: list[dict[str, Any]], index: Index) -> list[dict[str, Any]]:
+    """The same with `label` and `peaks`, what each latent is known by; empty for those of SAEs that are not there."""
+    names = index.names((kept["sae"], kept["latent"]) for kept in notes if kept["sae"] in index.saes)
+    nameless: dict[str, Any] = {"label": "", "peaks": []}
+    return [{**kept, **names.get(f"{kept['sae']}/{kept['latent']}", nameless)} for kept in notes]
 
 
 def _record(sae: str, latent: int, note: str, bookmarked: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from qwenscope.errors import FormatError, QwenscopeError
 from qwenscope.features.browser.edge import Guard, body_of, checked_text
 from qwenscope.features.browser.listening import Server, listener_on
 from qwenscope.features.browser.model_thread import BusyError, Job
-from qwenscope.features.browser.notes import ChangedNoteError, Notes, checked_change
+from qwenscope.features.browser.notes import ChangedNoteError, Notes, checked_change, named
 from qwenscope.features.browser.results import Result
 from qwenscope.features.browser.running import Runner
 from qwenscope.features.store import Index, MissingLatentError
@@ -181,7 +181,7 @@ class _Routes:
         return _json({"name": result.name, **result.value, "names": self._index.names(latents)})
 
     def notes(self, _request: Request) -> Response:
-        return _json(self._notes.all())
+        return _json(named(self._notes.all(), self._index))
 
     async def put_note(self, request: Request) -> Response:
         sae, latent = request.path_params["sae"], _number(request)

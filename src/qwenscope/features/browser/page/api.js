@@ -135,11 +135,12 @@ export const note = async (sae, number) => ({
   ...(await notes()).find(at(sae, number)),
 });
 
-// {name: [[sae, latent]]}, by name; the latents of a list by SAE and number.
+// {name: [[sae, latent, label, peaks]]}, by name; the latents of a list by SAE and number.
 export async function lists() {
   if (!LIVE) return once("lists");
   const found = {};
-  for (const one of await notes()) for (const name of one.lists) (found[name] ??= []).push([one.sae, one.latent]);
+  for (const one of await notes())
+    for (const name of one.lists) (found[name] ??= []).push([one.sae, one.latent, one.label, one.peaks]);
   const byAddress = ([a, i], [b, j]) => (a < b ? -1 : a > b ? 1 : i - j);
   return Object.fromEntries(
     Object.keys(found)

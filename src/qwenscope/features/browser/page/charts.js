@@ -5,9 +5,6 @@ import { h, s, number, percent } from "./dom.js";
 const LEAST_BINS = 20;
 const MOST_TICKS = 7;
 
-// How far a tick's text stands to the left of where it begins: in the middle, within the chart at its ends.
-const shiftOf = (place) => (place < 0.04 ? "0%" : place > 0.96 ? "-100%" : "-50%");
-
 // counts: numbers; label(i): text of bar i; axis: [[position 0..1, text]]; marks: [[position 0..1, tone]].
 export function histogram(counts, { label, axis = [], marks = [], height = 96, title, onPick, picked }) {
   const width = 480;
@@ -33,8 +30,9 @@ export function histogram(counts, { label, axis = [], marks = [], height = 96, t
   const lines = marks.map(([place, tone]) =>
     s("line", { class: `mark ${tone}`, x1: place * width, x2: place * width, y1: height - 22, y2: height }),
   );
+  const toEnds = axis[0]?.[0] === 0; // then the texts keep within the chart, else each stands about its place
   const ticks = axis.map(([place, text]) =>
-    h("span", { vars: { "--at": String(place), "--shift": shiftOf(place) } }, text),
+    h("span", { vars: { "--at": String(place), "--shift": `${toEnds ? -100 * place : -50}%` } }, text),
   );
   return h(
     "figure",

@@ -1,6 +1,6 @@
 // Search results; bookmarks, notes and named lists.
 
-import { h, link, percent, token, section, written } from "./dom.js";
+import { h, known, link, percent, token, section, written } from "./dom.js";
 import * as api from "./api.js";
 
 // walk: the query by which its page knows the list that the latent stands in.
@@ -92,7 +92,8 @@ function exchange(all) {
     }
   });
   const save = () => {
-    const href = URL.createObjectURL(new Blob([JSON.stringify(all, null, 1)], { type: "application/json" }));
+    const plain = all.map(({ sae, latent, note, bookmarked, lists }) => ({ sae, latent, note, bookmarked, lists }));
+    const href = URL.createObjectURL(new Blob([JSON.stringify(plain, null, 1)], { type: "application/json" }));
     h("a", { href, download: "notes.json" }).click();
     URL.revokeObjectURL(href);
   };
@@ -111,11 +112,12 @@ const keptRows = (rows, walk = "") =>
   h(
     "ol",
     { class: "hits" },
-    rows.map(({ sae, latent, note, bookmarked }) =>
+    rows.map(({ sae, latent, note, bookmarked, label = "", peaks = [] }) =>
       h(
         "li",
         { class: "hit note" },
         h("a", { href: link.latent(sae, latent) + walk }, sae, h("span", { class: "slash" }, " / "), String(latent)),
+        known({ label, peaks }),
         h("span", null, note),
         h("span", { class: "star-mark" }, bookmarked ? "★" : ""),
       ),
@@ -124,9 +126,19 @@ const keptRows = (rows, walk = "") =>
 
 function namedList(name, latents, all) {
   const kept = new Map(all.map((one) => [`${one.sae}/${one.latent}`, one]));
-  const rows = latents.map(([sae, latent]) => kept.get(`${sae}/${latent}`) ?? { sae, latent, note: "" });
+  const rows = latents.map(([sae, latent, label, peaks]) => ({
+    ...(kept.get(`${sae}/${latent}`) ?? { note: "" }),
+    sae,
+    latent,
+    label,
+    peaks,
+  }));
   const heading = h("a", { href: link.notes(name) }, name);
-  return section(heading, `${latents.length} latents`, keptRows(rows, `?${new URLSearchParams({ on: name })}`));
+  return section(
+    heading,
+    latents.length === 1 ? "1 latent" : `${latents.length} latents`,
+    keptRows(rows, `?${new URLSearchParams({ on: name })}`),
+  );
 }
 
 // Everything that is kept, or one named list.

@@ -14,7 +14,7 @@ function coloring(kind, columns, sae, { roles, meta }) {
   if (kind === "label") return [["by rule", "written"], (i) => Number(Boolean(written(columns.label[i])))];
   const { first, per_decade, counts } = sae.density;
   const decades = counts.length / per_decade;
-  const names = Array.from({ length: decades }, (_, i) => `${percent(10 ** (first + i))} –`);
+  const names = Array.from({ length: decades }, (_, i) => `from ${percent(10 ** (first + i))}`);
   return [names, (i) => Math.min(decades - 1, Math.max(0, Math.floor(Math.log10(columns.density[i]) - first)))];
 }
 
@@ -118,7 +118,7 @@ export function latentMap(columns, sae, suite, kind, { href, onColor, onPick }) 
     };
     const outside = alive.filter((i) => !inside.has(i));
     context.globalAlpha = 0.3;
-    dots(outside, getComputedStyle(box).borderTopColor, small);
+    dots(outside, getComputedStyle(legend).color, small);
     context.globalAlpha = 0.8;
     const groups = Map.groupBy(
       alive.filter((i) => inside.has(i)),
