@@ -150,7 +150,7 @@ export async function lists() {
 }
 
 // What to keep where another note stands than its writer had seen: both, unless one holds the other.
-function both(stands, note, was) {
+export function both(stands, note, was) {
   const holds = (text, part) => `\n${text}\n`.includes(`\n${part}\n`);
   if (stands === was || !stands || holds(note, stands)) return note;
   return note === was || !note || holds(stands, note) ? stands : `${stands}\n${note}`;

@@ -78,7 +78,7 @@ function listBox(sae, latent, lists) {
         { class: "fields", onsubmit: add },
         h("label", { class: "hidden", for: "new-list" }, "Put on a list"),
         name,
-        h("button", { type: "submit", class: "quiet" }, "Add"),
+        h("button", { type: "submit", class: "quiet" }, "Put on list"),
         said,
       ),
     ),

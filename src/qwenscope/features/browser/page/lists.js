@@ -69,12 +69,16 @@ async function merge(file) {
     typeof one.note === "string" &&
     (one.lists ?? []).every?.((name) => typeof name === "string");
   if (!Array.isArray(given) || !given.every(fits)) throw new Error(`${file.name} holds no notes`);
+  const here = new Map((await api.notes()).map((one) => [`${one.sae}/${one.latent}`, one.note]));
   for (const { sae, latent, note, bookmarked, lists = [] } of given) {
-    await api.keep(sae, latent, {
-      ...(note ? { note, was: "" } : {}),
+    const was = here.get(`${sae}/${latent}`) ?? "";
+    const now = await api.keep(sae, latent, {
+      note: api.both(was, note, ""),
+      was,
       ...(bookmarked ? { bookmarked: true } : {}),
       lists: Object.fromEntries(lists.map((name) => [name, true])),
     });
+    here.set(`${sae}/${latent}`, now.note);
   }
   return given.length;
 }
@@ -118,7 +122,7 @@ const keptRows = (rows, walk = "") =>
         { class: "hit note" },
         h("a", { href: link.latent(sae, latent) + walk }, sae, h("span", { class: "slash" }, " / "), String(latent)),
         known({ label, peaks }),
-        h("span", null, note),
+        h("span", { class: "written-note" }, note),
         h("span", { class: "star-mark" }, bookmarked ? "★" : ""),
       ),
     ),
