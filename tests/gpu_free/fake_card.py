@@ -121,7 +121,7 @@ class Card(TorchDispatchMode):
         self.stream(*weights, *means, *squares)
 
     def answer(self, name: str, args: Any) -> Any:
-        """What is made up where the host asks for values, which fake tensors lack; None where it may not, or does not."""
+        """What is made up where the host asks for values, which fake tensors lack; None where it may not ask."""
         masked = any(index.dtype in (torch.bool, torch.uint8) for index in tensors(args[1:]))
         asks = self.may_wait and (name != "aten::index.Tensor" or masked)
         return _WAITS.get(name) if asks else None

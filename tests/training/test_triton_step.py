@@ -123,25 +123,38 @@ def test_rows_of_a_gradient_and_adam(moments: torch.dtype, unit: bool, piece: in
 
 
 @in_interpreter
-@pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-5), ("bf16", 3e-2)])
+@pytest.mark.parametrize(("precision", "eps", "apart"), [("fp32", 6.25e-10, 1e-5), ("bf16", 1.0, 1e-1)])
 @pytest.mark.parametrize(
-    "options", [{"clip_norm": 0.1}, {"clip_norm": None, "normalise": True}, {"prefixes": (10,), "clip_norm": 10.0}]
+    "options", [{"clip_norm": 0.1}, {"clip_norm": None, "normalise": True}, {"prefixes": (5,), "clip_norm": 10.0}]
 )
-def test_whole_steps(precision: Literal["fp32", "bf16"], apart: float, options: Any, monkeypatch: Any) -> None:
-    """Three steps by the kernels beside three by plain torch, dead latents included; the same bits once more."""
+def test_whole_steps(
+    precision: Literal["fp32", "bf16"], eps: float, apart: float, options: Any, monkeypatch: Any
+) -> None:
+    """Three steps by the kernels beside three by plain torch, dead latents included; the same bits once more.
+
+    With its usual eps the first steps of Adam are signs of gradients, and where one is about 0, bfloat16 decides (the
+    interpreter cuts to it, both the errors and their gradient).
+    """
     from qwenscope.training import triton_step
 
     weights = []
-    monkeypatch.setattr(triton_step, "PIECE", 4)
+    monkeypatch.setattr(triton_step, "PIECE", 2)
     for kernels in (False, True, True):
         with monkeypatch.context() as patch:
             if kernels:
                 patch.setattr(ops, "fused", lambda x: x.dtype != torch.float64)
-            trainer = SAETrainer(TopKSAE(24, 30, 2, seed=0), 1e-2, precision=precision, dead_after_tokens=10, **options)
+            trainer = SAETrainer(
+                TopKSAE(20, 12, 2, seed=0),
+                1e-2 * (1 + 99 * eps),
+                precision=precision,
+                eps=eps,
+                dead_after_tokens=6,
+                **options,
+            )
             generator = torch.Generator().manual_seed(1)
-            trainer.calibrate(torch.randn(12, 24, generator=generator) + 1)
+            trainer.calibrate(torch.randn(12, 20, generator=generator) + 1)
             for _ in range(3):
-                metrics = trainer.step(torch.randn(8, 24, generator=generator) + 1)
+                metrics = trainer.step(torch.randn(6, 20, generator=generator) + 1)
             assert metrics.dead > 0
             weights.append(trainer.weights.parameters | {"norm": metrics.grad_norm, "loss": metrics.loss})
     for name, plain in weights[0].items():
