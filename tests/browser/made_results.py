@@ -13,7 +13,7 @@ from qwenscope.analysis.monitor import fit
 from qwenscope.features.store import Index
 from qwenscope.files import write_json, write_text
 
-SHARED = 200
+SHARED = 40
 """The latent of sae_attn on the list that is exported."""
 ODD_NAME = "<img src=x onerror=alert(1)>"
 """Of the diff's file."""
