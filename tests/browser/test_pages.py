@@ -136,6 +136,7 @@ def test_j_and_k_walk_the_list_that_a_latent_was_opened_from(visit: Visit) -> No
     page = visit.go("#/search?q=that")
     hits = [text.replace(" ", "") for text in page.locator(".hit a").all_inner_texts()]
     page.locator(".hit a").first.click()
+    expect(page.locator(".whereabouts")).to_contain_text(f"1 of {len(hits)}")
     page.keyboard.press("ArrowLeft")  # round to the last
     expect(page.locator("h1")).to_have_text(hits[-1].replace("/", " / "))
 
@@ -427,6 +428,7 @@ def test_latents_are_put_on_lists_and_walked(visit: Visit, tmp_path: Path) -> No
     expect(page.locator("h1")).to_have_text("to read")
     _check_accessible(page, "a list")
     page.get_by_role("link", name="sae_attn / 21").click()
+    expect(page.locator("h1")).to_have_text("sae_attn / 21")
     page.keyboard.press("j")
     expect(page.locator("h1")).to_have_text("sae_delta / 20")
     _check_accessible(page, "a latent of a list")
