@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from made_results import ODD_NAME, SHARED
-from planted_suite import HOSTILE, PLANTED, PLANTED_LATENT
+from planted_suite import CALL, HOSTILE, PLANTED, PLANTED_LATENT, TOOL
 from playwright.sync_api import Browser, Page, expect
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -24,6 +24,16 @@ from qwenscope.features.store import Index, explaining
 
 LATENT = f"#/sae/sae_delta/{PLANTED_LATENT}"
 RUNS = ["steered", "unsteered", "negative strength", "random latent", "random direction"]
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "You find orders."},
+        {"role": "user", "content": f"order{PLANTED} status"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": f"title{PLANTED}"},
+        {"role": "assistant", "content": "done"},
+    ],
+    "tools": [TOOL],
+}
 ROUTES = [
     "",
     "#/sae/sae_delta?color=role&role=user&at=7",
@@ -31,6 +41,7 @@ ROUTES = [
     f"#/compare?at=sae_delta/{PLANTED_LATENT}&at=sae_delta/3&at=sae_attn/5",
     "#/search?q=that",
     "#/try?text=order+that+status",
+    f"#/try?given={quote(json.dumps(CHAT))}",
     "#/steer",
     "#/find?on=order+that+that+that+that+that+that%0A%0Atitle+that+that+that+that+that+that",
     "#/notes",
@@ -244,7 +255,7 @@ def test_latents_are_compared_side_by_side(visit: Visit, index: Path) -> None:
 
 def test_the_try_it_box_runs_the_model(visit: Visit) -> None:
     page = visit.go("#/try")
-    page.get_by_label("Text").fill(f"order{PLANTED} status")
+    page.get_by_role("textbox", name="Text").fill(f"order{PLANTED} status")
     page.get_by_role("button", name="Read").click()
     page.locator(".readable .tok", has_text="that").click()
     expect(page.locator(".active h3")).to_contain_text("that")
@@ -366,8 +377,82 @@ def test_an_example_is_copied_and_read(visit: Visit) -> None:
     expect(example.get_by_role("button", name="copied")).to_be_visible()
     assert page.evaluate("navigator.clipboard.readText()") == text
     example.get_by_role("link", name="read").click()
-    expect(page.get_by_label("Text", exact=True)).to_have_value(text)
-    expect(page.locator(".active .entry").first).to_be_visible()
+    expect(page.locator("form [role=status]")).to_contain_text("of the index")
+    expect(page.locator(".readable .tok[aria-pressed=true]")).to_have_text(PLANTED)
+    expect(page.locator(".active .entry a", has_text=f"sae_delta / {PLANTED_LATENT}")).to_be_visible()
+
+
+def test_a_context_expands_to_its_conversation_and_back(visit: Visit, index: Path) -> None:
+    page = visit.go(LATENT)
+    example = page.locator(".contexts li").first
+    part = example.locator(".tok").count()
+    example.hover()
+    example.get_by_role("button", name="whole").click()
+    whole = example.get_by_role("region", name="The whole conversation")
+    expect(whole.locator(".peak")).to_have_text(PLANTED)
+    found = next(each for each in Index(index).latent("sae_delta", PLANTED_LATENT)["examples"] if each["kind"] == "top")
+    kept = Index(index).conversation(found["start"])
+    assert whole.locator(".tok").count() == len([token for token in kept["tokens"] if token]) > part
+    assert kept["tokens"][found["position"]] == PLANTED
+    example.get_by_role("button", name="part").click()
+    expect(example.locator(".tok")).to_have_count(part)
+
+
+def test_template_tokens_are_folded_until_asked_for(visit: Visit) -> None:
+    page = visit.go(f"#/try?given={quote(json.dumps(CHAT))}")
+    turns = page.locator(".turn .speaker")
+    expect(turns).to_have_text(["system", "user", "assistant", "tool", "assistant"])
+    expect(page.locator(".part")).to_have_text(["tool call"])
+    marker = page.locator(".readable .tok", has_text="<|im_start|>").first
+    expect(marker).to_be_hidden()
+    page.locator(".fold").first.click()
+    expect(marker).to_be_visible()
+    last = page.locator(".readable .tok", has_text="<|im_start|>").last
+    expect(last).to_be_hidden()
+    page.get_by_label("template tokens").check()
+    expect(last).to_be_visible()
+
+
+def test_a_conversation_is_built_turn_by_turn(visit: Visit) -> None:
+    page = visit.go("#/try")
+    page.get_by_label("Chat").check()
+    page.get_by_label("Content").fill(f"order{PLANTED} status")
+    page.get_by_role("button", name="Add a turn").click()
+    page.get_by_label("Content").nth(1).fill("done")
+    page.get_by_label("Role").nth(1).select_option("assistant")
+    page.get_by_text("Tools", exact=True).click()
+    page.get_by_label("JSON list of their schemas").fill(json.dumps(CHAT["tools"]))
+    page.get_by_role("button", name="Read").click()
+    expect(page.locator(".turn .speaker")).to_have_text(["system", "user", "assistant"])
+    page.get_by_label("JSON", exact=True).check()
+    written = json.loads(page.get_by_label("Conversation as JSON").input_value())
+    assert [turn["role"] for turn in written["messages"]] == ["user", "assistant"]
+    assert written["tools"] == CHAT["tools"]
+    page.locator(".active .entry a").first.click()
+    expect(page.locator("h1")).to_have_text("Try it")  # it opens beside the text
+    card = page.locator(".latent-card")
+    expect(card.locator("h2")).to_contain_text("sae_")
+    page.get_by_role("button", name="Close").click()
+    expect(card).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"messages": [', "cannot be read as JSON"),
+        ('{"turns": []}', 'A conversation is {"messages"'),
+        ('{"messages": [{"role": "nobody", "content": "x"}]}', "turn 1 has the role 'nobody'"),
+        ('{"messages": [{"role": "user", "content": ""}]}', "empty_message"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": [1]}', "tools is a list of objects"),
+    ],
+)
+def test_what_is_wrong_with_a_conversation_is_one_line(visit: Visit, text: str, said: str) -> None:
+    page = visit.go("#/try")
+    page.get_by_label("JSON", exact=True).check()
+    page.get_by_label("Conversation as JSON").fill(text)
+    page.get_by_role("button", name="Read").click()
+    expect(page.locator("form [role=status]")).to_contain_text(said)
+    visit.problems = [problem for problem in visit.problems if "400" not in problem]  # what the server refuses
 
 
 def test_html_in_tokens_labels_and_notes_stays_text(visit: Visit, index: Path) -> None:
@@ -578,6 +663,9 @@ def test_the_exported_site_shows_the_same_without_a_server(chromium: Browser, st
     expect(page.locator(".card h3")).to_have_text(["sae_delta", "sae_attn"])
     page = visit.go(LATENT)
     assert set(page.locator(".contexts .peak").all_inner_texts()) == {PLANTED}
+    page.locator(".contexts li").first.hover()
+    page.get_by_role("button", name="whole").first.click()
+    expect(page.get_by_role("region", name="The whole conversation").locator(".peak")).to_have_text(PLANTED)
     assert page.get_by_role("button", name="Steer").count() == 0
     page.get_by_role("button", name="Bookmark").click()
     page = visit.go("#/search?q=that")

@@ -15,6 +15,9 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
+from qwenscope.corpus.anything import Messages
+from qwenscope.corpus.chat import on_one_day
+from qwenscope.corpus.repair import Dropped, clean
 from qwenscope.errors import FormatError, ModelError, reason
 from qwenscope.features.steering import Steering, controls, steer_rows
 from qwenscope.lm.forward import site_rows
@@ -246,38 +249,61 @@ def _idle(lm: LanguageModel, prompt_ids: Sequence[int], written: Sequence[int], 
     return f"latent {steering.latent} is active on none of the {count} steered tokens, so nothing is taken away{at}"
 
 
-def prompt_tokens(lm: LanguageModel, prompt: str) -> list[int]:
-    """A prompt as the user's turn of the model's chat template, ready for the answer; plain text without template."""
-    return _turn(lm, prompt, answered=True)
+def prompt_tokens(lm: LanguageModel, prompt: str | Messages, tools: list[dict[str, Any]] | None = None) -> list[int]:
+    """A prompt by the model's chat template, ready for the answer; plain text without template.
 
-
-def answer_start(lm: LanguageModel, prompt: str) -> int:
-    """The position in `prompt_tokens` at which the assistant's turn begins; of plain text, its last token."""
-    asked, whole = _turn(lm, prompt, answered=False), prompt_tokens(lm, prompt)
-    return len(asked) if whole[: len(asked)] == asked and len(asked) < len(whole) else max(0, len(whole) - 1)
-
-
-def _turn(lm: LanguageModel, prompt: str, *, answered: bool) -> list[int]:
-    """The user's turn by the model's chat template, with or without the beginning of the answer to it.
+    A text is the user's turn. Messages may have every role; a last one of the assistant is written on.
 
     Raises:
-        FormatError: the prompt is no text, the template refuses it, or it has more tokens than the model positions.
+        FormatError: the prompt is no text, the template refuses it, there is none for messages, or it has more tokens
+            than the model positions.
     """
+    return _prompt(lm, prompt, tools)[0]
+
+
+def answer_start(lm: LanguageModel, prompt: str | Messages, tools: list[dict[str, Any]] | None = None) -> int:
+    """The position in `prompt_tokens` at which the assistant's turn begins; of plain text, its last token."""
+    return _prompt(lm, prompt, tools)[1]
+
+
+def _prompt(lm: LanguageModel, prompt: str | Messages, tools: list[dict[str, Any]] | None) -> tuple[list[int], int]:
+    """`prompt_tokens` and `answer_start`."""
     try:
-        prompt.encode()
+        if isinstance(prompt, str):
+            prompt.encode()
         if getattr(lm.tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": prompt}]
-            ids = list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=answered, return_dict=False))
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+            asked, ids = _turns(on_one_day(lm.tokenizer), *clean(messages, tools))
+        elif isinstance(prompt, str):
+            asked, ids = [], list(lm.tokenizer(prompt).input_ids)
         else:
-            ids = list(lm.tokenizer(prompt).input_ids)
+            raise FormatError(f"the tokenizer of {lm.name} has no chat template, which messages need; give a text")
     except UnicodeEncodeError:
         raise FormatError("the prompt holds bytes that are no UTF-8, or half a surrogate pair; take them out") from None
+    except Dropped as dropped:
+        raise FormatError(f"the messages cannot be rendered: {dropped}") from None
+    except FormatError:
+        raise
     except Exception as error:  # a template is a program, and may fail like one
         raise FormatError(f"the chat template of {lm.name} refuses the prompt: {reason(error)}") from error
     positions = config_number(lm.model.config.get_text_config(), "max_position_embeddings")
     if 0 < positions < len(ids):
         raise FormatError(f"the prompt has {len(ids):,} tokens, {lm.name} has {positions:,} positions; shorten it")
-    return ids
+    begins = ids[: len(asked)] == asked and 0 < len(asked) < len(ids)
+    return ids, len(asked) if begins else max(0, len(ids) - 1)
+
+
+def _turns(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> tuple[list[int], list[int]]:
+    """Token ids up to the answer, and with its beginning: the template's, and what of it is written already."""
+
+    def render(part: list[dict[str, Any]], **options: bool) -> list[int]:
+        return list(tokenizer.apply_chat_template(part, tools=tools, return_dict=False, **options)) if part else []
+
+    if messages[-1]["role"] == "assistant":
+        return render(messages[:-1]), render(messages, continue_final_message=True)
+    return render(messages), render(messages, add_generation_prompt=True)
 
 
 def _cache_of(output: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Legend: T tokens, K active latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ class Reading:
     """Role of each token of a conversation; None for plain text."""
     codes: dict[str, Codes]
     """{sae_id: codes [T, K]}. The first position is an attention sink in many models: its codes mean little."""
+    truncated: bool = False
+    """Whether tokens beyond the longest that was asked for are missing."""
 
 
 def read(
@@ -70,15 +72,33 @@ def read(
         ModelError: a site that the model does not have.
     """
     lm = as_language_model(model, tokenizer)
+    rendered = render_given(tokenizer, text_or_messages, tools, max_length)
+    roles = None if isinstance(text_or_messages, str) else [ROLES[role] for role in rendered.roles.tolist()]
+    ids: list[int] = rendered.token_ids.tolist()
+    return read_tokens(lm, ids, suite, sites=sites, roles=roles, truncated=rendered.truncated)
+
+
+def read_tokens(
+    lm: LanguageModel,
+    token_ids: Sequence[int],
+    suite: Mapping[str, SAE],
+    *,
+    sites: Mapping[str, Where] | None = None,
+    roles: list[str] | None = None,
+    truncated: bool = False,
+) -> Reading:
+    """As `read`, of tokens that are there already, such as an index's; `roles` and `truncated` are told of them.
+
+    Raises:
+        FormatError, ModelError: as `read`.
+    """
     at = sites_of_suite(suite) if sites is None else {sae_id: Site.of(site) for sae_id, site in sites.items()}
     check_widths(suite, at, lm)
-    rendered = render_given(tokenizer, text_or_messages, tools, max_length)
-    token_ids = rendered.token_ids.tolist()
-    roles = None if isinstance(text_or_messages, str) else [ROLES[role] for role in rendered.roles.tolist()]
+    token_ids = list(token_ids)
     rows = site_rows(lm, torch.tensor([token_ids]), sorted({at[sae_id] for sae_id in suite}))
     codes = {}
     with torch.no_grad():
         for sae_id, sae in suite.items():
             found = sae.encode(rows[at[sae_id]][0].to(sae.pre_bias.device))
             codes[sae_id] = Codes(found.values.cpu(), found.indices.cpu(), sae.dict_size)
-    return Reading(token_ids, readable(pieces_of(tokenizer, token_ids)), roles, codes)
+    return Reading(token_ids, readable(pieces_of(lm.tokenizer, token_ids)), roles, codes, truncated)

@@ -135,6 +135,31 @@ class Index:
             detail["explanation"].pop("samples", None)  # hundreds of tokens that no page shows
         return {"sae": sae_id, "latent": latent, **detail}
 
+    def conversation(self, start: int) -> dict[str, Any]:
+        """The whole conversation whose first token has the address `start`, as an example names it.
+
+        Returns:
+            {"start", "id", "source", "split", "ids", "tokens", "roles"}: ids, texts and role codes of its tokens.
+
+        Raises:
+            MissingLatentError: none begins there.
+        """
+        read = "SELECT id, source, split, tokens, roles FROM conversations WHERE start = ?"
+        with self._connect() as connection:
+            row = connection.execute(read, (start,)).fetchone()
+            if row is None:
+                raise MissingLatentError(f"no conversation of the index begins at {start}")
+            id, source, split, tokens, roles = row
+            ids = np.frombuffer(tokens, dtype="<i4").tolist()
+            pieces = self._read_pieces(connection, set(ids))
+        texts = readable([pieces[token] for token in ids])
+        names = {"start": start, "id": id, "source": source, "split": split}
+        return {**names, "ids": ids, "tokens": texts, "roles": list(roles)}
+
+    def conversation_starts(self) -> list[int]:
+        """The address of each conversation's first token."""
+        return [start for (start,) in self._all("SELECT start FROM conversations ORDER BY start")]
+
     def _names(self, connection: sqlite3.Connection, latents: Iterable[tuple[str, int]]) -> dict[str, dict[str, Any]]:
         """{"sae_id/latent": {"label", "peaks"}}."""
         keys = {key_of(self.ordinal(sae_id), latent): f"{sae_id}/{latent}" for sae_id, latent in latents}
@@ -249,6 +274,7 @@ class Index:
             "activations": activations,
             "peak": peak - low,
             "position": peak,
+            "start": start,
             "conversation": id,
             "source": source,
             "split": split,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from qwenscope.errors import FormatError
 from qwenscope.features.browser.notes import Notes, named
-from qwenscope.features.browser.server import page_files
+from qwenscope.features.browser.server import CONVERSATION_SHOWN, page_files
 from qwenscope.features.form import pack
 from qwenscope.features.store import Index
 from qwenscope.files import whole_folder
 
+CONVERSATIONS = 1 << 15
+"""Addresses whose conversations stand in one file, by where they begin: some 32,768 tokens."""
 SHARD = 16
 """Latents per data file: few enough to load at once, many enough to keep the number of files reasonable."""
 
@@ -42,8 +45,9 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
         (site / ".nojekyll").touch()
         data = site / "data"
         data.mkdir()
-        _write(data / "suite", {**opened.suite(), "live": False, "shard": SHARD})
+        _write(data / "suite", {**opened.suite(), "live": False, "shard": SHARD, "conversations": CONVERSATIONS})
         _write(data / "lists", lists_of(named(Notes(index).all(), opened)))
+        _write_conversations(data / "conversations", opened)
         for sae_id, sae in opened.saes.items():
             folder = data / sae_id
             folder.mkdir()
@@ -64,6 +68,17 @@ def lists_of(notes: list[dict[str, Any]]) -> dict[str, list[tuple[str, int, str,
         for name in kept["lists"]:
             lists.setdefault(name, []).append((kept["sae"], kept["latent"], kept["label"], kept["peaks"]))
     return {name: sorted(lists[name]) for name in sorted(lists)}
+
+
+def _write_conversations(folder: Path, index: Index) -> None:
+    """{address: conversation} of each range of addresses in which one begins."""
+    folder.mkdir()
+    for part, starts in groupby(index.conversation_starts(), lambda start: start // CONVERSATIONS):
+        kept = {start: index.conversation(start) for start in starts}
+        _write(
+            folder / str(part),
+            {start: {name: each[name] for name in CONVERSATION_SHOWN} for start, each in kept.items()},
+        )
 
 
 def _write(path: Path, value: Any) -> None:

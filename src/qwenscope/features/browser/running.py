@@ -9,28 +9,35 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from typing import Any
 
+from qwenscope.corpus.conversation import ROLES
 from qwenscope.errors import FormatError
+from qwenscope.features.browser.asked import (
+    Given,
+    check_push,
+    checked_length,
+    given_in,
+    is_int,
+    pushes_in,
+    sampling_in,
+    token_count,
+)
 from qwenscope.features.browser.model_thread import Job, ModelThread
 from qwenscope.features.browser.results import Result
-from qwenscope.features.continuation import Sampling, answer_start, prompt_tokens, side_by_side
+from qwenscope.features.continuation import answer_start, prompt_tokens, side_by_side
 from qwenscope.features.find import find
 from qwenscope.features.index import ORIGIN, open_origin
-from qwenscope.features.read import Reading, read
-from qwenscope.features.steering import Mode, Steering
+from qwenscope.features.read import Reading, read, read_tokens
+from qwenscope.features.steering import Steering
 from qwenscope.features.steering_range import KL_BOUND, text_range
 from qwenscope.features.store import Index
 from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target
 
-MAX_CHARACTERS = 8000
 MAX_TOKENS = 1024
-MAX_NEW_TOKENS = 200
-MAX_PUSHES = 8
 MAX_EXAMPLES = 40
 MAX_CONVERSATIONS = 100
-_WORDS = {"mode": get_args(Mode), "where": ("answer", "all", "prefill", "decode"), "unit": ("max", "norm")}
 
 
 class Runner:
@@ -48,23 +55,38 @@ class Runner:
         """Whether the index knows where its SAEs and language model are."""
         return (folder / ORIGIN).is_file()
 
-    def read(self, text: Any, chat: bool) -> Job:
-        """Tokens of a text (as a user's turn if `chat`) and each SAE's active latents, strongest first.
+    def read(self, asked: dict[str, Any]) -> Job:
+        """Tokens of a text or conversation and each SAE's active latents, strongest first.
+
+        Args:
+            asked: {"text"}, {"messages", "tools"}, or {"conversation": address of its first token in the index}; "chat"
+                makes the text a user's turn.
 
         Returns:
-            One piece, JSON: {"tokens", "roles", "saes": {sae_id: [[[latent, value], ...] per token]}}; the first
-            position reads nothing.
+            One piece, JSON: {"tokens", "roles", "truncated", "saes": {sae_id: [[[latent, value], ...] per token]}}; the
+            first position reads nothing. At most MAX_TOKENS tokens are read, which `truncated` tells.
 
         Raises:
-            FormatError: the text is empty or too long.
+            FormatError: nothing to read, or what `given_in` refuses.
             BusyError: too many wait.
         """
-        _check_length(text)
-        given: Any = [{"role": "user", "content": text}] if chat else text
+        start = asked.get("conversation")
+        if start is not None and not (is_int(start) and 0 <= start < 1 << 53):
+            raise FormatError("conversation is the address of its first token, a number")
+        given = given_in(asked, "text") if start is None else None
+        if given is not None and asked.get("chat") is True and isinstance(given.content, str):
+            given = Given([{"role": "user", "content": given.content}])
 
         def work() -> Iterator[str]:
             target, lm = self._open()
-            yield _reading_json(read(lm, lm.tokenizer, given, target.saes, sites=target.sites, max_length=MAX_TOKENS))
+            if given is not None:
+                where = {"sites": target.sites, "tools": given.tools, "max_length": MAX_TOKENS}
+                yield _reading_json(read(lm, lm.tokenizer, given.content, target.saes, **where))
+                return
+            kept = self._index.conversation(start)
+            ids, roles = kept["ids"][:MAX_TOKENS], [ROLES[role] for role in kept["roles"][:MAX_TOKENS]]
+            cut = len(ids) < len(kept["ids"])
+            yield _reading_json(read_tokens(lm, ids, target.saes, sites=target.sites, roles=roles, truncated=cut))
 
         return self._thread.submit(work)
 
@@ -85,7 +107,7 @@ class Runner:
         if not isinstance(texts, list) or not isinstance(but_not, list) or len(texts) + len(but_not) > MAX_EXAMPLES:
             raise FormatError(f"texts and but_not are lists, of at most {MAX_EXAMPLES} texts together")
         for text in [*texts, *but_not]:
-            _check_length(text)
+            checked_length(text)
         if not texts:
             raise FormatError("there is no text to find latents by")
 
@@ -137,27 +159,21 @@ class Runner:
         """Pieces, a line of JSON each, {"run", "text", "effect", "note"} of the steered run and its controls.
 
         Args:
-            asked: {"prompt", "tokens", "temperature", "top_p", "seed", "pushes": [{"sae", "latent", "strength", "mode",
-                "unit": "max" or "norm", "where"}]}; all pushes act together.
+            asked: {"prompt", or "messages" and "tools"; "tokens", "temperature", "top_p", "seed", "pushes": [{"sae",
+                "latent", "strength", "mode", "unit": "max" or "norm", "where"}]}; all pushes act together.
 
         Raises:
             FormatError: a value is missing, of the wrong type or out of range; names it.
             BusyError: too many wait.
         """
-        prompt, new_tokens, pushes = asked.get("prompt"), asked.get("tokens", 48), asked.get("pushes")
-        _check_length(prompt)
-        _check_tokens(new_tokens)
-        if not isinstance(pushes, list) or not 1 <= len(pushes) <= MAX_PUSHES:
-            raise FormatError(f"pushes is a list of 1 to {MAX_PUSHES} latents")
-        for push in pushes:
-            self._check_push(push)
-        sampling = _sampling(asked)
+        given, pushes = given_in(asked, "prompt"), pushes_in(asked, self._index)
+        new_tokens, sampling = token_count(asked, 48), sampling_in(asked)
 
         def work() -> Iterator[str]:
             alive = [self._index.alive(push["sae"]) for push in pushes]
             target, lm = self._open()
-            steerings = [self._steering(target, lm, push, str(prompt)) for push in pushes]
-            ids = prompt_tokens(lm, str(prompt))
+            steerings = [self._steering(target, lm, push, given) for push in pushes]
+            ids = prompt_tokens(lm, given.content, given.tools)
             pieces = side_by_side(lm, ids, steerings, alive=alive, max_new_tokens=new_tokens, sampling=sampling)
             for piece in pieces:
                 yield json.dumps(asdict(piece)) + "\n"
@@ -168,7 +184,8 @@ class Runner:
         """How strong one push may be, in shares of the stream's norm: see `steering_range`.
 
         Args:
-            asked: {"prompt", "tokens", "push": as in `steer`, whose strength and unit count for nothing}.
+            asked: {"prompt", or "messages" and "tools"; "tokens", "push": as in `steer`, whose strength and unit count
+                for nothing}.
 
         Returns:
             One piece, JSON: {"start", "weakest", "strongest", "kl_bound", "trials": [{"strength", "text", "surprise",
@@ -177,18 +194,17 @@ class Runner:
         Raises:
             FormatError, BusyError: as `steer`; the mode is ablate.
         """
-        prompt, new_tokens, given = asked.get("prompt"), asked.get("tokens", 32), asked.get("push")
-        _check_length(prompt)
-        _check_tokens(new_tokens)
-        push = {**given, "strength": 0, "unit": "norm"} if isinstance(given, dict) else {}
-        self._check_push(push)
+        given, new_tokens, asked_push = given_in(asked, "prompt"), token_count(asked, 32), asked.get("push")
+        push = {**asked_push, "strength": 0, "unit": "norm"} if isinstance(asked_push, dict) else {}
+        check_push(push, self._index)
         if push["mode"] == "ablate":
             raise FormatError("an ablation has no strength")
 
         def work() -> Iterator[str]:
             target, lm = self._open()
-            steering = self._steering(target, lm, push, str(prompt))
-            found = text_range(lm, prompt_tokens(lm, str(prompt)), steering, max_new_tokens=new_tokens)
+            steering = self._steering(target, lm, push, given)
+            ids = prompt_tokens(lm, given.content, given.tools)
+            found = text_range(lm, ids, steering, max_new_tokens=new_tokens)
             trials = [asdict(trial) for trial in (found.unsteered, *found.trials)]
             ends = {name: getattr(found, name) for name in ("start", "weakest", "strongest")}
             yield json.dumps({**ends, "kl_bound": KL_BOUND, "trials": trials})
@@ -204,20 +220,7 @@ class Runner:
             self._loaded = target, lm
         return self._loaded
 
-    def _check_push(self, push: Any) -> None:
-        if not isinstance(push, dict):
-            raise FormatError("a push is an object with sae, latent, strength, mode, unit and where")
-        sae_id, latent, strength = push.get("sae"), push.get("latent"), push.get("strength")
-        if not isinstance(sae_id, str) or not _is_int(latent):
-            raise FormatError(f"there is no latent {latent} of {sae_id}")
-        self._index.check(sae_id, latent)
-        if not isinstance(strength, int | float) or isinstance(strength, bool) or not abs(strength) <= 1000:
-            raise FormatError("strength is a number between -1000 and 1000")
-        for name, words in _WORDS.items():
-            if push.get(name) not in words:
-                raise FormatError(f"{name} is {', '.join(words[:-1])} or {words[-1]}, not {push.get(name)!r}")
-
-    def _steering(self, target: Target, lm: LanguageModel, push: dict[str, Any], prompt: str) -> Steering:
+    def _steering(self, target: Target, lm: LanguageModel, push: dict[str, Any], given: Given) -> Steering:
         sae_id, latent = push["sae"], push["latent"]
         answer = push["where"] == "answer"
         return Steering(
@@ -227,7 +230,7 @@ class Runner:
             latent=latent,
             mode=push["mode"],
             unit=self._index.latent(sae_id, latent)["max"] if push["unit"] == "max" else "norm",
-            where=slice(answer_start(lm, prompt), None) if answer else push["where"],
+            where=slice(answer_start(lm, given.content, given.tools), None) if answer else push["where"],
         )
 
 
@@ -239,27 +242,5 @@ def _reading_json(reading: Reading) -> str:
             pairs = sorted(((value, latent) for value, latent in zip(values_K, indices_K, strict=True)), reverse=True)
             rows.append([[latent, float(f"{value:.4g}")] for value, latent in pairs if value > 0])
         saes[sae_id] = rows
-    return json.dumps({"tokens": reading.tokens, "roles": reading.roles, "saes": saes}, separators=(",", ":"))
-
-
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_tokens(count: Any) -> None:
-    if not _is_int(count) or not 1 <= count <= MAX_NEW_TOKENS:
-        raise FormatError(f"tokens is a number between 1 and {MAX_NEW_TOKENS}")
-
-
-def _sampling(asked: dict[str, Any]) -> Sampling:
-    temperature, top_p, seed = asked.get("temperature", 0), asked.get("top_p", 1), asked.get("seed", 0)
-    if not all(isinstance(value, int | float) for value in (temperature, top_p)) or not _is_int(seed):
-        raise FormatError("temperature, top_p and seed are numbers, seed a whole one")
-    return Sampling(float(temperature), float(top_p), abs(seed) % (1 << 31))
-
-
-def _check_length(text: Any) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise FormatError("there is no text to run")
-    if len(text) > MAX_CHARACTERS:
-        raise FormatError(f"a text has at most {MAX_CHARACTERS:,} characters, not {len(text):,}")
+    names = {"tokens": reading.tokens, "roles": reading.roles, "truncated": reading.truncated}
+    return json.dumps({**names, "saes": saes}, separators=(",", ":"))

@@ -34,6 +34,7 @@ from qwenscope.features.browser.running import Runner
 from qwenscope.features.store import Index, MissingLatentError
 
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+CONVERSATION_SHOWN = ("start", "id", "source", "split", "tokens", "roles")
 SEARCH_LIMIT = 1000
 SWITCH_SECONDS = 0.0005
 """How long the model's thread keeps the interpreter when an answer needs it: each answer does several times."""
@@ -95,6 +96,7 @@ def make_app(index: Path | Index, results: Sequence[Result] = (), runner: Runner
                 Route("/api/sae/{sae}", routes.table),
                 Route("/api/labels/{sae}", routes.labels),
                 Route("/api/latent/{sae}/{latent}", routes.latent),
+                Route("/api/conversation/{start}", routes.conversation),
                 Route("/api/results", routes.results),
                 Route("/api/results/{name}", routes.result),
                 Route("/api/notes", routes.notes),
@@ -159,6 +161,10 @@ class _Routes:
     def latent(self, request: Request) -> Response:
         return _json(self._index.latent(request.path_params["sae"], _number(request)))
 
+    def conversation(self, request: Request) -> Response:
+        kept = self._index.conversation(_number(request, "start"))
+        return _json({name: kept[name] for name in CONVERSATION_SHOWN})
+
     def search(self, request: Request) -> Response:
         text = checked_text(request.query_params.get("q", ""))
         if len(text) > SEARCH_LIMIT:
@@ -193,8 +199,7 @@ class _Routes:
             return JSONResponse({"error": str(error), "note": error.note}, 409)
 
     async def read(self, request: Request) -> Response:
-        asked = await body_of(request)
-        job = self._runner.read(asked.get("text"), asked.get("chat") is True)
+        job = self._runner.read(await body_of(request))
         return Response(await _first(request, job), media_type="application/json")
 
     async def find(self, request: Request) -> Response:
@@ -259,11 +264,11 @@ async def _first(request: Request, job: Job) -> str:
         gone.cancel()
 
 
-def _number(request: Request) -> int:
-    """The latent of a route; one that is no number is none of the index."""
-    digits = request.path_params["latent"]
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
-        raise MissingLatentError(f"{request.path_params['sae']} has no latent {digits[:20]}")
+def _number(request: Request, name: str = "latent") -> int:
+    """A number of the route; what is none is not in the index."""
+    digits = request.path_params[name]
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 16):
+        raise MissingLatentError(f"the index has no {name} {digits[:20]}")
     return int(digits)
 
 

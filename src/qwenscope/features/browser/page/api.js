@@ -92,7 +92,15 @@ export async function search(query, sae) {
     .map((hit) => hit[1]);
 }
 
-export const read = (text, chat) => fetchJson("api/read", { ...sent({ text, chat }), signal: running.signal });
+// A whole conversation of the index, by the address of its first token.
+export async function conversation(start) {
+  if (LIVE) return once(`api/conversation/${start}`);
+  const { conversations } = await suite();
+  return (await once(`conversations/${Math.floor(start / conversations)}`))[start];
+}
+
+// {text}, {messages, tools} or {conversation: of the index}
+export const read = (given) => fetchJson("api/read", { ...sent(given), signal: running.signal });
 
 export const find = (body) => fetchJson("api/find", { ...sent(body), signal: running.signal });
 export const range = (body) => fetchJson("api/range", { ...sent(body), signal: running.signal });

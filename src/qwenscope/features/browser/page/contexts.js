@@ -1,30 +1,63 @@
 // Text with shaded tokens.
 
 import { h, link, visible, number, ROLE_NAMES } from "./dom.js";
-import { LIVE } from "./api.js";
+import { turns } from "./turns.js";
+import * as api from "./api.js";
 
 const shown = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
 
-// Tokens shaded by activation over `most`; the one at `peak` is underlined. role(i): name of a token's role, or nothing.
+// Tokens shaded by activation over `most`; the one at `peak` is underlined. roles: names of each token's role, or null.
 // The further tokens of a character have no text: they are one span with the first, and shade it.
-export function shaded(tokens, activations, peak, most, role) {
-  const starts = [...tokens.keys()].filter((i) => tokens[i] || !i);
-  return h(
-    "p",
-    { class: "text" },
-    starts.map((i, n) => {
-      const text = tokens[i];
-      const end = starts[n + 1] ?? tokens.length;
-      const value = Math.max(...activations.slice(i, end));
-      const properties = { class: `tok${i <= peak && peak < end && value > 0 ? " peak" : ""}` };
-      if (value > 0) properties.vars = { "--heat": Math.min(1, value / most).toFixed(3) };
-      properties.title = `${visible(text)}  ${number(value)}${role(i) ? `  (${role(i)})` : ""}`;
-      return [h("span", properties, shown(text)), text.includes("\n") ? h("wbr") : null];
-    }),
-  );
+export function shaded(tokens, activations, peak, most, roles) {
+  const node = (i) => {
+    if (!tokens[i] && i) return null;
+    let end = i + 1;
+    while (end < tokens.length && !tokens[end]) end += 1;
+    const value = Math.max(...activations.slice(i, end));
+    const properties = { class: `tok${i <= peak && peak < end && value > 0 ? " peak" : ""}` };
+    if (value > 0) properties.vars = { "--heat": Math.min(1, value / most).toFixed(3) };
+    const role = ROLE_NAMES[roles?.[i]];
+    properties.title = `${visible(tokens[i])}  ${number(value)}${role ? `  (${role})` : ""}`;
+    return [h("span", properties, shown(tokens[i])), tokens[i].includes("\n") ? h("wbr") : null];
+  };
+  return turns(roles, tokens.length, node, {
+    heat: (from, to) => Math.min(1, Math.max(0, ...activations.slice(from, to)) / most),
+    open: (from, to) => from <= peak && peak < to && activations[peak] > 0,
+  });
 }
 
-function actions(text) {
+// Puts the whole conversation in the place of its part, or the part back.
+function wholeButton(example, most, roles, part) {
+  let whole = null;
+  const button = h(
+    "button",
+    {
+      type: "button",
+      class: "plain",
+      "aria-expanded": "false",
+      title: "the whole conversation",
+      onclick: async () => {
+        const open = button.getAttribute("aria-expanded") === "true";
+        if (!whole) {
+          const found = await api.conversation(example.start);
+          const first = example.position - example.peak;
+          const activations = found.tokens.map((_, i) => example.activations[i - first] ?? 0);
+          const names = found.roles.map((role) => roles[role]);
+          const region = { class: "whole", role: "region", tabindex: "0", "aria-label": "The whole conversation" };
+          whole = h("div", region, shaded(found.tokens, activations, example.position, most, names));
+        }
+        (open ? whole : part).replaceWith(open ? part : whole);
+        button.setAttribute("aria-expanded", String(!open));
+        button.textContent = open ? "whole" : "part";
+        if (!open) whole.querySelector(".peak")?.scrollIntoView({ block: "nearest" });
+      },
+    },
+    "whole",
+  );
+  return button;
+}
+
+function copyButton(text) {
   const copy = h(
     "button",
     {
@@ -37,18 +70,14 @@ function actions(text) {
     },
     "copy",
   );
-  return h(
-    "span",
-    { class: "actions" },
-    navigator.clipboard ? copy : null,
-    LIVE ? h("a", { href: link.read(text), title: "which latents are active here?" }, "read") : null,
-  );
+  return navigator.clipboard ? copy : null;
 }
 
 // One example: its tokens, the strength at the peak, role and what to do with the text beside it.
 function context({ example, times }, most, roles) {
   const { tokens, activations, peak } = example;
-  const role = (i) => ROLE_NAMES[roles[example.roles[i]]];
+  const names = example.roles.map((role) => roles[role]);
+  const part = shaded(tokens, activations, peak, most, names);
   return h(
     "li",
     { class: "context" },
@@ -57,7 +86,7 @@ function context({ example, times }, most, roles) {
       { class: "strength num", title: "activation at the peak" },
       activations[peak] > 0 ? number(activations[peak]) : "0",
     ),
-    shaded(tokens, activations, peak, most, role),
+    part,
     h(
       "span",
       {
@@ -67,10 +96,16 @@ function context({ example, times }, most, roles) {
       h(
         "span",
         { class: "role" },
-        role(peak),
+        ROLE_NAMES[names[peak]],
         times > 1 ? h("small", { title: `${times} conversations have this text` }, ` ×${times}`) : null,
       ),
-      actions(tokens.join("")),
+      h(
+        "span",
+        { class: "actions" },
+        wholeButton(example, most, roles, part),
+        copyButton(tokens.join("")),
+        api.LIVE ? h("a", { href: link.readAt(example), title: "which latents are active here?" }, "read") : null,
+      ),
     ),
   );
 }

@@ -23,6 +23,7 @@ export const link = {
   latent: (sae, latent) => `#/sae/${encodeURIComponent(sae)}/${latent}`,
   compare: (latents) => `#/compare?${new URLSearchParams(latents.map((latent) => ["at", latent.join("/")]))}`,
   read: (text) => `#/try?text=${encodeURIComponent(text)}`,
+  readAt: ({ start, position }) => `#/try?conversation=${start}&token=${position}`,
   result: (name) => `#/results/${encodeURIComponent(name)}`,
   notes: (name) => `#/notes?list=${encodeURIComponent(name)}`,
   search: (q) => `#/search?q=${encodeURIComponent(q)}`,

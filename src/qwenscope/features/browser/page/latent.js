@@ -4,6 +4,7 @@ import { h, link, number, percent, kindBadge, stat, token, section } from "./dom
 import { activations, bars, logits } from "./charts.js";
 import { latentList, roleBars, splitBars, tokenList } from "./parts.js";
 import { contexts, shaded } from "./contexts.js";
+import { templateSwitch } from "./turns.js";
 import { steerBox } from "./steer.js";
 import { noteBox } from "./keeping.js";
 import { walkOf } from "./walk.js";
@@ -65,7 +66,7 @@ function examples(found, roles) {
   );
   if (!kinds.length) return h("p", { class: "faint" }, "This latent never fired on the indexed corpus.");
   choose(kinds[0][0]);
-  return [list, panel];
+  return [list, templateSwitch(panel), panel];
 }
 
 // The latent on a text of one's own.
@@ -78,10 +79,10 @@ function testBox(id, latent, found) {
     if (!text.value.trim()) return;
     said.textContent = "running the language model…";
     try {
-      const { tokens, saes } = await api.read(text.value, false);
+      const { tokens, saes } = await api.read({ text: text.value });
       const activations = saes[id].map((row) => row.find(([other]) => other === latent)?.[1] ?? 0);
       const most = Math.max(...activations);
-      out.replaceChildren(shaded(tokens, activations, activations.indexOf(most), found.max || most || 1, () => ""));
+      out.replaceChildren(shaded(tokens, activations, activations.indexOf(most), found.max || most || 1, null));
       said.replaceChildren(
         most
           ? `largest ${number(most)}, ${percent(most / (found.max || most))} of the largest in the index · `

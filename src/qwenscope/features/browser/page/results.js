@@ -248,7 +248,7 @@ function scoreBox({ name, threshold }) {
           each.map((value) => value - low),
           each.indexOf(most),
           most - low || 1,
-          () => "",
+          null,
         ),
       );
     } catch (error) {

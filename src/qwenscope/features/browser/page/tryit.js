@@ -1,6 +1,9 @@
-// Try it: run the language model on a text and see which latents are active on each token.
+// Try it: run the language model on a text or conversation and see which latents are active on each token.
 
 import { h, field, known, link, needsModel, number, percent, token, visible, section, ROLE_NAMES } from "./dom.js";
+import { givenBox } from "./conversation.js";
+import { latentCard } from "./card.js";
+import { templateSwitch, turns } from "./turns.js";
 import * as api from "./api.js";
 
 const SHOWN = 12;
@@ -41,18 +44,73 @@ function overText(rows) {
 
 const best = (active, order) => active.sort((a, b) => b[order] - a[order]).slice(0, SHOWN);
 
-// The tokens as buttons, and beside them what is active on one of them or on all.
+// The tokens as buttons in their turns; each shade(share of token i) colors them and the marks of folded ones.
+function tokenLine(reading, { onPick, onPoint, onLeave }) {
+  const buttons = reading.tokens.map((text, i) =>
+    h(
+      "button",
+      {
+        type: "button",
+        class: "tok",
+        "aria-pressed": "false",
+        "aria-label": `token ${i}: ${visible(text)}`,
+        onclick: () => onPick(i),
+        onmouseenter: () => onPoint(i),
+        onfocus: () => onPoint(i),
+      },
+      text === "" ? "∅" : text.replaceAll("\n", "↵"),
+    ),
+  );
+  const line = turns(reading.roles, reading.tokens.length, (i) => buttons[i]);
+  line.classList.add("readable");
+  line.setAttribute("role", "group");
+  line.setAttribute("aria-label", "Tokens");
+  line.addEventListener("mouseleave", onLeave);
+  const folds = line.querySelectorAll(".fold");
+  const shade = (share) => {
+    const shares = reading.tokens.map((_, i) => share(i));
+    shares.forEach((value, i) => buttons[i].style.setProperty("--heat", String(value)));
+    for (const { style, dataset } of folds)
+      style.setProperty("--heat", String(Math.max(...shares.slice(Number(dataset.from), Number(dataset.to)))));
+  };
+  return {
+    line,
+    shade,
+    press: (i) => buttons.forEach((button, j) => button.setAttribute("aria-pressed", String(j === i))),
+  };
+}
+
+// The tokens, and beside them what is active on one of them or on all; a latent that is picked opens there, too.
 function view(reading, tables, leastDensity, order, chosen, onPick) {
   const columnsOf = Object.fromEntries(tables);
   const rows = activeRows(reading, tables, leastDensity);
   const detail = h("div", { class: "active" });
-  const line = h("p", { class: "text readable", role: "group", "aria-label": "Tokens" });
+  const opened = h("div");
+  const most = order === "lift" ? "lift" : "share";
   let at = null;
 
-  const heat = (share) => rows.forEach((row, i) => line.children[i].style.setProperty("--heat", String(share(row))));
-  const shade = ({ id, latent }) =>
-    heat((row) => row.find((other) => other.id === id && other.latent === latent)?.share ?? 0);
-  const most = order === "lift" ? "lift" : "share";
+  const { line, shade, press } = tokenLine(reading, {
+    onPick: (i) => pick(at === i ? null : i),
+    onPoint: (i) => at === null && show(i),
+    onLeave: () => at === null && show(null),
+  });
+  const shareOf =
+    ({ id, latent }) =>
+    (i) =>
+      rows[i].find((other) => other.id === id && other.latent === latent)?.share ?? 0;
+
+  async function open(event, { id, latent }) {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return; // a tab of its own, as links do
+    event.preventDefault();
+    const close = h("button", { type: "button", class: "quiet", onclick: () => opened.replaceChildren() }, "Close");
+    try {
+      opened.replaceChildren(h("section", null, await latentCard(id, latent), close));
+      shade(shareOf({ id, latent }));
+      opened.scrollIntoView({ block: "nearest" });
+    } catch (error) {
+      opened.replaceChildren(h("p", { class: "faint" }, error.message));
+    }
+  }
 
   function list(active, text) {
     const longest = Math.max(1, ...active.map((one) => one.lift));
@@ -70,12 +128,12 @@ function view(reading, tables, leastDensity, order, chosen, onPick) {
             {
               class: "entry",
               vars: { "--share": String(bar) },
-              onmouseenter: () => shade(one),
-              onfocusin: () => shade(one),
+              onmouseenter: () => shade(shareOf(one)),
+              onfocusin: () => shade(shareOf(one)),
             },
             h(
               "a",
-              { href: link.latent(one.id, one.latent) },
+              { href: link.latent(one.id, one.latent), onclick: (event) => open(event, one) },
               tables.length > 1 ? `${one.id} / ${one.latent}` : String(one.latent),
             ),
             known({ label: label[one.latent], peaks: peaks[one.latent] ?? [] }),
@@ -93,7 +151,7 @@ function view(reading, tables, leastDensity, order, chosen, onPick) {
         h("p", { class: "faint" }, ORDERS[order]),
         list(overText(rows), (one) => percent(one.share)),
       );
-      heat((row) => 0.8 * Math.max(0, ...row.map((one) => one.share)));
+      shade((j) => 0.8 * Math.max(0, ...rows[j].map((one) => one.share)));
       return;
     }
     const role = reading.roles ? ` · ${ROLE_NAMES[reading.roles[i]]}` : "";
@@ -109,36 +167,36 @@ function view(reading, tables, leastDensity, order, chosen, onPick) {
 
   function pick(i) {
     at = i;
-    [...line.children].forEach((button, j) => button.setAttribute("aria-pressed", String(j === i)));
+    press(i);
     onPick(i);
     show(i);
+    line.querySelector("[aria-pressed='true']")?.closest(".template")?.classList.add("open");
   }
 
-  line.append(
-    ...reading.tokens.map((text, i) =>
-      h(
-        "button",
-        {
-          type: "button",
-          class: "tok",
-          "aria-pressed": "false",
-          "aria-label": `token ${i}: ${visible(text)}`,
-          onclick: () => pick(at === i ? null : i),
-          onmouseenter: () => at === null && show(i),
-        },
-        text === "" ? "⋯" : text.replaceAll("\n", "↵"),
-      ),
-    ),
-  );
-  line.addEventListener("mouseleave", () => at === null && show(null));
   pick(chosen !== null && chosen < reading.tokens.length ? chosen : null);
+  const text = h("div", null, reading.roles?.includes("template") ? templateSwitch(line) : null, line);
   return h(
     "div",
     { class: "columns" },
-    h("div", { class: "column" }, section("Tokens", "point at one, or pick it", line)),
-    h("aside", { class: "column", "aria-label": "Active latents" }, h("section", null, detail)),
+    h("div", { class: "column" }, section("Tokens", "point at one, or pick it", text)),
+    h("aside", { class: "column", "aria-label": "Active latents" }, opened, h("section", null, detail)),
   );
 }
+
+// What the address says is to be read: {text}, {messages, tools} or {conversation}.
+function givenBy(query) {
+  if (query.has("conversation")) return { conversation: Number(query.get("conversation")) };
+  const text = query.get("text") ?? "";
+  if (query.get("chat") === "1") return { messages: [{ role: "user", content: text }] };
+  try {
+    return query.has("given") ? JSON.parse(query.get("given")) : { text };
+  } catch {
+    return { text: query.get("given") };
+  }
+}
+
+const addressOf = (given) =>
+  given.messages ? { given: JSON.stringify(given) } : given.conversation === undefined ? given : { ...given };
 
 export async function render(query) {
   const { saes, live, meta } = await api.suite();
@@ -146,28 +204,27 @@ export async function render(query) {
     "header",
     { class: "title" },
     h("h1", null, "Try it"),
-    h("p", { class: "lead" }, "Which latents are active on your text?"),
+    h("p", { class: "lead" }, "Which latents are active on your text or conversation?"),
   );
   if (!live) return { title: "Try it", node: h("div", { class: "page" }, title, needsModel()) };
   const ids = Object.keys(saes);
-  const area = h("textarea", { id: "text", rows: "4", maxlength: "8000", placeholder: "Any text" });
-  area.value = query.get("text") ?? "";
-  const chat = h("input", { type: "checkbox", id: "chat", checked: query.get("chat") === "1" });
+  let given = givenBy(query);
+  let kept = given.conversation === undefined ? null : given; // of the index, until something else is read
+  const box = givenBox(kept ? { text: "" } : given);
   const options = (names, selected) =>
     names.map((name) => h("option", { value: name, selected: name === selected }, name));
-  const choose = h("select", { id: "sae" }, options([...ids, ALL], query.get("sae") ?? ids[0]));
+  const choose = h("select", { id: "sae" }, options([ALL, ...ids], query.get("sae") ?? ALL));
   const order = h("select", { id: "order" }, options(Object.keys(ORDERS), query.get("by")));
   const said = h("p", { class: "faint", role: "status" });
   const out = h("div");
   const go = h("button", { type: "submit" }, "Read");
   let reading = null;
-  let at = null;
+  let at = query.has("token") ? Number(query.get("token")) : null;
 
   async function show() {
     if (!reading) return;
-    const kept = new URLSearchParams({ text: area.value, sae: choose.value, by: order.value });
-    if (chat.checked) kept.set("chat", "1");
-    history.replaceState(null, "", `#/try?${kept}`);
+    const address = new URLSearchParams({ ...addressOf(given), sae: choose.value, by: order.value });
+    history.replaceState(null, "", `#/try?${address}`);
     const wanted = choose.value === ALL ? ids : [choose.value];
     const tables = await Promise.all(wanted.map(async (id) => [id, await api.table(id)]));
     const keep = (i) => {
@@ -178,13 +235,18 @@ export async function render(query) {
 
   async function run(event) {
     event?.preventDefault();
-    if (!area.value.trim()) return;
     go.disabled = true;
-    said.textContent = "running the language model…";
     try {
-      reading = await api.read(area.value, chat.checked);
-      at = null;
-      said.textContent = `${reading.tokens.length} tokens`;
+      if (!kept && box.empty()) return;
+      given = kept ?? box.value();
+      said.textContent = "running the language model…";
+      reading = await api.read(given);
+      if (event) at = null;
+      const count = `${number(reading.tokens.length)} tokens`;
+      said.textContent =
+        (kept ? `conversation ${kept.conversation} of the index, ` : "") +
+        (reading.truncated ? `the first ${count}; the rest is cut off` : count);
+      kept = null;
       await show();
     } catch (error) {
       said.textContent = api.reason(error);
@@ -195,24 +257,15 @@ export async function render(query) {
 
   choose.addEventListener("change", show);
   order.addEventListener("change", show);
-  area.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.metaKey || event.ctrlKey)) run();
+  box.node.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.metaKey || event.ctrlKey)) run(event);
   });
-  if (area.value) run();
+  run();
   const asked = h(
     "form",
     { onsubmit: run },
-    h("label", { class: "hidden", for: "text" }, "Text"),
-    area,
-    h(
-      "div",
-      { class: "fields" },
-      field("SAE", choose),
-      field("Order by", order),
-      h("label", { class: "check" }, chat, " as a user's message"),
-      go,
-      said,
-    ),
+    box.node,
+    h("div", { class: "fields" }, field("SAE", choose), field("Order by", order), go, said),
   );
   return { title: "Try it", node: h("div", { class: "page" }, title, asked, out) };
 }
