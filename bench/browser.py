@@ -37,7 +37,7 @@ from served import Served, serve_apart
 PAUSE = 0.02
 REQUESTS = 40
 """Of each client in a round."""
-READ = ("POST", "/api/read", {"text": "order status", "chat": False})
+READ = ("POST", "/api/read", {"text": "order status"})
 PATIENCE = 25.0
 """Seconds that the clients of `crowd` wait."""
 

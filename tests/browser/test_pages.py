@@ -20,6 +20,9 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from visiting import Visit, serving
 
+from qwenscope.features.continuation import answer_start, generate, prompt_tokens
+from qwenscope.features.index import open_origin
+from qwenscope.features.steering import Steering
 from qwenscope.features.store import Index, explaining
 
 LATENT = f"#/sae/sae_delta/{PLANTED_LATENT}"
@@ -355,6 +358,25 @@ def test_several_latents_steer_together_from_a_link(visit: Visit) -> None:
     expect(page.get_by_label("at", exact=True)).to_have_value("prefill")
     expect(page.get_by_label("Mode").nth(1)).to_have_value("ablate")
     expect(page.get_by_label("Strength").first).to_have_value("-1.5")
+
+
+def test_a_conversation_with_tools_is_written_on(visit: Visit, index: Path) -> None:
+    push = f"push=sae_delta:{PLANTED_LATENT}:add:2&tokens=4"
+    page = visit.go(f"#/steer?{push}&given={quote(json.dumps({**CHAT, 'messages': CHAT['messages'][:4]}))}")
+    expect(page.get_by_label("Content")).to_have_count(4)
+    page.get_by_role("button", name="Steer").click()
+    expect(page.locator(".run h3")).to_contain_text(RUNS)
+    expect(page.get_by_role("button", name="Steer")).to_be_enabled()
+    address = page.url
+    target = open_origin(index)
+    lm = target.language_model()
+    messages = [dict(turn) for turn in CHAT["messages"][:4]]
+    ids = prompt_tokens(lm, messages, CHAT["tools"])
+    where = slice(answer_start(lm, messages, CHAT["tools"]), None)
+    along = Steering(1, 2.0, target.saes["sae_delta"], PLANTED_LATENT, where=where)
+    assert page.locator(".run.first .written").text_content() == "".join(generate(lm, ids, [along], 4))
+    page = visit.go(address[address.index("#") :])
+    expect(page.get_by_label("Role").nth(3)).to_have_value("tool")
 
 
 def test_a_latent_is_tested_on_ones_own_text(visit: Visit) -> None:

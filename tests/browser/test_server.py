@@ -184,7 +184,7 @@ def test_steering_names_what_is_wrong(client: TestClient, change: dict[str, Any]
 
 
 def test_reading_and_steering_answer(client: TestClient) -> None:
-    read = client.post("/api/read", json={"text": f"order{PLANTED} status", "chat": False}).json()
+    read = client.post("/api/read", json={"text": f"order{PLANTED} status"}).json()
     assert read["saes"]["sae_delta"][0] == []
     at = read["tokens"].index(PLANTED)
     assert PLANTED_LATENT in [latent for latent, _ in read["saes"]["sae_delta"][at]]
@@ -344,8 +344,8 @@ def test_text_that_is_none_is_refused_at_the_edge(client: TestClient, text: str)
         ("POST", "/api/read", f'{{"text": "{text}"}}'),
         ("POST", "/api/steer", f'{{"prompt": "{text}", "pushes": [{push}]}}'),
         ("POST", "/api/steer", f'{{"prompt": "a", "{text}": 1, "pushes": [{push}]}}'),
-        ("POST", "/api/read", '{"text": "a", "chat": NaN}'),
-        ("POST", "/api/read", '{"text": "a", "chat": 1e999}'),
+        ("POST", "/api/read", '{"text": "a", "seed": NaN}'),
+        ("POST", "/api/read", '{"text": "a", "seed": 1e999}'),
     ):
         response = client.request(method, path, content=body.encode(), headers=JSON)
         assert response.status_code == 400

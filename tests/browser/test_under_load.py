@@ -23,7 +23,7 @@ from visiting import serving
 from qwenscope.features.browser import edge, listening
 
 PUSH = {"sae": "sae_delta", "latent": PLANTED_LATENT, "strength": 1.0, "mode": "add", "unit": "max", "where": "all"}
-READ = ("POST", "/api/read", {"text": "order status", "chat": False})
+READ = ("POST", "/api/read", {"text": "order status"})
 PAGES: list[tuple[str, str, Any]] = [
     ("GET", path, None) for path in ("/", "/page/app.js", "/api/suite", "/api/latent/sae_delta/3", "/api/search?q=that")
 ]

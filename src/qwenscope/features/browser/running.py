@@ -59,8 +59,7 @@ class Runner:
         """Tokens of a text or conversation and each SAE's active latents, strongest first.
 
         Args:
-            asked: {"text"}, {"messages", "tools"}, or {"conversation": address of its first token in the index}; "chat"
-                makes the text a user's turn.
+            asked: {"text"}, {"messages", "tools"}, or {"conversation": address of its first token in the index}.
 
         Returns:
             One piece, JSON: {"tokens", "roles", "truncated", "saes": {sae_id: [[[latent, value], ...] per token]}}; the
@@ -71,22 +70,23 @@ class Runner:
             BusyError: too many wait.
         """
         start = asked.get("conversation")
-        if start is not None and not (is_int(start) and 0 <= start < 1 << 53):
+        if start is None:
+            given = given_in(asked, "text")
+        elif not is_int(start) or not 0 <= start < 1 << 53:
             raise FormatError("conversation is the address of its first token, a number")
-        given = given_in(asked, "text") if start is None else None
-        if given is not None and asked.get("chat") is True and isinstance(given.content, str):
-            given = Given([{"role": "user", "content": given.content}])
 
         def work() -> Iterator[str]:
             target, lm = self._open()
-            if given is not None:
-                where = {"sites": target.sites, "tools": given.tools, "max_length": MAX_TOKENS}
-                yield _reading_json(read(lm, lm.tokenizer, given.content, target.saes, **where))
-                return
-            kept = self._index.conversation(start)
-            ids, roles = kept["ids"][:MAX_TOKENS], [ROLES[role] for role in kept["roles"][:MAX_TOKENS]]
-            cut = len(ids) < len(kept["ids"])
-            yield _reading_json(read_tokens(lm, ids, target.saes, sites=target.sites, roles=roles, truncated=cut))
+            saes, sites = target.saes, target.sites
+            if start is None:
+                content, tools = given.content, given.tools
+                reading = read(lm, lm.tokenizer, content, saes, sites=sites, tools=tools, max_length=MAX_TOKENS)
+            else:
+                kept = self._index.conversation(start)
+                ids, roles = kept["ids"][:MAX_TOKENS], [ROLES[role] for role in kept["roles"][:MAX_TOKENS]]
+                cut = len(ids) < len(kept["ids"])
+                reading = read_tokens(lm, ids, saes, sites=sites, roles=roles, truncated=cut)
+            yield _reading_json(reading)
 
         return self._thread.submit(work)
 

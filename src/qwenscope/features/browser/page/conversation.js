@@ -121,6 +121,18 @@ function areaBox(name, text, properties, valueOf) {
   return { node: field(name, area), value: () => valueOf(area.value) };
 }
 
+// What an address says is given: a conversation as JSON under `given`, or a text.
+export function addressed(given, text) {
+  try {
+    return given ? conversationIn(given) : { text };
+  } catch {
+    return { text: given };
+  }
+}
+
+// [name, value] in the address.
+export const addressOf = (value, text) => (value.messages ? ["given", JSON.stringify(value)] : [text, value.text]);
+
 let boxes = 0;
 
 // given: {text} or {messages, tools}; name: what the text is called. value() is the same, and raises one line of what is

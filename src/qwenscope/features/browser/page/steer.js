@@ -1,8 +1,9 @@
 // Steering: one or several latents at once, the steered continuation and its controls side by side as they are written;
 // how strong a push may be, measured.
 
-import { h, field, needsModel, number, percent } from "./dom.js";
-import { histogram } from "./charts.js";
+import { h, field, needsModel, number } from "./dom.js";
+import { addressed, addressOf, givenBox } from "./conversation.js";
+import { rangeBox } from "./range.js";
 import * as api from "./api.js";
 
 const MODES = [
@@ -74,87 +75,17 @@ function pushRow(saes, { sae, latent, mode, strength }, onRemove) {
   };
 }
 
-// What each strength does: bars to pick from, a slider over the same stops, and the text at the one that is picked.
-function rangeBox(found, onPick) {
-  const trials = found.trials;
-  const charts = h("div", { class: "charts" });
-  const said = h("p", { role: "status" });
-  const text = h("p", { class: "written" });
-  const slider = h("input", {
-    type: "range",
-    min: "0",
-    max: String(trials.length - 1),
-    step: "1",
-    oninput: () => pick(Number(slider.value)),
-  });
-  const broken = trials.findIndex((trial) => !trial.is_text);
-  const axis = [0, 0.25, 0.5, 0.75, 1].map((place) => [
-    place,
-    number(trials[Math.min(trials.length - 1, Math.round(place * (trials.length - 1)))].strength),
-  ]);
-  const sayOf = (trial) =>
-    `strength ${number(trial.strength)}: KL ${number(trial.kl)} nats a token, ` +
-    `${percent(1 - trial.distinct)} of token pairs repeated` +
-    (trial.is_text ? (trial.strength && !trial.changed ? ", the text is unchanged" : "") : ", the text is broken");
-
-  function pick(at) {
-    const trial = trials[at];
-    slider.value = String(at);
-    slider.setAttribute("aria-valuetext", sayOf(trial));
-    said.replaceChildren(sayOf(trial));
-    text.replaceChildren(trial.text);
-    const options = { axis, height: 64, onPick: pick, picked: (i) => i === at, label: (i) => sayOf(trials[i]) };
-    const most = Math.max(3 * found.kl_bound, 1e-9); // broken text diverges without end
-    charts.replaceChildren(
-      h(
-        "div",
-        null,
-        h("h3", null, "KL, nats a token"),
-        histogram(
-          trials.map((trial) => Math.min(most, trial.kl)),
-          { ...options, title: "KL by strength" },
-        ),
-      ),
-      h(
-        "div",
-        null,
-        h("h3", null, "Repeated token pairs"),
-        histogram(
-          trials.map((trial) => 1 - trial.distinct),
-          { ...options, title: "Repeated token pairs by strength" },
-        ),
-      ),
-    );
-    onPick(trial.strength);
-  }
-
-  const start = trials.findIndex((trial) => trial.strength === (found.start ?? found.strongest ?? 0));
-  pick(Math.max(0, start));
-  return h(
-    "div",
-    { class: "range" },
-    field("Strength, in shares of the residual norm", slider),
-    h(
-      "p",
-      { class: "faint" },
-      found.start === null
-        ? `No strength changes the text and keeps the KL within ${number(found.kl_bound)} nats a token.`
-        : trials[start].is_text
-          ? `Starts at the largest strength with text whose KL is within ${number(found.kl_bound)} nats a token.`
-          : "Starts at the least strength that changes the text, which goes in circles there.",
-      broken < 0 ? " The text holds at all of them." : ` The text breaks at ${number(trials[broken].strength)}.`,
-    ),
-    charts,
-    said,
-    text,
-  );
-}
+// As a request names it.
+const askedOf = (value) => (value.messages ? value : { prompt: value.text });
 
 // The whole form. pushes: [{sae, latent, mode, strength}]; an empty strength is measured first. The link to it is kept in
 // the address if `own`.
 export function steerBox(saes, pushes, { own = false, ...given } = {}) {
-  const text = h("textarea", { rows: "2", maxlength: "8000" });
-  text.value = given.prompt ?? PROMPT;
+  const prompt = givenBox(addressed(given.given, given.prompt ?? PROMPT), {
+    name: "Prompt",
+    rows: "2",
+    placeholder: PROMPT,
+  });
   const units = select(UNITS, given.unit ?? "norm");
   const places = select(WHERE, given.where ?? "answer");
   const drawing = DRAWING.map(([name, title, properties]) => {
@@ -203,7 +134,7 @@ export function steerBox(saes, pushes, { own = false, ...given } = {}) {
       ["unit", units.value],
       ["where", places.value],
       ...drawing.filter(([, input, , usual]) => input.value !== usual).map(([name, input]) => [name, input.value]),
-      ["prompt", text.value],
+      addressOf(prompt.value(), "prompt"),
       ["run", "1"],
     ])
       query.append(name, value);
@@ -228,7 +159,7 @@ export function steerBox(saes, pushes, { own = false, ...given } = {}) {
   async function measure() {
     const row = rows[0];
     units.value = "norm";
-    const found = await api.range({ prompt: text.value, push: pushOf(row) });
+    const found = await api.range({ ...askedOf(prompt.value()), push: pushOf(row) });
     ranges.replaceChildren(rangeBox(found, (strength) => row.set(number(strength))));
   }
 
@@ -240,7 +171,7 @@ export function steerBox(saes, pushes, { own = false, ...given } = {}) {
         await measure();
       }
     const asked = {
-      prompt: text.value,
+      ...askedOf(prompt.value()),
       pushes: rows.map(pushOf),
       ...Object.fromEntries(drawing.map(([name, input]) => [name, Number(input.value)])),
     };
@@ -268,7 +199,7 @@ export function steerBox(saes, pushes, { own = false, ...given } = {}) {
         busy(run);
       },
     },
-    field("Prompt", text),
+    prompt.node,
     list,
     h(
       "div",
@@ -335,7 +266,7 @@ export async function render(query) {
     .filter((found) => found && saes[found[1]])
     .map(([, sae, latent, mode, strength]) => ({ sae, latent, mode, strength }));
   const first = { sae: Object.keys(saes)[0], latent: "0", mode: "add", strength: "" };
-  const names = ["prompt", "unit", "where", "run", ...DRAWING.map(([name]) => name)];
+  const names = ["prompt", "given", "unit", "where", "run", ...DRAWING.map(([name]) => name)];
   const options = Object.fromEntries(names.filter((name) => query.has(name)).map((name) => [name, query.get(name)]));
   return {
     title: "Steer",

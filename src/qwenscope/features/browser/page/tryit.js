@@ -1,7 +1,7 @@
 // Try it: run the language model on a text or conversation and see which latents are active on each token.
 
 import { h, field, known, link, needsModel, number, percent, token, visible, section, ROLE_NAMES } from "./dom.js";
-import { givenBox } from "./conversation.js";
+import { addressed, addressOf, givenBox } from "./conversation.js";
 import { latentCard } from "./card.js";
 import { templateSwitch, turns } from "./turns.js";
 import * as api from "./api.js";
@@ -186,17 +186,8 @@ function view(reading, tables, leastDensity, order, chosen, onPick) {
 // What the address says is to be read: {text}, {messages, tools} or {conversation}.
 function givenBy(query) {
   if (query.has("conversation")) return { conversation: Number(query.get("conversation")) };
-  const text = query.get("text") ?? "";
-  if (query.get("chat") === "1") return { messages: [{ role: "user", content: text }] };
-  try {
-    return query.has("given") ? JSON.parse(query.get("given")) : { text };
-  } catch {
-    return { text: query.get("given") };
-  }
+  return addressed(query.get("given"), query.get("text") ?? "");
 }
-
-const addressOf = (given) =>
-  given.messages ? { given: JSON.stringify(given) } : given.conversation === undefined ? given : { ...given };
 
 export async function render(query) {
   const { saes, live, meta } = await api.suite();
@@ -223,7 +214,8 @@ export async function render(query) {
 
   async function show() {
     if (!reading) return;
-    const address = new URLSearchParams({ ...addressOf(given), sae: choose.value, by: order.value });
+    const [name, value] = given.conversation === undefined ? addressOf(given, "text") : Object.entries(given)[0];
+    const address = new URLSearchParams({ [name]: value, sae: choose.value, by: order.value });
     history.replaceState(null, "", `#/try?${address}`);
     const wanted = choose.value === ALL ? ids : [choose.value];
     const tables = await Promise.all(wanted.map(async (id) => [id, await api.table(id)]));
