@@ -56,11 +56,15 @@ def browse(
         list[Path],
         typer.Option(metavar="PATH", help="Contrast, diff, monitor, its test or scenarios to show; repeat it."),
     ] = [],  # noqa: B006 - typer copies it
+    embed_in: Annotated[
+        list[str],
+        typer.Option(metavar="ORIGIN", help="Whose pages may frame one latent (/embed#/SAE/LATENT); repeat it."),
+    ] = [],  # noqa: B006
 ) -> None:
     """Look at features in the web browser, offline; or write the same as a static site."""
     if export_ is not None:
-        if results:
-            raise FormatError("--results are for this machine and are not exported; leave out --results or --export")
+        if results or embed_in:
+            raise FormatError("--results and --embed-in are for this machine's server; leave out them or --export")
         from qwenscope.features.browser.export import export_site
 
         with phases(err) as on_progress:
@@ -83,7 +87,7 @@ def browse(
             webbrowser.open(address)
 
     try:
-        serve(opened, port, results=shown, on_ready=ready)
+        serve(opened, port, results=shown, framing=embed_in, on_ready=ready)
     except KeyboardInterrupt:
         os._exit(130)  # at once: the interpreter's own end takes seconds among so many modules, or waits for a model
 

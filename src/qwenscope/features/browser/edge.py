@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,15 +17,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwenscope.errors import FormatError
 
+_ORIGIN = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::\d{1,5})?")
 HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 BODY_LIMIT = 64 << 10
 BODY_SECONDS = 10.0
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors "
 )
+EMBED = "/embed"
+"""The one page that other origins may frame, where the server was started with their names."""
 HEADERS = {
-    "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -35,36 +39,54 @@ HEADERS = {
 class Guard:
     """Checks Host, Origin and Content-Type of every request and adds the headers to every response."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, framing: Sequence[str] = ()) -> None:
+        """`framing`: origins whose pages may frame EMBED; see `checked_origin`."""
         self._app = app
+        self._framing = [checked_origin(origin) for origin in framing]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
+        framing = self._framing if scope["path"] == EMBED else []
+        policy = POLICY + (" ".join(framing) or "'none'")
+
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                MutableHeaders(scope=message).update({**HEADERS, "Content-Security-Policy": policy})
             await send(message)
 
-        problem = _problem(scope["method"], scope["path"], Headers(scope=scope))
+        problem = _problem(scope["method"], scope["path"], Headers(scope=scope), bool(framing))
         if problem is not None:
             await JSONResponse({"error": problem}, 403)(scope, receive, send_guarded)
         else:
             await self._app(scope, receive, send_guarded)
 
 
-def _problem(method: str, path: str, headers: Headers) -> str | None:
+def checked_origin(origin: str) -> str:
+    """`origin` itself, such as https://lab.example or http://localhost:8000.
+
+    Raises:
+        FormatError: it is no origin; a path, a wildcard or a second word would allow more than it says.
+    """
+    if not _ORIGIN.fullmatch(origin):
+        raise FormatError(f"{origin} is no origin; give scheme and host alone, such as https://lab.example")
+    return origin
+
+
+def _problem(method: str, path: str, headers: Headers, framed: bool) -> str | None:
     """Why a request is refused; None if it is not."""
     hosts = headers.getlist("host")
     if len(hosts) != 1 or _host_name(f"http://{hosts[0]}") not in HOSTS:
         return "this server answers under 127.0.0.1 and localhost only"
     reading = method in ("GET", "HEAD")
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        # Whoever follows a link from elsewhere sees the page; the page they came from sees nothing of it.
-        followed = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") in (None, "document")
-        if not (reading and followed and path == "/"):
+        # Whoever follows a link from elsewhere sees the page; the page they came from sees nothing of it. Which page
+        # frames another is for the policy to say: a request does not name it.
+        to = headers.get("sec-fetch-dest")
+        followed = (path == "/" and to in (None, "document")) or (framed and to == "iframe")
+        if not (reading and followed and headers.get("sec-fetch-mode") == "navigate"):
             return "requests from other sites are refused"
     if reading:
         return None

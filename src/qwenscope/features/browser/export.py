@@ -38,7 +38,7 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
     with whole_folder(out) as site:
         (site / "page").mkdir()
         for name, content in page_files().items():
-            if name == "index.html":
+            if name.endswith(".html"):
                 (site / name).write_bytes(content.replace(b'content="live"', b'content="static"'))
             else:
                 (site / "page" / name).write_bytes(content)

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from qwenscope.errors import FormatError, QwenscopeError
-from qwenscope.features.browser.edge import Guard, body_of, checked_text
+from qwenscope.features.browser.edge import EMBED, Guard, body_of, checked_text
 from qwenscope.features.browser.listening import Server, listener_on
 from qwenscope.features.browser.model_thread import BusyError, Job
 from qwenscope.features.browser.notes import ChangedNoteError, Notes, checked_change, named
@@ -45,6 +45,7 @@ def serve(
     port: int = 8321,
     *,
     results: Sequence[Result] = (),
+    framing: Sequence[str] = (),
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve an index on 127.0.0.1 until interrupted.
@@ -53,13 +54,15 @@ def serve(
         index: folder made by `build_index`, or what was opened there.
         port: 0 takes a free one.
         results: of `analysis.results.read_results`, shown beside it.
+        framing: origins whose pages may frame /embed, one latent alone; no others may frame anything.
         on_ready: called with the address once it takes connections.
 
     Raises:
-        FormatError: no index, a damaged one, or the port is taken.
+        FormatError: no index, a damaged one, the port is taken, or an origin is none.
     """
     opened = index if isinstance(index, Index) else Index(index)
     runner = Runner(opened, results)
+    app = make_app(opened, results, runner, framing)
     try:
         listener = listener_on(port)
     except (OSError, OverflowError) as error:
@@ -68,7 +71,7 @@ def serve(
     with closing(listener):
         if on_ready is not None:
             on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        server = Server(make_app(opened, results, runner), runner.close)
+        server = Server(app, runner.close)
         try:
             server.run(sockets=[listener])
         finally:
@@ -77,11 +80,13 @@ def serve(
             raise KeyboardInterrupt
 
 
-def make_app(index: Path | Index, results: Sequence[Result] = (), runner: Runner | None = None) -> Guard:
+def make_app(
+    index: Path | Index, results: Sequence[Result] = (), runner: Runner | None = None, framing: Sequence[str] = ()
+) -> Guard:
     """The application alone, for any ASGI server bound to loopback.
 
     Raises:
-        FormatError: no index, or a damaged one.
+        FormatError: no index, a damaged one, or an origin that is none.
     """
     opened = index if isinstance(index, Index) else Index(index)
     routes = _Routes(opened, results, runner or Runner(opened, results))
@@ -89,6 +94,7 @@ def make_app(index: Path | Index, results: Sequence[Result] = (), runner: Runner
         Starlette(
             routes=[
                 Route("/", routes.page),
+                Route(EMBED, routes.embed),
                 Route("/page/{name}", routes.page),
                 Route("/api", routes.openapi),
                 Route("/api/suite", routes.suite),
@@ -113,7 +119,8 @@ def make_app(index: Path | Index, results: Sequence[Result] = (), runner: Runner
                 QwenscopeError: _refused(400),
                 ClientDisconnect: _refused(400),  # read by nobody
             },
-        )
+        ),
+        framing,
     )
 
 
@@ -144,6 +151,9 @@ class _Routes:
         if name not in self._files:
             return JSONResponse({"error": f"there is no page {name}"}, 404)
         return Response(self._files[name], media_type=TYPES[Path(name).suffix])
+
+    async def embed(self, _request: Request) -> Response:
+        return Response(self._files["embed.html"], media_type="text/html")
 
     async def suite(self, _request: Request) -> Response:
         return Response(self._suite, media_type="application/json")
