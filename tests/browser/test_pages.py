@@ -389,6 +389,16 @@ def test_a_latent_is_tested_on_ones_own_text(visit: Visit) -> None:
     expect(page.locator("form", has=page.locator("#test")).get_by_role("status")).to_contain_text("not active")
 
 
+def test_what_a_latent_does_is_measured_when_asked_for(visit: Visit) -> None:
+    page = visit.go(LATENT)
+    page.get_by_role("button", name="Measure", exact=True).click()
+    expect(page.locator(".stat", has_text="output score")).to_contain_text("0.")
+    page.get_by_role("button", name="Ablate it").click()
+    expect(page.locator(".stat", has_text="its ablation")).to_have_text(re.compile(r"[+−]\d"))
+    expect(page.locator(".stat", has_text="a random direction")).to_be_visible()
+    expect(page.locator("aside")).to_contain_text(re.compile(r"n = \d+ positions of \d+ conversations"))
+
+
 def test_an_example_is_copied_and_read(visit: Visit) -> None:
     visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = visit.go(LATENT)

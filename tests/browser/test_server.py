@@ -219,6 +219,59 @@ def test_latents_are_found_by_example(client: TestClient) -> None:
         assert client.post("/api/find", json=wrong).status_code == 400
 
 
+def test_what_a_latent_does_is_measured(client: TestClient) -> None:
+    asked = {"sae": "sae_delta", "latents": [PLANTED_LATENT, 9]}
+    scores = client.post("/api/output", json=asked).json()["scores"]
+    assert len(scores) == 2
+    assert all(0 <= x <= 1 for score in scores for x in score)
+    assert client.get("/api/output/sae_delta").json() == []
+    found = client.post("/api/loss", json={"sae": "sae_delta", "latent": PLANTED_LATENT}).json()
+    assert found["positions"] >= found["conversations"] > 0
+    assert found["interval"][0] <= found["change"] <= found["interval"][1]
+    for path, wrong, said in (
+        ("output", {"latents": []}, "list of 1 to 256"),
+        ("output", {"latents": ["7"]}, "no latent"),
+        ("loss", {"latent": 10**6}, "no latent"),
+    ):
+        response = client.post(f"/api/{path}", json={"sae": "sae_delta", **wrong})
+        assert response.status_code in (400, 404)
+        assert said in response.json()["error"]
+    assert client.get("/api/output/sae_nope").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"messages": []}, "at least one turn"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "turn 1 has the role 'wizard'"),
+        ({"messages": [{"role": "user", "content": "x"}], "text": "x"}, "not both"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": {}}, "tools is a list"),
+        ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "at most 40,000 characters"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "non_text_content"),
+        ({"conversation": -1}, "conversation is the address"),
+        ({"conversation": 10**12}, "no conversation of the index begins"),
+        ({}, "no text"),
+    ],
+)
+def test_a_conversation_that_cannot_be_read_is_named(client: TestClient, asked: dict[str, Any], said: str) -> None:
+    response = client.post("/api/read", json=asked)
+    assert response.status_code in (400, 404)
+    assert said in response.json()["error"]
+    assert "\n" not in response.json()["error"]
+
+
+def test_a_kept_conversation_is_read_token_by_token(client: TestClient, index: Path) -> None:
+    example = Index(index).latent("sae_delta", PLANTED_LATENT)["examples"][0]
+    kept = client.get(f"/api/conversation/{example['start']}").json()
+    found = client.post("/api/read", json={"conversation": example["start"]}).json()
+    assert found["tokens"] == kept["tokens"]
+    roles = client.get("/api/suite").json()["roles"]
+    assert found["roles"] == [roles[code] for code in kept["roles"]]
+    activation = dict(found["saes"]["sae_delta"][example["position"]])[PLANTED_LATENT]
+    assert activation == pytest.approx(example["activations"][example["peak"]], rel=2e-3)
+    assert client.get("/api/conversation/999999999").status_code == 404
+
+
 def test_the_range_of_a_push_is_measured(client: TestClient) -> None:
     found = client.post("/api/range", json={"push": PUSH, "prompt": "order status", "tokens": 4}).json()
     strengths = [trial["strength"] for trial in found["trials"]]

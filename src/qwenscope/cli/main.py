@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from qwenscope.cli import analysis, features
+from qwenscope.cli import analysis, features, reading
 from qwenscope.cli.demo import run_demo
 from qwenscope.cli.options import (
     AsJson,
@@ -287,7 +287,7 @@ def compare(
 
 
 for command in (
-    *(features.index, features.browse, features.steer, features.explain),
+    *(features.index, features.browse, reading.read, features.steer, reading.output_scores, features.explain),
     *(analysis.contrast, analysis.diff, analysis.trace),
 ):
     app.command(rich_help_panel="Look and steer")(command)

@@ -17,6 +17,8 @@ MAX_CONVERSATION = 40_000
 """Of a conversation's JSON, tools included."""
 MAX_NEW_TOKENS = 200
 MAX_PUSHES = 8
+MAX_LATENTS = 256
+"""Whose output scores are asked for at once."""
 _CHAT_ROLES = ("system", "user", "assistant", "tool")
 _WORDS = {"mode": get_args(Mode), "where": ("answer", "all", "prefill", "decode"), "unit": ("max", "norm")}
 
@@ -103,6 +105,20 @@ def latent_in(asked: dict[str, Any], index: Index) -> tuple[str, int]:
         raise FormatError(f"there is no latent {latent} of {sae_id}")
     index.check(sae_id, latent)
     return sae_id, latent
+
+
+def latents_in(asked: dict[str, Any], index: Index) -> tuple[str, list[int]]:
+    """The SAE and the latents that are asked for.
+
+    Raises:
+        FormatError: none, or too many; MissingLatentError: the index has none such.
+    """
+    sae_id, latents = asked.get("sae"), asked.get("latents")
+    if not isinstance(latents, list) or not 1 <= len(latents) <= MAX_LATENTS:
+        raise FormatError(f"latents is a list of 1 to {MAX_LATENTS} numbers")
+    for latent in latents:
+        latent_in({"sae": sae_id, "latent": latent}, index)
+    return str(sae_id), latents
 
 
 def pushes_in(asked: dict[str, Any], index: Index) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from qwenscope.errors import FormatError
 from qwenscope.features.browser.notes import Notes, named
 from qwenscope.features.browser.server import CONVERSATION_SHOWN, page_files
 from qwenscope.features.form import pack
+from qwenscope.features.output_score import kept_scores
 from qwenscope.features.store import Index
 from qwenscope.files import whole_folder
 
@@ -53,6 +54,7 @@ def export_site(index: Path, out: Path, *, on_progress: Callable[[str, int, int]
             folder.mkdir()
             _write(folder / "table", opened.table(sae_id))
             _write(folder / "labels", opened.labels(sae_id))
+            _write(folder / "output", kept_scores(opened, sae_id))
             for start in range(0, sae["dict_size"], SHARD):
                 stop = min(start + SHARD, sae["dict_size"])
                 shard = [opened.latent(sae_id, latent) for latent in range(start, stop)]

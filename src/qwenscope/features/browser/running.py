@@ -19,6 +19,8 @@ from qwenscope.features.browser.asked import (
     checked_length,
     given_in,
     is_int,
+    latent_in,
+    latents_in,
     pushes_in,
     sampling_in,
     token_count,
@@ -28,6 +30,8 @@ from qwenscope.features.browser.results import Result
 from qwenscope.features.continuation import answer_start, prompt_tokens, side_by_side
 from qwenscope.features.find import find
 from qwenscope.features.index import ORIGIN, open_origin
+from qwenscope.features.loss_effect import loss_effect
+from qwenscope.features.output_score import output_scores
 from qwenscope.features.read import Reading, read, read_tokens
 from qwenscope.features.steering import Steering
 from qwenscope.features.steering_range import KL_BOUND, text_range
@@ -208,6 +212,46 @@ class Runner:
             trials = [asdict(trial) for trial in (found.unsteered, *found.trials)]
             ends = {name: getattr(found, name) for name in ("start", "weakest", "strongest")}
             yield json.dumps({**ends, "kl_bound": KL_BOUND, "trials": trials})
+
+        return self._thread.submit(work)
+
+    def output_scores(self, asked: dict[str, Any]) -> Job:
+        """Output scores of some latents: see `features/output_score.py`.
+
+        Args:
+            asked: {"sae", "latents"}.
+
+        Returns:
+            One piece, JSON: {"scores": [[score, without the push] of each]}.
+
+        Raises:
+            FormatError: no latents, too many, or one that is not there.
+            BusyError: too many wait.
+        """
+        sae_id, latents = latents_in(asked, self._index)
+
+        def work() -> Iterator[str]:
+            yield json.dumps({"scores": list(output_scores(*self._open(), sae_id, latents))})
+
+        return self._thread.submit(work)
+
+    def loss_effect(self, asked: dict[str, Any]) -> Job:
+        """What ablating a latent where it fires does to the loss: see `features/loss_effect.py`.
+
+        Args:
+            asked: {"sae", "latent"}.
+
+        Returns:
+            One piece, JSON: the fields of `LossEffect`.
+
+        Raises:
+            FormatError: no such latent, or none that can be ablated.
+            BusyError: too many wait.
+        """
+        sae_id, latent = latent_in(asked, self._index)
+
+        def work() -> Iterator[str]:
+            yield json.dumps(asdict(loss_effect(self._index, *self._open(), sae_id, latent)))
 
         return self._thread.submit(work)
 

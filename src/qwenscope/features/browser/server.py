@@ -31,6 +31,7 @@ from qwenscope.features.browser.model_thread import BusyError, Job
 from qwenscope.features.browser.notes import ChangedNoteError, Notes, checked_change, named
 from qwenscope.features.browser.results import Result
 from qwenscope.features.browser.running import Runner
+from qwenscope.features.output_score import kept_scores
 from qwenscope.features.store import Index, MissingLatentError
 
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -111,6 +112,9 @@ def make_app(
                 Route("/api/find", routes.find, methods=["POST"]),
                 Route("/api/steer", routes.steer, methods=["POST"]),
                 Route("/api/range", routes.range, methods=["POST"]),
+                Route("/api/output/{sae}", routes.kept_scores),
+                Route("/api/output", routes.output_scores, methods=["POST"]),
+                Route("/api/loss", routes.loss_effect, methods=["POST"]),
                 Route("/api/monitor/score", routes.score, methods=["POST"]),
             ],
             exception_handlers={
@@ -218,6 +222,17 @@ class _Routes:
 
     async def range(self, request: Request) -> Response:
         job = self._runner.range(await body_of(request))
+        return Response(await _first(request, job), media_type="application/json")
+
+    def kept_scores(self, request: Request) -> Response:
+        return _json(kept_scores(self._index, request.path_params["sae"]))
+
+    async def output_scores(self, request: Request) -> Response:
+        job = self._runner.output_scores(await body_of(request))
+        return Response(await _first(request, job), media_type="application/json")
+
+    async def loss_effect(self, request: Request) -> Response:
+        job = self._runner.loss_effect(await body_of(request))
         return Response(await _first(request, job), media_type="application/json")
 
     async def score(self, request: Request) -> Response:

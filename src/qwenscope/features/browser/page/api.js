@@ -47,10 +47,12 @@ export const suite = () => once(LIVE ? "api/suite" : "suite");
 // Columns over all latents of an SAE; the labels may change while the page is open, the rest does not.
 export async function table(sae) {
   const id = encodeURIComponent(sae);
-  const [columns, label] = await Promise.all(
-    LIVE ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`)] : [once(`${id}/table`), once(`${id}/labels`)],
+  const [columns, label, scores] = await Promise.all(
+    LIVE
+      ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`), once(`api/output/${id}`)]
+      : [once(`${id}/table`), once(`${id}/labels`), once(`${id}/output`)],
   );
-  return { ...columns, label };
+  return { ...columns, label, output: scores.length ? scores.map(([score]) => score) : null };
 }
 
 export async function latent(sae, number) {
@@ -123,6 +125,12 @@ export async function steer(body, onPiece) {
     }
   }
 }
+
+// [[score, without the push]] of all latents, if they were measured; of some, measured now.
+export const keptScores = (sae) =>
+  once(LIVE ? `api/output/${encodeURIComponent(sae)}` : `${encodeURIComponent(sae)}/output`);
+export const outputScores = (body) => fetchJson("api/output", { ...sent(body), signal: running.signal });
+export const lossEffect = (body) => fetchJson("api/loss", { ...sent(body), signal: running.signal });
 
 // Contrasts, diffs, monitors and experiments that the browser was started with; an exported site has none.
 export const results = async () => (LIVE ? once("api/results") : []);

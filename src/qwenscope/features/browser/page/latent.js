@@ -5,6 +5,7 @@ import { activations, bars, logits } from "./charts.js";
 import { latentList, roleBars, splitBars, tokenList } from "./parts.js";
 import { contexts, shaded } from "./contexts.js";
 import { templateSwitch } from "./turns.js";
+import { effectSections } from "./effects.js";
 import { steerBox } from "./steer.js";
 import { noteBox } from "./keeping.js";
 import { walkOf } from "./walk.js";
@@ -138,6 +139,7 @@ export async function render(id, number_, query) {
     noteBox(id, latent),
   ]);
   const sae = saes[id];
+  const effects = await effectSections(id, latent, live);
   const walk = walkOf(id, latent, query, sae.dict_size); // may need the whole table; the page does not wait for it
   const to = (by) => async () => {
     location.hash = (await walk).href(by);
@@ -182,6 +184,7 @@ export async function render(id, number_, query) {
       tokenList(found.promoted, "up"),
     ),
     section("Suppresses", null, tokenList(found.suppressed, "down")),
+    effects,
     section(
       "Roles",
       "share of its firings, and how many times that of all tokens, the tick",

@@ -72,7 +72,7 @@ export async function render(id, query) {
 
   const heads = COLUMNS.filter(([name]) => name === "latent" || columns[name]).map(([name, text]) => {
     const onclick = () =>
-      set({ sort: name, down: state.sort === name ? !state.down : name === "density" || name === "max" });
+      set({ sort: name, down: state.sort === name ? !state.down : ["density", "max", "output"].includes(name) });
     return { name, head: h("th", { scope: "col", class: name }, h("button", { type: "button", onclick }, text)) };
   });
   const map =

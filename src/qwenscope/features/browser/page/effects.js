@@ -1,0 +1,84 @@
+// What one latent does: its output score, and what its ablation does to the loss, measured when asked for.
+
+import { h, number, section, stat } from "./dom.js";
+import * as api from "./api.js";
+
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+const nats = (value) => `${value < 0 ? "−" : "+"}${number(Math.abs(value))}`;
+
+const scoreView = ([score, without]) =>
+  h(
+    "dl",
+    { class: "stats" },
+    stat(
+      "output score",
+      number(score),
+      "0 to 1: probability of what it promotes, after a push of ten times the largest activation",
+    ),
+    stat("without the push", number(without)),
+  );
+
+const lossView = (found) => [
+  h(
+    "dl",
+    { class: "stats" },
+    stat("its ablation", nats(found.change)),
+    stat("95 %", found.interval.map(nats).join(" to ")),
+    stat("another latent", nats(mean(found.random_latent)), found.random_latent.map(nats).join(", ")),
+    stat("a random direction", nats(mean(found.random_direction)), found.random_direction.map(nats).join(", ")),
+  ),
+  h(
+    "p",
+    { class: "faint" },
+    `n = ${found.positions} positions of ${found.conversations} conversations; loss there ${number(found.loss)} nats`,
+  ),
+];
+
+// A button that runs the language model, and what it found.
+function measured(text, work) {
+  const said = h("p", { class: "faint", role: "status" });
+  const out = h("div");
+  const go = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet",
+      onclick: async () => {
+        go.disabled = true;
+        said.textContent = "running the language model…";
+        try {
+          out.replaceChildren(...[await work()].flat());
+          said.textContent = "";
+        } catch (error) {
+          said.textContent = api.reason(error);
+        } finally {
+          go.disabled = false;
+        }
+      },
+    },
+    text,
+  );
+  return h("div", null, go, said, out);
+}
+
+// Nothing where neither a language model nor scores are at hand.
+export async function effectSections(sae, latent, live) {
+  const kept = (await api.keptScores(sae))[latent];
+  const score = async () => scoreView((await api.outputScores({ sae, latents: [latent] })).scores[0]);
+  return [
+    kept || live
+      ? section(
+          "Output score",
+          "does a push make the model say what it promotes?",
+          kept ? scoreView(kept) : measured("Measure", score),
+        )
+      : null,
+    live
+      ? section(
+          "Effect on the loss",
+          "change of the next token's loss where it fires, in nats",
+          measured("Ablate it", async () => lossView(await api.lossEffect({ sae, latent }))),
+        )
+      : null,
+  ];
+}
