@@ -99,7 +99,7 @@ def _conversation(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 
 def _found(reading: Reading, top: int, index: Index | None) -> dict[str, Any]:
-    """{"tokens": [{"token", "role", "latents": {sae_id: [[latent, activation]]}}], "truncated", "latents": `_lifts`}."""
+    """{"tokens": [{"token", "role", "latents": {sae_id: [[latent, activation]]}}], "truncated", "latents"}."""
     tokens: list[dict[str, Any]] = [
         {"token": token, "role": None if reading.roles is None else reading.roles[place], "latents": {}}
         for place, token in enumerate(reading.tokens)

@@ -49,7 +49,7 @@ function turnRow(message, onRemove) {
   );
   const text = h("textarea", { rows: "2", maxlength: "20000" });
   text.value = typeof content === "string" ? content : JSON.stringify(content);
-  const called = jsonArea(calls, '[{"name": "search", "arguments": {"query": "…"}}]', "2");
+  const called = jsonArea(calls, '[{"name": "search", "arguments": {"query": "…"}}]', "4");
   const more = h(
     "details",
     { open: Boolean(calls?.length) },

@@ -15,6 +15,7 @@ const COLUMNS = [
   ["max", "max"],
   ["role", "role by lift"],
   ["split", "split by lift"],
+  ["output", "output score"],
 ];
 const spaced = (name) => name.replace("_", " ");
 
@@ -109,6 +110,7 @@ export async function render(id, query) {
       columns.split
         ? h("td", { class: "split" }, columns.split[i] === null ? "" : spaced(meta.splits[columns.split[i]]))
         : null,
+      columns.output ? h("td", { class: "num output" }, number(columns.output[i])) : null,
     ];
     return h("tr", null, cells);
   }

@@ -22,15 +22,17 @@ function activeRows(reading, tables, leastDensity) {
         id,
         latent,
         value,
-        share: Math.min(1, value / (columns.max[latent] || value)),
+        share: value / (columns.max[latent] || value),
         density: Math.max(columns.density[latent], leastDensity),
       })),
     ),
   );
 }
 
-// Each latent once, with its largest share and how often it fires beside its density.
-function overText(rows) {
+// Each latent once, with its largest share and how often it fires beside its density; what the chat template writes is
+// left out.
+function overText(all, roles) {
+  const rows = all.filter((_, i) => roles?.[i] !== "template");
   const found = new Map();
   for (const row of rows)
     for (const one of row) {
@@ -68,7 +70,7 @@ function tokenLine(reading, { onPick, onPoint, onLeave }) {
   line.addEventListener("mouseleave", onLeave);
   const folds = line.querySelectorAll(".fold");
   const shade = (share) => {
-    const shares = reading.tokens.map((_, i) => share(i));
+    const shares = reading.tokens.map((_, i) => Math.min(1, share(i)));
     shares.forEach((value, i) => buttons[i].style.setProperty("--heat", String(value)));
     for (const { style, dataset } of folds)
       style.setProperty("--heat", String(Math.max(...shares.slice(Number(dataset.from), Number(dataset.to)))));
@@ -127,7 +129,7 @@ function view(reading, tables, leastDensity, order, chosen, onPick) {
             "li",
             {
               class: "entry",
-              vars: { "--share": String(bar) },
+              vars: { "--share": String(Math.min(1, bar)) },
               onmouseenter: () => shade(shareOf(one)),
               onfocusin: () => shade(shareOf(one)),
             },
@@ -148,10 +150,10 @@ function view(reading, tables, leastDensity, order, chosen, onPick) {
     if (i === null) {
       detail.replaceChildren(
         h("h3", null, order === "lift" ? "Beyond their base rate" : "Strongest in this text"),
-        h("p", { class: "faint" }, ORDERS[order]),
-        list(overText(rows), (one) => percent(one.share)),
+        h("p", { class: "faint" }, ORDERS[order], reading.roles ? "; template tokens left out" : null),
+        list(overText(rows, reading.roles), (one) => percent(one.share)),
       );
-      shade((j) => 0.8 * Math.max(0, ...rows[j].map((one) => one.share)));
+      shade((j) => 0.8 * Math.min(1, Math.max(0, ...rows[j].map((one) => one.share))));
       return;
     }
     const role = reading.roles ? ` · ${ROLE_NAMES[reading.roles[i]]}` : "";
