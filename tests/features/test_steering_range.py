@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from planted_suite import PLANTED_LATENT
+from planted_suite import CALL, PLANTED_LATENT, TOOL
 
+from qwenscope.errors import FormatError
 from qwenscope.features.continuation import answer_start, generate, prompt_tokens, write_on
 from qwenscope.features.steering import Steering, steer
 from qwenscope.features.steering_range import DISTINCT, LADDER, NATS, Range, Trial, text_range
@@ -84,6 +86,28 @@ def test_the_assistants_turn_begins_behind_the_users(lm: LanguageModel) -> None:
     asked = lm.tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], return_dict=False)
     assert whole[:start] == asked
     assert "assistant" in lm.tokenizer.decode(whole[start:])
+
+
+def test_a_conversation_is_written_on(lm: LanguageModel) -> None:
+    """With its tools, from the beginning of the assistant's turn; a last turn of the assistant goes on."""
+    asked = [{"role": "system", "content": "You find orders."}, {"role": "user", "content": "order status"}]
+    called = [*asked, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "done"}]
+    for messages in (asked, called):
+        whole, start = prompt_tokens(lm, messages, [TOOL]), answer_start(lm, messages, [TOOL])
+        rendered = lm.tokenizer.apply_chat_template(messages, tools=[TOOL], return_dict=False)
+        assert whole[:start] == rendered
+        assert lm.tokenizer.decode(whole[start:]).strip() == "<|im_start|>assistant"
+    begun = [*asked, {"role": "assistant", "content": "The order"}]
+    whole, start = prompt_tokens(lm, begun), answer_start(lm, begun)
+    assert whole[:start] == lm.tokenizer.apply_chat_template(asked, return_dict=False)
+    assert lm.tokenizer.decode(whole).endswith("assistant\nThe order")
+    assert prompt_tokens(lm, asked[1:]) == prompt_tokens(lm, "order status")
+    with pytest.raises(FormatError, match="unknown_role"):
+        prompt_tokens(lm, [{"role": "nobody", "content": "x"}])
+    plain = copy.copy(lm.tokenizer)
+    plain.chat_template = None
+    with pytest.raises(FormatError, match="has no chat template"):
+        prompt_tokens(replace(lm, tokenizer=plain), asked)
 
 
 def test_a_slice_steers_the_positions_that_it_names(lm: LanguageModel, target: Target) -> None:
