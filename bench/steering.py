@@ -3,8 +3,8 @@
     python bench/steering.py INDEX [--latents 20] [--tokens 40] [--prompt TEXT]
 
 INDEX is one whose SAEs are on this machine. Latents are drawn by lot over all SAEs among those that fire; each is
-measured as *Measure strengths* does (`text_range`, from the assistant's turn on, in shares of the stream's norm). Beside
-each stands a random direction under the same rule. Prints a line per latent and one JSON object: in how many the start
+measured as *Measure strengths* does (`text_range`, from the assistant's turn on, in shares of the stream's norm).
+Beside each stands a random direction under the same rule. Prints a line per latent and one JSON object: in how many the start
 changes at least one token and keeps the KL within KL_BOUND, and whether the text at the start is a text.
 """
 

@@ -61,8 +61,16 @@ function measured(text, work) {
   return h("div", null, go, said, out);
 }
 
+// Share of the strongest examples that peak on one of the tokens that it promotes.
+function inputScore({ examples, promoted }) {
+  const top = examples.filter((example) => example.kind === "top");
+  const tokens = new Set(promoted.map(([text]) => text));
+  return top.length ? top.filter(({ tokens: texts, peak }) => tokens.has(texts[peak])).length / top.length : null;
+}
+
 // Nothing where neither a language model nor scores are at hand.
-export async function effectSections(sae, latent, live) {
+export async function effectSections(found, live) {
+  const { sae, latent } = found;
   const kept = (await api.keptScores(sae))[latent];
   const score = async () => scoreView((await api.outputScores({ sae, latents: [latent] })).scores[0]);
   return [
@@ -70,6 +78,15 @@ export async function effectSections(sae, latent, live) {
       ? section(
           "Output score",
           "does a push make the model say what it promotes?",
+          h(
+            "dl",
+            { class: "stats" },
+            stat(
+              "input score",
+              number(inputScore(found)),
+              "share of its strongest examples that peak on a token that it promotes",
+            ),
+          ),
           kept ? scoreView(kept) : measured("Measure", score),
         )
       : null,

@@ -139,7 +139,7 @@ export async function render(id, number_, query) {
     noteBox(id, latent),
   ]);
   const sae = saes[id];
-  const effects = await effectSections(id, latent, live);
+  const effects = await effectSections(found, live);
   const walk = walkOf(id, latent, query, sae.dict_size); // may need the whole table; the page does not wait for it
   const to = (by) => async () => {
     location.hash = (await walk).href(by);
