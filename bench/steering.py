@@ -1,8 +1,8 @@
 """Where the strength slider starts: at a strength that changes the text and keeps it, latent by latent.
 
-    python bench/steering.py INDEX [--latents 20] [--tokens 40] [--prompt TEXT]
+    python bench/steering.py TARGET [--latents 20] [--tokens 40] [--prompt TEXT]
 
-INDEX is one whose SAEs are on this machine. Latents are drawn by lot over all SAEs among those that fire; each is
+TARGET is a complete run, a release or what else `open_target` takes. Latents are drawn by lot over all SAEs; each is
 measured as *Measure strengths* does (`text_range`, from the assistant's turn on, in shares of the stream's norm).
 Beside each stands a random direction under the same rule. Prints a line per latent and one JSON object: in how many the start
 changes at least one token and keeps the KL within KL_BOUND, and whether the text at the start is a text.
@@ -13,37 +13,35 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from qwenscope.features.continuation import answer_start, prompt_tokens
-from qwenscope.features.index import open_origin
 from qwenscope.features.steering import Steering
 from qwenscope.features.steering_range import KL_BOUND, Range, text_range
-from qwenscope.features.store import Index
+from qwenscope.opening import open_target
 from qwenscope.seeds import generator
 
 
 def main() -> None:
     """Draw, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("index", type=Path)
+    parser.add_argument("target")
     parser.add_argument("--latents", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--prompt", default="Tell me about your day.")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    index, target = Index(chosen.index), open_origin(chosen.index)
+    target = open_target(chosen.target)
     lm = target.language_model()
     random = generator(0, "bench steering")
-    alive = [(sae_id, latent) for sae_id in index.saes for latent in index.alive(sae_id)]
+    latents = [(sae_id, latent) for sae_id, sae in target.saes.items() for latent in range(sae.dict_size)]
     ids, start = prompt_tokens(lm, chosen.prompt), answer_start(lm, chosen.prompt)
     found: dict[str, list[dict[str, Any]]] = {"latent": [], "random direction": []}
-    for place in torch.randperm(len(alive), generator=random)[: chosen.latents].tolist():
-        sae_id, latent = alive[place]
+    for place in torch.randperm(len(latents), generator=random)[: chosen.latents].tolist():
+        sae_id, latent = latents[place]
         push = Steering(target.targets[sae_id], sae=target.saes[sae_id], latent=latent, where=slice(start, None))
         noise = torch.randn(len(push.direction_D), generator=random, dtype=torch.float32)
         for name, steering in (("latent", push), ("random direction", replace(push, along=noise))):
