@@ -1,6 +1,6 @@
 """Rate of harvesting nine hook points through windows, beside bare forward passes and beside SAE steps.
 
-    python bench/harvest.py [--recipe standin] [--set KEY=VALUE] [--tokens N] [--rounds R] [--device cpu] [--dtype float32] ...
+    python bench/harvest.py [--recipe standin] [--set KEY=VALUE] [--tokens N] [--rounds R] [--dtype float32] ...
 
 Prints one JSON object. The contestants take turns on the same generated conversations, in the same batches and one
 process:
