@@ -94,7 +94,7 @@ def record(work: Callable[[], Results], last: torch.cuda.CUDAGraph | None) -> tu
     graph, stream = torch.cuda.CUDAGraph(), _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graph.capture_begin(*(() if last is None else (last.pool(),)), capture_error_mode="thread_local")
+        graph.capture_begin(pool=None if last is None else last.pool(), capture_error_mode="thread_local")
         try:
             results = work()
         finally:

@@ -8,7 +8,7 @@ Legend: D hidden, N latents, R rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +35,10 @@ class Adam:
 
     def __call__(
         self,
-        parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        means: Sequence[Tensor],
-        squares: Sequence[Tensor],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
         divisor: Tensor,
         skip: Tensor,
     ) -> None:

@@ -33,7 +33,7 @@ def _centred(x, offset, rms, row, columns, inside, d):  # type: ignore[no-untype
     return (value - tl.load(offset + columns, mask=inside, other=0.0)) / tl.load(rms)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _sum_of(source, rows, weights, pair, stop, columns, d, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
     """The sum of weight * source[row] over pairs up to `stop`; rows without weight are not read."""
     total = tl.zeros((BLOCK_D,), tl.float32)
