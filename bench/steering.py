@@ -4,8 +4,8 @@
 
 TARGET is a complete run, a release or what else `open_target` takes. Latents are drawn by lot over all SAEs; each is
 measured as *Measure strengths* does (`text_range`, from the assistant's turn on, in shares of the stream's norm).
-Beside each stands a random direction under the same rule. Prints a line per latent and one JSON object: in how many the
-start changes at least one token and keeps the KL within KL_BOUND, and whether the text at the start is a text.
+Beside each stands a random direction under the same rule. Prints a line per latent and one JSON object: in how many
+the start changes at least one token and keeps the KL within KL_BOUND, and whether the text at the start is a text.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from planted_suite import PLANTED, PLANTED_LATENT
 from playwright.sync_api import Browser, expect
 from starlette.applications import Starlette
@@ -66,6 +67,8 @@ def test_without_the_flag_framing_is_refused(chromium: Browser, site: str, outsi
     page = chromium.new_page()
     page.goto(site + FRAMED)  # by itself it is a page like others
     expect(page.locator(".latent-card h2")).to_have_text(f"sae_delta / {PLANTED_LATENT}")
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
     page.close()
 
 

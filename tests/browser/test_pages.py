@@ -712,6 +712,8 @@ def test_the_exported_site_shows_the_same_without_a_server(chromium: Browser, st
     expect(page.get_by_role("link", name="shared", exact=True)).to_be_visible()
     expect(visit.go("#/try").locator("main")).to_contain_text("qwenscope browse")
     expect(visit.go("#/steer").locator("main")).to_contain_text("qwenscope browse")
+    page.goto(f"{static_site}embed.html#/sae_delta/{PLANTED_LATENT}")
+    expect(page.locator(".latent-card .peak").first).to_have_text(PLANTED)
     for route in ("#/sae/sae_delta", "#/sae/nope/1", "#/sae/sae_delta/99999"):
         visit.go(route)
     visit.problems = [problem for problem in visit.problems if "404" not in problem]  # the nope above

@@ -68,28 +68,23 @@ function inputScore({ examples, promoted }) {
   return top.length ? top.filter(({ tokens: texts, peak }) => tokens.has(texts[peak])).length / top.length : null;
 }
 
-// Nothing where neither a language model nor scores are at hand.
-export async function effectSections(found, live) {
+// The sections of a latent's page; scores that are kept are filled in once they are there.
+export function effectSections(found, live) {
   const { sae, latent } = found;
-  const kept = (await api.keptScores(sae))[latent];
-  const score = async () => scoreView((await api.outputScores({ sae, latents: [latent] })).scores[0]);
+  const score = h("div");
+  const measure = async () => scoreView((await api.outputScores({ sae, latents: [latent] })).scores[0]);
+  api.keptScores(sae).then(
+    (kept) => score.append(kept[latent] ? scoreView(kept[latent]) : live ? measured("Measure", measure) : ""),
+    (error) => score.append(h("p", { class: "faint" }, error.message)),
+  );
+  const read = "share of its strongest examples that peak on a token that it promotes";
   return [
-    kept || live
-      ? section(
-          "Output score",
-          "does a push make the model say what it promotes?",
-          h(
-            "dl",
-            { class: "stats" },
-            stat(
-              "input score",
-              number(inputScore(found)),
-              "share of its strongest examples that peak on a token that it promotes",
-            ),
-          ),
-          kept ? scoreView(kept) : measured("Measure", score),
-        )
-      : null,
+    section(
+      "Reads and writes",
+      "is what it promotes what it peaks on, and does a push make the model say it?",
+      h("dl", { class: "stats" }, stat("input score", number(inputScore(found)), read)),
+      score,
+    ),
     live
       ? section(
           "Effect on the loss",

@@ -139,7 +139,6 @@ export async function render(id, number_, query) {
     noteBox(id, latent),
   ]);
   const sae = saes[id];
-  const effects = await effectSections(found, live);
   const walk = walkOf(id, latent, query, sae.dict_size); // may need the whole table; the page does not wait for it
   const to = (by) => async () => {
     location.hash = (await walk).href(by);
@@ -184,7 +183,7 @@ export async function render(id, number_, query) {
       tokenList(found.promoted, "up"),
     ),
     section("Suppresses", null, tokenList(found.suppressed, "down")),
-    effects,
+    effectSections(found, live),
     section(
       "Roles",
       "share of its firings, and how many times that of all tokens, the tick",
