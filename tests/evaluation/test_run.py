@@ -171,6 +171,9 @@ def test_usefulness_is_measured_on_demand(run_folder: Path, tmp_path: Path) -> N
     for figures in found["saes"].values():
         assert set(figures["probing"]) == {"latents", "frozen decoder", "random directions", "rows"}
         assert all(0 <= cell["auroc"] <= 1 for of in figures["probing"].values() for cell in of.values())
+        assert all(cell["interval"] for of in figures["probing"].values() for cell in of.values())
+        assert 0 <= figures["absorption"]["latents"]["absorbed"]["share"] <= 1
+        assert figures["mean_over_std"] > 0
     assert "What a few latents know" in (out / "report.html").read_text(encoding="utf-8")
     assert json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["usefulness"] == found
 

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from transformers import AutoTokenizer
 
 from qwenscope.corpus.conversation import ROLES
 from qwenscope.corpus.stream import CorpusStream
-from qwenscope.evaluation.token_labels import FAMILIES, binary, categories, shape
-from qwenscope.evaluation.usefulness import Sample, _of_sae, _over_seeds, _probe, _TokenRates, tasks_of
+from qwenscope.evaluation.probing import Sample, auroc, draws, over_seeds, tasks_of, token_rates
+from qwenscope.evaluation.token_labels import FAMILIES, binary, categories, letters, shape
+from qwenscope.evaluation.usefulness import Division, of_sae
 from qwenscope.lm.sites import Site
 from qwenscope.lm.standin import STANDIN_FOLDER
 from qwenscope.recipe import CorpusRecipe, SourceRecipe
@@ -34,7 +36,10 @@ def sample() -> Sample:
     shapes_R = random.choice(np.array(["word", "sign", "digit", None], dtype=object), rows, p=[0.5, 0.4, 0.005, 0.095])
     constant_R = np.full(rows, "same", dtype=object)
     known = dict.fromkeys(FAMILIES, constant_R) | {"role": role_R, "next token": shapes_R}
-    return Sample({SITE: x_RD}, np.repeat(np.arange(CONVERSATIONS), EACH), random.integers(0, 50, rows), known)
+    token_R = random.integers(0, 50, rows)
+    first_R = np.where(token_R < 20, "a", "b").astype(object)
+    conversation_R = np.repeat(np.arange(CONVERSATIONS), EACH)
+    return Sample({SITE: x_RD}, conversation_R, token_R, known, {"letter": first_R})
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +54,22 @@ def sae() -> TopKSAE:
 
 
 def test_labels_are_told_apart_by_whole_conversations(sample: Sample) -> None:
-    tasks = tasks_of(sample, 7)
+    tasks = tasks_of(sample, sample.categories, 7)
     assert {task.family for task in tasks} == {"role", "next token"}
     assert [task.family for task in tasks].count("next token") == 2  # too few digits
     for task in tasks:
         assert not set(sample.conversation_R[task.train_R]) & set(sample.conversation_R[task.held_R])
         unknown = [value is None for value in sample.categories[task.family]]
         assert not (task.train_R | task.held_R)[unknown].any()
-    assert (tasks_of(sample, 8)[0].held_R != tasks[0].held_R).any()
+    assert (tasks_of(sample, sample.categories, 8)[0].held_R != tasks[0].held_R).any()
 
 
 def test_the_planted_latent_alone_finds_its_label_and_a_frozen_decoder_does_not(sample: Sample, sae: TopKSAE) -> None:
-    tasks = [tasks_of(sample, seed) for seed in range(3)]
-    found = _of_sae(sae, sample, SITE, tasks, 0)
+    divisions = [
+        Division(seed, tasks_of(sample, sample.categories, seed), tasks_of(sample, sample.letters, seed))
+        for seed in range(3)
+    ]
+    found = of_sae(sae, sample, SITE, divisions, draws(sample, 0))
     roles = {
         name: {k: cell["families"]["role"]["auroc"] for k, cell in of.items()} for name, of in found["probing"].items()
     }
@@ -73,6 +81,15 @@ def test_the_planted_latent_alone_finds_its_label_and_a_frozen_decoder_does_not(
     gap = found["above_frozen_decoder"]["1"]["auroc"]
     means = [found["probing"][name]["1"]["auroc"] for name in ("latents", "frozen decoder")]
     assert gap == pytest.approx(means[0] - means[1])
+    for cell in (found["probing"]["latents"]["4"], found["above_frozen_decoder"]["1"]):
+        low, high = cell["interval"]
+        assert low <= cell["auroc"] <= high
+        assert 0 < high - low < 0.1
+    assert set(found["absorption"]) == {"latents", "frozen decoder"}
+    for of in found["absorption"].values():
+        assert set(of) == {"absorbed", "silent", "random directions"}
+        assert all(0 <= cell["share"] <= 1 for cell in of.values())
+        assert set(of["absorbed"]["families"]) == {"role", "next token", "letter"}
     density_N = (sae.encode(sample.rows[SITE]).dense() > 0).float().mean(0)
     assert found["dense_latents"] == int((density_N > 0.1).sum())
     assert found["mean_over_std"] == pytest.approx(
@@ -81,24 +98,38 @@ def test_the_planted_latent_alone_finds_its_label_and_a_frozen_decoder_does_not(
 
 
 def test_figures_are_shares_of_pairs_in_the_right_order(sample: Sample) -> None:
-    rates = _TokenRates(sample)
-    tasks = tasks_of(sample, 2)[:1]
-    (task,) = tasks
-    scores, label = rates(task), task.positive_R[task.held_R]
-    pairs = itertools.product(scores[label], scores[~label])
-    share = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs])
-    assert _probe(rates, tasks) == {"role": pytest.approx(share)}
+    task = tasks_of(sample, sample.categories, 2)[0]
+    scores, label = token_rates(sample, task), task.positive_R[task.held_R]
+    conversation = sample.conversation_R[task.held_R]
+    twice = np.ones((2, CONVERSATIONS))
+    twice[1] = np.random.default_rng(5).integers(0, 3, CONVERSATIONS)
+    for found, weight_C in zip(auroc(scores, label, conversation, twice), twice, strict=True):
+        drawn = np.repeat(np.arange(len(label)), weight_C[conversation].astype(int))
+        assert found == pytest.approx(roc_auc_score(label[drawn], scores[drawn]))
     seen = sample.token_R[task.train_R] == sample.token_R[task.held_R][0]
     had = task.positive_R[task.train_R][seen].sum()
     assert scores[0] == pytest.approx((had + task.positive_R[task.train_R].mean()) / (seen.sum() + 1))
+    assert np.isnan(auroc(scores, label, conversation, np.zeros((1, CONVERSATIONS)))).all()
 
 
-def test_seeds_are_meaned_and_spread() -> None:
-    found = _over_seeds([{"role": 0.5, "tool": 0.7}, {"role": 0.7, "tool": 0.9}, {"role": 0.6}])
-    assert found == {
-        "auroc": pytest.approx(0.6),
-        "std": pytest.approx(0.1),
-        "families": {"role": {"auroc": pytest.approx(0.6), "std": pytest.approx(0.1)}},
+def test_seeds_are_meaned_and_spread_and_draws_give_the_interval() -> None:
+    def drawn(value: float) -> np.ndarray:
+        return value + np.array([0, -0.2, *np.linspace(-0.1, 0.1, 39), np.nan])
+
+    seeds = [
+        {"role": drawn(0.5), "tool": drawn(0.7)},
+        {"role": drawn(0.7), "tool": drawn(0.9)},
+        {"role": drawn(0.6)},
+    ]
+    found = over_seeds(seeds, "auroc")
+    low, high = np.quantile(0.6 + np.array([-0.2, *np.linspace(-0.1, 0.1, 39)]), [0.025, 0.975])
+    cell = {"auroc": pytest.approx(0.6), "std": pytest.approx(0.1), "interval": pytest.approx([low, high])}
+    assert found == {**cell, "families": {"role": cell}}
+    assert over_seeds([{"role": drawn(0.5)}, {}], "share") == {
+        "share": None,
+        "std": None,
+        "interval": None,
+        "families": {},
     }
 
 
@@ -132,3 +163,7 @@ def test_categories_are_what_the_conversation_says() -> None:
         assert named == (tools if len(tools) == 1 else set())
         assert all(role == "tool_call" for role, name in zip(found["role"], found["tool"], strict=True) if name)
         assert found["next token"][-1] is None
+        for id, letter in zip(conversation.token_ids, letters(conversation, tokenizer)["letter"], strict=True):
+            text = tokenizer.decode([int(id)]).strip()
+            special = int(id) in tokenizer.all_special_ids
+            assert letter == (text[0].lower() if text[:1].isalpha() and not special else None)

@@ -268,7 +268,9 @@ def test_a_wrong_evaluation_is_refused(tmp_path: Path, key: str, value: Any, com
 def usefulness() -> dict[str, Any]:
     few = {k: {"auroc": 0.5 + int(k) / 100, "std": 0.01} for k in ("1", "4", "16")}
     probing = {"latents": few, "frozen decoder": {k: {"auroc": 0.5} for k in few}, "rows": {"all": {"auroc": 0.9}}}
-    saes = {sae_id: {"probing": probing} for sae_id in POINTS}
+    absorption = {"latents": {"absorbed": {"share": 0.125}}, "frozen decoder": {"absorbed": {"share": None}}}
+    measured = {"probing": probing, "absorption": absorption, "mean_over_std": 1.5}
+    saes = {sae_id: measured if number else {"probing": probing} for number, sae_id in enumerate(POINTS)}
     return {"conversations": 60, "seeds": 3, "labels": {"role": 5, "tool": 2}, "tokens": {"auroc": 0.75}, "saes": saes}
 
 
@@ -279,8 +281,11 @@ def test_usefulness_is_in_the_card_where_it_was_measured(built: Path, tmp_path: 
     release(run, tmp_path / "out")
     text = card(tmp_path / "out")
     header, *rows = table(text, "### What a few latents know")
-    assert header[1:] == ["1", "4", "16", "1 frozen", "4 frozen", "16 frozen", "rows"]
-    assert [row[1:] for row in rows] == [["0.510", "0.540", "0.660", "0.500", "0.500", "0.500", "0.900"]] * len(POINTS)
+    names = ["1", "4", "16", "1 frozen", "4 frozen", "16 frozen", "rows", "absorbed", "absorbed, frozen", "mean / std"]
+    assert header[1:] == names
+    probed = ["0.510", "0.540", "0.660", "0.500", "0.500", "0.500", "0.900"]
+    assert rows[0][1:] == [*probed, "–", "–", "–"]  # measured before absorption was
+    assert [row[1:] for row in rows[1:]] == [[*probed, "12.5%", "–", "1.50"]] * (len(POINTS) - 1)
     assert "The token alone reaches 0.750" in text
     assert "(role, tool)" in text
 

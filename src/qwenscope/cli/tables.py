@@ -86,20 +86,25 @@ def evaluation_tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _usefulness_table(found: Mapping[str, Any], title: str) -> Table:
-    """One row per SAE: how well 1, 4 and 16 of its latents tell labels apart, and of a frozen decoder's."""
+    """One row per SAE: how well 1, 4 and 16 of its latents tell labels apart, and of a frozen decoder's; absorption and
+    centring."""
+    from qwenscope.evaluation.report import absorbed
+
     table = plain_table(title)
     table.caption = (
         f"AUROC of the best 1, 4 and 16 latents for {escape(', '.join(found['labels']))}, mean; *: of a decoder that "
-        f"was never trained; rows: all dimensions. The token alone: {found['tokens']['auroc']:.3f}"
+        f"was never trained; rows: all dimensions. The token alone: {found['tokens']['auroc']:.3f}. abs.: tokens whose "
+        "label another latent absorbed; m/s: |mean| / std of the rows"
     )
     table.add_column("SAE", no_wrap=True)
-    for heading in ("1", "4", "16", "1*", "4*", "16*", "rows"):
+    for heading in ("1", "4", "16", "1*", "4*", "16*", "rows", "abs.", "abs.*", "m/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for sae_id, figures in found["saes"].items():
         probing = figures["probing"]
         few = [probing[name][k]["auroc"] for name in ("latents", "frozen decoder") for k in ("1", "4", "16")]
         numbers = (f"{value:.3f}" for value in (*few, probing["rows"]["all"]["auroc"]))
-        table.add_row(sae_id, *numbers)
+        shares = (number_text(share, ".1%") for share in absorbed(figures))
+        table.add_row(sae_id, *numbers, *shares, f"{figures['mean_over_std']:.2f}")
     return table
 
 

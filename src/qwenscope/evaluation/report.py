@@ -73,6 +73,7 @@ def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
         tables={"Fidelity": COLUMNS[:FIDELITY_COLUMNS], "Effect on the language model": COLUMNS[FIDELITY_COLUMNS:]},
         columns=COLUMNS,
         number=number,
+        noise=noise,
         place=place,
         headlines=headlines(evaluation),
         depth_plots=depth_plots(evaluation, evaluation["hook_points"], splits),
@@ -88,6 +89,20 @@ def report_html(evaluation: Mapping[str, Any], folder: Path) -> str:
 def number(value: float | None, form: str) -> str:
     """A formatted number, or a dash where it does not exist."""
     return "–" if value is None else format(value, form)
+
+
+def noise(cell: Mapping[str, Any]) -> str:
+    """The standard deviation of a figure over seeds and its interval over conversations, for hovering."""
+    if cell.get("std") is None:
+        return ""
+    low, high = cell.get("interval") or (None, None)
+    return f"± {cell['std']:.3f}, {number(low, '.3f')} to {number(high, '.3f')}"
+
+
+def absorbed(figures: Mapping[str, Any]) -> list[float | None]:
+    """Shares absorbed in one SAE's usefulness: of its latents and of a frozen decoder's; None where there is none."""
+    found = figures.get("absorption", {})
+    return [found.get(name, {}).get("absorbed", {}).get("share") for name in ("latents", "frozen decoder")]
 
 
 def place(point: Mapping[str, Any]) -> str:

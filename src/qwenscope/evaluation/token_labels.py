@@ -46,6 +46,12 @@ def categories(conversation: Conversation, tokenizer: Tokenizer) -> Categories:
     }
 
 
+def letters(conversation: Conversation, tokenizer: Tokenizer) -> Categories:
+    """The first letter of each token, in lower case, after any space; None of a token that begins with no letter."""
+    found = [_letter_of(tokenizer, int(id)) for id in conversation.token_ids]
+    return {"letter": np.array(found, dtype=object)}
+
+
 def binary(values_R: NDArray[np.object_]) -> Iterator[tuple[str, NDArray[np.bool_], NDArray[np.bool_]]]:
     """(name, which rows are it, which rows count) of each category; of two, the first stands for both."""
     known_R = np.array([value is not None for value in values_R], dtype=bool)
@@ -81,3 +87,9 @@ def joined(parts: Iterable[Categories]) -> Categories:
 @lru_cache(maxsize=1 << 16)
 def _shape_of(tokenizer: Tokenizer, id: int) -> str:
     return "special" if id in tokenizer.all_special_ids else shape(tokenizer.decode([id]))
+
+
+@lru_cache(maxsize=1 << 16)
+def _letter_of(tokenizer: Tokenizer, id: int) -> str | None:
+    core = "" if id in tokenizer.all_special_ids else tokenizer.decode([id]).strip()
+    return core[0].lower() if core and core[0].isalpha() else None

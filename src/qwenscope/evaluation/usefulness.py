@@ -1,10 +1,11 @@
-"""Whether latents are of use, which a low error does not say: how well a few of them tell labels apart (sparse probing,
-Gurnee et al. 2023, arXiv 2305.01610), beside rows as they are, an SAE whose decoder was never trained, random
-directions and the tokens themselves. docs/evaluation.md defines each number.
+"""Whether latents are of use, which a low error does not say: how well a few of them tell labels apart (probing.py),
+beside rows as they are, an SAE whose decoder was never trained, random directions and the tokens themselves; how often
+a label's latents are silent because another one took its direction in (absorption.py). docs/evaluation.md defines each
+number.
 
     from qwenscope.evaluation.usefulness import usefulness
 
-Legend: R rows (tokens), D hidden, N latents, F any features, L labels.
+Legend: as in probing.py.
 """
 
 from __future__ import annotations
@@ -16,17 +17,32 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from qwenscope.activations.harvest import harvest
 from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.given import RowReader
 from qwenscope.errors import CorpusError
+from qwenscope.evaluation.absorption import absorption, label_directions
 from qwenscope.evaluation.baselines import directions, frozen_decoder_sae
-from qwenscope.evaluation.token_labels import Categories, binary, categories, joined, stated
+from qwenscope.evaluation.probing import (
+    FEWEST,
+    Array,
+    Draws,
+    Floats,
+    Probe,
+    Sample,
+    Task,
+    auroc,
+    by_family,
+    draws,
+    over_families,
+    over_seeds,
+    spread,
+    tasks_of,
+    token_rates,
+)
+from qwenscope.evaluation.token_labels import Categories, categories, joined, letters, stated
 from qwenscope.evaluation.work import OnProgress
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
@@ -41,37 +57,21 @@ SEEDS = 3
 """Each divides the conversations anew, and draws another frozen decoder and other directions."""
 LATENTS = (1, 4, 16)
 """How many latents a probe may use."""
-FEWEST = 20
-"""Rows that a label and its absence have, among those learnt from and among those held out."""
-HELD_OUT = 0.3
 DENSE = 0.1
 """A latent that fires on more tokens is dense."""
 
-Floats = NDArray[np.float32]
-Mask = NDArray[np.bool_]
 T = TypeVar("T")
+Found = dict[str, dict[str, Draws]]
+"""{what was probed: {number of latents, or which share: figures}}."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Rows with what is known of their tokens."""
+class Division:
+    """What one seed divides the conversations into, for the sample's labels and for first letters."""
 
-    rows: Mapping[Site, Tensor]
-    """[R, D]."""
-    conversation_R: NDArray[np.int64]
-    token_R: NDArray[np.int64]
-    categories: Categories
-    """[R] each."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One label: which rows have it, and which are learnt from and held out, none of the same conversation."""
-
-    family: str
-    positive_R: Mask
-    train_R: Mask
-    held_R: Mask
+    seed: int
+    tasks: list[Task]
+    letters: list[Task]
 
 
 def usefulness(
@@ -80,7 +80,7 @@ def usefulness(
     splits: Mapping[str, Sequence[Conversation]],
     on_progress: OnProgress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
-    """Sparse probing of every SAE, its dense latents, and how far from centred its rows are.
+    """Sparse probing and absorption of every SAE, its dense latents, and how far from centred its rows are.
 
     Args:
         target: the SAEs, their sites, which rows are left out, and the seed.
@@ -136,23 +136,31 @@ def labelled_usefulness(
 
 
 def _measured(target: Target, sample: Sample, on_progress: OnProgress) -> dict[str, Any]:
-    recipe = target.recipe
-    tasks = [tasks_of(sample, derive_seed(recipe.seed, f"usefulness {number}")) for number in range(SEEDS)]
-    if not all(tasks):
+    seeds = [derive_seed(target.recipe.seed, f"usefulness {number}") for number in range(SEEDS)]
+    divisions = [
+        Division(seed, tasks_of(sample, sample.categories, seed), tasks_of(sample, sample.letters, seed))
+        for seed in seeds
+    ]
+    if not all(division.tasks for division in divisions):
         raise CorpusError(
             f"no label has {FEWEST} tokens on either side in {len(set(sample.conversation_R.tolist()))} conversations, "
             "so that usefulness cannot be measured; give more data"
         )
+    weight_SC = draws(sample, target.recipe.seed)
     found = {}
     for done, (id, sae) in enumerate(target.saes.items()):
         on_progress("probing", done, len(target.saes))
-        found[id] = _of_sae(sae, sample, target.sites[id], tasks, recipe.seed)
+        found[id] = of_sae(sae, sample, target.sites[id], divisions, weight_SC)
+    rates = [
+        by_family((task.family, _auroc(token_rates(sample, task), sample, task, weight_SC)) for task in division.tasks)
+        for division in divisions
+    ]
     return {
         "rows": len(sample.token_R),
         "conversations": len(np.unique(sample.conversation_R)),
         "seeds": SEEDS,
-        "labels": _counts(tasks[0]),
-        "tokens": _over_seeds([_probe(_TokenRates(sample), own) for own in tasks]),
+        "labels": _counts(divisions[0].tasks),
+        "tokens": over_seeds(rates, "auroc"),
         "saes": found,
     }
 
@@ -185,66 +193,74 @@ def draw(
     )
     ends = np.cumsum([0, *(len(conversation.token_ids) for conversation in chosen)])
     place_R = ends[conversation_R[kept]] + found.position_R.numpy()[kept]
+    first = joined(letters(conversation, lm.tokenizer) for conversation in chosen)
     tokens = np.concatenate([conversation.token_ids for conversation in chosen]).astype(np.int64)
     return Sample(
         {site: x_RD[torch.from_numpy(kept).to(x_RD.device)].float() for site, x_RD in found.rows.items()},
         conversation_R[kept],
         tokens[place_R],
         {family: values[place_R] for family, values in known.items()},
+        {family: values[place_R] for family, values in first.items()},
     )
 
 
-def tasks_of(sample: Sample, seed: int) -> list[Task]:
-    """The labels with FEWEST rows on either side, learnt from and held out."""
-    everyone = np.unique(sample.conversation_R)
-    shuffled = np.random.default_rng(seed % 2**63).permutation(everyone)
-    held_R = np.isin(sample.conversation_R, shuffled[: max(1, round(HELD_OUT * len(everyone)))])
-    tasks = []
-    for family, values_R in sample.categories.items():
-        for _, positive_R, known_R in binary(values_R):
-            task = Task(family, positive_R, known_R & ~held_R, known_R & held_R)
-            sides = [positive_R[rows_R] for rows_R in (task.train_R, task.held_R)]
-            if all(FEWEST <= side.sum() <= len(side) - FEWEST for side in sides):
-                tasks.append(task)
-    return tasks
-
-
-def _of_sae(sae: SAE, sample: Sample, site: Site, tasks: Sequence[Sequence[Task]], seed: int) -> dict[str, Any]:
+def of_sae(sae: SAE, sample: Sample, site: Site, divisions: Sequence[Division], weight_SC: Array) -> dict[str, Any]:
+    """The figures of one SAE on the rows of its site; `weight_SC` of `probing.draws`."""
     x_RD = sample.rows[site]
     codes_RN = _codes(sae, x_RD)
-    probes: dict[str, list[dict[str, Any]]] = {"latents": [], "frozen decoder": [], "random directions": [], "rows": []}
-    for number, own in enumerate(tasks):
-        drawn = derive_seed(seed, f"usefulness {number}")
-        frozen = frozen_decoder_sae(x_RD, sae, drawn)
-        random_RN = (x_RD - x_RD.mean(0)) @ directions(sae, drawn).to(x_RD.device).T
-        for name, features_RF in (
-            ("latents", codes_RN),
-            ("frozen decoder", _codes(frozen, x_RD)),
-            ("random directions", random_RN.cpu().numpy()),
-        ):
-            probes[name].append({str(k): _probe(_Few(features_RF, k), own) for k in LATENTS})
-        probes["rows"].append({"all": _probe(_Few(x_RD.cpu().numpy(), None), own)})
-    gaps = {
-        str(k): _spread(
-            [
-                _mean(ours[str(k)]) - _mean(theirs[str(k)])
-                for ours, theirs in zip(probes["latents"], probes["frozen decoder"], strict=True)
-            ]
-        )
-        for k in LATENTS
-    }
+    seeds = [_of_division(sae, codes_RN, x_RD, sample, division, weight_SC) for division in divisions]
+    probed, absorbed = ([one[part] for one in seeds] for part in ("probing", "absorption"))
     density_N = (codes_RN > 0).mean(0)
     energy_N = np.square(codes_RN, dtype=np.float64).sum(0)
     mean_D, std_D = x_RD.double().mean(0), x_RD.double().std(0)
     return {
-        "probing": {
-            name: {k: _over_seeds([one[k] for one in found]) for k in found[0]} for name, found in probes.items()
+        "probing": _over_seeds(probed, "auroc"),
+        "above_frozen_decoder": {
+            str(k): spread(
+                [
+                    over_families(one["latents"][str(k)]) - over_families(one["frozen decoder"][str(k)])
+                    for one in probed
+                ],
+                "auroc",
+            )
+            for k in LATENTS
         },
-        "above_frozen_decoder": gaps,
+        "absorption": _over_seeds(absorbed, "share"),
         "dense_latents": int((density_N > DENSE).sum()),
         "dense_energy": float(energy_N[density_N > DENSE].sum() / max(energy_N.sum(), 1e-30)),
         "mean_over_std": float(mean_D.norm() / std_D.norm().clamp(min=1e-30)),
     }
+
+
+def _of_division(
+    sae: SAE, codes_RN: Floats, x_RD: Tensor, sample: Sample, division: Division, weight_SC: Array
+) -> dict[str, Found]:
+    """Probing and absorption under one seed, beside its controls; no absorption of a transcoder, which writes elsewhere
+    than it reads."""
+    frozen = frozen_decoder_sae(x_RD, sae, division.seed)
+    frozen_RN = _codes(frozen, x_RD)
+    random_RN = ((x_RD - x_RD.mean(0)) @ directions(sae, division.seed).to(x_RD.device).T).cpu().numpy()
+    probed: Found = {
+        name: _probed(features_RF, sample, division.tasks, weight_SC)
+        for name, features_RF in (
+            ("latents", codes_RN),
+            ("frozen decoder", frozen_RN),
+            ("random directions", random_RN),
+        )
+    }
+    reads = sae.target_dim == sae.hidden_dim and "target" not in sae.config
+    labels = label_directions(x_RD, [*division.tasks, *(division.letters if reads else ())])
+    probed["rows"] = {
+        "all": by_family(
+            (label.task.family, _auroc(label.score_R[label.task.held_R], sample, label.task, weight_SC))
+            for label in labels[: len(division.tasks)]
+        )
+    }
+    absorbed: Found = {}
+    for name, one, one_RN in (("latents", sae, codes_RN), ("frozen decoder", frozen, frozen_RN)) if reads else ():
+        counts = absorption(one, one_RN, x_RD, labels, sample.conversation_R, division.seed)
+        absorbed[name] = {what: counted.shares(weight_SC) for what, counted in counts.items()}
+    return {"probing": probed, "absorption": absorbed}
 
 
 @torch.no_grad()
@@ -253,65 +269,26 @@ def _codes(sae: SAE, x_RD: Tensor) -> Floats:
     return values
 
 
-class _Few:
-    """Scores of held-out rows by the `most` features that differ most, or by all of them."""
-
-    def __init__(self, features_RF: Floats, most: int | None) -> None:
-        self.features_RF, self.most = features_RF, most
-
-    def __call__(self, task: Task) -> NDArray[Any]:
-        train_RF, label_R = self.features_RF[task.train_R], task.positive_R[task.train_R]
-        mean_F, spread_F = train_RF.mean(0, dtype=np.float64), train_RF.std(0, dtype=np.float64)
-        effect_F = train_RF[label_R].mean(0, dtype=np.float64) - train_RF[~label_R].mean(0, dtype=np.float64)
-        effect_F = np.where(spread_F > 1e-9, effect_F / np.maximum(spread_F, 1e-9), 0.0)
-        best = np.argsort(-np.abs(effect_F), kind="stable")[: self.most]
-        scaled = (self.features_RF[:, best] - mean_F[best]) / np.maximum(spread_F[best], 1e-9)
-        held_RF = scaled[task.held_R]
-        if self.most == 1:
-            one_R: NDArray[Any] = held_RF[:, 0] * np.sign(effect_F[best[0]])
-            return one_R
-        probe = LogisticRegression(C=1.0, max_iter=300, class_weight="balanced")
-        scores_R: NDArray[Any] = probe.fit(scaled[task.train_R], label_R).decision_function(held_RF)
-        return scores_R
-
-
-class _TokenRates:
-    """Scores of held-out rows by how often their token had the label where it was learnt from."""
-
-    def __init__(self, sample: Sample) -> None:
-        _, self.place_R = np.unique(sample.token_R, return_inverse=True)
-
-    def __call__(self, task: Task) -> NDArray[Any]:
-        places, labels = self.place_R[task.train_R], task.positive_R[task.train_R]
-        size = int(self.place_R.max()) + 1
-        seen_V, had_V = np.bincount(places, minlength=size), np.bincount(places, labels, minlength=size)
-        rate_V: NDArray[Any] = (had_V + labels.mean()) / (seen_V + 1)
-        return rate_V[self.place_R[task.held_R]]
-
-
-def _probe(score: _Few | _TokenRates, tasks: Sequence[Task]) -> dict[str, float]:
-    """{family: mean AUROC over its labels}."""
-    found: dict[str, list[float]] = {}
-    for task in tasks:
-        found.setdefault(task.family, []).append(float(roc_auc_score(task.positive_R[task.held_R], score(task))))
-    return {family: float(np.mean(values)) for family, values in found.items()}
-
-
-def _mean(families: Mapping[str, float]) -> float:
-    return float(np.mean(list(families.values())))
-
-
-def _over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean and spread over seeds: of the mean over families, and of each."""
-    families = [family for family in found[0] if all(family in one for one in found)]
+def _probed(features_RF: Floats, sample: Sample, tasks: Sequence[Task], weight_SC: Array) -> dict[str, Draws]:
+    """{number of features: AUROC by family under each draw}."""
+    probes = [Probe.of(features_RF, task) for task in tasks]
     return {
-        **_spread([_mean({family: one[family] for family in families}) for one in found]),
-        "families": {family: _spread([one[family] for one in found]) for family in families},
+        str(k): by_family(
+            (probe.task.family, _auroc(probe.scores(k), sample, probe.task, weight_SC)) for probe in probes
+        )
+        for k in LATENTS
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"auroc": float(np.mean(values)), "std": float(np.std(values, ddof=1))}
+def _over_seeds(found: Sequence[Found], figure: str) -> dict[str, Any]:
+    return {
+        name: {key: over_seeds([one[name][key] for one in found], figure) for key in of}
+        for name, of in found[0].items()
+    }
+
+
+def _auroc(score_H: Array, sample: Sample, task: Task, weight_SC: Array) -> Array:
+    return auroc(score_H, task.positive_R[task.held_R], sample.conversation_R[task.held_R], weight_SC)
 
 
 def _counts(tasks: Sequence[Task]) -> dict[str, int]:

@@ -165,11 +165,19 @@ def metrics_tables(facts: Facts) -> Iterator[tuple[str, int, list[tuple[list[str
 
 
 def probed(facts: Facts) -> list[tuple[str, list[str]]]:
-    """Per SAE the AUROC of 1, 4 and 16 latents, of a frozen decoder's, and of all dimensions; empty if not measured."""
+    """Per SAE the AUROC of 1, 4 and 16 latents, of a frozen decoder's, and of all dimensions; shares absorbed, of its
+    latents and of a frozen decoder's; |mean| / std. Empty if not measured."""
     saes = facts.evaluation.get("usefulness", {}).get("saes", {})
     columns = [(name, k) for name in ("latents", "frozen decoder") for k in ("1", "4", "16")] + [("rows", "all")]
     return [
-        (sae_id, [f"{saes[sae_id]['probing'][name][k]['auroc']:.3f}" for name, k in columns])
+        (
+            sae_id,
+            [
+                *(f"{saes[sae_id]['probing'][name][k]['auroc']:.3f}" for name, k in columns),
+                *(report.number(share, ".1%") for share in report.absorbed(saes[sae_id])),
+                report.number(saes[sae_id].get("mean_over_std"), ".2f"),
+            ],
+        )
         for sae_id in (facts.recipe.hook_points if saes else ())
     ]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -105,8 +105,14 @@ class _All(TypedDict):
 _Probing = TypedDict("_Probing", {"latents": _Few, "frozen decoder": _Few, "rows": _All})
 
 
+class _Share(TypedDict):
+    share: FiniteFloat | None
+
+
 class _Probed(TypedDict):
     probing: _Probing
+    absorption: NotRequired[dict[str, dict[str, _Share]]]
+    mean_over_std: NotRequired[FiniteFloat]
 
 
 class _Usefulness(TypedDict):
