@@ -83,6 +83,7 @@ class CorpusPass:
         with self.target.conversations(self.lm.tokenizer, self.data) as stream:
             self._restore(stream)
             saved = time.monotonic()
+            on_progress("reading", self.read, self.tokens)  # a CPU may read minutes at the first chunk
             while self.read < self.tokens and (conversations := self._next_chunk(stream)):
                 self._add(conversations)
                 on_progress("reading", min(self.read, self.tokens), self.tokens)
