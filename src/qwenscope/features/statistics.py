@@ -92,10 +92,7 @@ class LatentStatistics(Tensors):
         latent_P, value_P = indices_RK[row_P, place_P], values_RK[row_P, place_P]
         token_P = chunk.token_R[row_P]
         address_P, context_P = token_P + chunk.start, chunk.context_T[token_P]
-
-        def windows(latents_P: Tensor, addresses_P: Tensor, chosen_S: Tensor) -> Tensor:
-            tokens_S = addresses_P[chosen_S] - chunk.start
-            return _windows(latents_RK, values_RK, latents_P[chosen_S], tokens_S, chunk)
+        firings = Firings(latent_P, token_P, value_P, chunk)
 
         self.firings.offer(
             latent_P,
@@ -103,19 +100,19 @@ class LatentStatistics(Tensors):
             value_P,
             address_P,
             context_P,
-            lambda chosen_S: windows(latent_P, address_P, chosen_S),
+            lambda chosen_S: firings.windows(latent_P[chosen_S], token_P[chosen_S]),
         )
         worthy = (value_P > self.top.keys_NM.amin(1)[latent_P]).nonzero().squeeze(1)
         conversation_P = chunk.conversation_T[token_P[worthy]]
         best = worthy[first_of_each(latent_P[worthy] * (len(chunk.row_T) + 1) + conversation_P, value_P[worthy])]
-        latent_B, value_B, address_B = latent_P[best], value_P[best], address_P[best]
+        latent_B, value_B, token_B = latent_P[best], value_P[best], token_P[best]
         self.top.offer(
             latent_B,
             value_B,
             value_B,
-            address_B,
+            address_P[best],
             context_P[best],
-            lambda chosen_S: windows(latent_B, address_B, chosen_S),
+            lambda chosen_S: firings.windows(latent_B[chosen_S], token_B[chosen_S]),
         )
         self._sample(latents_RK, chunk, random)
 
@@ -172,15 +169,35 @@ def _window_rows(token_S: Tensor, chunk: Chunk) -> Tensor:
     return torch.where(inside_SW, chunk.row_T[tokens_SW], -1)
 
 
-def _windows(latents_RK: Tensor, values_RK: Tensor, latent_S: Tensor, token_S: Tensor, chunk: Chunk) -> Tensor:
-    """Activations [S, W] of each latent around its token."""
-    parts = []
-    for latent_s, token_s in zip(torch.split(latent_S, 4096), torch.split(token_S, 4096), strict=True):
-        rows_SW = _window_rows(token_s, chunk)
-        mine_SWK = latents_RK[rows_SW.clamp(min=0)] == latent_s.to(torch.int32).view(-1, 1, 1)
-        mine_SWK &= rows_SW.unsqueeze(2) >= 0
-        s, w, k = mine_SWK.nonzero(as_tuple=True)
-        window_SW = torch.zeros(rows_SW.shape, dtype=torch.float32)
-        window_SW[s, w] = values_RK[rows_SW[s, w], k]
-        parts.append(window_SW)
-    return torch.cat(parts)
+class Firings:
+    """Every firing of a chunk by latent and token, so that those around one stand beside it.
+
+    Args:
+        latent_P, token_P: int64, each pair once, in any order. value_P: float32.
+    """
+
+    def __init__(self, latent_P: Tensor, token_P: Tensor, value_P: Tensor, chunk: Chunk) -> None:
+        self._stride = len(chunk.row_T) + WINDOW  # so that another latent's keys are out of reach
+        self._keys_P, order_P = (latent_P * self._stride + token_P).sort()
+        self._values_P, self._conversation_T = value_P[order_P], chunk.conversation_T
+
+    def windows(self, latent_S: Tensor, token_S: Tensor) -> Tensor:
+        """Activations [S, W] of each latent around a token that it fires on, within the conversation."""
+        key_S = latent_S * self._stride + token_S
+        place_S = torch.searchsorted(self._keys_P, key_S)
+        window_SW = torch.zeros(len(key_S), WINDOW, dtype=torch.float32)
+        window_SW[:, BEFORE] = self._values_P[place_S]
+        for direction, reach in ((-1, BEFORE), (1, AFTER)):
+            near_S, steps = torch.arange(len(key_S)), 0
+            while len(near_S):
+                steps += direction
+                there_S = place_S[near_S] + steps
+                near_S = near_S[(there_S >= 0) & (there_S < len(self._keys_P))]
+                there_S = place_S[near_S] + steps
+                away_S = self._keys_P[there_S] - key_S[near_S]
+                near_S = near_S[inside := away_S.abs() <= reach]
+                there_S, away_S = there_S[inside], away_S[inside]
+                own_S = self._conversation_T[token_S[near_S]] == self._conversation_T[token_S[near_S] + away_S]
+                near_S, there_S, away_S = near_S[own_S], there_S[own_S], away_S[own_S]
+                window_SW[near_S, BEFORE + away_S] = self._values_P[there_S]
+        return window_SW
