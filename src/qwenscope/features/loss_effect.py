@@ -12,6 +12,7 @@ Legend: C conversations of a batch, T positions, D hidden, P positions that coun
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def loss_effect(index: Index, target: Target, lm: LanguageModel, sae_id: str, la
     texts = _texts(index, sae_id, latent, random)
     column_D = sae.decoder.weight.detach()[:, latent].float()
     directions = {"own": column_D, **_controls(index, sae_id, sae.decoder.weight.detach().float(), latent, random)}
-    found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("row", "clean", *directions)}
+    found: dict[str, list[NDArray[Any]]] = {name: [] for name in ("row", "clean", *directions)}
     for batch in make_batches([len(ids) for ids in texts], texts, max(TOKENS, LONGEST), 0):
         clean = clean_pass(lm, batch, [site])
         rows_CTD = clean.recording.rows[site]
@@ -137,7 +138,7 @@ def _controls(index: Index, sae_id: str, decoder_DN: Tensor, latent: int, random
     return found
 
 
-def _interval(change_P: NDArray[np.float64], row_P: NDArray[np.int64], seed: int) -> tuple[float, float]:
+def _interval(change_P: NDArray[np.float64], row_P: NDArray[Any], seed: int) -> tuple[float, float]:
     """95 % of the means of conversations drawn with replacement."""
     _, place_P = np.unique(row_P, return_inverse=True)
     sums, counts = np.bincount(place_P, change_P), np.bincount(place_P)
