@@ -26,7 +26,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from quality_data import KINDS, Data, Splicer, model_rows, synthetic
+from quality_data import KINDS, SYNTH_SAE_BENCH, Data, Splicer, model_rows, synthetic
 from quality_table import markdown
 from truth import cross_seed_stability, recovery
 
@@ -260,7 +260,12 @@ def rows_of(options: argparse.Namespace) -> Iterator[Data]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps each trained SAE and quality.json; one budget per folder")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="of synthetic rows; all by default")
+    parser.add_argument(
+        "--kind",
+        action="append",
+        choices=(*KINDS, SYNTH_SAE_BENCH),
+        help="of synthetic rows; the first three by default",
+    )
     parser.add_argument("--recipe", help="rows of this recipe's model and corpus instead of synthetic ones")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the recipe")
     parser.add_argument("--site", action="append", help="of the model; the recipe's hook points by default")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synth_sae_bench import synth_sae_bench
 from torch import Tensor
 from truth import GroundTruth, Kind, ground_truth
 
@@ -26,6 +27,7 @@ from qwenscope.sae.sae import TopKSAE
 CE_TOKENS = 4096
 NOISE = 0.02
 KINDS: tuple[Kind, ...] = ("sparse", "correlated", "hierarchical")
+SYNTH_SAE_BENCH: Kind = "synth_sae_bench"
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,17 @@ class Data:
 def synthetic(
     rows: int, dim: int, features: int, active: int, kinds: list[Kind], held_out: int = 32_768
 ) -> Iterator[Data]:
-    """Each kind of known features; directions, training rows and held-out rows have seeds of their own."""
+    """Each kind of known features; directions, training rows and held-out rows have seeds of their own.
+
+    SynthSAEBench's law has frequencies and noise of its own.
+    """
     for kind in kinds:
-        truth = ground_truth(dim, features, kind=kind, active=active, noise=NOISE, seed=9001)
-        pieces = [truth.sample(min(65_536, rows - done), seed=9100 + done)[0] for done in range(0, rows, 65_536)]
+        if kind == SYNTH_SAE_BENCH:
+            truth: GroundTruth = synth_sae_bench(dim, features, seed=9001)
+        else:
+            truth = ground_truth(dim, features, kind=kind, active=active, noise=NOISE, seed=9001)
+        piece = 4096 if kind == SYNTH_SAE_BENCH else 65_536  # rows drawn at once: its features are many
+        pieces = [truth.sample(min(piece, rows - done), seed=9100 + done)[0] for done in range(0, rows, piece)]
         yield Data(f"synthetic {kind}", torch.cat(pieces), truth.sample(held_out, seed=9003)[0], truth)
 
 

@@ -27,7 +27,8 @@ from qwenscope.evaluation.pairs import unit_decoder
 from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator
 
-Kind = Literal["sparse", "correlated", "hierarchical"]
+Kind = Literal["sparse", "correlated", "hierarchical", "synth_sae_bench"]
+"""The last is a law of its own, in synth_sae_bench.py."""
 
 GROUP = 8  # features that share a factor in the correlated kind
 FAMILY = 4  # one parent and three children in the hierarchical kind
