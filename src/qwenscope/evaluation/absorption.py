@@ -111,7 +111,7 @@ def absorption(
     random_MD = directions(sae, seed).numpy().astype(np.float64)
     found = {name: Counts(conversation_R) for name in ("absorbed", "silent", "random directions")}
     for number, label in enumerate(labels):
-        silent_R = ~(codes_RN[:, main_latents(codes_RN, label.task)] > 0).any(1)
+        silent_R: Mask = np.count_nonzero(codes_RN[:, main_latents(codes_RN, label.task)] > 0, axis=1) == 0
         looked_R = label.task.held_R & label.task.positive_R & (label.score_R > 0)
         for name, unit_D in (("absorbed", label.unit_D), ("random directions", random_MD[number % len(random_MD)])):
             projection_R = centred_RD @ unit_D
