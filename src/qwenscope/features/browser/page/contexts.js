@@ -73,7 +73,7 @@ function copyButton(text) {
   return navigator.clipboard ? copy : null;
 }
 
-// One example: its tokens, the strength at the peak, role and what to do with the text beside it.
+// One example: its tokens in turns, the strength at the peak, and what to do with the text beside it.
 function context({ example, times }, most, roles) {
   const { tokens, activations, peak } = example;
   const names = example.roles.map((role) => roles[role]);
@@ -93,12 +93,7 @@ function context({ example, times }, most, roles) {
         class: "where",
         title: `conversation ${example.conversation}, token ${example.position}, source ${example.source}`,
       },
-      h(
-        "span",
-        { class: "role" },
-        ROLE_NAMES[names[peak]],
-        times > 1 ? h("small", { title: `${times} conversations have this text` }, ` ×${times}`) : null,
-      ),
+      times > 1 ? h("small", { class: "times", title: `${times} conversations have this text` }, `×${times}`) : null,
       h(
         "span",
         { class: "actions" },
