@@ -1,4 +1,4 @@
-"""Search by example among 9 x 512 latents: 20 planted ones, each sought by four texts that hold its word.
+"""Search by example among the latents of nine SAEs: 20 planted ones, each sought by four texts that hold its word.
 
     python bench/find.py RUN DATA [--cases 20] [--tokens 30000]
 
@@ -84,8 +84,9 @@ def _plant(target: Target, lm: LanguageModel, texts: list[Any], words: list[int]
     tokens_R = torch.from_numpy(np.concatenate([text[1:] for text in texts]))
     planted = {}
     for number, word in enumerate(words):
-        sae_id, latent = ids[number % len(ids)], 11 + 23 * number
+        sae_id = ids[number % len(ids)]
         sae, rows_RD = target.saes[sae_id], torch.cat(rows[target.sites[sae_id]])
+        latent = (11 + 23 * number) % sae.dict_size
         here_R = tokens_R == word
         centered_R1 = (here_R.double() - here_R.double().mean()).unsqueeze(1)
         direction_D = 1000 * torch.linalg.lstsq(rows_RD - rows_RD.mean(0), centered_R1).solution.squeeze(1)
