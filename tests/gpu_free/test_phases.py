@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_free.fake_card import fake_card, on_card
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qwenscope.sae.sae import SAE, TopKSAE
+from qwenscope.sae.selection import PRECISIONS
 from qwenscope.training.trainer import SAETrainer
 
 LATENTS, HIDDEN, BATCH = 256, 64, 128
@@ -55,7 +57,11 @@ def test_resampling_and_resuming(monkeypatch: pytest.MonkeyPatch) -> None:
             waits.clear()
             first.step(rows())
             assert waits["aten::_local_scalar_dense"] == 1, waits  # how many are dead
-            second.load_state_dict(first.state_dict())
+            state = first.state_dict()
+            with unset_fake_temporarily():  # the host's own numbers have values
+                counted = [first.steps, first.tokens_trained, PRECISIONS.index(first.precision), 0]
+                state |= {"counters": torch.tensor(counted), "pool.cursor": torch.tensor(0)}
+            second.load_state_dict(state)
             second.step(rows())
         assert {value.device.type for value in second.weights.parameters.values()} == {"cuda"}
         assert isinstance(first.sae(), SAE)

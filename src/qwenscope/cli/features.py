@@ -64,7 +64,9 @@ def browse(
     """Look at features in the web browser, offline; or write the same as a static site."""
     if export_ is not None:
         if results or embed_in:
-            raise FormatError("--results and --embed-in are for this machine's server; leave out them or --export")
+            raise FormatError(
+                "--results and --embed-in need a server and are not exported; leave them out, or --export"
+            )
         from qwenscope.features.browser.export import export_site
 
         with phases(err) as on_progress:

@@ -290,7 +290,7 @@ for command in (
     *(features.index, features.browse, reading.read, features.steer, reading.output_scores, features.explain),
     *(analysis.contrast, analysis.diff, analysis.trace),
 ):
-    app.command(rich_help_panel="Look and steer")(command)
+    app.command(command.__name__.replace("_", "-"), rich_help_panel="Look and steer")(command)
 app.add_typer(analysis.monitor, name="monitor", rich_help_panel="Look and steer")
 
 

@@ -32,6 +32,7 @@ from qwenscope.sae import ops
 from qwenscope.sae.eight_bit import EightBit
 
 Precision = Literal["exact", "fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("exact", "fp32", "bf16")
 MARGIN = 16
 EIGHT_BIT_MARGIN = 48
 CHUNK_ROWS = 256

@@ -38,9 +38,11 @@ class CardRows(ops.Panels):
         return cls((rows_BD,), x_BD, offset_D, rms, squares_2B)
 
     def squares(self) -> Tensor:
+        """As `Panels.squares`, of the float32 rows."""
         return self.squares_2B[1]
 
     def spread(self) -> tuple[Tensor, Tensor]:
+        """As `Panels.spread`, of the float32 rows."""
         deviation, square = self.squares_2B.sum(1)
         return deviation, square
 

@@ -18,26 +18,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qwenscope.errors import CheckpointError, TrainingError
+from qwenscope.errors import TrainingError
 from qwenscope.sae import ops
 from qwenscope.sae.rows import Rows, as_rows
 from qwenscope.sae.sae import SAE
-from qwenscope.sae.selection import Precision, Selection, Selector, best_precision
+from qwenscope.sae.selection import PRECISIONS, Precision, Selection, Selector, best_precision
 from qwenscope.seeds import generator
+from qwenscope.training import trainer_state
 from qwenscope.training.active import ActiveLatents
 from qwenscope.training.card_rows import CardRows
 from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
 from qwenscope.training.fit import Fit, OnStep, fit
 from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
-from qwenscope.training.guards import check_arguments, check_rows, check_state
+from qwenscope.training.guards import check_arguments, check_rows
 from qwenscope.training.initial import InitialDecoder, point_at_rows, tie_encoder
 from qwenscope.training.metrics import StepMetrics
 from qwenscope.training.nested import Nested
 from qwenscope.training.optimizer import Adam, update
 from qwenscope.training.schedule import learning_rate
-from qwenscope.training.weights import PARAMETERS, Weights, master_dtype
+from qwenscope.training.weights import Weights, master_dtype
 
-PRECISIONS: tuple[Precision, ...] = ("exact", "fp32", "bf16")
 REDONE_SHARE = 1 / 8
 """Rows without certificate above which 8-bit candidates cost more than they save, and are given up for good."""
 POOL_STEPS = 100
@@ -128,8 +128,7 @@ class SAETrainer:
         self.candidates_N = torch.zeros(sae.dict_size, dtype=torch.bool, device=self.device)
         self._names: Tensor | None = None  # latents that the dead-latent loss works with
         self._lr, self._step = torch.zeros_like(self.rms), torch.zeros_like(self.rms, dtype=torch.float32)
-        self._zero = torch.zeros_like(self.rms)
-        self._listed, self.steps, self.tokens_trained = False, 0, 0
+        self._zero, self._listed, self.steps, self.tokens_trained = torch.zeros_like(self.rms), False, 0, 0
 
     def _take(self, sae: SAE, moments: torch.dtype | None) -> Weights:
         """Copies of the SAE's tensors, ready for training."""
@@ -375,26 +374,7 @@ class SAETrainer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the next step depends on, flat, ready for safetensors (the trainer's own tensors, not copies)."""
-        counters = [self.steps, self.tokens_trained, PRECISIONS.index(self.precision), self.weights.eight_bits]
-        state = {
-            "counters": torch.tensor(counters),
-            "generator": self.generator.get_state(),
-            "ages": self.ages.tokens_N,
-            "candidates": self.candidates_N,
-            "centre": self.centre_D,
-            "rms": self.rms,
-        }
-        for name in PARAMETERS:
-            state[name] = self.weights[name]
-            state[f"{name}.mean"] = self.weights.means[name]
-            state[f"{name}.square"] = self.weights.squares[name]
-        if self.active.activation.has_threshold:
-            state["threshold"] = self.active.threshold
-        if self.pool is not None:
-            state["pool.rows"] = self.pool.rows_PD
-            state["pool.loss"] = self.pool.loss_P
-            state["pool.cursor"] = torch.tensor(self.pool.cursor)
-        return state
+        return trainer_state.tensors(self)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state`: the next steps are bit-identical to those of the trainer that gave it.
@@ -403,20 +383,7 @@ class SAETrainer:
             CheckpointError: a tensor is missing, unknown, or has another shape or dtype, or another precision was
                 asked for; nothing is loaded then.
         """
-        own = self.state_dict()
-        check_state(own, state)
-        steps, tokens_trained, code, eight_bits = (int(value) for value in state["counters"])
-        precision = PRECISIONS[code]
-        if precision != self.precision and not self._precision_is_free:
-            raise CheckpointError(
-                f"trainer state was trained with precision {precision}, the trainer has {self.precision}"
-            )
-        self.steps, self.tokens_trained, self.precision = steps, tokens_trained, precision
-        self.generator.set_state(state["generator"].cpu())
-        if self.pool is not None:
-            self.pool.cursor = int(state["pool.cursor"])
-        for name in own.keys() - {"counters", "generator", "pool.cursor"}:
-            own[name].copy_(state[name])
-        self._listed = False
-        self.weights.shadow(precision, bool(eight_bits))
+        precision, eight_bits = trainer_state.restore(self, state, free=self._precision_is_free)
+        self.precision, self._listed = precision, False
+        self.weights.shadow(precision, eight_bits)
         self.active.selector = Selector(self.active.selector.k, precision)
