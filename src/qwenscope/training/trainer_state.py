@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def restore(trainer: Stateful, state: dict[str, Tensor], *, free: bool) -> tuple
     trainer.steps, trainer.tokens_trained = steps, tokens_trained
     trainer.generator.set_state(state["generator"].cpu())
     if trainer.pool is not None:
-        trainer.pool.cursor = state["pool.cursor"].tolist()
+        trainer.pool.cursor = cast(int, state["pool.cursor"].tolist())  # 0-dim
     for name in own.keys() - _HOST:
         own[name].copy_(state[name])
     return precision, bool(eight_bits)
