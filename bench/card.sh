@@ -74,12 +74,12 @@ echo 'raise ImportError("left out")' >"$out/without_fla/fla/__init__.py"
 without=(env PYTHONPATH="$out/without_fla:$PYTHONPATH")
 
 if [ -n "$dry" ]; then
-  phase doctor 1800 "${doctor[@]}"
-  phase kernels 1800 env TRITON_INTERPRET=1 "$python" bench/kernels.py --json "$out/kernels.json"
-  phase step 1800 "$python" bench/step.py --shape 1024/16 --batch 256 --repeats 1 --trainer ours-fp32 --json "$out/step.json"
-  phase fullsize 1800 "$python" bench/fullsize.py --reduced --seconds 0.1 --json "$out/fullsize.json"
-  phase resume 1800 "${resume[@]}"
-  phase fullsize_without_fla 1800 "${without[@]}" "$python" bench/fullsize.py --reduced --seconds 0.1 \
+  phase doctor 300 "${doctor[@]}"
+  phase kernels 300 env TRITON_INTERPRET=1 "$python" bench/kernels.py --json "$out/kernels.json"
+  phase step 600 "$python" bench/step.py --shape 1024/16 --batch 256 --repeats 1 --trainer ours-fp32 --json "$out/step.json"
+  phase fullsize 600 "$python" bench/fullsize.py --reduced --seconds 0.1 --json "$out/fullsize.json"
+  phase resume 600 "${resume[@]}"
+  phase fullsize_without_fla 600 "${without[@]}" "$python" bench/fullsize.py --reduced --seconds 0.1 \
     --json "$out/fullsize_without_fla.json"
 else
   phase doctor 120 "${doctor[@]}"

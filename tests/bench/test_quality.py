@@ -45,7 +45,7 @@ def test_rows_of_all_sites_are_the_same_tokens_and_none_is_trained_on_and_held_o
     trained = {row.numpy().tobytes() for row in data[2].train_RD}
     assert len(trained) > ROWS / 2
     shared = sum(row.numpy().tobytes() in trained for row in data[2].held_out_RD)
-    assert shared < HELD_OUT / 3  # beginnings that generated conversations have in common
+    assert shared <= HELD_OUT / 4  # beginnings that generated conversations have in common
 
 
 def test_kept_rows_need_no_model(data: list[Data], recipe: Recipe, folder: Path) -> None:
