@@ -4,7 +4,7 @@
 
 The endpoint, a process of its own, takes DELAY seconds for an answer (the offline rule's), up to half more or less; of
 its answers 2 in 100 are 429 (with Retry-After: 1), 2 are 500, 2 no JSON. The run with concurrency is killed (SIGKILL)
-half-way and started again; the start of both processes counts. The sequential run labels a sample, its wall time is
+after a third and stopped (SIGTERM) after another, and started again each time; the start of all three processes counts. The sequential run labels a sample, its wall time is
 scaled. Random content. Prints one JSON object.
 """
 
@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ class Endpoint(BaseHTTPRequestHandler):
         """Counts: good answers, different questions, faults."""
         with self.lock:
             found = {"answers": self.answered.total(), "questions": len(self.answered), "faults": dict(self.faults)}
+            found["twice"] = found["answers"] - found["questions"]
             if self.path == "/forget":
                 self.answered.clear(), self.faults.clear()
         self._say(200, json.dumps(found).encode())
@@ -120,24 +122,23 @@ def main() -> None:
         one = time.perf_counter() - begun
         _asked(address, "/forget")
         begun = time.perf_counter()
-        first = _start(folder, address, f"0-{last}", chosen.concurrency, "many")
-        time.sleep(max(STARTED, one / chosen.sequential * chosen.latents / chosen.concurrency / 2))
-        first.kill()
-        first.wait()
-        at_kill = _asked(address)
-        if _start(folder, address, f"0-{last}", chosen.concurrency, "many").wait():
-            raise SystemExit("explain failed")
+        asked: dict[str, Any] = {}
+        for end in (signal.SIGKILL, signal.SIGTERM, None):
+            process = _start(folder, address, f"0-{last}", chosen.concurrency, "many")
+            if end is not None:
+                time.sleep(max(STARTED, one / chosen.sequential * chosen.latents / chosen.concurrency / 3))
+                process.send_signal(end)
+            if process.wait() not in (0, -signal.SIGKILL, 128 + signal.SIGTERM):
+                raise SystemExit("explain failed")
+            asked[end.name if end else "end"] = _asked(address)
         many = time.perf_counter() - begun
-        asked = _asked(address)
         labelled = sum(record["client"] == "many" for _, _, record in read_explanations(Index(folder)))
     endpoint.terminate()
     sequential = one / chosen.sequential * chosen.latents
     found = {
         "latents": chosen.latents,
         "labelled": labelled,
-        "at_kill": at_kill,
-        "in_the_end": asked,
-        "answered_twice": asked["answers"] - asked["questions"],
+        "asked_until": asked,
         "delay": chosen.delay,
         "seconds": round(many, 1),
         "sequential_seconds": round(sequential, 1),

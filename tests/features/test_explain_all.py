@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -153,6 +156,26 @@ def test_who_was_killed_goes_on_and_asks_nothing_again(index: Index, judge: Judg
     asked = judge.answered.total()
     run_to_the_end(index.folder, judge.url)
     assert judge.answered.total() == asked
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_is_stopped_keeps_the_answers_under_way_and_asks_none_twice(
+    index: Index, judge: JudgeServer, number: signal.Signals
+) -> None:
+    judge.stop_at = 60
+    options = ["--latents", LATENTS, "--endpoint", judge.url, "--model", "judge", "--concurrency", "4"]
+    command = [sys.executable, "-m", "qwenscope", "explain", str(index.folder), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert judge.reached.wait(60)
+    process.send_signal(number)
+    judge.stop_at = 0
+    judge.go_on.set()
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, "the same command goes on" in said) == (128 + number, True)
+    assert len(labels(index, "judge")) < len(chosen(index, LATENTS))
+    run_to_the_end(index.folder, judge.url)
+    assert len(labels(index, "judge")) == len(chosen(index, LATENTS))
+    assert set(judge.answered.values()) == {1}
 
 
 def test_an_endpoint_that_stays_down_ends_it_with_what_was_done_kept(index: Index, judge: JudgeServer) -> None:

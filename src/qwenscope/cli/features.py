@@ -279,6 +279,7 @@ def explain(
     from qwenscope.features.label import chosen, foresee, waiting
     from qwenscope.features.label import explain as explain_latents
     from qwenscope.features.store import Index
+    from qwenscope.training.signals import SignalWatch
 
     if (endpoint is not None) + (local is not None) + offline > 1:
         raise FormatError("choose one of --endpoint, --local and --offline")
@@ -289,16 +290,17 @@ def explain(
     err.print(_foreseen(client.name, len(asked), foresee(opened, left)), highlight=False, markup=False)
     limit = 1 if endpoint is None else concurrency
     counts = Counter[str]()
-    try:
-        with phases(err) as on_progress:
-            for record in explain_latents(opened, client, left, concurrency=limit, on_progress=on_progress):
-                counts.update(["labelled" if record["label"] else "unnamed", *record["unparsed"]])
-                if len(left) <= SHOWN_LABELS:
-                    out.print(_labelled(record), highlight=False, markup=False)
-    except KeyboardInterrupt:
-        err.print("stopped; the same command goes on", highlight=False)
-        err.file.flush()
-        os._exit(130)  # at once: requests that are under way would be waited for
+    with SignalWatch() as watch, phases(err) as on_progress:
+        records = explain_latents(
+            opened, client, left, concurrency=limit, on_progress=on_progress, stop=lambda: watch.stop is not None
+        )
+        for record in records:
+            counts.update(["labelled" if record["label"] else "unnamed", *record["unparsed"]])
+            if len(left) <= SHOWN_LABELS:
+                out.print(_labelled(record), highlight=False, markup=False)
+    if watch.stop is not None:
+        err.print(f"stopped after {counts['labelled']:,} latents; the same command goes on", highlight=False)
+        raise typer.Exit(128 + watch.stop)
     unparsed = sum(counts[name] for name in ("label", "detection", "fuzzing"))
     said = f"; {unparsed:,} answers could not be parsed" if unparsed else ""
     err.print(f"labelled {counts['labelled']:,} latents in {path}{said}", highlight=False, markup=False)

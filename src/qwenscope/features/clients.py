@@ -14,6 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -150,12 +151,22 @@ class OfflineClient:
         return json.dumps(answers)
 
 
+class Stopping(Exception):  # noqa: N818 - an ending that was asked for, not an error
+    """Nothing more is asked."""
+
+
 class Remembering:
     """A client that asks nothing twice: answers are written to a file as they come, and found there after a kill."""
 
-    def __init__(self, client: Client, path: Path) -> None:
-        """`path`: JSON lines {"asked": digest, "answer"}; a line that a kill cut off counts for nothing."""
-        self.name, self._client, self._lock = client.name, client, threading.Lock()
+    def __init__(self, client: Client, path: Path, stop: Callable[[], bool]) -> None:
+        """
+        Args:
+            client: who is asked.
+            path: JSON lines {"asked": digest, "answer"}; a line that a kill cut off counts for nothing.
+            stop: looked at before each question; once true, nothing more is asked.
+        """
+        self.name, self._client, self._stop, self._lock = client.name, client, stop, threading.Lock()
+        self._ended = False
         self._answers: dict[str, str] = {}
         self._file = path.open("ab+")
         self._file.seek(0)
@@ -168,16 +179,26 @@ class Remembering:
         self._file.write(b"\n")  # ends a line that was cut off
 
     def complete(self, system: str, user: str, max_tokens: int) -> str:
-        """The kept answer to just this, or the client's."""
+        """The kept answer to just this, or the client's.
+
+        Raises:
+            Stopping: it would have to be asked, and no more is.
+        """
         asked = hashlib.sha256(json.dumps([self.name, system, user, max_tokens]).encode()).hexdigest()
         if (kept := self._answers.get(asked)) is not None:
             return kept
+        if self._ended or self._stop():
+            raise Stopping
         answer = self._client.complete(system, user, max_tokens)
         with self._lock:
             self._answers[asked] = answer
             self._file.write(json.dumps({"asked": asked, "answer": answer}).encode() + b"\n")
             self._file.flush()
         return answer
+
+    def end(self) -> None:
+        """Ask nothing more; answers under way are still kept."""
+        self._ended = True
 
     def close(self) -> None:
         """Close the file."""

@@ -14,12 +14,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qwenscope.errors import FormatError
-from qwenscope.features.clients import Client, Remembering
+from qwenscope.features.clients import Client, Remembering, Stopping
 from qwenscope.features.questions import ask_about
 from qwenscope.features.store import Index, explained_by, explaining
 from qwenscope.files import disk_errors_named
@@ -130,11 +130,13 @@ def explain(
     *,
     concurrency: int = 1,
     on_progress: Callable[[str, int, int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Label latents, score the labels, and store both in the index, where search finds them; each as it is done.
 
-    What `client` has labelled already is passed over. After a kill the same call goes on, and asks nothing again that
-    was answered.
+    What `client` has labelled already is passed over. After a stop or a kill the same call goes on, and asks nothing
+    again that was answered: whatever ends it early, answers under way are awaited and kept. Only a SIGKILL loses those,
+    at most `concurrency`.
 
     Args:
         index: an index.
@@ -142,6 +144,7 @@ def explain(
         latents: see `chosen`.
         concurrency: latents that are asked about at the same time; above 1 only for clients that threads may share.
         on_progress: called with (phase, done, total).
+        stop: looked at before each question; once true, the records end early.
 
     Yields:
         Records {"sae", "latent", "label", "client", "detection", "fuzzing", "unparsed", "samples"}, in the order in
@@ -161,13 +164,18 @@ def explain(
     work = index.folder / WORK
     with disk_errors_named(index.folder):
         work.mkdir(exist_ok=True)
-    with run_lock(work), closing(Remembering(client, work / "answers.jsonl")) as asked, explaining(index) as add:
+    with (
+        run_lock(work),
+        closing(Remembering(client, work / "answers.jsonl", stop)) as asked,
+        explaining(index) as add,
+        suppress(Stopping),
+    ):
 
         def ask(place: Place) -> dict[str, Any]:
             found = index.latent(*place)
             return {"sae": place[0], "latent": place[1], **ask_about(asked, found)}
 
-        for done, record in enumerate(_concurrently(ask, places, concurrency), start=1):
+        for done, record in enumerate(_concurrently(ask, places, concurrency, asked.end), start=1):
             if "label" not in record["unparsed"]:
                 add(record["sae"], record["latent"], {k: v for k, v in record.items() if k not in ("sae", "latent")})
             if on_progress is not None:
@@ -176,11 +184,12 @@ def explain(
         shutil.rmtree(work)
 
 
-def _concurrently(work: Callable[[Place], Result], places: Iterable[Place], limit: int) -> Iterator[Result]:
-    """`work` on each of `places`, `limit` at a time, in the order in which they end."""
+def _concurrently(
+    work: Callable[[Place], Result], places: Iterable[Place], limit: int, end: Callable[[], None]
+) -> Iterator[Result]:
+    """`work` on each of `places`, `limit` at a time, in the order in which they end; `end` cuts short what is under way."""
     pool = ThreadPoolExecutor(limit, "explain")
     running: set[Future[Result]] = set()
-    patient = True  # what is under way when work fails is paid for, and its answers are kept
     try:
         for place in places:
             if len(running) >= 2 * limit:  # enough that none waits for the next one to be handed out
@@ -190,8 +199,8 @@ def _concurrently(work: Callable[[Place], Result], places: Iterable[Place], limi
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)
-    except KeyboardInterrupt:
-        patient = False
+    except BaseException:
+        end()
         raise
     finally:
-        pool.shutdown(patient, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
