@@ -11,7 +11,7 @@ import { noteBox } from "./keeping.js";
 import { walkOf } from "./walk.js";
 import * as api from "./api.js";
 
-const FIRST = 8; // examples at once, so that test and steer stand near them
+const FIRST = 5; // examples at once, so that test and steer stand beside them
 const KINDS = [
   ["top", "Strongest"],
   ["75-100", "75–100 %"],
@@ -72,7 +72,7 @@ function examples(found, roles) {
 
 // The latent on a text of one's own.
 function testBox(id, latent, found) {
-  const text = h("textarea", { id: "test", rows: "2", maxlength: "8000", placeholder: "Any text" });
+  const text = h("textarea", { id: "test", rows: "1", maxlength: "8000", placeholder: "Any text" });
   const said = h("p", { class: "faint", role: "status" });
   const out = h("div");
   async function run(event) {
@@ -98,8 +98,8 @@ function testBox(id, latent, found) {
     "form",
     { onsubmit: run },
     h("label", { class: "hidden", for: "test" }, "Text to test"),
-    text,
-    h("div", { class: "fields" }, h("button", { type: "submit" }, "Test"), said),
+    h("div", { class: "line" }, text, h("button", { type: "submit" }, "Test")),
+    said,
     out,
   );
 }
@@ -155,12 +155,12 @@ export async function render(id, number_, query) {
       `${number(found.fired)} tokens; logarithmic scale`,
       found.fired ? activations(found.histogram) : h("p", { class: "faint" }, "none"),
     ),
+    live ? section("Test", "where is it active on your own text?", testBox(id, latent, found)) : null,
     section(
       "Examples",
       found.fired ? "shaded by activation; one strongest token per conversation" : null,
       examples(found, roles),
     ),
-    live ? section("Test", "where is it active on your own text?", testBox(id, latent, found)) : null,
     live
       ? section("Steer", "the model writes on, pushed along this latent, beside its controls", steerBox(saes, [push]))
       : null,

@@ -37,10 +37,13 @@ export function latentList(rows) {
   );
 }
 
+// Two digits, and no more than two places.
+const times = (lift) => number(Number(lift < 0.1 ? lift.toFixed(2) : lift.toPrecision(2)));
+
 // A share, and how many times the share of all tokens it is.
 const shareAndLift = (share, base) => [
   percent(share),
-  base ? h("small", { class: "lift" }, `${number(Number((share / base).toPrecision(2)))} ×`) : null,
+  base ? h("small", { class: "lift" }, `${times(share / base)} ×`) : null,
 ];
 
 function shares(counts, bases, names) {
