@@ -10,6 +10,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typer.testing import CliRunner
 from qwenscope import hub
 from qwenscope.cli.main import app
 from qwenscope.errors import HubError, LockError
-from qwenscope.features.clients import EndpointClient, OfflineClient
+from qwenscope.features.clients import EndpointClient, OfflineClient, Remembering
 from qwenscope.features.label import chosen, explain, foresee
 from qwenscope.features.store import Index, read_explanations
 
@@ -176,6 +178,17 @@ def test_who_is_stopped_keeps_the_answers_under_way_and_asks_none_twice(
     run_to_the_end(index.folder, judge.url)
     assert len(labels(index, "judge")) == len(chosen(index, LATENTS))
     assert set(judge.answered.values()) == {1}
+
+
+def test_a_question_is_asked_once_however_many_ask_it_at_once(judge: JudgeServer, tmp_path: Path) -> None:
+    judge.stop_at = 1  # the first answer comes when all have asked
+    asked = Remembering(EndpointClient(judge.url, "judge"), tmp_path / "answers.jsonl", lambda: False)
+    with closing(asked), ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(asked.complete, "system", "<<word>>", 9) for _ in range(4)]
+        assert judge.reached.wait(60)
+        judge.go_on.set()
+        assert {answer.result() for answer in answers} == {'tokens "word"'}
+    assert judge.answered.total() == 1
 
 
 def test_an_endpoint_that_stays_down_ends_it_with_what_was_done_kept(index: Index, judge: JudgeServer) -> None:

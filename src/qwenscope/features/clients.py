@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -167,33 +168,42 @@ class Remembering:
         """
         self.name, self._client, self._stop, self._lock = client.name, client, stop, threading.Lock()
         self._ended = False
-        self._answers: dict[str, str] = {}
+        self._answers: dict[str, Future[str]] = {}
         self._file = path.open("ab+")
         self._file.seek(0)
         for line in self._file:
             try:
                 kept = json.loads(line)
-                self._answers[kept["asked"]] = kept["answer"]
+                asked, answer = str(kept["asked"]), str(kept["answer"])
             except (ValueError, KeyError, TypeError):
                 continue
+            self._answers[asked] = Future()
+            self._answers[asked].set_result(answer)
         self._file.write(b"\n")  # ends a line that was cut off
 
     def complete(self, system: str, user: str, max_tokens: int) -> str:
-        """The kept answer to just this, or the client's.
+        """The kept answer to just this, the one that another thread waits for, or the client's.
 
         Raises:
             Stopping: it would have to be asked, and no more is.
         """
         asked = hashlib.sha256(json.dumps([self.name, system, user, max_tokens]).encode()).hexdigest()
-        if (kept := self._answers.get(asked)) is not None:
-            return kept
-        if self._ended or self._stop():
-            raise Stopping
-        answer = self._client.complete(system, user, max_tokens)
         with self._lock:
-            self._answers[asked] = answer
-            self._file.write(json.dumps({"asked": asked, "answer": answer}).encode() + b"\n")
-            self._file.flush()
+            if (known := self._answers.get(asked)) is None:
+                if self._ended or self._stop():
+                    raise Stopping
+                found = self._answers[asked] = Future[str]()
+        if known is not None:
+            return known.result()
+        try:
+            answer = self._client.complete(system, user, max_tokens)
+            with self._lock:
+                self._file.write(json.dumps({"asked": asked, "answer": answer}).encode() + b"\n")
+                self._file.flush()
+        except BaseException as error:
+            found.set_exception(error)
+            raise
+        found.set_result(answer)
         return answer
 
     def end(self) -> None:
