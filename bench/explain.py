@@ -4,8 +4,8 @@
 
 The endpoint, a process of its own, takes DELAY seconds for an answer (the offline rule's), up to half more or less; of
 its answers 2 in 100 are 429 (with Retry-After: 1), 2 are 500, 2 no JSON. The run with concurrency is killed (SIGKILL)
-after a third and stopped (SIGTERM) after another, and started again each time; the start of all three processes counts. The sequential run labels a sample, its wall time is
-scaled. Random content. Prints one JSON object.
+after a third, stopped (SIGTERM) after another, and started again each time; the start of all three processes counts.
+The sequential run labels a sample, its wall time is scaled. Random content. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Endpoint(BaseHTTPRequestHandler):
     delay = 0.0
 
     def do_GET(self) -> None:
-        """Counts: good answers, different questions, faults."""
+        """Counts: questions answered well, answers beyond the first to one of them, faults."""
         with self.lock:
-            found = {"answers": self.answered.total(), "questions": len(self.answered), "faults": dict(self.faults)}
-            found["twice"] = found["answers"] - found["questions"]
+            answers, questions = self.answered.total(), len(self.answered)
+            found = {"questions": questions, "answered_twice": answers - questions, "faults": dict(self.faults)}
             if self.path == "/forget":
                 self.answered.clear(), self.faults.clear()
         self._say(200, json.dumps(found).encode())

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,19 +188,22 @@ class Describer:
     def _examples(self, latent: int) -> list[list[Any]]:
         """(kind, address, window offsets, activations): top, quantile bands, negatives; no context twice."""
         found = self._statistics
-        examples = []
         shown = found.top.contexts_NM[latent][found.top.addresses_NM[latent] >= 0]
         order = found.top.keys_NM[latent].argsort(descending=True, stable=True)
-        for place in order[found.top.addresses_NM[latent][order] >= 0].tolist():
-            examples.append(_example("top", found.top, latent, place))
+        order = order[found.top.addresses_NM[latent][order] >= 0]
+        examples = _examples(["top"] * len(order), found.top, latent, order)
         values = found.firings.values_NM[latent]
         order = values.argsort(descending=True, stable=True)
         order = order[found.firings.addresses_NM[latent][order] >= 0]
         order = order[~torch.isin(found.firings.contexts_NM[latent][order], shown)]
         if len(order) >= len(BANDS):
-            for band, places in zip(BANDS, np.array_split(order.numpy(), len(BANDS)), strict=True):
-                chosen = places[np.linspace(0, len(places) - 1, min(PER_BAND, len(places))).round().astype(int)]
-                examples += [_example(band, found.firings, latent, int(place)) for place in chosen]
+            kinds: list[str] = []
+            places: list[int] = []
+            for band, of_band in zip(BANDS, np.array_split(order.numpy(), len(BANDS)), strict=True):
+                chosen = np.linspace(0, len(of_band) - 1, min(PER_BAND, len(of_band))).round().astype(int)
+                kinds += [band] * len(chosen)
+                places += of_band[chosen].tolist()
+            examples += _examples(kinds, found.firings, latent, torch.tensor(places))
         addresses = found.background.addresses_S[found.background.filled]
         quiet = addresses[self._quiet[:, latent]].tolist()
         step = max(1, len(quiet) // NEGATIVES)
@@ -309,11 +313,17 @@ def _quality(folder: Path, sae_id: str) -> dict[str, dict[str, float]]:
     }
 
 
-def _example(kind: str, table: Any, latent: int, place: int) -> list[Any]:
-    window_W = table.windows_NMW[latent, place].numpy()
-    offsets = window_W.nonzero()[0]
-    values = [_short(value) for value in window_W[offsets].tolist()]
-    return [kind, int(table.addresses_NM[latent, place]), offsets.tolist(), values]
+def _examples(kinds: Sequence[str], table: Any, latent: int, places_E: Tensor) -> list[list[Any]]:
+    """(kind, address, window offsets, activations) of a table's places."""
+    windows_EW = table.windows_NMW[latent, places_E].numpy()
+    of_example, offsets = windows_EW.nonzero()
+    values = list(map(_short, windows_EW[of_example, offsets].tolist()))
+    ends = np.searchsorted(of_example, np.arange(len(kinds) + 1)).tolist()
+    addresses, offsets = table.addresses_NM[latent, places_E].tolist(), offsets.tolist()
+    return [
+        [kind, address, offsets[start:end], values[start:end]]
+        for kind, address, (start, end) in zip(kinds, addresses, pairwise(ends), strict=True)
+    ]
 
 
 def _trimmed(bins_H: Tensor, start: float, unit: str, per_unit: int) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def explain(
 def _concurrently(
     work: Callable[[Place], Result], places: Iterable[Place], limit: int, end: Callable[[], None]
 ) -> Iterator[Result]:
-    """`work` on each of `places`, `limit` at a time, in the order in which they end; `end` cuts short what is under way."""
+    """`work` on each of `places`, `limit` at a time, in the order in which they end; `end` ends what is under way."""
     pool = ThreadPoolExecutor(limit, "explain")
     running: set[Future[Result]] = set()
     try:
