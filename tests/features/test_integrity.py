@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import sys
 import tracemalloc
@@ -120,6 +122,26 @@ def test_labels_keep_the_checksums_true(copy: Path) -> None:
     assert Index(copy).labels("sae_delta")[3] == "a word"
     (copy / CHECKSUMS_FILE).unlink()  # the writer was killed
     assert Index(copy).labels("sae_delta")[3] == "a word"
+
+
+def _die_in_the_middle_of_labelling(folder: Path) -> None:
+    (folder / CHECKSUMS_FILE).unlink()
+    database = sqlite3.connect(folder / "index.sqlite")
+    database.execute("PRAGMA cache_size = 1")  # pages go to the file before the commit, as they do in the middle of one
+    database.execute("UPDATE explanations SET record = json_set(record, '$.label', 'half')")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_writer_left_half_written_is_rolled_back(copy: Path) -> None:
+    before = Index(copy)
+    labels = before.labels("sae_delta")
+    start_server()
+    process = context.Process(target=_die_in_the_middle_of_labelling, args=(copy,))
+    process.start()
+    process.join()
+    assert (copy / "index.sqlite-journal").is_file()
+    assert before.labels("sae_delta") == Index(copy).labels("sae_delta") == labels
+    assert not (copy / "index.sqlite-journal").exists()
 
 
 def test_two_do_not_index_into_one_folder(release: Path, corpus: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from qwenscope.errors import FormatError
 
 FILE = "index.sqlite"
 FILES = (FILE, "latents.parquet", "examples.parquet", "origin.json")
+BUSY_SECONDS = 60.0
+"""How long a reader waits for a writer's commit, and a writer for readers."""
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE saes (ordinal INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, summary TEXT NOT NULL, latents BLOB NOT NULL);
@@ -66,8 +68,14 @@ def verify_index(folder: Path) -> None:
 
 
 def read_only(path: Path) -> sqlite3.Connection:
-    """A connection that writes nothing, and runs no code that the file brings along."""
-    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    """A connection that writes nothing, and runs no code that the file brings along.
+
+    What a killed writer of labels left half-written is rolled back first, which a connection that only reads cannot.
+    """
+    if path.with_name(f"{path.name}-journal").exists() and not (path.parent / CHECKSUMS_FILE).exists():
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as writer:
+            writer.execute("SELECT name FROM sqlite_master").fetchone()
+    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
     database.execute("PRAGMA trusted_schema = OFF")
     return database
 

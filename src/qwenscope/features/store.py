@@ -20,13 +20,11 @@ import numpy as np
 from qwenscope.checksums import CHECKSUMS_FILE, write_checksums
 from qwenscope.errors import FormatError, QwenscopeError
 from qwenscope.features.form import RULE_CLIENT, Columns, Detail, Explanation, Meta, Summary, parsed, unpack
-from qwenscope.features.integrity import FILE, FILES, read_only, verify_index
+from qwenscope.features.integrity import BUSY_SECONDS, FILE, FILES, read_only, verify_index
 from qwenscope.features.statistics import AFTER, BEFORE, WINDOW
 from qwenscope.features.token_text import TokenText, alone, readable
 
 VERSION = 2
-WRITE_SECONDS = 60.0
-"""How long a writer waits for readers."""
 COMMIT_SECONDS = 1.0
 _DETAIL_LIMIT = 4 << 20
 """Bytes of JSON of one latent's page; the largest seen are 30 kB."""
@@ -313,7 +311,7 @@ def explaining(index: Index) -> Iterator[Callable[[str, int, dict[str, Any]], No
     The checksums are taken away meanwhile and made anew at the end, so that a killed writer leaves a sound index.
     """
     (index.folder / CHECKSUMS_FILE).unlink(missing_ok=True)
-    with closing(sqlite3.connect(index.path, timeout=WRITE_SECONDS)) as connection:
+    with closing(sqlite3.connect(index.path, timeout=BUSY_SECONDS)) as connection:
         connection.execute("PRAGMA cache_spill = OFF")  # else a full cache would lock readers out before the commit
         committed = time.monotonic()
 
