@@ -9,6 +9,8 @@ from planted_suite import make_corpus, make_release
 
 from qwenscope.features.index import build_index
 from qwenscope.features.store import Index
+from qwenscope.lm.model import LanguageModel
+from qwenscope.opening import Target, open_target
 
 TOKENS = 2500
 
@@ -28,3 +30,13 @@ def index(release: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("index") / "index"
     build_index(release, out, data=corpus, tokens=TOKENS)
     return Index(out)
+
+
+@pytest.fixture(scope="module")
+def target(release: Path) -> Target:
+    return open_target(release)
+
+
+@pytest.fixture(scope="module")
+def lm(target: Target) -> LanguageModel:
+    return target.language_model()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,17 +12,7 @@ from qwenscope.features.loss_effect import DRAWS, LONGEST, TOKENS, loss_effect
 from qwenscope.features.steering import Steering, steer
 from qwenscope.features.store import Index
 from qwenscope.lm.model import LanguageModel
-from qwenscope.opening import Target, open_target
-
-
-@pytest.fixture(scope="module")
-def target(release: Path) -> Target:
-    return open_target(release)
-
-
-@pytest.fixture(scope="module")
-def lm(target: Target) -> LanguageModel:
-    return target.language_model()
+from qwenscope.opening import Target
 
 
 @pytest.mark.parametrize("latent", [PLANTED_LATENT, 5])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +14,9 @@ from qwenscope.errors import FormatError
 from qwenscope.features.output_score import FACTOR, PROMPT, ROWS, TOP, keep_scores, kept_scores, output_scores
 from qwenscope.features.store import Index, MissingLatentError
 from qwenscope.lm.model import LanguageModel
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import Target
 
 LATENTS = [PLANTED_LATENT, *range(100, 100 + ROWS)]  # one more than a pass holds
-
-
-@pytest.fixture(scope="module")
-def target(release: Path) -> Target:
-    return open_target(release)
-
-
-@pytest.fixture(scope="module")
-def lm(target: Target) -> LanguageModel:
-    return target.language_model()
 
 
 @pytest.mark.parametrize(("sae_id", "layer"), [("sae_delta", 1), ("sae_attn", 3)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from planted_suite import PLANTED, PLANTED_LATENT
@@ -15,15 +13,10 @@ from qwenscope.features.read import read
 from qwenscope.lm.load import load_language_model
 from qwenscope.lm.model import as_language_model
 from qwenscope.lm.sites import Site
-from qwenscope.opening import Target, open_target, sites_of_suite
+from qwenscope.opening import Target, sites_of_suite
 from qwenscope.sae.sae import TopKSAE
 
 LAYERS = {"sae_delta": 1, "sae_attn": 3}
-
-
-@pytest.fixture(scope="module")
-def target(release: Path) -> Target:
-    return open_target(release)
 
 
 def test_a_bare_model_reads_like_a_loaded_one(target: Target) -> None:

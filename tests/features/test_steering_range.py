@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,19 +15,9 @@ from qwenscope.features.continuation import answer_start, generate, prompt_token
 from qwenscope.features.steering import Steering, steer
 from qwenscope.features.steering_range import DISTINCT, LADDER, NATS, Range, Trial, text_range
 from qwenscope.lm.model import LanguageModel
-from qwenscope.opening import Target, open_target
+from qwenscope.opening import Target
 
 PROMPT = "order status"
-
-
-@pytest.fixture(scope="module")
-def target(release: Path) -> Target:
-    return open_target(release)
-
-
-@pytest.fixture(scope="module")
-def lm(target: Target) -> LanguageModel:
-    return target.language_model()
 
 
 def push_of(target: Target, latent: int) -> Steering:
