@@ -128,7 +128,7 @@ class LanguageModel:
                 f"corpus.max_length to {positions}"
             )
         with capture(self, sites, stop=True) as rows:
-            self.decoder(input_ids=input_ids_CT.to(self.device), use_cache=False)
+            self.decoder(input_ids=input_ids_CT.to(self.device, non_blocking=True), use_cache=False)
         for site, x_CTD in rows.items():
             if x_CTD.shape[1] != input_ids_CT.shape[1]:
                 raise ModelError(
