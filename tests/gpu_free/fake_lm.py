@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers.masking_utils
-from gpu_free.fake_card import Card
+from gpu_free.fake_card import Card, Launches
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3_5MoeTextConfig
 
+from qwenscope.lm import fused
 from qwenscope.lm.load import layer_kinds
 from qwenscope.lm.model import LanguageModel, cut_config, decoder_layers
 
@@ -21,7 +22,13 @@ _CHUNK = 64  # positions between two states that fla writes down
 
 
 def published_lm(layers: int, monkeypatch: pytest.MonkeyPatch, card: Card, *, head: bool = False) -> LanguageModel:
-    """Its first `layers`, made on a card of capability 9.0 that has flash-linear-attention."""
+    """Its first `layers`, made on a card of capability 9.0 that has flash-linear-attention; with a `head` these are
+    all that it has.
+    """
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(fused, "_norm_kernel", Launches(card, fused._norm_kernel))
+    monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: False)  # it takes fake tensors for that
     auto: Any = AutoModelForCausalLM if head else AutoModel
     with torch.device("meta"):
         model: Any = auto.from_config(cut_config(CONFIG, layers), dtype=torch.bfloat16)
@@ -35,14 +42,12 @@ def published_lm(layers: int, monkeypatch: pytest.MonkeyPatch, card: Card, *, he
     model.train(False)
     tokenizer: Any = SimpleNamespace(pad_token_id=0, get_added_vocab=lambda: {"<|im_start|>": 248_045})
     lm = LanguageModel(
-        model, tokenizer, decoder_layers(model, layers), layer_kinds(CONFIG), CONFIG.hidden_size,
-        torch.device("cuda", 0), torch.bfloat16, "fake", None,
+        model, tokenizer, decoder_layers(model, layers), layer_kinds(CONFIG)[: layers if head else None],
+        CONFIG.hidden_size, torch.device("cuda", 0), torch.bfloat16, "fake", None,
     )  # fmt: skip
     modeling = __import__(type(lm.layers[0]).__module__, fromlist=["_"])
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", _Kernels(card).delta_rule)
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", _Kernels(card).attention)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: False)  # it takes fake tensors for that
     return lm
 
 
@@ -62,16 +67,18 @@ class _Kernels:
         return made
 
     def delta_rule(
-        self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **_: Any
-    ) -> tuple[Tensor, None]:
+        self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, output_final_state: bool, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """flash-linear-attention's forward, kernel by kernel: unit queries and keys, sums of decays, products of keys
         within chunks, their inverse, corrected keys and values, states, outputs.
         """
         positions, heads = g.shape[0] * g.shape[1], g.shape[2]
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # as fla asks for them
         inner = torch.empty(positions, heads, _CHUNK, dtype=query.dtype, device="cuda")
         inner32 = torch.empty_like(inner, dtype=torch.float32)
         keys = torch.empty(positions, heads, key.shape[-1], dtype=query.dtype, device="cuda")
-        states = torch.empty(-(-positions // _CHUNK), heads, key.shape[-1], value.shape[-1], dtype=query.dtype, device="cuda")
+        shape = (-(-positions // _CHUNK), heads, key.shape[-1], value.shape[-1])
+        states = torch.empty(shape, dtype=query.dtype, device="cuda")
         values, made = torch.empty_like(value), torch.empty_like(value)
         for passed in (
             (query, query), (key, key), (g, g), (key, g, beta, inner32), (inner32, inner),
@@ -81,4 +88,6 @@ class _Kernels:
             self.card.stream(*passed)
             self.card.kernels["delta rule"] += 1
         self.card.flops += 2 * positions * heads * key.shape[-1] * (5 * _CHUNK + 3 * value.shape[-1])
-        return made, None
+        if not output_final_state:
+            return made, None
+        return made, torch.empty(len(g), *states.shape[1:], dtype=torch.float32, device="cuda")

@@ -88,7 +88,9 @@ class Source:
 
     def streams(self, input_ids_CT: Tensor, lengths_C: list[int], sites: list[Site]) -> dict[Site, Tensor]:
         self.passes += 1
-        return {site: torch.empty(*input_ids_CT.shape, self.width(site), dtype=self.dtype, device="cuda") for site in sites}
+        return {
+            site: torch.empty(*input_ids_CT.shape, self.width(site), dtype=self.dtype, device="cuda") for site in sites
+        }
 
     def width(self, site: Site) -> int:
         return CONFIG.hidden_size
@@ -108,7 +110,7 @@ def test_windows_wait_once_and_take_over_blocks(monkeypatch: pytest.MonkeyPatch)
                 windows.next_batch(size)
             assert waits == {"to host": 1}, waits  # norms, which decide what is left out
             # of a batch two indices and, at each site, a gather, norms, and where both are kept
-            assert card.operators.total() <= source.passes * (2 + 4 * LAYERS) + 2 * LAYERS + 3, card.operators
+            assert card.operators.total() <= source.passes * (2 + 4 * LAYERS) + 4 * LAYERS + 4, card.operators
             assert [held for held in card.held.values() if held > room // 4] == [room] * LAYERS
             while windows.state()["window"] == window and windows.state()["offset"] <= ROOM - size:
                 card.forget()
