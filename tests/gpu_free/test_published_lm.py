@@ -18,10 +18,8 @@ from qwenscope.planning.plan import model_size
 from qwenscope.recipe import load_recipe
 
 LENGTH, TOKENS = 2048, 4096
-LAUNCHES = 3500
-BYTES_PER_POSITION = 45e6
-MILLISECONDS = 70.0
-"""Of 4,096 positions in a full batch."""
+LAUNCHES, BYTES_PER_POSITION, MILLISECONDS = 2300, 38.5e6, 51.5
+"""Of a full batch; milliseconds per 4,096 positions. The aim was 45: docs/performance.md says what is in the way."""
 
 
 def test_a_pass_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,20 +35,11 @@ def test_a_pass_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None
     positions = rows * LENGTH
     size = model_size(CONFIG, depth)
     planned = memory_needs(recipe, CONFIG, size.parameters, owners(recipe, 1))
-    print(
-        card.operators.total() + card.kernels.total(),
-        card.bytes / positions,
-        card.flops / positions,
-        size.flops_per_token,
-        card.seconds * TOKENS / positions * 1e3,
-        held,
-        card.peak - held,
-        planned,
-    )
     assert waits == {"aten::_local_scalar_dense": 1}, waits  # transformers looks whether position ids run on
     assert card.operators.total() + card.kernels.total() <= LAUNCHES
     assert card.flops / positions == pytest.approx(size.flops_per_token, rel=0.05)
     assert card.bytes / positions <= BYTES_PER_POSITION
+    assert card.kernels["norm"] == 2 * depth + depth // 4 * (3 + 2)  # two a layer, gated ones, queries' and keys'
     assert card.seconds * 1e3 * TOKENS / positions <= MILLISECONDS
     assert held == pytest.approx(planned["language_model"], rel=0.01)
     assert card.peak - held == pytest.approx(planned["language_model_activations"], rel=0.1)
@@ -66,6 +55,5 @@ def test_batches_of_a_window() -> None:
             lengths.append(int(np.clip(random.lognormal(np.log(550), 0.8), 16, corpus.max_length)))
         batches = cut(lengths, corpus.batch_tokens)
         positions = sum(len(members) * max(lengths[member] for member in members) for members in batches)
-        print(window, len(batches), positions / sum(lengths))
         assert len(batches) <= most
         assert positions <= padding * sum(lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from qwenscope.lm.sites import Site
 from qwenscope.parallel.owners import owners
 from qwenscope.planning.memory import memory_needs, row_bytes
 from qwenscope.recipe import Recipe, load_recipe
+from qwenscope.training.probe import warm_up
 
 LAYERS, BATCHES = 4, 2
 ROOM = 32_768
@@ -82,18 +84,31 @@ def test_a_window_holds_what_a_plan_says(left_out: int, monkeypatch: pytest.Monk
 class Source:
     """Rows out of nothing: what surrounds a language model is looked at alone."""
 
-    tokenizer = SimpleNamespace(pad_token_id=0)
-    device, dtype = torch.device("cuda", 0), torch.bfloat16
-    passes = 0
+    def __init__(self, device: str) -> None:
+        self.tokenizer: Any = SimpleNamespace(pad_token_id=0)
+        self.layer_kinds, self.hidden_dim, self.name, self.revision = ("deltanet",), CONFIG.hidden_size, "rows", None
+        self.device, self.dtype = torch.device(device), torch.bfloat16
+        self.shapes = list[tuple[int, ...]]()
 
-    def streams(self, input_ids_CT: Tensor, lengths_C: list[int], sites: list[Site]) -> dict[Site, Tensor]:
-        self.passes += 1
-        return {
-            site: torch.empty(*input_ids_CT.shape, self.width(site), dtype=self.dtype, device="cuda") for site in sites
-        }
+    def streams(self, input_ids_CT: Tensor, lengths_C: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
+        self.shapes.append(tuple(input_ids_CT.shape))
+        shape = (*input_ids_CT.shape, self.hidden_dim)
+        return {site: torch.empty(shape, dtype=self.dtype, device=self.device) for site in sites}
 
     def width(self, site: Site) -> int:
-        return CONFIG.hidden_size
+        return self.hidden_dim
+
+    def digest(self, last_layer: int) -> str:
+        return "0"
+
+
+def test_kernels_tune_themselves_on_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU alone."""
+    with fake_card(monkeypatch, host=True):
+        card, cpu = Source("cuda"), Source("cpu")
+        for source in (card, cpu):
+            warm_up(source, [Site("layers.0")], 16, 2048)
+    assert (card.shapes, cpu.shapes) == ([(16, 2048)], [])
 
 
 def test_windows_wait_once_and_take_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,16 +116,17 @@ def test_windows_wait_once_and_take_over_blocks(monkeypatch: pytest.MonkeyPatch)
     wanted = recipe(LAYERS, ROOM)
     size, room = wanted.training.batch_size, (ROOM + wanted.corpus.max_length) * row_bytes(wanted, CONFIG)
     stream: Any = Endless(np.random.default_rng(0).integers(256, wanted.corpus.max_length, 97).tolist())
-    source: Any = Source()
+    source = Source("cuda")
     with fake_card(monkeypatch, host=True) as card, closing(Windows(source, stream, wanted)) as windows:
         for window in range(3):
             card.forget()
-            source.passes, card.not_finite = 0, window % 2
+            source.shapes.clear()
+            card.not_finite = window % 2
             with card.waiting() as waits:
                 windows.next_batch(size)
             assert waits == {"to host": 1}, waits  # norms, which decide what is left out
             # of a batch two indices and, at each site, a gather, norms, and where both are kept
-            assert card.operators.total() <= source.passes * (2 + 4 * LAYERS) + 4 * LAYERS + 4, card.operators
+            assert card.operators.total() <= len(source.shapes) * (2 + 4 * LAYERS) + 4 * LAYERS + 4, card.operators
             assert [held for held in card.held.values() if held > room // 4] == [room] * LAYERS
             while windows.state()["window"] == window and windows.state()["offset"] <= ROOM - size:
                 card.forget()

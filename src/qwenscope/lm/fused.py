@@ -125,7 +125,7 @@ def _choose_by_rows(norm: type[nn.Module]) -> None:
         return normed
 
     forward.__module__ = __name__
-    norm.forward = forward  # type: ignore[method-assign]
+    norm.forward = forward
 
 
 def _fits(x: Tensor) -> bool:
