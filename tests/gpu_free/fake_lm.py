@@ -27,6 +27,7 @@ def published_lm(layers: int, monkeypatch: pytest.MonkeyPatch, card: Card, *, he
     """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(fused, "_admitted", {})
     monkeypatch.setattr(fused, "_norm_kernel", Launches(card, fused._norm_kernel))
     monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: False)  # it takes fake tensors for that
     auto: Any = AutoModelForCausalLM if head else AutoModel
@@ -41,10 +42,12 @@ def published_lm(layers: int, monkeypatch: pytest.MonkeyPatch, card: Card, *, he
             part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
     model.train(False)
     tokenizer: Any = SimpleNamespace(pad_token_id=0, get_added_vocab=lambda: {"<|im_start|>": 248_045})
+    allowed, card.may_wait = card.may_wait, True  # norms are compared
     lm = LanguageModel(
         model, tokenizer, decoder_layers(model, layers), layer_kinds(CONFIG)[: layers if head else None],
         CONFIG.hidden_size, torch.device("cuda", 0), torch.bfloat16, "fake", None,
     )  # fmt: skip
+    card.may_wait = allowed
     modeling = __import__(type(lm.layers[0]).__module__, fromlist=["_"])
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", _Kernels(card).delta_rule)
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", _Kernels(card).attention)
