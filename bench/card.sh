@@ -3,7 +3,7 @@
 #
 #   bash bench/card.sh --fetch WHEELS            where there is a network: wheels of what a bare machine lacks
 #   bash bench/card.sh --out DIR --wheels WHEELS    on the card: about 25 minutes; needs torch, transformers, triton
-#   bash bench/card.sh --dry --out DIR           the same walk on a CPU, small, in under a minute of CPU time
+#   bash bench/card.sh --dry --out DIR           the same walk on a CPU, small: a minute and a half of CPU time
 #   bash bench/card.sh --out DIR kernels step    these phases alone
 #
 # DIR/phases.json says which phase ended how and when; DIR/PHASE.json and DIR/PHASE.log what it found and said. A phase

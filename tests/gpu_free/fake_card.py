@@ -2,6 +2,8 @@
 
 Fake tensors have devices, dtypes and shapes, so that a mismatch raises as it would on a card, and so does whatever
 needs a value on the host (a hidden synchronisation). Triton's kernels are counted in place of being launched.
+With `host=True` what stands on the CPU stays real, so that code which plans on the host and works on the card runs
+whole; whatever it asks the card for is made up: a number that counts its questions.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from qwenscope.sae import triton_ops
 from qwenscope.sae.sae import SAE
@@ -33,8 +36,11 @@ IN_PLACE = {"deltas", "parameter", "means", "squares"}
 """Arguments of kernels that are read and written."""
 _MADE = ("new_zeros", "_like")
 """Operators that write what they make and read nothing."""
-_NO_WORK = {"prim::device", "aten::empty.memory_format", "aten::new_empty", "aten::empty_like"}
-
+_NO_WORK = {"prim::device", "aten::empty.memory_format", "aten::new_empty", "aten::empty_like", "aten::_unsafe_view"}
+_ROWS_ONLY = ("aten::embedding",)
+"""Operators that read of their first tensor no more than they write."""
+BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12
+"""An H200 on paper."""
 
 FOUND = 8
 """How many entries of a tensor on the card are true, or distinct, as far as the host is told."""
@@ -56,8 +62,9 @@ def _distinct(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _chosen(x: Tensor, indices: Any, *_: Any, **__: Any) -> Tensor:
     """`x[mask]`, or with other indices besides."""
-    plain = [index if index is None or index.dtype != torch.bool else _found(index)[:, 0] for index in indices]
-    return torch.ops.aten.index.Tensor(x, plain)
+    masked = [index is not None and index.dtype == torch.bool for index in indices]
+    plain = [_found(i).unbind(1) if mask else (i,) for i, mask in zip(indices, masked, strict=True)]
+    return torch.ops.aten.index.Tensor(x, [index for part in plain for index in part])
 
 
 _WAITS: dict[str, Any] = {
@@ -77,21 +84,28 @@ class Card(TorchDispatchMode):
     GPU's L2 cache holds a batch's rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: bool = False) -> None:
         super().__init__()
+        self.host = host
         self.operators: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
         self.kernel_bytes: Counter[str] = Counter()
-        self.bytes = self.to_host = 0
+        self.bytes = self.flops = self.to_host = 0
         self.held: dict[int, int] = {}
-        self.peak = 0
+        self.in_use = self.peak = 0
         self.may_wait = False
         self.waits: Counter[str] = Counter()
+        self.not_finite = 0  # values of each tensor that comes back to a real host
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.host and not _on_card(args, kwargs):
+            with unset_fake_temporarily():
+                return function(*args, **(kwargs or {}))
         if (answer := self.answer(function.name(), args)) is not None:
             self.waits[function.name()] += any(tensor.device.type == "cuda" for tensor in tensors(args))
             return answer(*args, **(kwargs or {}))
+        if self.host and (answer := self.copied(function.name(), args, kwargs or {})) is not None:
+            return answer
         if function.name() == "aten::exponential_":  # torch's fake one takes no generator
             return args[0]
         fused_adam = function.name().startswith("aten::_fused_adam_")
@@ -107,7 +121,8 @@ class Card(TorchDispatchMode):
             and any(tensor.device.type == "cuda" for tensor in (*read, *written))
         ):
             self.operators[function.name()] += 1
-            self.stream(*read, *written)
+            self.flops += _flops(function, args, made)
+            self.stream(*(written if function.name() in _ROWS_ONLY else read), *written)
             self.to_host += any(t.is_cuda for t in read) and any(not t.is_cuda for t in written)
         return made
 
@@ -126,6 +141,28 @@ class Card(TorchDispatchMode):
         asks = self.may_wait and (name != "aten::index.Tensor" or masked)
         return _WAITS.get(name) if asks else None
 
+    def copied(self, name: str, args: Any, kwargs: Any) -> Tensor | None:
+        """Of a real host: count copies that it waits for, and say what comes back from the card."""
+        on_card = {tensor.is_cuda for tensor in tensors(args) if tensor.ndim}
+        if name == "aten::_to_copy" and torch.device(kwargs.get("device") or args[0].device).type == "cpu":
+            assert self.may_wait, "a copy to the host waits for the card"
+            self.waits["to host"] += 1
+            with unset_fake_temporarily():
+                told = torch.full(args[0].shape, self.waits["to host"], dtype=kwargs.get("dtype") or args[0].dtype)
+                if self.not_finite:
+                    told.view(-1)[: self.not_finite] = torch.inf
+                return told
+        to_card = len(on_card) == 2 or (name == "aten::_to_copy" and on_card == {False})
+        if to_card and not kwargs.get("non_blocking", False):
+            assert self.may_wait, f"{name}: a copy to the card that waits"
+            self.waits["to card"] += 1
+        return None
+
+    @property
+    def seconds(self) -> float:
+        """By the traffic model: what was streamed and what was multiplied, one after the other."""
+        return self.bytes / BYTES_PER_S + self.flops / FLOP_PER_S
+
     @contextmanager
     def waiting(self) -> Iterator[Counter[str]]:
         """In here the host may wait for the card: how often, by operator."""
@@ -140,8 +177,8 @@ class Card(TorchDispatchMode):
         """Count from here."""
         for counter in (self.operators, self.kernels, self.kernel_bytes):
             counter.clear()
-        self.bytes = self.to_host = 0
-        self.peak = sum(self.held.values())
+        self.bytes = self.flops = self.to_host = 0
+        self.peak = self.in_use
 
     def hold(self, made: list[Tensor]) -> None:
         """Count the memory of what was made for as long as it lives."""
@@ -149,8 +186,12 @@ class Card(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if tensor.is_cuda and storage._cdata not in self.held:
                 self.held[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.held.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.held.values()))
+                self.in_use += storage.nbytes()
+                weakref.finalize(storage, self.let_go, storage._cdata)
+        self.peak = max(self.peak, self.in_use)
+
+    def let_go(self, key: int) -> None:
+        self.in_use -= self.held.pop(key)
 
     def stream(self, *passed: Tensor) -> None:
         """Count one pass over each."""
@@ -171,7 +212,8 @@ class Launches:
             for argument, value in zip(self.kernel.arg_names, args, strict=False):
                 if isinstance(value, Tensor) and argument != "pieces":  # most are neither written nor read
                     assert value.is_cuda, (name, argument)
-                    assert value.is_contiguous(), (name, argument)
+                    strided = argument == "x" and "stride" in self.kernel.arg_names and value.stride(-1) == 1
+                    assert value.is_contiguous() or strided, (name, argument)
                     self.card.stream(*[value] * (2 if argument in IN_PLACE and UPDATE else 1))
             self.card.kernels[name] += 1
             self.card.kernel_bytes[name] += self.card.bytes - before
@@ -181,6 +223,21 @@ class Launches:
 
 def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _on_card(args: Any, kwargs: Any) -> bool:
+    """Whether an operator has to do with the card: reads what is there, or makes something there."""
+    device = (kwargs or {}).get("device")
+    made_there = device is not None and torch.device(device).type == "cuda"
+    return made_there or any(isinstance(tensor, FakeTensor) for tensor in tensors((args, kwargs)))
+
+
+def _flops(function: Any, args: Any, made: Any) -> int:
+    """Of matrix products and convolutions; torch knows all but the grouped product of rows that are dealt to groups."""
+    if function.name() == "aten::_grouped_mm":
+        return 2 * args[0].numel() * args[1].shape[-1]
+    formula = flop_registry.get(function.overloadpacket)
+    return formula(*args, out_val=made) if formula else 0
 
 
 @cache
@@ -200,16 +257,16 @@ def load_guard() -> None:
 
 
 @contextmanager
-def fake_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """Tensors made in here on "cuda" are fake, and the card counts what happens to them."""
+def fake_card(monkeypatch: pytest.MonkeyPatch, *, host: bool = False) -> Iterator[Card]:
+    """Tensors made in here on "cuda" are fake, and the card counts what happens to them; `host`: others are real."""
     load_guard()
-    card = Card()
+    card = Card(host)
 
     for module in (triton_ops, triton_step):
         for name, kernel in vars(module).copy().items():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Launches(card, kernel))
-    with FakeTensorMode(), card:
+    with FakeTensorMode(allow_non_fake_inputs=host), card:
         yield card
 
 

@@ -23,11 +23,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from qwenscope.lm import fused  # noqa: E402
 from qwenscope.sae import triton_ops  # noqa: E402
 from qwenscope.sae.ops import Pairs  # noqa: E402
 from qwenscope.training import triton_step  # noqa: E402
 
-MODULES = (triton_ops, triton_step)
+MODULES = (triton_ops, triton_step, fused)
 CARDS = {80: 163, 90: 227, 100: 227}
 """{compute capability x 10: KiB of shared memory that a program may have}."""
 REGISTERS, WARPS = 65_536, 64
@@ -127,6 +128,15 @@ def test_kernels_need_no_stack_and_leave_room_for_each_other(
         *(lambda n=n, k=k: triton_ops.top_k(meta(BATCH, n, dtype=torch.bfloat16), k) for n, k in SHAPES),
         lambda: triton_ops.products(table, x, pairs.latents, pairs.rows),
         lambda: triton_ops.weighted_sums(x, pairs.rows, floats, pairs.offsets),
+        *(
+            lambda width=width, gate=gate: fused.rms_norm(
+                meta(BATCH, width, dtype=torch.bfloat16),
+                meta(width, dtype=torch.bfloat16),
+                1e-6,
+                meta(BATCH, width, dtype=torch.bfloat16) if gate else None,
+            )
+            for width, gate in ((HIDDEN, False), (256, False), (128, True))
+        ),
         lambda: triton_step.centre(x, vector, number, torch.bfloat16),
         *(
             lambda k=k: triton_step.errors(x, vector, number, table, places[: BATCH * k].view(BATCH, k), floats)

@@ -112,7 +112,7 @@ def harvest(
     skipped = _skipped(conversations, conversation_R, position_R, activations)
     keep_R, left_out = _kept(plan.norms_of_all(norms, rank_R), skipped, activations, names or {})
     if not bool(keep_R.all()):
-        index = keep_R[rank_R == rank].nonzero().squeeze(1).to(lm.device)
+        index = keep_R[rank_R == rank].nonzero().squeeze(1).to(lm.device, non_blocking=True)
         for site in sites:  # one hook point at a time: the peak is one window and one site
             kept = _buffer(lm, site, len(index), room)
             rows[site] = torch.index_select(rows[site], 0, index, out=kept)
@@ -140,8 +140,9 @@ def _forward(
         streams = lm.streams(batch.input_ids_CT, batch.lengths_C, sites)
         places = list(zip(batch.members, batch.lengths_C, strict=True))
         longest = batch.input_ids_CT.shape[1]
-        here_R = torch.cat([torch.arange(length) + c * longest for c, (_, length) in enumerate(places)]).to(lm.device)
-        there_R = torch.cat([torch.arange(length) + starts[member] for member, length in places]).to(lm.device)
+        here_R = torch.cat([torch.arange(length) + c * longest for c, (_, length) in enumerate(places)])
+        there_R = torch.cat([torch.arange(length) + starts[member] for member, length in places])
+        here_R, there_R = (index.to(lm.device, non_blocking=True) for index in (here_R, there_R))
         for site, x_CTD in streams.items():  # all conversations of a batch at once: a GPU is slow at many small copies
             x_RD = x_CTD.flatten(0, 1)[here_R]
             rows[site][there_R] = x_RD
@@ -162,7 +163,7 @@ def _kept(
     candidate_R = ~torch.stack(list(skipped.values())).any(0)
     total = int(candidate_R.sum())
     finite_R = candidate_R.clone()
-    cpu_norms = {site: norm_R.cpu() for site, norm_R in norms.items()}
+    cpu_norms = dict(zip(norms, torch.stack(list(norms.values())).cpu(), strict=True))  # the device is waited for once
     for site, norm_R in cpu_norms.items():
         bad_R = candidate_R & ~norm_R.isfinite()
         if (bad := int(bad_R.sum())) > NON_FINITE_LIMIT * total:

@@ -74,6 +74,7 @@ class Windows:
         self._before = dict.fromkeys(("tokens_read", *LEFT_OUT), 0)  # counts of all windows before it
         self._window: Window | None = None  # None: not harvested yet
         self._order_R = torch.empty(0, dtype=torch.int64)  # of its rows, on the CPU
+        self._places_R = self._order_R  # the same where the rows are: one copy a window, none a batch
         self._expected: str | None = None  # digest of the window that a restored state was in
         self._last: list[tuple[list[str], Tensor, Tensor]] = []  # ids, conversation_B, position_B per part of the batch
 
@@ -111,7 +112,7 @@ class Windows:
         assert self._index == 0, "calibration rows are asked for before training begins"
         window = self._current()
         assert window is not None, "an empty corpus is refused"
-        return self._gather(window, self._order_R[: self._recipe.training.calibration_tokens])
+        return self._gather(window, slice(self._recipe.training.calibration_tokens))
 
     def last_tokens(self) -> list[tuple[str, int]]:
         """(conversation id, position) of each row of the last batch."""
@@ -185,6 +186,7 @@ class Windows:
                 )
             self._expected = None
             self._order_R = torch.randperm(kept, generator=generator(self._recipe.seed, "window", self._index))
+            self._places_R = self._order_R.to(self._lm.device, non_blocking=True)
             self._window = window
             if self._offset == kept:
                 self._leave(window)
@@ -212,17 +214,18 @@ class Windows:
         window = self._current()
         if window is None:
             return None
-        index = self._order_R[self._offset : self._offset + most]
+        part = slice(self._offset, self._offset + most)
+        index, kept = self._order_R[part], window.harvest
+        rows = self._gather(window, part)
         self._offset += len(index)
-        kept = window.harvest
         self._last.append((window.conversation_ids, kept.conversation_R[index], kept.position_R[index]))
         if self._offset == len(self._order_R):
             self._leave(window)
-        return self._gather(window, index)
+        return rows
 
-    def _gather(self, window: Window, index: Tensor) -> dict[Site, Tensor]:
-        index = index.to(self._lm.device, non_blocking=True)
-        return {layer: rows_RD[index] for layer, rows_RD in window.harvest.rows.items()}
+    def _gather(self, window: Window, part: slice) -> dict[Site, Tensor]:
+        """Rows of a part of the order, at every own hook point."""
+        return {site: rows_RD[self._places_R[part]] for site, rows_RD in window.harvest.rows.items()}
 
     def _leave(self, window: Window) -> None:
         for reason in LEFT_OUT:

@@ -24,8 +24,8 @@ class RoutingShift:
     """Running sums of how one splice shifts the routers above it."""
 
     tokens: int = 0
-    overlap: dict[int, float] = field(default_factory=dict)
-    divergence: dict[int, float] = field(default_factory=dict)
+    overlap: dict[int, Tensor | float] = field(default_factory=dict)  # numbers on the device, which is not waited for
+    divergence: dict[int, Tensor | float] = field(default_factory=dict)
 
     def update(
         self,
@@ -49,16 +49,16 @@ class RoutingShift:
             shared_R = (chosen_experts(before_RE, k) & chosen_experts(after_RE, k)).sum(1)
             before_RE, after_RE = before_RE.double().log_softmax(1), after_RE.double().log_softmax(1)
             divergence_R = (before_RE.exp() * (before_RE - after_RE)).sum(1)
-            self.overlap[layer] = self.overlap.get(layer, 0.0) + float(shared_R.double().sum()) / k
-            self.divergence[layer] = self.divergence.get(layer, 0.0) + float(divergence_R.sum())
+            self.overlap[layer] = self.overlap.get(layer, 0.0) + shared_R.double().sum() / k
+            self.divergence[layer] = self.divergence.get(layer, 0.0) + divergence_R.sum()
 
     def figures(self) -> dict[str, list[Any]]:
         """`layers` above the splice, each one's mean top-k `overlap` (1 = same experts) and `kl` (nats)."""
         layers = sorted(self.overlap)
         return {
             "layers": layers,
-            "overlap": [self.overlap[layer] / self.tokens for layer in layers],
-            "kl": [self.divergence[layer] / self.tokens for layer in layers],
+            "overlap": [float(self.overlap[layer]) / self.tokens for layer in layers],
+            "kl": [float(self.divergence[layer]) / self.tokens for layer in layers],
         }
 
 

@@ -95,10 +95,13 @@ class _Cell:
         norm_B, norm_hat_B = x_BD.norm(dim=1), x_hat_BD.norm(dim=1)
         product_B = norm_B * norm_hat_B
         cosine_B = (x_BD * x_hat_BD).sum(1) / product_B
-        self.cosine += float(torch.where(product_B > 0, cosine_B, 0.0).sum())
-        self.norm_ratio += float(torch.where(norm_B > 0, norm_hat_B / norm_B, 0.0).sum())
-        self.nonzero += int((norm_B > 0).sum())
-        self.active += int(active_B.sum())
+        ratio_B = torch.where(norm_B > 0, norm_hat_B / norm_B, 0.0)
+        sums = torch.where(product_B > 0, cosine_B, 0.0), ratio_B, (norm_B > 0).double(), active_B.double()
+        cosine, ratio, nonzero, active = torch.stack([value_B.sum() for value_B in sums]).cpu().tolist()
+        self.cosine += cosine
+        self.norm_ratio += ratio
+        self.nonzero += int(nonzero)
+        self.active += int(active)
 
     def merge(self, other: _Cell) -> None:
         self.moments.merge(other.moments)
@@ -154,9 +157,9 @@ class Fidelity:
         """
         on_BK = codes.values > 0
         active_B = on_BK.sum(1)
-        self.fired_N += torch.bincount(codes.indices[on_BK], minlength=len(self.fired_N)).to(self.device)
+        self.fired_N.index_add_(0, codes.indices.flatten().to(self.device), on_BK.flatten().long().to(self.device))
         keys_B = roles_B.long() * 2 + special_B.long()
-        for key in sorted(set(keys_B.tolist())):
+        for key in sorted(set(keys_B.cpu().tolist())):
             rows = (keys_B == key).nonzero().squeeze(1)
             cell = self.cells.setdefault((key // 2, bool(key % 2)), _Cell.empty(self.hidden_dim, self.device))
             cell.update(x_BD[rows], x_hat_BD[rows], active_B[rows])

@@ -262,7 +262,7 @@ class SplitMeter:
         padded_CT = torch.zeros(clean.real_CT.shape, dtype=values[0].dtype)
         for row_T, value_T in zip(padded_CT, values, strict=True):
             row_T[: len(value_T)] = value_T
-        return padded_CT.to(self.lm.device)
+        return padded_CT.to(self.lm.device, non_blocking=True)
 
     def _reconstruct(
         self,

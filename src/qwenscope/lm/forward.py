@@ -29,7 +29,7 @@ def final_hidden(lm: LanguageModel, input_ids_CT: Tensor) -> Tensor:
         ModelError: the model was loaded truncated.
     """
     _refuse_truncated(lm)
-    output = lm.decoder(input_ids=input_ids_CT.to(lm.device), use_cache=False)
+    output = lm.decoder(input_ids=input_ids_CT.to(lm.device, non_blocking=True), use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 

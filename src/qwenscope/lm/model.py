@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError
+from qwenscope.lm.fused import fuse_norms
 from qwenscope.lm.hooks import capture
 from qwenscope.lm.kernels import follow_device
 from qwenscope.lm.sites import Site, width_at
@@ -78,6 +79,7 @@ class LanguageModel:
 
     def __post_init__(self) -> None:
         follow_device(self.model)
+        fuse_norms(self.model)
 
     @property
     def decoder(self) -> nn.Module:
@@ -128,7 +130,7 @@ class LanguageModel:
                 f"corpus.max_length to {positions}"
             )
         with capture(self, sites, stop=True) as rows:
-            self.decoder(input_ids=input_ids_CT.to(self.device), use_cache=False)
+            self.decoder(input_ids=input_ids_CT.to(self.device, non_blocking=True), use_cache=False)
         for site, x_CTD in rows.items():
             if x_CTD.shape[1] != input_ids_CT.shape[1]:
                 raise ModelError(

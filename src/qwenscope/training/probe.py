@@ -15,6 +15,7 @@ import torch
 from qwenscope.errors import CheckpointError, ModelError
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import Site
+from qwenscope.machine import memory_errors_named
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,18 @@ def probe(lm: RowSource, sites: Sequence[Site]) -> dict[str, list[float]]:
     streams = lm.streams(ids_CT, [_POSITIONS], sites)
     names = {site: site.name if site.within else str(site.layer) for site in sites}  # as older checkpoints have them
     return {names[site]: x_CTD[0].double().norm(dim=-1).tolist() for site, x_CTD in streams.items()}
+
+
+def warm_up(lm: RowSource, sites: Sequence[Site], rows: int, length: int) -> None:
+    """On a GPU, one batch as large as the run's: kernels that tune themselves at first sight (flash-linear-attention's)
+    keep what suits such batches, and not the probe's short row, which then shows whether they chose as before.
+
+    Raises:
+        ResourceError: a batch does not fit.
+    """
+    if lm.device.type == "cuda":
+        with memory_errors_named(f"a batch of {rows * length:,} tokens", "lower corpus.batch_tokens"):
+            lm.streams(torch.zeros(rows, length, dtype=torch.int64), [length] * rows, sites)
 
 
 def check_probe(saved: Any, now: dict[str, list[float]]) -> str | None:

@@ -31,7 +31,7 @@ from qwenscope.training.building import plan_harvest
 from qwenscope.training.checkpoint import Checkpoint, load_newest, set_aside_newer
 from qwenscope.training.folder import RunFolder, check_checkpoint_expected, check_same_recipe
 from qwenscope.training.guards import LossGuard
-from qwenscope.training.probe import check_probe, check_ranks, probe
+from qwenscope.training.probe import check_probe, check_ranks, probe, warm_up
 from qwenscope.training.suite import Suite, wanted
 from qwenscope.training.telemetry import OnProgress, Progress, Telemetry
 
@@ -85,6 +85,7 @@ def set_up(recipe: Recipe, folder: RunFolder, group: Group, on_progress: OnProgr
     windows = Windows(lm, stream, recipe, plan_harvest(recipe, lm, group))
     closing.callback(windows.close)
     suite = Suite(recipe, lm, group, earlier["precision"] or {})
+    warm_up(lm, sites_of(recipe), recipe.corpus.batch_tokens // recipe.corpus.max_length, recipe.corpus.max_length)
     facts = {
         "probe": probe(lm, sites_of(recipe)),
         "recipe": recipe.model_dump(mode="json"),

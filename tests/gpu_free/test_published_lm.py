@@ -1,0 +1,59 @@
+"""The published language model up to its last hooked layer, on a GPU that computes nothing: launches, bytes, time by
+the traffic model, memory, batches per window.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gpu_free.fake_card import fake_card
+from gpu_free.fake_lm import CONFIG, published_lm
+
+from qwenscope.lm.batches import cut
+from qwenscope.lm.sites import sites_of
+from qwenscope.parallel.owners import owners
+from qwenscope.planning.memory import memory_needs
+from qwenscope.planning.plan import model_size
+from qwenscope.recipe import load_recipe
+
+LENGTH, TOKENS = 2048, 4096
+LAUNCHES, BYTES_PER_POSITION, MILLISECONDS = 2300, 28.5e6, 51.5
+"""Of a full batch; milliseconds per 4,096 positions. The aim was 45: docs/performance.md says what is in the way."""
+
+
+def test_a_pass_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("qwen3.5-35b-a3b")
+    depth, sites = recipe.last_layer + 1, sites_of(recipe)
+    rows = recipe.corpus.batch_tokens // LENGTH
+    with fake_card(monkeypatch, host=True) as card:
+        lm = published_lm(depth, monkeypatch, card)
+        held = card.in_use
+        card.forget()
+        with card.waiting() as waits:
+            lm.streams(torch.zeros(rows, LENGTH, dtype=torch.int64), [LENGTH] * rows, sites)
+    positions = rows * LENGTH
+    size = model_size(CONFIG, depth)
+    planned = memory_needs(recipe, CONFIG, size.parameters, owners(recipe, 1))
+    assert waits == {"aten::_local_scalar_dense": 1}, waits  # transformers looks whether position ids run on
+    assert card.operators.total() + card.kernels.total() <= LAUNCHES
+    assert card.flops / positions == pytest.approx(size.flops_per_token, rel=0.05)
+    assert card.bytes / positions <= BYTES_PER_POSITION
+    assert card.kernels["norm"] == 2 * depth + depth // 4 * (3 + 2)  # two a layer, gated ones, queries' and keys'
+    assert card.seconds * 1e3 * TOKENS / positions <= MILLISECONDS
+    assert held == pytest.approx(planned["language_model"], rel=0.01)
+    assert card.peak - held == pytest.approx(planned["language_model_activations"], rel=0.1)
+
+
+def test_batches_of_a_window() -> None:
+    """Lengths like real ones: log-normal, median 550, cut off at 2,048."""
+    corpus = load_recipe("qwen3.5-35b-a3b").corpus
+    random = np.random.default_rng(0)
+    for window, most, padding in ((131_072, 18, 1.06), (524_288, 38, 1.04)):
+        lengths: list[int] = []
+        while sum(lengths) < window:
+            lengths.append(int(np.clip(random.lognormal(np.log(550), 0.8), 16, corpus.max_length)))
+        batches = cut(lengths, corpus.batch_tokens)
+        positions = sum(len(members) * max(lengths[member] for member in members) for members in batches)
+        assert len(batches) <= most
+        assert positions <= padding * sum(lengths)
