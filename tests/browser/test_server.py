@@ -173,6 +173,8 @@ def test_a_wrong_push_is_named(client: TestClient, change: dict[str, Any], named
         ({"pushes": ["x"]}, "a push is an object"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"seed": 1.5}, "seed"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from qwenscope.cli.main import app
 from qwenscope.errors import HubError, LockError
 from qwenscope.features.clients import EndpointClient, OfflineClient, Remembering
 from qwenscope.features.label import chosen, explain, foresee
-from qwenscope.features.store import Index, read_explanations
+from qwenscope.features.store import Index, explaining, read_explanations
 
 LATENTS = "0-40"
 
@@ -56,6 +58,8 @@ class Judge(BaseHTTPRequestHandler):
         self.end_headers()
         asked = json.loads(body)
         text = OfflineClient().complete("", asked["messages"][1]["content"], asked["max_tokens"])
+        if fault == "half":
+            text += "\ud83d"
         answer = json.dumps({"choices": [{"message": {"content": text}}]})
         self.wfile.write(
             answer[: 20 if fault == "torn" else None].encode() if fault != "html" else b"<html>busy</html>"
@@ -191,6 +195,50 @@ def test_a_question_is_asked_once_however_many_ask_it_at_once(judge: JudgeServer
     assert judge.answered.total() == 1
 
 
+def test_half_an_emoji_in_an_answer_does_no_harm(index: Index, judge: JudgeServer) -> None:
+    judge.fault = lambda number, tried: "half"
+    places = chosen(index, "0-3", ["sae_delta"])
+    for record in explain(index, EndpointClient(judge.url, "judge"), places):
+        assert record["label"].endswith("?")
+    assert set(labels(Index(index.folder), "judge")) == set(places)
+
+
+def test_of_a_label_that_cannot_be_stored_no_half_is_kept(index: Index) -> None:
+    before = index.latent("sae_delta", 3)["explanation"]
+    with pytest.raises(UnicodeEncodeError), explaining(index) as add:
+        add("sae_delta", 3, {"label": "\ud83d", "client": "nobody"})
+    assert Index(index.folder).latent("sae_delta", 3)["explanation"] == before
+
+
+def test_answers_are_kept_while_another_client_labels(index: Index, judge: JudgeServer) -> None:
+    places = chosen(index, LATENTS)
+    asked = iter(explain(index, EndpointClient(judge.url, "judge"), places, stop=lambda: len(judge.answered) > 20))
+    assert len(list(asked)) < len(places)
+    list(explain(index, OfflineClient(), chosen(index, "50-52")))
+    list(explain(index, EndpointClient(judge.url, "judge"), places))
+    assert set(judge.answered.values()) == {1}
+    assert not (index.folder / ".explain").exists()
+
+
+def test_the_rule_replaces_no_label_that_someone_wrote(index: Index, judge: JudgeServer) -> None:
+    list(explain(index, EndpointClient(judge.url, "judge"), chosen(index, "0-3")))
+    written = labels(index, "judge")
+    list(explain(index, OfflineClient(), chosen(index, "0-9")))
+    assert labels(index, "judge") == written
+    assert len(labels(index, "offline rule")) == len(chosen(index, "0-9")) - len(written)
+
+
+def test_a_disk_that_takes_no_more_is_one_line(index: Index) -> None:
+    most = index.path.stat().st_size
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+    command = [sys.executable, "-m", "qwenscope", "explain", str(index.folder)]
+    ended = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert ended.returncode not in (0, 1)
+    assert "Traceback" not in ended.stderr
+    assert str(index.folder) in ended.stderr.splitlines()[-1]
+    assert Index(index.folder).labels("sae_delta")
+
+
 def test_an_endpoint_that_stays_down_ends_it_with_what_was_done_kept(index: Index, judge: JudgeServer) -> None:
     places = chosen(index, LATENTS)
     records = explain(index, EndpointClient(judge.url, "judge"), places)
@@ -214,4 +262,4 @@ def test_the_command_says_what_it_costs_and_what_it_did(index: Index, judge: Jud
     assert "8 latents to label by judge: about 24 requests" in said.replace("23", "24").replace("22", "24")
     assert "labelled 8 latents" in said
     assert said.count("detection") == 8
-    assert "0 latents to label by judge (8 more are labelled by judge already)" in call(*asked)
+    assert "0 latents to label by judge (8 more are labelled already)" in call(*asked)

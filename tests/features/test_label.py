@@ -308,11 +308,30 @@ def test_an_endpoint_that_refuses_or_redirects(endpoint: str, path: str, monkeyp
 
 
 @pytest.mark.parametrize(
-    "url", ["http://example.com/v1", "ftp://127.0.0.1", "https://user:key@example.com", "example.com"]
+    "url",
+    [
+        "http://example.com/v1",
+        "ftp://127.0.0.1",
+        "https://user:key@example.com",
+        "example.com",
+        "http://127.0.0.1:bad/v1",
+        "http://127.0.0.1:99999/v1",
+        "http://127.0.0.1:9/v 1",
+        "http://[::1/v1",
+        "http://127.0.0.1:9/\u00e9",
+    ],
 )
-def test_addresses_that_would_leak_a_key(url: str) -> None:
+def test_addresses_that_are_none_or_would_leak_a_key(url: str) -> None:
     with pytest.raises(FormatError):
         EndpointClient(url, "judge")
+
+
+@pytest.mark.parametrize("key", ["sk-secret\r", "sk-secret\nmore", "sk secret", "sk-s\u00e9cret"])
+def test_a_key_that_no_header_takes_is_named_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(FormatError, match="SOME_KEY") as named:
+        EndpointClient("https://example.com/v1", "judge", "SOME_KEY")
+    assert "cret" not in str(named.value)
 
 
 def test_a_missing_key_and_a_dead_endpoint_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,8 @@ def test_hooks_are_gone_after_an_error(model: Any, sae: TopKSAE, ids: Tensor) ->
     [
         ({}, "a direction"),
         ({"mode": "melt"}, "melt"),
+        ({"latent": 0, "strength": float("nan")}, "finite"),
+        ({"latent": 0, "strength": float("inf")}, "finite"),
         ({"where": "sideways"}, "sideways"),
         ({"latent": 64}, "no latent 64"),
         ({"latent": -1}, "no latent -1"),
@@ -170,7 +172,7 @@ def test_hooks_are_gone_after_an_error(model: Any, sae: TopKSAE, ids: Tensor) ->
 def test_impossible_steering_is_named(sae: TopKSAE, wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(FormatError, match=named):
         Steering(
-            0, 1.0, **({"sae": sae} if "latent" in wrong or ("mode" in wrong and "along" not in wrong) else {}), **wrong
+            0, **({"sae": sae} if "latent" in wrong or ("mode" in wrong and "along" not in wrong) else {}), **wrong
         )
 
 

@@ -279,8 +279,11 @@ def explain(
     from qwenscope.features.label import chosen, foresee, waiting
     from qwenscope.features.label import explain as explain_latents
     from qwenscope.features.store import Index
+    from qwenscope.files import check_empty
     from qwenscope.training.signals import SignalWatch
 
+    if delphi is not None:
+        check_empty(delphi)
     if (endpoint is not None) + (local is not None) + offline > 1:
         raise FormatError("choose one of --endpoint, --local and --offline")
     client = _client(endpoint, model, key_variable, local)
@@ -290,7 +293,8 @@ def explain(
     err.print(_foreseen(client.name, len(asked), foresee(opened, left)), highlight=False, markup=False)
     limit = 1 if endpoint is None else concurrency
     counts = Counter[str]()
-    with SignalWatch() as watch, phases(err) as on_progress:
+    waits = "stopping: waiting for the answers under way; once more ends it at once"
+    with SignalWatch(said=waits) as watch, phases(err) as on_progress:
         records = explain_latents(
             opened, client, left, concurrency=limit, on_progress=on_progress, stop=lambda: watch.stop is not None
         )
@@ -320,7 +324,7 @@ def _client(endpoint: str | None, model: str | None, key_variable: str | None, l
 
 
 def _foreseen(client: str, asked: int, cost: Cost) -> str:
-    done = f" ({asked - cost.latents:,} more are labelled by {client} already)" if asked > cost.latents else ""
+    done = f" ({asked - cost.latents:,} more are labelled already)" if asked > cost.latents else ""
     return (
         f"{cost.latents:,} latents to label by {client}{done}: about {cost.requests:,} requests, "
         f"{cost.tokens_in:,} tokens to read and at most {cost.tokens_out:,} to write"

@@ -26,9 +26,15 @@ def render_given(
     """Plain text as a document (with BOS where the tokenizer writes it), messages through the chat template.
 
     Raises:
-        CorpusError: no tokens, or messages that the template refuses.
+        CorpusError: no tokens, half a surrogate pair, or messages that the template refuses.
     """
     if isinstance(text_or_messages, str):
+        try:
+            text_or_messages.encode()
+        except UnicodeEncodeError:
+            raise CorpusError(
+                "the text holds bytes that are no UTF-8 or half a surrogate pair; take them out"
+            ) from None
         (rows,) = Documents(tokenizer, max_length).encode([text_or_messages])
         if not rows:
             raise CorpusError("there is no text to read")

@@ -54,16 +54,26 @@ class EndpointClient:
             key_variable: environment variable that holds the key; None sends none.
 
         Raises:
-            FormatError: not such an address, or the variable is not set.
+            FormatError: not such an address, no model, or the variable is not set or holds what is no key.
         """
-        parts = urlsplit(base_url)
+        try:
+            parts = urlsplit(base_url)
+            _ = parts.port
+        except ValueError as error:
+            raise FormatError(f"endpoint {base_url} is no address: {error}") from None
         loopback = parts.hostname in ("127.0.0.1", "localhost", "::1")
+        if not model or not base_url.isascii() or not base_url.isprintable() or " " in base_url:
+            raise FormatError(f"endpoint {base_url!r} and model {model!r}: give an address and a name")
         if parts.scheme != "https" and not (parts.scheme == "http" and loopback):
             raise FormatError(f"endpoint {base_url} must be https, or http on this machine")
         if parts.username or parts.password:
             raise FormatError("an endpoint holds no key; name an environment variable instead")
-        if key_variable is not None and not os.environ.get(key_variable):
-            raise FormatError(f"environment variable {key_variable} is not set")
+        if key_variable is not None:
+            key = os.environ.get(key_variable, "")
+            if not key:
+                raise FormatError(f"environment variable {key_variable} is not set")
+            if not (key.isascii() and key.isprintable()) or " " in key:
+                raise FormatError(f"environment variable {key_variable} holds a line end or another sign of no key")
         self.name = model
         self._url, self._key_variable = f"{base_url.rstrip('/')}/chat/completions", key_variable
         self._opener = urllib.request.build_opener(_NoRedirect)
@@ -93,7 +103,8 @@ class EndpointClient:
             self._opener.open(request, timeout=TIMEOUT_SECONDS) as response,
             suppress(ValueError, KeyError, IndexError, TypeError, HTTPException),
         ):
-            return str(json.loads(response.read(ANSWER_LIMIT))["choices"][0]["message"]["content"] or "")
+            said = json.loads(response.read(ANSWER_LIMIT))["choices"][0]["message"]["content"] or ""
+            return str(said).encode(errors="replace").decode()  # half a surrogate pair, where max_tokens cut an emoji
         raise ConnectionError("the answer is something else than a chat completion")
 
 

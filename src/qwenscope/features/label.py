@@ -5,21 +5,22 @@
         print(record["label"], record["detection"])
 
 What is asked and how it is scored stands in `questions.py`. Whoever is killed goes on where they stopped: answers are
-kept in `.explain` inside the index until all are done.
+kept in `.explain` inside the index, a file for each client, until all are done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qwenscope.errors import FormatError
-from qwenscope.features.clients import Client, Remembering, Stopping
+from qwenscope.features.clients import Client, OfflineClient, Remembering, Stopping
 from qwenscope.features.questions import ask_about
 from qwenscope.features.store import Index, explained_by, explaining
 from qwenscope.files import disk_errors_named
@@ -51,7 +52,7 @@ def chosen(index: Index, latents: str = "all", saes: Sequence[str] = ()) -> list
         FormatError: not such words, or no such SAE or latent.
     """
     found: list[Place] = []
-    for sae_id in saes or index.saes:
+    for sae_id in dict.fromkeys(saes) or index.saes:
         index.check(sae_id, 0)
         density = index.table(sae_id)["density"]
         alive = [latent for latent, share in enumerate(density) if share > 0]
@@ -92,8 +93,8 @@ class Cost:
 
 
 def waiting(index: Index, client: Client, latents: Iterable[Place]) -> list[Place]:
-    """Those of `latents` that `client` has not labelled and scored already."""
-    done = explained_by(index, client.name)
+    """Those of `latents` that `client` has not labelled and scored already; the rule replaces no one's labels."""
+    done = explained_by(index, None if client.name == OfflineClient.name else client.name)
     return [place for place in latents if place not in done]
 
 
@@ -161,15 +162,7 @@ def explain(
     places = waiting(index, client, latents)
     for sae_id, latent in places:
         index.check(sae_id, latent)
-    work = index.folder / WORK
-    with disk_errors_named(index.folder):
-        work.mkdir(exist_ok=True)
-    with (
-        run_lock(work),
-        closing(Remembering(client, work / "answers.jsonl", stop)) as asked,
-        explaining(index) as add,
-        suppress(Stopping),
-    ):
+    with _remembering(index, client, stop) as asked, explaining(index) as add:
 
         def ask(place: Place) -> dict[str, Any]:
             found = index.latent(*place)
@@ -181,7 +174,21 @@ def explain(
             if on_progress is not None:
                 on_progress("explaining", done, len(places))
             yield record
-        shutil.rmtree(work)
+
+
+@contextmanager
+def _remembering(index: Index, client: Client, stop: Callable[[], bool]) -> Iterator[Remembering]:
+    """`client` with what it answered before, in a file of its own until the block ends by itself; `Stopping` ends it
+    early."""
+    work = index.folder / WORK
+    answers = work / f"{hashlib.sha256(client.name.encode()).hexdigest()[:16]}.jsonl"
+    with disk_errors_named(index.folder):
+        work.mkdir(exist_ok=True)
+        with run_lock(work), closing(Remembering(client, answers, stop)) as asked, suppress(Stopping):
+            yield asked
+            answers.unlink()
+            if not list(work.glob("*.jsonl")):
+                shutil.rmtree(work)
 
 
 def _concurrently(

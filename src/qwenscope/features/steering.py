@@ -18,6 +18,7 @@ Legend: C rows of a batch, T positions, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass, replace
@@ -45,8 +46,8 @@ class Steering:
     """One push. Either `sae` and `latent`, or `along` alone with mode add.
 
     Raises:
-        FormatError: no site or two, no direction, a latent that does not exist, a mode without latent, or an unknown
-            word.
+        FormatError: no site or two, no direction, a latent that does not exist, a mode without latent, a strength that
+            is no finite number, or an unknown word.
         ModelError: the site's name is none.
     """
 
@@ -70,6 +71,8 @@ class Steering:
         if where is None or None not in (self.site, layer):
             raise FormatError("steering needs a site, such as layers.23 or layers.23.mlp, or a layer, and not both")
         object.__setattr__(self, "site", Site.of(where))
+        if not math.isfinite(self.strength):
+            raise FormatError(f"a strength is a finite number, not {self.strength}")
         if self.mode not in ("add", "clamp", "ablate"):
             raise FormatError(f"steering mode is add, clamp or ablate, not {self.mode!r}")
         if isinstance(self.where, str) and self.where not in ("all", "prefill", "decode"):

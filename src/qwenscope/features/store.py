@@ -318,8 +318,12 @@ def explaining(index: Index) -> Iterator[Callable[[str, int, dict[str, Any]], No
         def add(sae_id: str, latent: int, record: dict[str, Any]) -> None:
             nonlocal committed
             key = key_of(index.ordinal(sae_id), latent)
-            connection.execute("INSERT OR REPLACE INTO explanations VALUES (?, ?)", (key, json.dumps(record)))
-            connection.execute("UPDATE search SET label = ? WHERE rowid = ?", (record["label"], key))
+            try:
+                connection.execute("INSERT OR REPLACE INTO explanations VALUES (?, ?)", (key, json.dumps(record)))
+                connection.execute("UPDATE search SET label = ? WHERE rowid = ?", (record["label"], key))
+            except BaseException:
+                connection.rollback()  # no half of a label is kept
+                raise
             if time.monotonic() - committed > COMMIT_SECONDS:
                 connection.commit()
                 committed = time.monotonic()
@@ -332,11 +336,14 @@ def explaining(index: Index) -> Iterator[Callable[[str, int, dict[str, Any]], No
             write_checksums(index.folder, FILES)
 
 
-def explained_by(index: Index, client: str) -> set[tuple[str, int]]:
-    """(SAE id, latent) of those that a client has labelled."""
+def explained_by(index: Index, client: str | None) -> set[tuple[str, int]]:
+    """(SAE id, latent) of those that a client has labelled; None: anyone but the rule that built the index."""
     ids = list(index.saes)
+    by, name = ("IS NOT", RULE_CLIENT) if client is None else ("IS", client)
     with closing(read_only(index.path)) as connection:
-        keys = connection.execute("SELECT key FROM explanations WHERE json_extract(record, '$.client') = ?", (client,))
+        keys = connection.execute(
+            f"SELECT key FROM explanations WHERE json_extract(record, '$.client') {by} ?", (name,)
+        )
         return {(ids[key >> 32], key & 0xFFFFFFFF) for (key,) in keys}
 
 

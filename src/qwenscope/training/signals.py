@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -32,10 +33,11 @@ class SignalWatch:
     Args:
         launched: by torchrun, which hands on a signal that its workers may have got from the scheduler already, and
             kills those that linger: further stop signals do nothing.
+        said: what the first stop signal writes to stderr, as a line of its own.
     """
 
-    def __init__(self, launched: bool = False) -> None:
-        self._launched = launched
+    def __init__(self, launched: bool = False, said: str = "") -> None:
+        self._launched, self._said = launched, said
         self.stop: int | None = None
         self.checkpoint = False
         self._before: dict[signal.Signals, Any] = {}
@@ -56,6 +58,8 @@ class SignalWatch:
         self._before.clear()
 
     def _on_stop(self, signum: int, frame: FrameType | None) -> None:
+        if self._said and self.stop is None:
+            os.write(2, f"\n{self._said}\n".encode())  # a handler may strike in the middle of any other writing
         self.stop = signum
         if not self._launched:
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any, TypeGuard, get_args
 
@@ -89,7 +90,7 @@ def sampling_in(asked: dict[str, Any]) -> Sampling:
         FormatError: temperature, top_p or seed is no number or out of range.
     """
     temperature, top_p, seed = asked.get("temperature", 0), asked.get("top_p", 1), asked.get("seed", 0)
-    if not all(isinstance(value, int | float) for value in (temperature, top_p)) or not is_int(seed):
+    if not (is_number(temperature) and is_number(top_p) and is_int(seed)):
         raise FormatError("temperature, top_p and seed are numbers, seed a whole one")
     return Sampling(float(temperature), float(top_p), abs(seed) % (1 << 31))
 
@@ -146,6 +147,11 @@ def check_push(push: Any, index: Index) -> None:
     for name, words in _WORDS.items():
         if push.get(name) not in words:
             raise FormatError(f"{name} is {', '.join(words[:-1])} or {words[-1]}, not {push.get(name)!r}")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that a float can hold, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_int(value: Any) -> TypeGuard[int]:
