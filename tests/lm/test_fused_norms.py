@@ -1,31 +1,20 @@
-"""Norms as one kernel, run by Triton's interpreter on CPU tensors, against transformers' own.
-
-As in `tests/sae/test_triton_ops.py`, this file runs itself in a process of its own.
-"""
+"""Norms as one kernel, run by Triton's interpreter on CPU tensors, against transformers' own."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import in_interpreter, outside, run_interpreted
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm, Qwen3_5MoeRMSNormGated
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@outside
 def test_in_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "9 passed, 1 skipped" in result.stdout
+    run_interpreted(__file__, passed=9)
 
 
 @in_interpreter

@@ -1,31 +1,19 @@
-"""The Triton kernels, run by Triton's interpreter on CPU tensors, against plain torch.
-
-Triton reads TRITON_INTERPRET when it is first imported, and other tests import it too: this file runs itself in a
-process of its own.
-"""
+"""The Triton kernels, run by Triton's interpreter on CPU tensors, against plain torch."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import in_interpreter, outside, run_interpreted
 
 from qwenscope.sae.ops import Pairs
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@outside
 def test_in_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "14 passed, 1 skipped" in result.stdout
+    run_interpreted(__file__, passed=14)
 
 
 @in_interpreter
