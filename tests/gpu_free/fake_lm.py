@@ -12,7 +12,7 @@ from gpu_free.fake_card import Card, Launches
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3_5MoeTextConfig
 
-from qwenscope.lm import fused
+from qwenscope.lm.fused import convolution, experts, norms
 from qwenscope.lm.load import layer_kinds
 from qwenscope.lm.model import LanguageModel, cut_config, decoder_layers
 
@@ -27,8 +27,11 @@ def published_lm(layers: int, monkeypatch: pytest.MonkeyPatch, card: Card, *, he
     """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(fused, "_admitted", {})
-    monkeypatch.setattr(fused, "_norm_kernel", Launches(card, fused._norm_kernel))
+    for module in (norms, experts, convolution):
+        monkeypatch.setattr(module, "_admitted", {})
+        for name, kernel in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Launches(card, kernel))
     monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: False)  # it takes fake tensors for that
     auto: Any = AutoModelForCausalLM if head else AutoModel
     with torch.device("meta"):

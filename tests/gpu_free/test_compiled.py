@@ -23,12 +23,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from qwenscope.lm import fused  # noqa: E402
+from qwenscope.lm.fused import convolution, experts, norms  # noqa: E402
 from qwenscope.sae import triton_ops  # noqa: E402
 from qwenscope.sae.ops import Pairs  # noqa: E402
 from qwenscope.training import triton_step  # noqa: E402
 
-MODULES = (triton_ops, triton_step, fused)
+MODULES = (triton_ops, triton_step, norms, experts, convolution)
 CARDS = {80: 163, 90: 227, 100: 227}
 """{compute capability x 10: KiB of shared memory that a program may have}."""
 REGISTERS, WARPS = 65_536, 64
@@ -129,13 +129,25 @@ def test_kernels_need_no_stack_and_leave_room_for_each_other(
         lambda: triton_ops.products(table, x, pairs.latents, pairs.rows),
         lambda: triton_ops.weighted_sums(x, pairs.rows, floats, pairs.offsets),
         *(
-            lambda width=width, gate=gate: fused.rms_norm(
+            lambda width=width, gate=gate: norms.rms_norm(
                 meta(BATCH, width, dtype=torch.bfloat16),
                 meta(width, dtype=torch.bfloat16),
                 1e-6,
                 meta(BATCH, width, dtype=torch.bfloat16) if gate else None,
             )
             for width, gate in ((HIDDEN, False), (256, False), (128, True))
+        ),
+        lambda: experts.gated(meta(BATCH, 1024, dtype=torch.bfloat16)),
+        *(
+            lambda shared=shared: experts.combined(
+                x, places, meta(BATCH // 8, 8, dtype=torch.bfloat16), meta(256, dtype=torch.int32), shared
+            )
+            for shared in (None, (x, x[:, :1].contiguous()))
+        ),
+        lambda: convolution.convolution(
+            meta(2, BATCH, 8192, dtype=torch.bfloat16).transpose(1, 2),
+            meta(8192, 4, dtype=torch.bfloat16),
+            activation="silu",
         ),
         lambda: triton_step.centre(x, vector, number, torch.bfloat16),
         *(

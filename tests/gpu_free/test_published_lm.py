@@ -18,8 +18,8 @@ from qwenscope.planning.plan import model_size
 from qwenscope.recipe import load_recipe
 
 LENGTH, TOKENS = 2048, 4096
-LAUNCHES, BYTES_PER_POSITION, MILLISECONDS = 2300, 28.5e6, 51.5
-"""Of a full batch; milliseconds per 4,096 positions. The aim was 45: docs/performance.md says what is in the way."""
+LAUNCHES, BYTES_PER_POSITION, MILLISECONDS = 2200, 21.7e6, 45.0
+"""Of a full batch; milliseconds per 4,096 positions."""
 
 
 def test_a_pass_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +41,11 @@ def test_a_pass_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None
     assert card.bytes / positions <= BYTES_PER_POSITION
     assert card.kernels["norm"] == 2 * depth + depth // 4 * (3 + 2)  # two a layer, gated ones, queries' and keys'
     assert card.seconds * 1e3 * TOKENS / positions <= MILLISECONDS
+    assert card.kernels["gate"] == card.kernels["combine"] == depth  # around the experts' products
+    assert card.kernels["convolution"] == depth // 4 * 3
     assert held == pytest.approx(planned["language_model"], rel=0.01)
-    assert card.peak - held == pytest.approx(planned["language_model_activations"], rel=0.1)
+    activations = planned["language_model_activations"]  # as if the experts' kernels had been refused
+    assert 0.7 * activations <= card.peak - held <= activations
 
 
 def test_batches_of_a_window() -> None:

@@ -23,7 +23,7 @@ def test_in_interpreter() -> None:
 @torch.no_grad()
 def test_values(width: int, rows: int, gated: bool) -> None:
     """Rows that are strided views, as halves of a projection are."""
-    from qwenscope.lm.fused import rms_norm
+    from qwenscope.lm.fused.norms import rms_norm
 
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(2, rows, 2 * width, generator=generator).mul(5).bfloat16()[..., :width]
@@ -42,6 +42,6 @@ def test_values(width: int, rows: int, gated: bool) -> None:
 )
 def test_a_class_is_admitted_by_its_values(norm: type[nn.Module], same: bool) -> None:
     """Llama's weight is the factor itself, which a norm fresh from its constructor would not tell apart from 1 + 0."""
-    from qwenscope.lm.fused import agrees
+    from qwenscope.lm.fused.norms import agrees
 
     assert agrees(norm(64).bfloat16()) is same

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwenscope.errors import ModelError
-from qwenscope.lm.fused import fuse_norms
+from qwenscope.lm.fused import fuse
 from qwenscope.lm.hooks import capture
 from qwenscope.lm.kernels import follow_device
 from qwenscope.lm.sites import Site, width_at
@@ -79,7 +79,7 @@ class LanguageModel:
 
     def __post_init__(self) -> None:
         follow_device(self.model)
-        fuse_norms(self.model)
+        fuse(self.model)
 
     @property
     def decoder(self) -> nn.Module:
