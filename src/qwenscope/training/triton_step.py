@@ -307,10 +307,11 @@ class GradientRows:
         extra_MD, slots_N = self.extra or (None, None)
         read = (None,) * 5 if numbers is None else numbers.read
         beta1, beta2, eps = (0.0, 0.0, 0.0) if numbers is None else (*numbers.betas, numbers.eps)
+        warps = row_warps(self.block if numbers else 2 * self.block)  # versions of Triton spill the norm's otherwise
         _latents_kernel[(len(parameter_ND),)](
             self.source, self.pairs.rows, self.weights_P, self.pairs.offsets, self.pieces, slots_N, extra_MD,
             parameter_ND, *moments, shadow_ND, bound, *read, out_N, beta1, beta2, eps, clip_norm, self.source.shape[1],
             PIECE=PIECE, EXTRA=self.extra is not None, UNIT=unit, UPDATE=numbers is not None,
             SHADOW=shadow_ND is not None, ROUNDED=moments[0] is not None and moments[0].dtype == torch.bfloat16,
-            BLOCK_D=self.block, num_warps=row_warps(self.block),
+            BLOCK_D=self.block, num_warps=warps,
         )  # fmt: skip
