@@ -103,7 +103,7 @@ def synth_sae_bench(hidden_dim: int, features: int, *, seed: int) -> SynthSAEBen
     bias_D = torch.randn(hidden_dim, generator=random)
     return SynthSAEBench(
         kind="synth_sae_bench",
-        directions_FD=_nearly_orthogonal(torch.randn(features, hidden_dim, generator=random)),
+        directions_FD=nearly_orthogonal(torch.randn(features, hidden_dim, generator=random)),
         frequency_F=frequency_F,
         noise=0.0,
         chance_F=chance_F,
@@ -114,7 +114,7 @@ def synth_sae_bench(hidden_dim: int, features: int, *, seed: int) -> SynthSAEBen
     )
 
 
-def _nearly_orthogonal(directions_FD: Tensor) -> Tensor:
+def nearly_orthogonal(directions_FD: Tensor) -> Tensor:
     """Unit rows whose squared cosines were lowered by gradient steps."""
     unit_FD = torch.nn.functional.normalize(directions_FD, dim=1).requires_grad_()
     optimizer = torch.optim.Adam([unit_FD], lr=ORTHOGONAL_LR)

@@ -132,6 +132,10 @@ def test_the_files_hold_the_contract(measured: dict, run_folder: Path) -> None:
             assert all(math.isfinite(figures[key]) for key in CONTRACT)
             assert figures["explained_variance"] == 1 - figures["fvu"]
             assert figures["special_tokens"]["tokens"] > 0
+            assert set(figures["nth_decoder_projection"]) == {"half", "quarter"}
+            assert figures["nth_decoder_projection"]["half"] < figures["nth_decoder_projection"]["quarter"]
+    assert set(measured["decoder_pairwise_cosine"]) == set(HOOKS)
+    assert all(0 < cosine < 1 for cosine in measured["decoder_pairwise_cosine"].values())
     assert {"user", "assistant", "template"} <= set(measured["saes"]["sae_attn"]["chat"]["roles"])
     assert {"tool_call", "tool_result"} <= set(measured["saes"]["sae_attn"]["tool_use"]["roles"])
     assert measured["data"]["splits"]["chat"]["conversations"] == 4
@@ -399,7 +403,7 @@ def test_the_report_is_one_whole_page_that_loads_nothing(measured: dict, run_fol
     assert page.loads == []
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "url(" not in text
-    assert page.tables == 7, "fidelity, effect and roles per split, and the overlap of neighbours"
+    assert page.tables == 8, "fidelity, effect and roles per split, the overlap of neighbours, and L0 proxies"
     words = " ".join(page.words)
     for splits in measured["saes"].values():
         for figures in splits.values():

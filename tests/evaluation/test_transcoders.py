@@ -77,6 +77,7 @@ def test_figures_of_a_transcoder_equal_hooks_by_hand(lm: Any, recipe: Any, conve
     for name, losses in (("ce_clean", clean), ("ce_spliced", spliced), ("ce_zero_ablation", zeroed)):
         assert figures[name] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-3)
     assert figures["ce_spliced"] != pytest.approx(figures["ce_clean"], rel=1e-4)
+    assert figures["nth_decoder_projection"] is None, "its decoder does not live where its rows do"
 
 
 def test_a_row_that_is_normalised_gets_its_mean_and_size_back(lm: Any, recipe: Any, conversations: Any) -> None:

@@ -175,6 +175,12 @@ class Fidelity:
         """Rows seen."""
         return sum(cell.moments.count for cell in self.cells.values())
 
+    @property
+    def spread(self) -> float | None:
+        """Root of the mean squared deviation of the rows' elements from their means; None before the first row."""
+        moments = self._merged(cell for _, cell in sorted(self.cells.items())).moments
+        return float((moments.deviations_D.mean() / moments.count).sqrt()) if moments.count else None
+
     def figures(self) -> dict[str, Any]:
         """All figures as JSON-able values: those of the split at top level, those of roles and special tokens below."""
         special = self._merged(cell for (_, is_special), cell in self.cells.items() if is_special).figures()

@@ -24,6 +24,7 @@ from qwenscope.errors import CorpusError, ModelError
 from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_shifts, before_router
 from qwenscope.evaluation.fidelity import Fidelity, Moments
 from qwenscope.evaluation.kept import Kept
+from qwenscope.evaluation.l0_proxies import DecoderProjections
 from qwenscope.evaluation.splice import CleanPass, clean_pass, losses, variant_pass
 from qwenscope.evaluation.work import Work
 from qwenscope.lm.batches import Batch, make_batches
@@ -93,6 +94,9 @@ class SplitMeter:
         self.special_ids = torch.tensor(sorted(added), dtype=torch.int64, device=lm.device)
         self.fidelity = {
             sae_id: Fidelity(sae.target_dim, sae.dict_size, ROLES, lm.device) for sae_id, sae in saes.items()
+        }
+        self.projections = {
+            sae_id: DecoderProjections(sae) for sae_id, sae in saes.items() if "target" not in sae.config
         }
         self.routing = {sae_id: RoutingShift() for sae_id in saes}
         self.states = {sae_id: StateShift() for sae_id in saes}
@@ -283,6 +287,8 @@ class SplitMeter:
             codes = sae.encode(read_RD[part])
             x_hat_RD[part] = sae.reconstruct(read_RD[part], codes)
             self.fidelity[sae_id].update(x_RD[part], codes, x_hat_RD[part], roles_R[part], special_R[part])
+            if sae_id in self.projections:
+                self.projections[sae_id].update(x_RD[part])
             x_BD = x_RD[part].double()
             residual_B = (x_BD - x_hat_RD[part].double()).square_().sum(1)
             sums = self.sums[sae_id]
@@ -320,7 +326,9 @@ class SplitMeter:
                 "too few to measure; give more data"
             )
         mean = {name: float(value_C.sum()) / predicted for name, value_C in sums.items()}
+        projections = self.projections.get(sae_id)
         figures = fidelity | {
+            "nth_decoder_projection": projections and projections.figures(self.fidelity[sae_id].spread),
             "conversations": len(self.conversations),
             "left_out": dict(left_out),
             "predicted_tokens": int(predicted),

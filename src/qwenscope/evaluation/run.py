@@ -14,6 +14,7 @@ from torch import Tensor
 from qwenscope.checksums import read_checksums, write_checksums
 from qwenscope.corpus.conversation import Conversation
 from qwenscope.errors import FormatError, ModelError
+from qwenscope.evaluation.l0_proxies import decoder_pairwise_cosine
 from qwenscope.evaluation.measure import SplitMeasurement
 from qwenscope.evaluation.meters import Meters
 from qwenscope.evaluation.pairs import BOOTSTRAP, compare_split, find_pairs, overlap
@@ -169,6 +170,7 @@ def _result(
         },
         "saes": {sae_id: {split: found.figures[sae_id] for split, found in measured.items()} for sae_id in target.saes},
         "dead": {sae_id: _dead(sae_id, measured) for sae_id in target.saes},
+        "decoder_pairwise_cosine": {sae_id: decoder_pairwise_cosine(sae) for sae_id, sae in target.saes.items()},
         "comparison": _comparison(target, measured),
     }
 
