@@ -14,7 +14,7 @@ from qwenscope.recipe import load_recipe
 from qwenscope.sae.sae import TopKSAE
 
 LENGTH = 64
-LEAST, MORE = 80, 62
+LEAST, MORE = 80, 63
 """Waits of a split of one batch with one SAE, and with each further one at a site of its own."""
 
 
