@@ -190,8 +190,9 @@ class TrainingRecipe(Node):
     """Centre and scale rows by constants measured once; folded into the saved weights."""
     calibration_tokens: Positive = 50_000
     """First rows from which mean, scale and the encoder's initial scale are measured."""
-    initial_decoder: Literal["random", "rows"] = "random"
-    """Where latents point before the first step: at random, or at calibration rows, each from their mean."""
+    initial_decoder: Literal["random", "rows", "residuals"] = "random"
+    """Where latents point before the first step: at random, at calibration rows less their mean, or at what earlier
+    latents leave of such rows."""
     aux_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 1 / 32
     """Weight of the auxiliary dead-latent loss; 0 turns it off."""
     aux_k: Positive | None = None

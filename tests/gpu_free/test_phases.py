@@ -23,7 +23,7 @@ def rows(count: int = BATCH) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("initial_decoder", ["random", "rows"])
+@pytest.mark.parametrize("initial_decoder", ["random", "rows", "residuals"])
 def test_calibration(normalise: bool, initial_decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_card(monkeypatch) as card:
         one = trainer(normalise=normalise, initial_decoder=initial_decoder)

@@ -34,7 +34,7 @@ from qwenscope.parallel.owners import Piece, cut, overlaps, owners, state_of
 from qwenscope.parallel.shard import Shard
 from qwenscope.recipe import Recipe, load_recipe
 from qwenscope.sae.sae import SAE, TopKSAE, random_directions
-from qwenscope.training import checkpoint
+from qwenscope.training import checkpoint, initial
 from qwenscope.training.building import plan_harvest, untrained
 from qwenscope.training.sharded import ShardedTrainer
 
@@ -114,12 +114,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"aux_coefficient": 0.0},
     {"activation": "batch_topk", "aux_k": 3, "normalise": True},
     {"initial_decoder": "rows", "normalise": True},
+    {"initial_decoder": "residuals", "normalise": True},
 ]
 
 
 def train_shard(folder: Path, bounds: tuple[int, ...], options: dict[str, Any], group: Group) -> None:
     """Thirty steps in float64 of one SAE over all ranks; each leaves its state and metrics, rank 0 the SAE."""
     shard = Shard(bounds, K, group)
+    initial._PART = 16  # several parts of few latents
     options = dict(options)
     trainer = ShardedTrainer(
         untrained(HIDDEN, shard, 2, options.pop("activation", "topk")).double(),

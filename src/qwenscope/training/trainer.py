@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_
 from qwenscope.training.fit import Fit, OnStep, fit
 from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
 from qwenscope.training.guards import check_arguments, check_rows
-from qwenscope.training.initial import InitialDecoder, point_at_rows, tie_encoder
+from qwenscope.training.initial import InitialDecoder, point_at_residuals, point_at_rows, tie_encoder
 from qwenscope.training.metrics import StepMetrics
 from qwenscope.training.nested import Nested
 from qwenscope.training.optimizer import Adam, update
@@ -57,7 +57,7 @@ class SAETrainer:
         dead_after_tokens: tokens without firing that make a latent dead; None means 2 % of `tokens`, or 1,000,000.
         resample_every_steps: re-initialise dead latents that often; 0 switches it off.
         normalise: centre and scale rows by `calibrate`'s mean and rms, folded into the weights by `sae()`.
-        initial_decoder: "random", as `sae` comes, or "rows": `calibrate` points latents at rows, see `initial`.
+        initial_decoder: "random", as `sae` comes, or `calibrate` points latents at "rows" or "residuals", see `initial`.
         precision: "fp32", "bf16", "exact" (candidates by fewer bits, float32 values and gradients) or "auto".
         betas, eps: Adam's.
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
@@ -101,7 +101,7 @@ class SAETrainer:
             dead_after_tokens=dead_after_tokens is None or dead_after_tokens > 0,
             resample_every_steps=resample_every_steps >= 0,
             precision=precision in ("auto", *PRECISIONS),
-            initial_decoder=initial_decoder in ("random", "rows"),
+            initial_decoder=initial_decoder in get_args(InitialDecoder),
             clip_norm=clip_norm is None or clip_norm > 0,
             moments=moments in (None, master_dtype(sae), torch.bfloat16),
         )
@@ -148,7 +148,8 @@ class SAETrainer:
         """Fit what does not need training, on a run's first rows: centre, scale, directions, the encoder's length.
 
         pre_bias becomes the rows' mean; with `normalise`, rows are from now on centred by that mean and divided by
-        their rms deviation per element, and pre_bias starts at 0. If `initial_decoder` says so, latents point at rows.
+        their rms deviation per element, and pre_bias starts at 0. If `initial_decoder` says so, latents point at rows,
+        or at what earlier latents leave of them.
         The encoder becomes the decoder, scaled to fit these rows best (`tie_encoder`). Rows without spread leave both
         scales at 1.
 
@@ -166,8 +167,9 @@ class SAETrainer:
             self.rms = torch.where(deviation > 0, (deviation / rows_RD.numel()).sqrt(), 1.0)
         else:
             self.weights["pre_bias"].copy_(mean_D)
-        if self.initial_decoder == "rows":
-            point_at_rows(self.weights, rows_RD, mean_D, generator(self.seed, "initial decoder"))
+        if self.initial_decoder != "random":
+            point = point_at_rows if self.initial_decoder == "rows" else point_at_residuals
+            point(self.weights, rows_RD, mean_D, generator(self.seed, "initial decoder"))
         tie_encoder(self.weights, self.active, (self._plain_rows(chunk)[:] for chunk in chunks))
 
     def _rows(self, x_BD: Tensor) -> ops.Panels:

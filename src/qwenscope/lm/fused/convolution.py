@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from qwenscope.lm.fused.admission import PROBE_ROWS, ROUNDING, agree, is_current, prefer, probe, takes
+from qwenscope.lm.fused.admission import PROBE_ROWS, ROUNDING, agree, is_current, prefer, probe, takes, trains
 from qwenscope.lm.fused.rounding import rounded
 
 _NAME = "causal_conv1d_fn"
@@ -67,11 +67,12 @@ def fuse(model: nn.Module) -> None:
 
 
 def convolution(
-    x_BDT: Tensor, weight_DW: Tensor, bias: None = None, activation: str | None = None, **_: Any
+    hidden_states: Tensor, weight: Tensor, bias: None = None, activation: str | None = None, **_: Any
 ) -> Tensor:  # fmt: skip
     """Each channel's causal convolution, and its activation: bfloat16 [B, D, T] -> the same, channels next to each
     other in memory, as the rows that follow want them.
     """
+    x_BDT, weight_DW = hidden_states, weight  # as transformers names them
     b, d, t = x_BDT.shape
     rows_RD = x_BDT.transpose(1, 2).reshape(-1, d)
     if rows_RD.stride(1) != 1:
@@ -101,7 +102,9 @@ def agrees(function: Callable[..., Any], weight_DW: Tensor) -> bool:
     return agree(_NAME, compare)
 
 
-def _fits(x_BDT: Any, weight_DW: Any, bias: Any = None, *others: Any, activation: Any = None, **named: Any) -> bool:
+def _fits(
+    hidden_states: Any, weight: Any, bias: Any = None, *others: Any, activation: Any = None, **named: Any
+) -> bool:
     known = activation in _ACTIVATIONS and bias is None and not others
     packed = any(isinstance(value, Tensor) for value in named.values())  # which conversation each token belongs to
-    return known and not packed and takes(x_BDT) and takes(weight_DW.detach())
+    return known and not packed and takes(hidden_states) and takes(weight.detach()) and not trains(weight)

@@ -15,9 +15,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    _grouped_linear,
+    grouped_mm_experts_forward,
+)
 
-from qwenscope.lm.fused.admission import PROBE_ROWS, agree, is_current, prefer, probe, takes
+from qwenscope.lm.fused.admission import PROBE_ROWS, ROUNDING, agree, is_current, prefer, probe, takes, trains
 from qwenscope.lm.fused.rounding import rounded
 
 _GROUPED = "grouped_mm"
@@ -25,7 +30,7 @@ _BLOCK = 2048
 """Values of one program, eight to a thread."""
 _SHARED = ("gate", "experts", "shared_expert", "shared_expert_gate")
 """Parts of a block with a shared expert."""
-_admitted: dict[tuple[type[nn.Module], torch.Size], bool] = {}
+_admitted: dict[tuple[Any, ...], bool] = {}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -112,7 +117,7 @@ def gated(x_PI2: Tensor) -> Tensor:
     block_d = triton.next_power_of_2(width)
     block_r = max(1, _BLOCK // block_d)
     _gate_kernel[(triton.cdiv(rows, block_r),)](
-        x_PI2, made, rows, width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=max(1, block_r * block_d // 256)
+        x_PI2, made, rows, width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=min(32, max(1, block_r * block_d // 256))
     )
     return made
 
@@ -135,12 +140,14 @@ def block(module: Any, x: Tensor) -> Tensor:
     """A block with a shared expert: bfloat16 [..., D] -> the same."""
     x_TD = x.reshape(-1, x.shape[-1])
     _, weights_TK, chosen_TK = module.gate(x_TD)
-    shared = module.shared_expert(x_TD), module.shared_expert_gate(x_TD)
+    shared = module.shared_expert(x_TD).contiguous(), module.shared_expert_gate(x_TD).contiguous()
     return routed(module.experts, x_TD, chosen_TK, weights_TK, shared).view(x.shape)
 
 
 def agrees(module: Any) -> bool:
-    """Whether experts, or a block with a shared one, return what they did. Terms of a sum may cancel: the slack."""
+    """Whether experts, or a block with a shared one, return what they did. A rounding that turns the other way before
+    the second product reaches every column: the slack.
+    """
     whole = hasattr(module, "experts")
     experts = module.experts if whole else module
 
@@ -153,28 +160,36 @@ def agrees(module: Any) -> bool:
             weights_TK, chosen_TK = scores_TE.softmax(1).topk(k)
             expected = grouped_mm_experts_forward(experts, x_TD, chosen_TK, weights_TK)
             got = routed(experts, x_TD, chosen_TK, weights_TK)
-        return expected, got, 1e-5 * expected.float().square().mean().sqrt()
+        return expected, got, 2 * ROUNDING * expected.float().square().mean().sqrt()
 
     return agree(type(module).__name__, compare)
 
 
-def _key(module: Any, experts: Any) -> tuple[type[nn.Module], torch.Size] | None:
+def _key(module: Any, experts: Any) -> tuple[Any, ...] | None:
     """Under which it is admitted; None where it is none, not of the kind that the kernels know, or elsewhere."""
     weight = getattr(experts, "gate_up_proj", None)
     if not (isinstance(weight, Tensor) and is_current(weight) and getattr(experts, "has_gate", False)):
         return None
     if experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False):
         return None
-    return (type(module), weight.shape) if experts.config._experts_implementation == _GROUPED else None
+    if type(experts)._apply_gate is not _default_apply_gate or weight.dtype != torch.bfloat16:
+        return None
+    key = type(module), type(experts), type(experts.act_fn), weight.shape
+    return key if experts.config._experts_implementation == _GROUPED else None
 
 
-def _experts_fit(experts: Any, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> bool:
-    return takes(x_TD) and takes(weights_TK) and _admitted.get(_key(experts, experts), False)  # type: ignore[arg-type]
+def _experts_fit(experts: Any, *inputs: Any, **named: Any) -> bool:
+    if len(inputs) != 3 or named or not (takes(inputs[0]) and takes(inputs[2])):
+        return False
+    return _admitted.get(_key(experts, experts), False) and not trains(experts)
 
 
 def _block_fits(module: Any, *inputs: Tensor, **named: Any) -> bool:
     alone = len(inputs) == 1 and not named
-    return alone and takes(inputs[0]) and _admitted.get(_key(module, module.experts), False)  # type: ignore[arg-type]
+    if not (alone and takes(inputs[0]) and _admitted.get(_key(module, module.experts), False)):
+        return False
+    hooked = module.experts._forward_hooks or module.experts._forward_pre_hooks or "forward" in vars(module.experts)
+    return not hooked and not trains(module)
 
 
 def _countable(expert_P: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qwenscope.lm.fused.admission import PROBE_ROWS, agree, is_current, prefer, probe, takes
+from qwenscope.lm.fused.admission import PROBE_ROWS, agree, is_current, prefer, probe, takes, trains
 from qwenscope.lm.fused.rounding import rounded
 
 _BLOCK = 2048
@@ -58,18 +58,19 @@ def fuse(model: nn.Module) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
     """x / rms(x) times 1 + weight, or with a gate times weight and silu(gate): bfloat16 [..., D] -> the same."""
     d = x.shape[-1]
-    rows_RD, normed = x.reshape(-1, d), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows_RD = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, d)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_d = triton.next_power_of_2(d)
     block_r = max(1, _BLOCK // block_d)
     _norm_kernel[(triton.cdiv(len(rows_RD), block_r),)](
         rows_RD, None if gate is None else gate.contiguous(), weight, normed, len(rows_RD), rows_RD.stride(0), d, eps,
-        GATED=gate is not None, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=max(1, block_r * block_d // 256),
+        GATED=gate is not None, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=min(32, max(1, block_r * block_d // 256)),
     )  # fmt: skip
     return normed
 
 
 def agrees(norm: nn.Module) -> bool:
-    """Whether the kernel gives what the norm's class gives, to one rounding, whatever stands in its weight."""
+    """Whether the kernel gives what the norm's class gives, whatever stands in its weight."""
     name, own = type(norm).__name__, norm.weight
     assert isinstance(own, Tensor)
     gates = int(name.endswith("Gated"))
@@ -83,7 +84,10 @@ def agrees(norm: nn.Module) -> bool:
 
 
 def _fits(norm: nn.Module, *inputs: Tensor, **named: Any) -> bool:
-    return bool(inputs) and not named and takes(inputs[0]) and _admitted.get((type(norm), inputs[0].shape[-1]), False)
+    gated = type(norm).__name__.endswith("Gated")
+    whole = len(inputs) == 1 + gated and not named and all(isinstance(x, Tensor) for x in inputs)
+    fit = whole and takes(inputs[0]) and _admitted.get((type(norm), inputs[0].shape[-1]), False)
+    return fit and not trains(norm, *inputs[1:])
 
 
 def _forward(norm: Any, x: Tensor, *gate: Tensor) -> Tensor:
