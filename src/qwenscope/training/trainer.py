@@ -57,7 +57,7 @@ class SAETrainer:
         dead_after_tokens: tokens without firing that make a latent dead; None means 2 % of `tokens`, or 1,000,000.
         resample_every_steps: re-initialise dead latents that often; 0 switches it off.
         normalise: centre and scale rows by `calibrate`'s mean and rms, folded into the weights by `sae()`.
-        initial_decoder: "random", as `sae` comes, or `calibrate` points latents at "rows" or "residuals", see `initial`.
+        initial_decoder: "random", as `sae` comes, or what `calibrate` points latents at, "rows" or "residuals".
         precision: "fp32", "bf16", "exact" (candidates by fewer bits, float32 values and gradients) or "auto".
         betas, eps: Adam's.
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
