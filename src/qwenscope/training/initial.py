@@ -72,7 +72,7 @@ def _unexplained(x_BD: Tensor, directions_ND: Tensor) -> Tensor:
     chosen_BSD = directions_ND[best_BS]
     gram_BSS = chosen_BSD @ chosen_BSD.mT + _RIDGE * torch.eye(_SUPPORT, dtype=x_BD.dtype, device=x_BD.device)
     along_BS1 = chosen_BSD @ x_BD.unsqueeze(-1)
-    weights_BS1 = torch.linalg.solve_ex(gram_BSS, along_BS1).result.clamp_min(0)
+    weights_BS1: Tensor = torch.linalg.solve_ex(gram_BSS, along_BS1).result.clamp_min(0)
     return x_BD - (weights_BS1.mT @ chosen_BSD).squeeze(1)
 
 

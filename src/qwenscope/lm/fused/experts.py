@@ -74,7 +74,7 @@ def fuse(model: nn.Module) -> None:
     """Make experts on the current GPU, and blocks that add a shared one to them, choose by rows."""
     for module in model.modules():
         experts = module.experts if all(hasattr(module, part) for part in _SHARED) else module
-        if (key := _key(module, experts)) is None:
+        if not (key := _key(module, experts)):
             continue
         if key not in _admitted:
             _admitted[key] = agrees(module)
@@ -165,17 +165,17 @@ def agrees(module: Any) -> bool:
     return agree(type(module).__name__, compare)
 
 
-def _key(module: Any, experts: Any) -> tuple[Any, ...] | None:
-    """Under which it is admitted; None where it is none, not of the kind that the kernels know, or elsewhere."""
+def _key(module: Any, experts: Any) -> tuple[Any, ...]:
+    """Under which it is admitted; empty where it is none, not of the kind that the kernels know, or elsewhere."""
     weight = getattr(experts, "gate_up_proj", None)
     if not (isinstance(weight, Tensor) and is_current(weight) and getattr(experts, "has_gate", False)):
-        return None
+        return ()
     if experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False):
-        return None
+        return ()
     if type(experts)._apply_gate is not _default_apply_gate or weight.dtype != torch.bfloat16:
-        return None
+        return ()
     key = type(module), type(experts), type(experts.act_fn), weight.shape
-    return key if experts.config._experts_implementation == _GROUPED else None
+    return key if experts.config._experts_implementation == _GROUPED else ()
 
 
 def _experts_fit(experts: Any, *inputs: Any, **named: Any) -> bool:
