@@ -56,8 +56,8 @@ def test_a_folder_that_goes_under_way_ends_the_run_in_one_line(
 
     def on_progress(progress: Progress) -> None:
         if progress.phase == "training" and progress.tokens == tokens:
-            while {path.name for path in (run / "checkpoints").iterdir()} != names:
-                pass  # a save is in flight
+            while {path.name for path in (run / "checkpoints").glob("*")} != names:
+                pass  # a save is in flight, or about to make the folder
             STRIKES[strike](run)
 
     with pytest.raises(QwenscopeError) as caught:
