@@ -18,6 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core each
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwenscope.corpus.conversation import Conversation
@@ -90,7 +91,7 @@ def batch(conversations: list[Conversation], budget: int) -> float:
         window.append(conversation)
         lengths = [len(member.token_ids) for member in window]
         if sum(lengths) >= WINDOW_TOKENS or position == len(conversations) - 1:
-            batches = make_batches(lengths, [member.token_ids for member in window], budget, pad_id=0)
+            batches = make_batches(lengths, [member.token_ids for member in window], budget, 0, torch.device("cpu"))
             kept += sum(lengths)
             filled += sum(made.input_ids_CT.numel() for made in batches)
             window = []

@@ -170,7 +170,7 @@ def in_windows(conversations: Sequence[Conversation], recipe: Recipe) -> list[Ba
         filled = sum(len(one.token_ids) for one in window) >= recipe.activations.window_tokens
         if filled or conversation is conversations[-1]:
             ids = [one.token_ids for one in window]
-            batches += make_batches([len(row) for row in ids], ids, recipe.corpus.batch_tokens, 0)
+            batches += make_batches([len(row) for row in ids], ids, recipe.corpus.batch_tokens, 0, torch.device("cpu"))
             window = []
     return batches
 

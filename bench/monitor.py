@@ -59,7 +59,8 @@ def main() -> None:
         rows = [chat_conversation(3, number) for number in range(start, start + CHUNK)]
         conversations = [reader.read(row, "row").conversation for row in rows]
         lengths = [len(each.token_ids) for each in conversations]
-        batches = make_batches(lengths, [each.token_ids for each in conversations], corpus.batch_tokens, 0)
+        token_ids = [each.token_ids for each in conversations]
+        batches = make_batches(lengths, token_ids, corpus.batch_tokens, 0, torch.device("cpu"))
 
         def bare(batches: Any = batches) -> None:
             for batch in batches:

@@ -18,12 +18,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwenscope.planning.measure import batches_of
+from qwenscope.planning.memory import feeding
 from qwenscope.planning.plan import plan, read_config
 from qwenscope.recipe import HookPoint, Recipe, load_recipe
 
 TEN_BILLION = 10_000_000_000
-PER_CARD = 4  # language-model batches of a window that each card should find
 PARTS = {"language model": "language_model", "busiest owner": "saes_of_busiest_card", "rows": "exchange"}
 
 
@@ -34,17 +33,9 @@ def every_layer(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"hook_points": points})
 
 
-def fed(recipe: Recipe, gpus: int, most: int) -> Recipe:
-    """The recipe with a window that has batches for all."""
-    activations = recipe.activations
-    per_batch = activations.window_tokens // batches_of(recipe).count
-    tokens = min(most, max(activations.window_tokens, PER_CARD * gpus * per_batch))
-    return recipe.model_copy(update={"activations": activations.model_copy(update={"window_tokens": tokens})})
-
-
 def row(recipe: Recipe, gpu: str, gpus: int, most: int) -> dict[str, Any]:
     """One line of the table; lists are [cautious, optimistic]."""
-    recipe = fed(recipe, gpus, most)
+    recipe = feeding(recipe, gpus, most)
     one = plan(recipe, gpu, 1)
     many = plan(recipe, gpu, gpus)
     long = plan(recipe, gpu, gpus, TEN_BILLION)

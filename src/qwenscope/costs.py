@@ -64,7 +64,7 @@ GPUS: dict[str, Card] = {
     "l40s": Card((8, 9), 45, 362, 0.86, 32, (0.8, 1.9)),
     "4090": Card((8, 9), 24, 165, 1.0, 32, (0.3, 0.7)),
 }
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as families call their number
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as families call their number
 _STATE = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 NETWORK_GB_S = 50.0
 """Between machines: one adapter of 400 Gbit/s per card."""
@@ -122,7 +122,7 @@ def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> Model
     active; embeddings are looked up, not multiplied. The length-dependent part of attention is left out: below 1 % at
     2,048 tokens.
     """
-    experts = config_number(config, *_EXPERTS)
+    experts = config_number(config, *EXPERTS)
     routed = min(1.0, config_number(config, "num_experts_per_tok", default=1) / experts) if experts else 1.0
     parameters = active = 0.0
     mixtures = set()
@@ -138,14 +138,16 @@ def size_of(model: nn.Module, config: Any, kinds: Sequence[str | None]) -> Model
 
 
 def position_seconds(size: ModelSize, card: Card, positions: int) -> Range:
-    """The truncated forward, per position of a batch of so many.
+    """The truncated forward, per position of a batch of so many; its weights are read once a batch, in bfloat16, at the
+    cautious end before anything is multiplied, at the optimistic one meanwhile.
 
     A card without grouped products launches those of each expert one after the other.
     """
     products = 0 if card.capability[0] in GROUPED_PRODUCTS else size.expert_products
+    weights = 2 * size.parameters / (card.bandwidth_tb_s * 1e12 * _TRAFFIC_SHARE[0]), 0.0
     cautious, optimistic = (
-        size.flops_per_token / (card.bf16_tflops * 1e12 * share) + products * seconds / positions
-        for share, seconds in zip(_LM_SHARE, _PRODUCT_SECONDS, strict=True)
+        size.flops_per_token / (card.bf16_tflops * 1e12 * share) + (products * seconds + read) / positions
+        for share, seconds, read in zip(_LM_SHARE, _PRODUCT_SECONDS, weights, strict=True)
     )
     return cautious, optimistic
 

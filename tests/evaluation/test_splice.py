@@ -30,7 +30,7 @@ SITE = Site("layers.3")
 
 def batch_of(conversations, budget=1000):
     ids = [c.token_ids for c in conversations]
-    return make_batches([len(i) for i in ids], ids, budget, 0)[0]
+    return make_batches([len(i) for i in ids], ids, budget, 0, torch.device("cpu"))[0]
 
 
 def whole_pass(lm, token_ids, layer=None, edit=None) -> torch.Tensor:

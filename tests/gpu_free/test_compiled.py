@@ -151,9 +151,12 @@ def test_kernels_need_no_stack_and_leave_room_for_each_other(
         ),
         lambda: triton_step.centre(x, vector, number, torch.bfloat16),
         *(
-            lambda k=k: triton_step.errors(x, vector, number, table, places[: BATCH * k].view(BATCH, k), floats)
-            for k in (16, 64)
+            lambda k=k, made=made: triton_step.errors(
+                x, vector, number, table, places[: BATCH * k].view(BATCH, k), floats, made
+            )
+            for k, made in ((16, None), (64, None), (64, master[:BATCH]))
         ),
+        *(lambda k=k: triton_step.codes(places[: 512 * k].view(512, k), floats, 8192) for k in (128, 512)),
         lambda: triton_step.pair_totals(pairs, pairs, floats, floats, vector, vector),
         *(
             lambda unit=unit, extra=extra: gradient(extra).squares(master, vector, number, 1.0, unit)

@@ -15,10 +15,9 @@ from qwenscope.sae.sae import TopKSAE
 from qwenscope.training.trainer import SAETrainer
 
 HIDDEN, BATCH = 2048, 4096
-BUDGETS = {(16384, 64): 2.6e9, (16384, 96): 2.6e9, (8192, 128): 1.6e9}
-"""{(latents, k): bytes} of a step without dead latents whose gradient's bound is below the clipping norm."""
-OPERATORS = 60
-"""Outside Triton."""
+BUDGETS = {(16384, 64): (2.6e9, 60), (16384, 96): (2.6e9, 60), (8192, 128): (1.75e9, 61)}
+"""{(latents, k): (bytes, operators outside Triton)} of a step without dead latents whose gradient's bound is below the
+clipping norm. The last one decodes by a product, whose codes and sums stand for 2.1 GB of gathers in the cache."""
 
 
 def on_a_card(latents: int, k: int, hidden: int, dtype: torch.dtype = torch.float32) -> SAETrainer:
@@ -34,13 +33,14 @@ def test_a_step_stays_within_its_budget_and_never_asks_the_device(
         x = torch.empty(BATCH, HIDDEN, dtype=torch.bfloat16, device="cuda")
         card.forget()
         trainer.device_step(x)  # a value wanted on the host would raise
-    assert card.operators.total() <= OPERATORS, card.operators
-    assert card.bytes - card.kernel_bytes["latents, norm alone"] < BUDGETS[latents, k]
+    streamed, operators = BUDGETS[latents, k]
+    assert card.operators.total() <= operators, card.operators
+    assert card.bytes - card.kernel_bytes["latents, norm alone"] < streamed
     assert card.to_host == 0
     assert trainer.precision == "bf16"
     assert dict(card.kernels) == {
         "top_k": 1, "centre": 1, "errors": 1, "products": 1, "totals": 1, "pieces": 2, "latents": 2,
-        "latents, norm alone": 2,
+        "latents, norm alone": 2, **({"codes": 1} if k == 128 else {}),
     }  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_padded_rows_equal_the_conversation_alone(checkpoint: Checkpoint, family
     lengths = [length for length in LENGTHS if length <= longest]
     token_ids = [ids(length, seed=length).numpy() for length in lengths]
     compared = 0
-    for batch in make_batches(lengths, token_ids, budget=8192, pad_id=0):
+    for batch in make_batches(lengths, token_ids, 8192, 0, lm.device):
         streams = residual_streams(lm, batch.input_ids_CT, layers)
         for row, length in enumerate(batch.lengths_C):
             alone = residual_streams(lm, batch.input_ids_CT[row : row + 1, :length], layers)
@@ -110,7 +110,7 @@ def test_padded_rows_of_the_standin_are_exact_at_its_nine_hook_points(lengths: l
         "attention",
     ]
     token_ids = [ids(length, seed=length).numpy() for length in lengths]
-    for batch in make_batches(lengths, token_ids, budget=8192, pad_id=0):
+    for batch in make_batches(lengths, token_ids, 8192, 0, lm.device):
         streams = residual_streams(lm, batch.input_ids_CT, hooked)
         for row, length in enumerate(batch.lengths_C):
             alone = residual_streams(lm, batch.input_ids_CT[row : row + 1, :length], hooked)

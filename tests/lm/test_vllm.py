@@ -114,7 +114,7 @@ def check_rows(model: Path, dtype: str, layers: list[int], vocabulary: int, tmp_
     assert lm.dtype == next(iter(found.values())).dtype
     reference = sample_rows(lm, token_ids, [Site.of(layer) for layer in layers], BATCH_TOKENS)
     check_parity(reference, found, lm.dtype, {Site.of(layer): f"layer_{layer}" for layer in layers}, "vllm")
-    batches = make_batches(LENGTHS, token_ids, BATCH_TOKENS, 0)
+    batches = make_batches(LENGTHS, token_ids, BATCH_TOKENS, 0, torch.device("cpu"))
     steps = [step for step in json.loads((tmp_path / "rows.json").read_text()) if step]
     assert steps == 2 * [sum(batch.lengths_C) for batch in batches]
 

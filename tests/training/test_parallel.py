@@ -201,7 +201,8 @@ def test_harvest_evens_out_what_saes_do_not() -> None:
         lengths: list[int] = []
         while sum(lengths) < recipe.activations.window_tokens:
             lengths.append(int(np.clip(draw.lognormal(6.3, 0.9), 8, 2048)))
-        positions = [len(members) * lengths[members[0]] for members in cut(lengths, recipe.corpus.batch_tokens)]
+        batches = cut(lengths, recipe.corpus.batch_tokens, torch.device("cuda"))
+        positions = [len(members) * lengths[members[0]] for members in batches]
         dealt = HarvestPlan(Group(0, 4), ((),) * 4, busy).deal(positions)
         loads = list(busy)
         for rank, count in zip(dealt, positions, strict=True):

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 @outside
 def test_in_interpreter() -> None:
-    run_interpreted(__file__, passed=16)
+    run_interpreted(__file__, passed=19)
 
 
 def popular(rows: int, latents: int, k: int, generator: torch.Generator) -> torch.Tensor:
@@ -48,6 +48,12 @@ def test_rows_errors_and_totals(dtype: torch.dtype) -> None:
     dense = torch.zeros(rows, n).scatter_(1, indices, values)
     errors, losses = triton_step.errors(x, offset, rms, table, indices, values)
     expected = dense.double() @ table.double() - centred
+    torch.testing.assert_close(errors.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses.double(), expected.square().sum(1), atol=0, rtol=1e-5)
+
+    codes = triton_step.codes(indices, values.bfloat16().float(), n)
+    assert torch.equal(codes, dense.bfloat16())
+    errors, losses = triton_step.errors(x, offset, rms, table, indices, values, dense @ table)
     torch.testing.assert_close(errors.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses.double(), expected.square().sum(1), atol=0, rtol=1e-5)
 
@@ -112,14 +118,18 @@ def test_rows_of_a_gradient_and_adam(moments: torch.dtype, unit: bool, piece: in
 
 
 @in_interpreter
-@pytest.mark.parametrize(("precision", "eps", "apart"), [("fp32", 6.25e-10, 1e-5), ("bf16", 1.0, 1e-1)])
+@pytest.mark.parametrize(
+    ("precision", "eps", "apart", "pays"),
+    [("fp32", 6.25e-10, 1e-5, False), ("bf16", 1.0, 1e-1, False), ("bf16", 1.0, 1e-1, True)],
+)
 @pytest.mark.parametrize(
     "options", [{"clip_norm": 0.1}, {"clip_norm": None, "normalise": True}, {"prefixes": (5,), "clip_norm": 10.0}]
 )
 def test_whole_steps(
-    precision: Literal["fp32", "bf16"], eps: float, apart: float, options: Any, monkeypatch: Any
+    precision: Literal["fp32", "bf16"], eps: float, apart: float, pays: bool, options: Any, monkeypatch: Any
 ) -> None:
-    """Three steps by the kernels beside three by plain torch, dead latents included; the same bits once more.
+    """Three steps by the kernels beside three by plain torch, dead latents included, decoded by gathering and by a
+    product; the same bits once more.
 
     With its usual eps the first steps of Adam are signs of gradients, and where one is about 0, bfloat16 decides (the
     interpreter cuts to it, both the errors and their gradient).
@@ -128,6 +138,7 @@ def test_whole_steps(
 
     weights = []
     monkeypatch.setattr(triton_step, "PIECE", 2)
+    monkeypatch.setattr(ops, "product_pays", lambda *_: pays)
     for kernels in (False, True, True):
         with monkeypatch.context() as patch:
             if kernels:

@@ -94,7 +94,8 @@ def harvest(
     rank = plan.group.rank
     lengths = [len(conversation.token_ids) for conversation in conversations]
     pad_id = lm.tokenizer.pad_token_id or 0  # any id does: padding reaches no token before it
-    batches = make_batches(lengths, [conversation.token_ids for conversation in conversations], batch_tokens, pad_id)
+    token_ids = [conversation.token_ids for conversation in conversations]
+    batches = make_batches(lengths, token_ids, batch_tokens, pad_id, lm.device)
     positions = [batch.input_ids_CT.numel() for batch in batches]
     dealt = plan.deal(positions)
     rank_C = torch.empty(len(lengths), dtype=torch.int64)  # who harvests each conversation

@@ -184,9 +184,8 @@ class _Tracing:
     def run(self, on_progress: OnProgress) -> dict[str, Any]:
         """What is found over all batches."""
         ids = [one.token_ids for one in self.readings]
-        pad = self.lm.tokenizer.pad_token_id or 0
-        done = 0
-        for batch in make_batches([len(each) for each in ids], ids, self.recipe.corpus.batch_tokens, pad):
+        lengths, pad, done = [len(each) for each in ids], self.lm.tokenizer.pad_token_id or 0, 0
+        for batch in make_batches(lengths, ids, self.recipe.corpus.batch_tokens, pad, self.lm.device):
             self._measure(batch)
             done += len(batch.members)
             on_progress("tracing", done, len(ids))

@@ -207,8 +207,8 @@ class SplitMeter:
 
     def _batches(self, members: Sequence[int]) -> list[Batch]:
         token_ids = [self.conversations[member].token_ids for member in members]
-        pad_id = self.lm.tokenizer.pad_token_id or 0
-        return make_batches([len(ids) for ids in token_ids], token_ids, self.recipe.corpus.batch_tokens, pad_id)
+        lengths, pad_id = [len(ids) for ids in token_ids], self.lm.tokenizer.pad_token_id or 0
+        return make_batches(lengths, token_ids, self.recipe.corpus.batch_tokens, pad_id, self.lm.device)
 
     def _measure(self, batch: Batch, *, follow_state: bool) -> None:
         """Everything about one batch."""

@@ -138,7 +138,7 @@ class CorpusPass:
         context_T = context_keys(tokens_T, conversation_T, BEFORE + 1)
         chunk = Chunk(self.chunks, self.read, token_R, row_T, conversation_T, context_T)
         context_RF = _context(conversations, token_R, rows.conversation_R.long())
-        batches = cut(lengths, recipe.corpus.batch_tokens)
+        batches = cut(lengths, recipe.corpus.batch_tokens, self.lm.device)
         for sae_id, statistics in self.statistics.items() if len(token_R) else ():
             site = self.target.sites[sae_id]
             columns, layer = [context_RF], site.layer

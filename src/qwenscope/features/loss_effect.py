@@ -74,7 +74,7 @@ def loss_effect(index: Index, target: Target, lm: LanguageModel, sae_id: str, la
     column_D = sae.decoder.weight.detach()[:, latent].float()
     directions = {"own": column_D, **_controls(index, sae_id, sae.decoder.weight.detach().float(), latent, random)}
     found: dict[str, list[NDArray[Any]]] = {name: [] for name in ("row", "clean", *directions)}
-    for batch in make_batches([len(ids) for ids in texts], texts, max(TOKENS, LONGEST), 0):
+    for batch in make_batches([len(ids) for ids in texts], texts, max(TOKENS, LONGEST), 0, lm.device):
         clean = clean_pass(lm, batch, [site])
         rows_CTD = clean.recording.rows[site]
         codes = sae.encode(rows_CTD.to(sae.pre_bias.device))

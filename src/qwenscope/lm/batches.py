@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 
 from qwenscope.errors import CorpusError
 
-BATCH_OVERHEAD = 512
-"""What one more batch costs, in tokens: at windows of 131,072 tokens of real conversations it gives batches of about
-10,000 tokens with under 4 % padding, where filling every batch to the brim gives 14-17 %."""
+BATCH_OVERHEAD, GPU_OVERHEAD = 512, 2048
+"""What one more batch costs, in tokens. 512 gives batches of about 10,000 tokens of real conversations with under 4 %
+padding, where filling every batch to the brim gives 14-17 %. A GPU reads nearly all of a mixture's experts for each
+batch, whatever its size: 1,200 to 2,500 tokens by the roofline of an H200."""
+_WINDOW_PARTS = 256
+"""On a GPU the overhead is this part of a window's tokens, within the two: windows of 524,288 tokens get all of it, and
+smaller ones keep enough batches for several GPUs to share."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Batch:
 
 
 def make_batches(
-    lengths: Sequence[int], token_ids: Sequence[NDArray[np.int32]], budget: int, pad_id: int
+    lengths: Sequence[int], token_ids: Sequence[NDArray[np.int32]], budget: int, pad_id: int, device: torch.device
 ) -> list[Batch]:
     """Cut conversations into batches of at most `budget` tokens, padding included.
 
@@ -40,20 +44,28 @@ def make_batches(
         token_ids: one array [T] per conversation.
         budget: upper bound of C x T of any batch.
         pad_id: fills up the rows; its value never reaches a kept position.
+        device: where the language model stands; its type alone counts.
 
     Returns:
         Batches, longest conversations first; every conversation is in exactly one. The same lengths give the same
-        batches.
+        batches on devices of one type.
 
     Raises:
         CorpusError: a conversation is longer than the budget.
     """
-    return [_batch(members, token_ids, pad_id) for members in cut(lengths, budget)]
+    return [_batch(members, token_ids, pad_id) for members in cut(lengths, budget, device)]
 
 
-def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def overhead(tokens: int, device: torch.device) -> int:
+    """What one more batch of a window of so many tokens costs, in tokens."""
+    if device.type != "cuda":
+        return BATCH_OVERHEAD
+    return min(GPU_OVERHEAD, max(BATCH_OVERHEAD, tokens // _WINDOW_PARTS))
+
+
+def cut(lengths: Sequence[int], budget: int, device: torch.device) -> list[list[int]]:
     """The members of each batch: of all ways to cut the conversations, sorted by length, the one with the least
-    padding + BATCH_OVERHEAD per batch (dynamic programming over the cuts, in integers).
+    padding + overhead of each batch (dynamic programming over the cuts, in integers).
 
     Raises:
         CorpusError: a conversation is longer than the budget.
@@ -63,14 +75,14 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
         raise CorpusError(
             f"a conversation of {lengths[order[0]]} tokens exceeds the budget of {budget}; raise corpus.batch_tokens"
         )
-    count = len(order)
+    count, each = len(order), overhead(sum(lengths), device)
     cost = np.full(count + 1, np.iinfo(np.int64).max)  # of the best cut of the first i
     cost[0] = 0
     start = np.zeros(count + 1, dtype=np.int64)  # where that cut's last batch begins
     for i, member in enumerate(order):
         longest = lengths[member]
         rows = np.arange(1, min(count - i, budget // longest) + 1)
-        ends, with_batch = i + rows, cost[i] + rows * longest + BATCH_OVERHEAD
+        ends, with_batch = i + rows, cost[i] + rows * longest + each
         better = ends[with_batch < cost[ends]]
         cost[better] = with_batch[better - i - 1]
         start[better] = i

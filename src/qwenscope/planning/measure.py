@@ -8,12 +8,14 @@ Nothing is downloaded.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -33,11 +35,8 @@ from qwenscope.training.trainer import SAETrainer
 
 DEAD_SHARE = 0.06
 """Of latents, at the cautious end of a step's time: what the dead-latent loss leaves at 32 latents per dimension."""
-BATCH_POSITIONS = 10_000
-"""Of a language-model batch of real conversations (corpus/batches.py)."""
-PADDING = 1.05
-"""Positions per token in such batches."""
-_LENGTH = 1024  # of conversations that nobody has looked at
+_MEDIAN, _SPREAD, _LEAST = 550, 0.8, 16
+"""Tokens of conversations that nobody has looked at: log-normal, at least so many."""
 _SECONDS = 1.0  # per timed part, two repetitions at least
 _REPEATS = 20
 
@@ -103,7 +102,7 @@ def measure(recipe: Recipe, config: PretrainedConfig) -> Measured:
     on_gpu = device.type == "cuda"
     sizes = {_size(point) for point in recipe.hook_points.values()}
     lengths, corpus_seconds = _conversations(recipe)
-    batches = batches_of(recipe, lengths)
+    batches = batches_of(recipe, device, lengths)
     try:
         layers, rest = _layer_seconds(recipe, config, batches.shape, device)
         steps = {size: _step_seconds(recipe, size, config.hidden_size, device) for size in sizes}
@@ -137,23 +136,26 @@ def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / _seconds(lambda: a @ a, device) / 1e12
 
 
-def batches_of(recipe: Recipe, lengths: Sequence[int] = ()) -> Batches:
-    """How a window of conversations of such `lengths` is cut; without any, like windows of real conversations."""
+def batches_of(recipe: Recipe, device: torch.device, lengths: Sequence[int] = ()) -> Batches:
+    """How a window of conversations of such `lengths` is cut; without any, of lengths like real ones."""
     window, budget = recipe.activations.window_tokens, recipe.corpus.batch_tokens
-    if not lengths:
-        length = min(recipe.corpus.max_length, _LENGTH)
-        positions = min(budget, BATCH_POSITIONS)
-        return Batches(max(1, window // positions), (max(1, positions // length), length), PADDING)
     drawn: list[int] = []
     tokens = 0
-    for length in cycle(lengths):
+    for length in cycle(lengths or _like_real(window, recipe.corpus.max_length)):
         if tokens >= window:
             break
         drawn.append(length)
         tokens += length
-    shapes = sorted((len(members), drawn[members[0]]) for members in cut(drawn, budget))
+    shapes = sorted((len(members), drawn[members[0]]) for members in cut(drawn, budget, device))
     by_size = sorted(shapes, key=lambda shape: shape[0] * shape[1])
     return Batches(len(shapes), by_size[len(by_size) // 2], sum(rows * longest for rows, longest in shapes) / tokens)
+
+
+def _like_real(window: int, longest: int) -> list[int]:
+    """Lengths of conversations of at most `longest` tokens, enough for a window, in a fixed random order."""
+    random = np.random.default_rng(0)
+    drawn = random.lognormal(math.log(_MEDIAN), _SPREAD, max(1, window // min(_MEDIAN, longest)))
+    return [int(length) for length in drawn.clip(min(_LEAST, longest), longest)]
 
 
 def _conversations(recipe: Recipe) -> tuple[list[int], float]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
-from qwenscope.costs import Card, sites_held, trained_bytes
+from qwenscope.costs import EXPERTS, Card, sites_held, trained_bytes
 from qwenscope.lm.load import FP8_CAPABILITY, pick_dtype
 from qwenscope.lm.model import config_number
 from qwenscope.parallel.owners import Piece, owners, shared
-from qwenscope.planning.measure import BATCH_POSITIONS, batches_of
+from qwenscope.planning.measure import batches_of
 from qwenscope.recipe import Recipe
 from qwenscope.sae.activation import activation_of
+from qwenscope.sae.ops import product_pays
 
 GIB = 1 << 30
 Held = Sequence[Sequence[Piece]]
@@ -21,6 +23,10 @@ Held = Sequence[Sequence[Piece]]
 Change = tuple[str, int | str]
 """(key of a recipe, value)"""
 
+CARD = torch.device("cuda")
+"""What a plan by data sheet is for."""
+LARGE_WINDOW = 524_288
+"""Tokens of a window whose batches are about as large as `corpus.batch_tokens` lets them be."""
 _RESERVE = 0.92  # share of a card's memory that a run can really use
 
 
@@ -44,7 +50,9 @@ def fitting(
         return sum(needs(_changed(recipe, changes)).values()) - room
 
     room = card.memory_gib * GIB * _RESERVE
-    advice = _feeding(recipe, gpus) if over(()) <= 0 else _less(over, room, list(_savings(recipe, gpus)))
+    advice = _feeding(recipe, gpus, over) if over(()) <= 0 else _less(over, room, list(_savings(recipe, gpus)))
+    if not advice and process is None and config_number(config, *EXPERTS):
+        advice = _less_often(recipe, over)
     if over(()) > 0 and len(advice) == 1:
         smallest = _changed(recipe, list(_savings(recipe, gpus)))
         advice.append(_elsewhere(needs(smallest), room, pick_dtype(recipe.lm, config).itemsize, card))
@@ -86,7 +94,7 @@ def memory_needs(
     weights = sum(2 * size * hidden for size in sizes)
     trained = trained_bytes(recipe, sum(sizes), hidden)
     shadows = {"fp32": 0, "exact": weights * 2 // 2, "bf16": weights * 2, "auto": 0 if cpu else weights * 2}
-    position = _position_bytes(recipe, config, width, fused_mixer and not cpu)
+    position = _position_bytes(recipe, config, width, fused_mixer, cpu)
     window = recipe.activations.window_tokens + recipe.corpus.max_length
     # while rows are left out one hook point exists twice; while rows travel, what is sent and what arrives
     travelling = 1 if cards == 1 else layers + 2 * len(recipe.sites) // cards
@@ -108,15 +116,18 @@ def _step_bytes(recipe: Recipe, held: Sequence[Piece], hidden: int, cpu: bool) -
     if cpu:
         return 20 * hidden
     points = [(piece.latents, recipe.hook_points[piece.sae_id]) for piece in held]
+    products = [latents for latents, point in points if product_pays(latents, hidden, point.k)]
+    decoded = 2 * max(products) + 4 * hidden if products else 0
     candidates = max(min(activation_of(point.activation, point.k).candidates, latents) for latents, point in points)
-    return 16 * hidden + 2 * max(latents for latents, _ in points) + candidates * (40 + hidden // 16)
+    return decoded + 16 * hidden + 2 * max(latents for latents, _ in points) + candidates * (40 + hidden // 16)
 
 
-def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, fused_mixer: bool) -> int:
+def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, fused_mixer: bool, cpu: bool) -> int:
     """Bytes per position of a language-model batch that live at once: caught streams and the widest part of a layer.
 
-    Fitted to traced allocations of one layer of each kind (docs/plan.md). Without fused kernels DeltaNet works on
-    float32 copies and on matrices of 64 x 64 positions per head; with them, its part is an estimate.
+    Fitted to traced allocations of one layer of each kind, on a GPU fake ones (docs/plan.md). Without fused kernels
+    DeltaNet works on float32 copies and on matrices of 64 x 64 positions per head. A GPU's kernels leave the experts a
+    copy of each row for each of its experts, and what lies between their products.
     """
     hidden = int(config.hidden_size)
     heads = config_number(config, "linear_num_value_heads")
@@ -125,10 +136,12 @@ def _position_bytes(recipe: Recipe, config: PretrainedConfig, width: int, fused_
     heads_dim = attention * config_number(config, "head_dim", default=hidden // attention)
     inner = config_number(config, "intermediate_size", default=4 * hidden)
     routed = config_number(config, "num_experts_per_tok")
+    within = config_number(config, "moe_intermediate_size", default=inner)
+    copies = (4 * routed + 1) * hidden if cpu else routed * (hidden + 3 * within) + hidden
     parts = (
-        value_dim * 14 * width if fused_mixer else value_dim * 44 + heads * 64 * 16,
+        value_dim * 11 * width if fused_mixer and not cpu else value_dim * 44 + heads * 64 * 16,
         heads_dim * 7 * width,
-        (4 * routed + 1) * hidden * width if routed else 3 * inner * width,
+        copies * width if routed else 3 * inner * width,
     )
     return (len(recipe.sites) + 3) * hidden * width + int(max(parts))
 
@@ -164,13 +177,40 @@ def _elsewhere(needs: Mapping[str, int], room: float, width: int, card: Card) ->
     )
 
 
-def _feeding(recipe: Recipe, gpus: int) -> list[str]:
-    if gpus == 1 or (batches := batches_of(recipe).count) >= 2 * gpus:
+def _feeding(recipe: Recipe, gpus: int, over: Callable[[Sequence[Change]], float]) -> list[str]:
+    """That a larger window, if one fits, has batches for all cards."""
+    batches = batches_of(recipe, CARD).count
+    if gpus == 1 or batches >= 2 * gpus:
         return []
-    window = 4 * gpus * min(recipe.corpus.batch_tokens, BATCH_POSITIONS)
+    window = feeding(recipe, gpus, recipe.training.tokens).activations.window_tokens
+    if over([("activations.window_tokens", window)]) > 0:
+        return []
     return [
         f"a window holds about {batches} language-model batches for {gpus} cards: "
-        f"--set activations.window_tokens={1 << (window - 1).bit_length()} shares them evenly"
+        f"--set activations.window_tokens={window} shares them evenly"
+    ]
+
+
+def feeding(recipe: Recipe, gpus: int, most: int) -> Recipe:
+    """The recipe with so many times its window that each card finds three language-model batches, at most `most`."""
+    step = recipe.activations.window_tokens
+    while batches_of(recipe, CARD).count < 3 * gpus and (window := recipe.activations.window_tokens) < most:
+        recipe = _changed(recipe, [("activations.window_tokens", min(most, window + step))])
+    return recipe
+
+
+def _less_often(recipe: Recipe, over: Callable[[Sequence[Change]], float]) -> list[str]:
+    """That a larger window fits, in which a mixture's experts are read for fewer batches; windows are many, still."""
+    change = "activations.window_tokens", LARGE_WINDOW
+    if not recipe.activations.window_tokens < LARGE_WINDOW <= recipe.training.tokens // 8 or over([change]) > 0:
+        return []
+    larger = _changed(recipe, [change])
+    now, then = (
+        batches_of(one, CARD).count * (LARGE_WINDOW // one.activations.window_tokens) for one in (recipe, larger)
+    )
+    return [
+        f"--set {change[0]}={LARGE_WINDOW} fits as well, and cuts as many tokens into {then} language-model batches "
+        f"instead of {now}, each of which reads the experts' weights"
     ]
 
 

@@ -42,8 +42,8 @@ from qwenscope.errors import ModelError
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config, pick_dtype
 from qwenscope.lm.model import Kind, cut_config
 from qwenscope.parallel.owners import Piece, owners
-from qwenscope.planning.measure import PADDING, Measured, batches_of
-from qwenscope.planning.memory import GIB, Held, fitting, row_bytes
+from qwenscope.planning.measure import Measured, batches_of
+from qwenscope.planning.memory import CARD, GIB, Held, fitting, row_bytes
 from qwenscope.recipe import Recipe
 from qwenscope.training.building import check_activations
 
@@ -156,8 +156,8 @@ class _Parts:
         """Seconds per batch of `training.batch_size` rows."""
         recipe, measured = self.recipe, self.measured
         if measured is None:
-            batches = batches_of(recipe)
-            padding, position = PADDING, position_seconds(self.size, self.card, math.prod(batches.shape))
+            batches = batches_of(recipe, CARD)
+            padding, position = batches.padding, position_seconds(self.size, self.card, math.prod(batches.shape))
         else:
             padding = measured.batches.padding
             position = _around(measured.lm_seconds(_passed(recipe, self.config)))
@@ -193,7 +193,7 @@ class _Parts:
     @property
     def batches(self) -> int:
         """Of the language model, per window."""
-        return self.measured.batches.count if self.measured else batches_of(self.recipe).count
+        return self.measured.batches.count if self.measured else batches_of(self.recipe, CARD).count
 
     @property
     def _side_by_side(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from qwenscope.errors import CheckpointError, CorpusError, ResourceError
 from qwenscope.files import disk_errors_named
+from qwenscope.lm.tuned import choices
 from qwenscope.parallel.agreement import Agreement, Decision
 from qwenscope.parallel.group import RankLostError
 from qwenscope.parallel.launch import joined, restarted
@@ -210,6 +211,7 @@ class Run:
             "guard": session.guard.state(),
             "rng": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
             "threads": torch.get_num_threads(),
+            "tuned_kernels": choices(),
         }
         self.saver.save(self.step, state, session.suite.state(), snapshot)
         self._saved_at = time.monotonic()

@@ -23,6 +23,7 @@ from qwenscope.errors import ModelError
 from qwenscope.lm.load import check_hook_points, layer_kinds, load_config
 from qwenscope.lm.model import LanguageModel, RowSource
 from qwenscope.lm.sites import hooked_sites, sites_of
+from qwenscope.lm.tuned import Choices, choices, choose
 from qwenscope.parallel.group import Group
 from qwenscope.recipe import Recipe
 from qwenscope.seeds import derive_seed
@@ -85,7 +86,7 @@ def set_up(recipe: Recipe, folder: RunFolder, group: Group, on_progress: OnProgr
     windows = Windows(lm, stream, recipe, plan_harvest(recipe, lm, group))
     closing.callback(windows.close)
     suite = Suite(recipe, lm, group, earlier["precision"] or {})
-    warm_up(lm, sites_of(recipe), recipe.corpus.batch_tokens // recipe.corpus.max_length, recipe.corpus.max_length)
+    _tune(lm, recipe, saved.state.get("tuned_kernels", {}) if saved else {}, group, folder)
     facts = {
         "probe": probe(lm, sites_of(recipe)),
         "recipe": recipe.model_dump(mode="json"),
@@ -173,6 +174,19 @@ def _load_model(
     if len(set(models)) > 1:
         raise ModelError(f"ranks loaded unlike revisions of {recipe.lm.model} ({models}); set lm.revision")
     return opened[0]
+
+
+def _tune(lm: RowSource, recipe: Recipe, saved: Choices, group: Group, folder: RunFolder) -> None:
+    """Let kernels that tune themselves choose as the run did before, or on a batch like its own; on all ranks alike."""
+    unknown = choose(saved)
+    warm_up(lm, sites_of(recipe), recipe.corpus.batch_tokens // recipe.corpus.max_length, recipe.corpus.max_length)
+    choose(group.broadcast_object(choices))
+    if unknown:
+        _warn(
+            folder,
+            f"{', '.join(unknown)}: flash-linear-attention has no such configuration here as this run chose: it goes "
+            "on, but not to the same bits as without the interruption",
+        )
 
 
 def _second_revision(lm: RowSource) -> str | None:

@@ -176,7 +176,8 @@ class SAETrainer:
         """What the encoder multiplies: normalised rows less pre_bias."""
         if ops.fused(self.centre_D):
             offset_D = torch.addcmul(self.centre_D, self.rms, self.weights["pre_bias"])
-            return CardRows.made(x_BD.to(self.device).contiguous(), offset_D, self.rms, self.weights.decoder.dtype)
+            x_BD, k = x_BD.to(self.device).contiguous(), self.active.activation.k
+            return CardRows.made(x_BD, offset_D, self.rms, self.weights.decoder, k)
         return self._plain_rows(x_BD)
 
     def _plain_rows(self, x_BD: Tensor) -> ops.Panels:

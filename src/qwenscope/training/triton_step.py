@@ -71,14 +71,37 @@ def _centre_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _errors_kernel(  # type: ignore[no-untyped-def]
-    x, offset, rms, table, indices, values, errors, squares, d, K: tl.constexpr, BLOCK_D: tl.constexpr
+def _codes_kernel(  # type: ignore[no-untyped-def]
+    indices, values, codes, n, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """One program per row: x_hat - x of the centred row, summed in float32, and its square."""
+    """One program per row: its values where their latents are, 0 elsewhere."""
+    row = tl.program_id(0).to(tl.int64)
+    start = 0
+    while start < n:
+        columns = start + tl.arange(0, BLOCK_N)
+        tl.store(codes + row * n + columns, tl.zeros((BLOCK_N,), tl.bfloat16), mask=columns < n)
+        start += BLOCK_N
+    tl.debug_barrier()  # all zeros are there before any value
+    place = tl.arange(0, BLOCK_K)
+    inside = place < K
+    latent = tl.load(indices + row * K + place, mask=inside, other=0)
+    value = tl.load(values + row * K + place, mask=inside, other=0.0)
+    tl.store(codes + row * n + latent, value.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _errors_kernel(  # type: ignore[no-untyped-def]
+    x, offset, rms, table, indices, values, x_hats, errors, squares, d, K: tl.constexpr, MADE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per row: x_hat - x of the centred row, in float32, and its square; x_hat may be MADE already."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < d
-    x_hat = _sum_of(table, indices, values, row * K, row * K + K, columns, d, BLOCK_D)
+    if MADE:
+        x_hat = tl.load(x_hats + row * d + columns, mask=inside, other=0.0)
+    else:
+        x_hat = _sum_of(table, indices, values, row * K, row * K + K, columns, d, BLOCK_D)
     error = x_hat - _centred(x, offset, rms, row, columns, inside, d)
     tl.store(errors + row * d + columns, error, mask=inside)
     tl.store(squares + row, tl.sum(error * error, axis=0))
@@ -193,18 +216,35 @@ def centre(x_BD: Tensor, offset_D: Tensor, rms: Tensor, dtype: torch.dtype) -> t
     return centred_BD, squares_2B
 
 
+def codes(indices_BK: Tensor, values_BK: Tensor, n: int) -> Tensor:
+    """All N codes of each row in bfloat16 [B, N]; a row names no latent twice."""
+    rows, k = indices_BK.shape
+    codes_BN = torch.empty(rows, n, dtype=torch.bfloat16, device=values_BK.device)
+    _codes_kernel[(rows,)](
+        indices_BK, values_BK, codes_BN, n,
+        K=k, BLOCK_K=triton.next_power_of_2(k), BLOCK_N=min(2048, triton.next_power_of_2(n)), num_warps=4,
+    )  # fmt: skip
+    return codes_BN
+
+
 def errors(
-    x_BD: Tensor, offset_D: Tensor, rms: Tensor, table_ND: Tensor, indices_BK: Tensor, values_BK: Tensor
+    x_BD: Tensor,
+    offset_D: Tensor,
+    rms: Tensor,
+    table_ND: Tensor,
+    indices_BK: Tensor,
+    values_BK: Tensor,
+    x_hat_BD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the weighted rows of `table` miss of `centre`'s rows: x_hat - x [B, D] in the table's dtype, and each row's
-    square [B], both of float32 sums.
+    """What the weighted rows of `table`, or `x_hat` (float32) where their sum is known, miss of `centre`'s rows:
+    x_hat - x [B, D] in the table's dtype, and each row's square [B], both of float32 sums.
     """
     rows, k = indices_BK.shape
     errors_BD, squares_B = table_ND.new_empty(rows, x_BD.shape[1]), offset_D.new_empty(rows)
     block = triton.next_power_of_2(x_BD.shape[1])
     _errors_kernel[(rows,)](
-        x_BD, offset_D, rms, table_ND, indices_BK, values_BK, errors_BD, squares_B, x_BD.shape[1],
-        K=k, BLOCK_D=block, num_warps=row_warps(block),
+        x_BD, offset_D, rms, table_ND, indices_BK, values_BK, x_hat_BD, errors_BD, squares_B, x_BD.shape[1],
+        K=k, MADE=x_hat_BD is not None, BLOCK_D=block, num_warps=row_warps(block),
     )  # fmt: skip
     return errors_BD, squares_B
 

@@ -108,7 +108,7 @@ class Weights:
         """The sum of encoder rows, weighted by a number of each latent -> [D]; on a GPU from the shadow."""
         encoder = self.encoder
         if isinstance(encoder, Tensor) and encoder.is_cuda and encoder.dtype == torch.bfloat16:
-            return torch.mm(bias_N.to(encoder.dtype).unsqueeze(0), encoder, out_dtype=torch.float32).squeeze(0)
+            return ops.product(bias_N.to(encoder.dtype).unsqueeze(0), encoder).squeeze(0)
         return bias_N @ self.parameters["encoder"]
 
     def bound(self, of_latents: Tensor) -> Tensor:

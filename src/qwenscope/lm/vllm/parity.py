@@ -62,7 +62,7 @@ def sample_rows(
     """
     rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(token_ids) for site in sites}
     pad_id = lm.tokenizer.pad_token_id or 0
-    for batch in make_batches([len(ids) for ids in token_ids], token_ids, batch_tokens, pad_id):
+    for batch in make_batches([len(ids) for ids in token_ids], token_ids, batch_tokens, pad_id, lm.device):
         for site, x_CTD in lm.streams(batch.input_ids_CT, batch.lengths_C, sites).items():
             for c, (member, length) in enumerate(zip(batch.members, batch.lengths_C, strict=True)):
                 rows[site][member] = x_CTD[c, :length].cpu()
