@@ -393,6 +393,7 @@ def test_what_a_latent_does_is_measured_when_asked_for(visit: Visit) -> None:
     page = visit.go(LATENT)
     page.get_by_role("button", name="Measure", exact=True).click()
     expect(page.locator(".stat", has_text="output score")).to_contain_text("0.")
+    expect(page.locator(".stat", has_text="Δ token confidence")).to_have_text(re.compile(r"[+−]\d"))
     page.get_by_role("button", name="Ablate it").click()
     expect(page.locator(".stat", has_text="its ablation")).to_have_text(re.compile(r"[+−]\d"))
     expect(page.locator(".stat", has_text="a random direction")).to_be_visible()

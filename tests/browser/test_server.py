@@ -225,7 +225,7 @@ def test_what_a_latent_does_is_measured(client: TestClient) -> None:
     asked = {"sae": "sae_delta", "latents": [PLANTED_LATENT, 9]}
     scores = client.post("/api/output", json=asked).json()["scores"]
     assert len(scores) == 2
-    assert all(0 <= x <= 1 for score in scores for x in score)
+    assert all(0 <= x <= 1 for *score, _ in scores for x in score)
     assert client.get("/api/output/sae_delta").json() == []
     found = client.post("/api/loss", json={"sae": "sae_delta", "latent": PLANTED_LATENT}).json()
     assert found["positions"] >= found["conversations"] > 0

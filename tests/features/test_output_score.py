@@ -40,7 +40,9 @@ def test_a_score_is_that_of_one_pass_by_hand(target: Target, lm: LanguageModel, 
             handle = lm.layers[layer].register_forward_hook(push)
             pushed = lm.model(ids).logits[0, -1].softmax(-1)
             handle.remove()
-        for score, probabilities in zip(found[place], (pushed, clean), strict=True):
+        *scores, confidence = found[place]
+        assert confidence == pytest.approx(float(clean.double().max().log() - pushed.double().max().log()), rel=1e-4)
+        for score, probabilities in zip(scores, (pushed, clean), strict=True):
             best = int(promoted[probabilities[promoted].argmax()])
             rank = probabilities.argsort(descending=True).tolist().index(best)
             assert score == pytest.approx((1 - rank / len(clean)) * float(probabilities[best]), rel=1e-4)
@@ -53,11 +55,12 @@ def test_scores_are_kept_beside_the_index(index: Index, target: Target) -> None:
     assert "wrote" in result.stderr
     kept = kept_scores(index, "sae_delta")
     assert len(kept) == target.saes["sae_delta"].dict_size
-    assert all(0 <= x <= 1 for score in kept for x in score)
+    assert all(0 <= x <= 1 for *scores, _ in kept for x in scores)
+    assert len({confidence for *_, confidence in kept}) > 1
     assert kept_scores(index, "sae_attn") == []
     with pytest.raises(MissingLatentError):
         kept_scores(index, "sae_nope")
-    keep_scores(index, {"sae_attn": [(0.5, 0.25)]})  # of another dictionary
+    keep_scores(index, {"sae_attn": [(0.5, 0.25, -0.5)]})  # of another dictionary
     assert kept_scores(index, "sae_delta") == kept
     with pytest.raises(FormatError, match="is damaged; remove it"):
         kept_scores(index, "sae_attn")

@@ -9,6 +9,13 @@ largest activation of any latent there. Of the next-token distribution that foll
 p the largest probability of any of the TOP tokens that the latent's decoder direction promotes by the logit lens, r how
 many tokens are likelier than that one. It lies between 0 and 1; beside it stands the same without the push.
 
+The same pass gives the delta token confidence of Wang, Hu, Wang and Zou (2025, "Does higher interpretability imply
+better utility?", arXiv 2510.03659, appendix D, with their k of 1), whatever the latent promotes:
+
+    -log max p(pushed) + log max p(clean)
+
+in nats: below 0 the push makes the model surer of its next token, above 0 less sure; they steer by either extreme.
+
 Legend: M latents of a batch, T positions, D hidden, V vocabulary.
 """
 
@@ -35,8 +42,8 @@ TOP = 20
 ROWS = 64
 """Latents pushed in one pass."""
 FILE = "output_scores.json"
-Score = tuple[float, float]
-"""With the push, and without."""
+Score = tuple[float, float, float]
+"""With the push, and without; delta token confidence."""
 
 
 @torch.no_grad()
@@ -68,7 +75,8 @@ def output_scores(target: Target, lm: LanguageModel, sae_id: str, latents: Seque
             hidden_MD = final_hidden(lm, ids_MT)[: len(part), -1]
         pushed_MV = logits(lm, hidden_MD).softmax(-1)
         for probability_V, promoted_K in zip(pushed_MV, promoted_MK.to(pushed_MV.device), strict=True):
-            yield _score(probability_V, promoted_K), _score(clean_V, promoted_K)
+            confidence = float((clean_V.max() / probability_V.max()).log())
+            yield _score(probability_V, promoted_K), _score(clean_V, promoted_K), confidence
 
 
 def _score(probability_V: Tensor, promoted_K: Tensor) -> float:
@@ -85,7 +93,7 @@ def keep_scores(index: Index, scores: dict[str, list[Score]]) -> None:
 
 
 def kept_scores(index: Index, sae_id: str) -> list[list[float]]:
-    """[score, without the push] of each latent of an SAE; empty if none were kept.
+    """[score, without the push, delta token confidence] of each latent of an SAE; empty if none were kept.
 
     Raises:
         FormatError: the file is damaged; MissingLatentError: no such SAE.
@@ -93,8 +101,8 @@ def kept_scores(index: Index, sae_id: str) -> list[list[float]]:
     index.ordinal(sae_id)
     path = index.folder / FILE
     found = read_object(path).get(sae_id, []) if path.is_file() else []
-    pairs = isinstance(found, list) and all(isinstance(each, list) and len(each) == 2 for each in found)
-    if not pairs or len(found) not in (0, index.saes[sae_id]["dict_size"]):
+    scores = isinstance(found, list) and all(isinstance(each, list) and len(each) == 3 for each in found)
+    if not scores or len(found) not in (0, index.saes[sae_id]["dict_size"]):
         raise FormatError(f"{path} is damaged; remove it, and make it anew with `qwenscope output-scores`")
     return found
 

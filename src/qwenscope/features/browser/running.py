@@ -222,7 +222,7 @@ class Runner:
             asked: {"sae", "latents"}.
 
         Returns:
-            One piece, JSON: {"scores": [[score, without the push] of each]}.
+            One piece, JSON: {"scores": [[score, without the push, delta token confidence] of each]}.
 
         Raises:
             FormatError: no latents, too many, or one that is not there.

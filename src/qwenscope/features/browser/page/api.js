@@ -52,7 +52,8 @@ export async function table(sae) {
       ? [once(`api/sae/${id}`), fetchJson(`api/labels/${id}`), once(`api/output/${id}`)]
       : [once(`${id}/table`), once(`${id}/labels`), once(`${id}/output`)],
   );
-  return { ...columns, label, output: scores.length ? scores.map(([score]) => score) : null };
+  const [output, confidence] = [0, 2].map((at) => (scores.length ? scores.map((score) => score[at]) : null));
+  return { ...columns, label, output, confidence };
 }
 
 export async function latent(sae, number) {

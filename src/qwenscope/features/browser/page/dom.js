@@ -41,6 +41,9 @@ export function number(value) {
   return String(Number(value.toPrecision(3)));
 }
 
+// A change, with its sign.
+export const nats = (value) => `${value < 0 ? "−" : "+"}${number(Math.abs(value))}`;
+
 // A token as it is shown alone: white space made visible, pieces of characters named.
 export function visible(text) {
   if (text === "") return "∅";

@@ -1,12 +1,11 @@
 // What one latent does: its output score, and what its ablation does to the loss, measured when asked for.
 
-import { h, number, section, stat } from "./dom.js";
+import { h, nats, number, section, stat } from "./dom.js";
 import * as api from "./api.js";
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
-const nats = (value) => `${value < 0 ? "−" : "+"}${number(Math.abs(value))}`;
 
-const scoreView = ([score, without]) =>
+const scoreView = ([score, without, confidence]) =>
   h(
     "dl",
     { class: "stats" },
@@ -16,6 +15,7 @@ const scoreView = ([score, without]) =>
       "0 to 1: probability of what it promotes, after a push of ten times the largest activation",
     ),
     stat("without the push", number(without)),
+    stat("Δ token confidence", nats(confidence), "nats; below 0 that push makes the model surer of its next token"),
   );
 
 const lossView = (found) => [

@@ -1,6 +1,6 @@
 // One SAE: density histogram, map, and the table of its latents, filtered, sorted and paged in the browser.
 
-import { h, link, number, percent, kindBadge, stat, token, section, written, ROLE_NAMES } from "./dom.js";
+import { h, link, nats, number, percent, kindBadge, stat, token, section, written, ROLE_NAMES } from "./dom.js";
 import { densities } from "./charts.js";
 import { COLORS, latentMap } from "./map.js";
 import { listed, readState, textsOf, walkable, writeState } from "./walk.js";
@@ -16,6 +16,7 @@ const COLUMNS = [
   ["role", "role by lift"],
   ["split", "split by lift"],
   ["output", "output score"],
+  ["confidence", "Δ confidence"],
 ];
 const spaced = (name) => name.replace("_", " ");
 
@@ -73,7 +74,10 @@ export async function render(id, query) {
 
   const heads = COLUMNS.filter(([name]) => name === "latent" || columns[name]).map(([name, text]) => {
     const onclick = () =>
-      set({ sort: name, down: state.sort === name ? !state.down : ["density", "max", "output"].includes(name) });
+      set({
+        sort: name,
+        down: state.sort === name ? !state.down : ["density", "max", "output", "confidence"].includes(name),
+      });
     return { name, head: h("th", { scope: "col", class: name }, h("button", { type: "button", onclick }, text)) };
   });
   const map =
@@ -111,6 +115,7 @@ export async function render(id, query) {
         ? h("td", { class: "split" }, columns.split[i] === null ? "" : spaced(meta.splits[columns.split[i]]))
         : null,
       columns.output ? h("td", { class: "num output" }, number(columns.output[i])) : null,
+      columns.confidence ? h("td", { class: "num confidence" }, nats(columns.confidence[i])) : null,
     ];
     return h("tr", null, cells);
   }
