@@ -186,6 +186,9 @@ class TrainingRecipe(Node):
     """Steps of linear warmup."""
     decay_share: Share = 0.2
     """Last share of the run in which the learning rate falls linearly to zero."""
+    kl_share: Share = 0.0
+    """Last share of the run's tokens that SAEs see inside the model: the KL divergence that their reconstructions cause
+    in its next-token distribution is trained with the error; 0 never."""
     normalise: bool = False
     """Centre and scale rows by constants measured once; folded into the saved weights."""
     calibration_tokens: Positive = 50_000
@@ -215,6 +218,11 @@ class TrainingRecipe(Node):
     """Latents at which nested dictionaries end whose losses are added to the whole one's (Matryoshka); rising."""
     latents_per_rank: Annotated[int, Field(ge=64, le=MOST)] | None = None
     """Under torchrun, an SAE with more latents is spread over as many ranks as it takes; null never spreads one."""
+
+    @property
+    def shuffled_tokens(self) -> int:
+        """Those from shuffled windows, before the closing phase of `kl_share`."""
+        return self.tokens - round(self.kl_share * self.tokens)
 
 
 class CheckpointRecipe(Node):

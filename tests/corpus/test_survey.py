@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from qwenscope.corpus.privacy import FILTER_VERSION
 from qwenscope.corpus.survey import survey
 from qwenscope.errors import CorpusError
-from qwenscope.lm.batches import cut as cut_for_device
+from qwenscope.lm.batches import cut
 from qwenscope.recipe import Recipe, load_recipe
 
 WriteRows = Callable[[str, list[Any]], Path]
-cut = partial(cut_for_device, device=torch.device("cpu"))
 
 
 def recipe(*sources: dict[str, Any], **corpus: Any) -> Recipe:

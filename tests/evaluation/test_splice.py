@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from qwenscope.activations.harvest import LEFT_OUT
 from qwenscope.errors import CorpusError, ModelError
 from qwenscope.evaluation.measure import SplitMeter
-from qwenscope.evaluation.splice import LEAST_ROWS, CleanPass, clean_pass, losses, variant_pass
 from qwenscope.lm.batches import make_batches
 from qwenscope.lm.forward import final_hidden
 from qwenscope.lm.hooks import Recording, intervene, record, restart
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
+from qwenscope.lm.splice import LEAST_ROWS, CleanPass, clean_pass, losses, variant_pass
 from qwenscope.sae.sae import TopKSAE
 
 SITE = Site("layers.3")

@@ -49,7 +49,7 @@ def signal_itself(number: int, at_step: int, times: int = 1) -> None:
     """The rank meets a signal when an SAE of its own has done that many steps."""
     step = trainer.SAETrainer.step
 
-    def interrupted(self: trainer.SAETrainer, x_BD: torch.Tensor) -> Any:
+    def interrupted(self: trainer.SAETrainer, x_BD: torch.Tensor, *_: None) -> Any:
         if self.steps == at_step:
             trainer.SAETrainer.step = step  # type: ignore[method-assign]
             for _ in range(times):
@@ -106,7 +106,7 @@ def fail_at_step_20() -> None:
     """A bug, or a device out of memory."""
     step = trainer.SAETrainer.step
 
-    def failing(self: trainer.SAETrainer, x_BD: torch.Tensor) -> Any:
+    def failing(self: trainer.SAETrainer, x_BD: torch.Tensor, *_: None) -> Any:
         if self.steps == 20:
             raise ArithmeticError("something of its own")
         return step(self, x_BD)
@@ -118,7 +118,7 @@ def nan_at_step_20() -> None:
     """Rows that are not finite, though they were harvested finite: the update is skipped, and the flag says so."""
     step = trainer.SAETrainer.step
 
-    def poisoned(self: trainer.SAETrainer, x_BD: torch.Tensor) -> Any:
+    def poisoned(self: trainer.SAETrainer, x_BD: torch.Tensor, *_: None) -> Any:
         return step(self, x_BD * torch.nan if self.steps == 20 else x_BD)
 
     trainer.SAETrainer.step = poisoned  # type: ignore[method-assign]

@@ -106,12 +106,9 @@ def harvest(
     with memory_errors_named(f"a window of {sum(lengths):,} tokens", _LESS_MEMORY):
         rows, norms = _forward(lm, own, own_lengths, sites, room)
 
-    lengths_C = torch.tensor(lengths)
-    conversation_R = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths_C)
-    position_R = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
-    rank_R = torch.repeat_interleave(rank_C, lengths_C)
-    skipped = _skipped(conversations, conversation_R, position_R, activations)
-    keep_R, left_out = _kept(plan.norms_of_all(norms, rank_R), skipped, activations, names or {})
+    conversation_R, position_R = _places(lengths)
+    rank_R = torch.repeat_interleave(rank_C, torch.tensor(lengths))
+    keep_R, left_out = kept_rows(conversations, plan.norms_of_all(norms, rank_R), activations, names or {})
     if not bool(keep_R.all()):
         index = keep_R[rank_R == rank].nonzero().squeeze(1).to(lm.device, non_blocking=True)
         for site in sites:  # one hook point at a time: the peak is one window and one site
@@ -120,6 +117,31 @@ def harvest(
         conversation_R, position_R, rank_R = conversation_R[keep_R], position_R[keep_R], rank_R[keep_R]
     rows = plan.rows_to_owners(rows, rank_R)
     return Harvest(rows, conversation_R, position_R, left_out, 1 - sum(lengths) / sum(positions))
+
+
+def kept_rows(
+    conversations: Sequence[HasTokens],
+    norms: Mapping[Site, Tensor],
+    activations: ActivationsRecipe,
+    names: Mapping[Site, str],
+) -> tuple[Tensor, dict[str, int]]:
+    """Which rows of conversations are kept, given the norms [R] of all of them at each site, in canonical order.
+
+    Returns:
+        bool [R] on the CPU, and how many were left out, by each reason of LEFT_OUT.
+
+    Raises:
+        TrainingError: more than 1 % non-finite rows; names the hook point.
+    """
+    places = _places([len(conversation.token_ids) for conversation in conversations])
+    return _kept(norms, _skipped(conversations, *places, activations), activations, names)
+
+
+def _places(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Conversation and position of each row in canonical order, int32 [R]."""
+    numbers_C = torch.arange(len(lengths), dtype=torch.int32)
+    positions = [torch.arange(length, dtype=torch.int32) for length in lengths]
+    return torch.repeat_interleave(numbers_C, torch.tensor(lengths)), torch.cat(positions)
 
 
 def _buffer(lm: RowSource, site: Site, rows: int, room: int) -> Tensor:

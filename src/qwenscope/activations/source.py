@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """What a window needs of a conversation."""
+class Drawn:
+    """What training needs of a conversation."""
 
     id: str
     token_ids: NDArray[np.int32]
@@ -89,7 +89,7 @@ class WindowSource:
         return found[0] if all(self._group.all_gather_object(read)) else None
 
     def _harvest(self, index: int, cursor: dict[str, Any]) -> Window | None:
-        conversations, next_cursor = self._draw(cursor)
+        conversations, next_cursor = self.draw(cursor, self._recipe.activations.window_tokens)
         if not conversations and index == 0:
             raise CorpusError("the corpus holds no conversation; look at corpus.sources and its privacy report")
         if not conversations:
@@ -123,17 +123,19 @@ class WindowSource:
         files = {file: entry for part in parts for file, entry in part.items()}
         self._group.broadcast_object(lambda: cache.finish(index, window, cursor, files))
 
-    def _draw(self, cursor: dict[str, Any]) -> tuple[Sequence[_Drawn], dict[str, Any]]:
-        """The window's conversations, and where the next one begins: read on rank 0, told to the others."""
-        drawn: list[_Drawn] = []
+    def draw(self, cursor: dict[str, Any], least: int) -> tuple[Sequence[Drawn], dict[str, Any]]:
+        """Conversations from `cursor` on that hold `least` tokens or more (fewer at the corpus's end), and where the
+        next ones begin: read on rank 0, told to the others.
+        """
+        drawn: list[Drawn] = []
 
         def read() -> tuple[list[str], list[int], dict[str, Any]]:
             self._move_stream(cursor)
             tokens = 0
-            while tokens < self._recipe.activations.window_tokens:
+            while tokens < least:
                 if (conversation := next(self._stream, None)) is None:
                     break
-                drawn.append(_Drawn(conversation.id, conversation.token_ids, conversation.roles))
+                drawn.append(Drawn(conversation.id, conversation.token_ids, conversation.roles))
                 tokens += len(conversation.token_ids)
             return [one.id for one in drawn], [len(one.token_ids) for one in drawn], self._stream.state()
 
@@ -146,7 +148,7 @@ class WindowSource:
         self._group.broadcast_(torch.from_numpy(token_ids))
         self._group.broadcast_(torch.from_numpy(roles))
         ends = np.cumsum(lengths, dtype=np.int64)[:-1]
-        return list(map(_Drawn, ids, np.split(token_ids, ends), np.split(roles, ends))), next_cursor
+        return list(map(Drawn, ids, np.split(token_ids, ends), np.split(roles, ends))), next_cursor
 
     @property
     def _stream(self) -> CorpusStream:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from qwenscope.activations.cache import Window
 from qwenscope.activations.harvest import LEFT_OUT
 from qwenscope.activations.prefetch import Prefetcher
-from qwenscope.activations.source import WindowSource
+from qwenscope.activations.source import Drawn, WindowSource
 from qwenscope.errors import CheckpointError, CorpusError, RecipeError
 from qwenscope.lm.model import RowSource
 from qwenscope.lm.sites import Site, sites_of
@@ -113,6 +114,26 @@ class Windows:
         window = self._current()
         assert window is not None, "an empty corpus is refused"
         return self._gather(window, slice(self._recipe.training.calibration_tokens))
+
+    def conversations(self, least: int) -> Sequence[Drawn]:
+        """The corpus's next conversations, whole, that hold at least so many tokens; none when it is used up.
+
+        They follow the last window that rows were taken from, whose other rows are given up. Their tokens count as
+        read; `leave_out` says which of them were left out.
+        """
+        if self._offset and (window := self._current()) is not None:  # after a restore it is harvested once more
+            self._leave(window)
+        self._window = None
+        if self._prefetcher is not None:
+            self._prefetcher.drop()
+        drawn, self._cursor = self._source.draw(self._cursor, least)
+        self._before["tokens_read"] += sum(len(one.token_ids) for one in drawn)
+        return drawn
+
+    def leave_out(self, left_out: Mapping[str, int]) -> None:
+        """Count tokens of the last `conversations` that were left out, by reason."""
+        for reason, tokens in left_out.items():
+            self._before[reason] += tokens
 
     def last_tokens(self) -> list[tuple[str, int]]:
         """(conversation id, position) of each row of the last batch."""
@@ -206,7 +227,7 @@ class Windows:
     def _look_ahead(self, window: Window) -> None:
         """Begin the window behind the current one if the run will want rows of it; every rank decides alike."""
         handed_out = self._before["tokens_read"] - sum(self._before[reason] for reason in LEFT_OUT)  # before this one
-        if self._prefetcher is not None and handed_out + len(self._order_R) < self._recipe.training.tokens:
+        if self._prefetcher is not None and handed_out + len(self._order_R) < self._recipe.training.shuffled_tokens:
             self._prefetcher.begin(partial(self._source.window, self._index + 1, window.next_cursor))
 
     def _take(self, most: int) -> dict[Site, Tensor] | None:
@@ -228,8 +249,7 @@ class Windows:
         return {site: rows_RD[self._places_R[part]] for site, rows_RD in window.harvest.rows.items()}
 
     def _leave(self, window: Window) -> None:
-        for reason in LEFT_OUT:
-            self._before[reason] += window.harvest.left_out[reason]
+        self.leave_out(window.harvest.left_out)
         self._before["tokens_read"] += window.tokens
         self._cursor = window.next_cursor
         self._index += 1

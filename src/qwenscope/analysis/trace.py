@@ -34,13 +34,13 @@ from qwenscope.corpus.conversation import ROLES, Conversation
 from qwenscope.errors import CorpusError, FormatError
 from qwenscope.evaluation.downstream import before_router
 from qwenscope.evaluation.pairs import interval, resample
-from qwenscope.evaluation.splice import CleanPass, clean_pass, losses, variant_pass
 from qwenscope.features.steering import Steering
 from qwenscope.files import write_json
 from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.hooks import find_routers, watch_routers
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
+from qwenscope.lm.splice import CleanPass, clean_pass, losses, variant_pass
 from qwenscope.opening import Target, as_target
 from qwenscope.sae.sae import SAE
 from qwenscope.seeds import generator

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,15 +193,12 @@ def survey(
     overrides: Overrides = None,
 ) -> None:
     """The corpus as it will be trained on: counts per source, token shares, padding, privacy report."""
-    import torch
-
     from qwenscope.corpus.survey import survey as run_survey
     from qwenscope.lm.batches import cut
     from qwenscope.lm.load import load_tokenizer
 
     loaded = read_recipe(name, overrides)
-    device = torch.device("cpu" if loaded.lm.device == "cpu" else "cuda")
-    report = run_survey(loaded, load_tokenizer(loaded.lm), partial(cut, device=device), limit=limit, dump=dump)
+    report = run_survey(loaded, load_tokenizer(loaded.lm), cut, limit=limit, dump=dump)
     show(report, as_json, survey_tables)
 
 

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
+
 from qwenscope.corpus.conversation import Conversation
 from qwenscope.corpus.stream import CorpusStream
 from qwenscope.files import atomic_path
@@ -16,8 +18,8 @@ from qwenscope.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Cut = Callable[[Sequence[int], int], list[list[int]]]
-"""Maps the lengths of conversations and a budget of tokens to the members of each batch."""
+Cut = Callable[[Sequence[int], int, torch.device], list[list[int]]]
+"""Maps the lengths of conversations, a budget of tokens and the model's device to the members of each batch."""
 
 
 def survey(
@@ -44,7 +46,7 @@ def survey(
     stream = CorpusStream(corpus, tokenizer, seed=recipe.seed, workers=corpus.workers)
     local = stream.finite and all(source.path is not None for source in corpus.sources)
     token_limit = None if local else recipe.training.tokens
-    padding = _Padding(recipe.activations.window_tokens, corpus.batch_tokens, cut)
+    padding = _Padding(recipe, cut)
     count = tokens = 0
     with ExitStack() as stack:
         stack.callback(stream.close)
@@ -62,8 +64,9 @@ def survey(
 class _Padding:
     """Padding share of the batches that windows of conversations are cut into."""
 
-    def __init__(self, window_tokens: int, budget: int, cut: Cut) -> None:
-        self._window_tokens, self._budget, self._cut = window_tokens, budget, cut
+    def __init__(self, recipe: Recipe, cut: Cut) -> None:
+        self._window_tokens, self._budget = recipe.activations.window_tokens, recipe.corpus.batch_tokens
+        self._cut, self._device = cut, torch.device("cpu" if recipe.lm.device == "cpu" else "cuda")
         self._window: list[int] = []
         self._tokens = 0  # of the window
         self._kept = self._filled = 0
@@ -82,7 +85,8 @@ class _Padding:
     def _close(self) -> None:
         lengths = self._window
         self._kept += self._tokens
-        self._filled += sum(len(members) * lengths[members[0]] for members in self._cut(lengths, self._budget))
+        batches = self._cut(lengths, self._budget, self._device)
+        self._filled += sum(len(members) * lengths[members[0]] for members in batches)
         self._window, self._tokens = [], 0
 
 

@@ -25,12 +25,12 @@ from qwenscope.evaluation.downstream import RoutingShift, StateShift, add_state_
 from qwenscope.evaluation.fidelity import Fidelity, Moments
 from qwenscope.evaluation.kept import Kept
 from qwenscope.evaluation.l0_proxies import DecoderProjections
-from qwenscope.evaluation.splice import CleanPass, clean_pass, losses, variant_pass
 from qwenscope.evaluation.work import Work
 from qwenscope.lm.batches import Batch, make_batches
 from qwenscope.lm.hooks import find_routers, watch_routers
 from qwenscope.lm.model import LanguageModel
 from qwenscope.lm.sites import Site
+from qwenscope.lm.splice import CleanPass, clean_pass, losses, replaced, variant_pass
 from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import SAE
 
@@ -228,13 +228,13 @@ class SplitMeter:
         for site in self.ablated:
             mean_D = self.means_D[site]
             for name, value_D in (("zero_ablation", torch.zeros_like(mean_D)), ("mean_ablation", mean_D)):
-                ablated_CTD = _replaced(rows[site], kept_CT, value_D)
+                ablated_CTD = replaced(rows[site], kept_CT, value_D)
                 variants[name, site] = self._variant(clean, site, ablated_CTD)
         for sae_id, site in self.targets.items():
             x_hat_RD = self._reconstruct(sae_id, batch, rows, kept_CT, roles_R, special_R)
             if sae_id not in self.spliced:
                 continue
-            x_CTD = _replaced(rows[site], kept_CT, x_hat_RD)
+            x_CTD = replaced(rows[site], kept_CT, x_hat_RD)
             above = {layer: router for layer, router in self.routers.items() if before_router(site, layer)}
             routing: dict[int, Tensor] = {}
             with watch_routers(above, routing.__setitem__):
@@ -256,7 +256,7 @@ class SplitMeter:
 
         def splice(sae_id: str, rows: Mapping[Site, Tensor]) -> Tensor:
             x_hat_RD = self.saes[sae_id](rows[self.sites[sae_id]][kept_CT])
-            return _replaced(rows[self.targets[sae_id]], kept_CT, x_hat_RD)
+            return replaced(rows[self.targets[sae_id]], kept_CT, x_hat_RD)
 
         ids_CT = batch.input_ids_CT[:STATE_ROWS, :length]
         add_state_shifts(self.lm, ids_CT, self.recorded, self.spliced, splice, self.states)
@@ -360,10 +360,3 @@ def _ablation_key(site: Site, first: Mapping[str, Tensor]) -> dict[str, Any]:
     """What decides, with the conversations, how ablations at a site turn out: the kept rows and their mean."""
     rows = hashlib.sha256(first["kept"].numpy().tobytes() + first[site.name].numpy().tobytes())
     return {"ablation": site.name, "rows": rows.hexdigest()}
-
-
-def _replaced(x_CTD: Tensor, kept_CT: Tensor, rows: Tensor) -> Tensor:
-    """A copy of the stream whose kept rows are `rows` ([R, D], or [D] for all)."""
-    edited_CTD = x_CTD.clone()
-    edited_CTD[kept_CT] = rows.to(x_CTD.dtype)
-    return edited_CTD

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qwenscope.errors import FormatError
-from qwenscope.evaluation.splice import clean_pass, losses, variant_pass
 from qwenscope.features.store import Index
 from qwenscope.lm.batches import make_batches
 from qwenscope.lm.model import LanguageModel
+from qwenscope.lm.splice import clean_pass, losses, variant_pass
 from qwenscope.opening import Target
 from qwenscope.seeds import generator
 

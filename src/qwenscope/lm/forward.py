@@ -21,38 +21,42 @@ def site_rows(lm: LanguageModel, input_ids_CT: Tensor, sites: Sequence[Where]) -
     return lm.streams(input_ids_CT, lengths_C, [Site.of(site) for site in sites])
 
 
-@torch.no_grad()
-def final_hidden(lm: LanguageModel, input_ids_CT: Tensor) -> Tensor:
+def final_hidden(lm: LanguageModel, input_ids_CT: Tensor, *, grad: bool = False) -> Tensor:
     """Residual stream after all layers and the final norm, ready for the LM head: h_CTD. Interventions apply.
+
+    `grad`: keep what a backward pass to rows that an intervention puts in will need.
 
     Raises:
         ModelError: the model was loaded truncated.
     """
     _refuse_truncated(lm)
-    output = lm.decoder(input_ids=input_ids_CT.to(lm.device, non_blocking=True), use_cache=False)
+    with torch.set_grad_enabled(grad):
+        output = lm.decoder(input_ids=input_ids_CT.to(lm.device, non_blocking=True), use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
-@torch.no_grad()
-def logits(lm: LanguageModel, h_XD: Tensor) -> Tensor:
+def logits(lm: LanguageModel, h_XD: Tensor, *, grad: bool = False) -> Tensor:
     """The model's own way from rows of `final_hidden` to logits: [..., D] -> float32 [..., V].
 
     Whatever the family does there (scales, caps, multipliers) is done: its own forward runs, over a decoder that
-    returns these rows. V is 248,320 for the published model, 1 MB per row: pass a chunk of rows at a time.
+    returns these rows. V is 248,320 for the published model, 1 MB per row: pass a chunk of rows at a time. `grad`: keep
+    what a backward pass to them will need.
 
     Raises:
         ModelError: the model was loaded truncated or without LM head, or its head does not read its decoder.
     """
     _refuse_truncated(lm)
     _head(lm)
-    rows = h_XD.reshape(1, -1, h_XD.shape[-1])
-    with _decoder_returning(lm, rows) as used:
-        output = lm.model(input_ids=torch.zeros(rows.shape[:2], dtype=torch.int64, device=lm.device), use_cache=False)
-    if not used:
-        raise ModelError(f"the LM head of {type(lm.model).__name__} does not read its decoder; it is not supported")
-    scores: Tensor = output.logits.float()
-    return scores.reshape(*h_XD.shape[:-1], scores.shape[-1])
+    with torch.set_grad_enabled(grad):
+        rows = h_XD.reshape(1, -1, h_XD.shape[-1])
+        ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=lm.device)
+        with _decoder_returning(lm, rows) as used:
+            output = lm.model(input_ids=ids, use_cache=False)
+        scores: Tensor = output.logits.float()
+        if not used:
+            raise ModelError(f"the LM head of {type(lm.model).__name__} does not read its decoder; it is not supported")
+        return scores.reshape(*h_XD.shape[:-1], scores.shape[-1])
 
 
 class _Returned(BaseModelOutputWithPast):

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from qwenscope.costs import EXPERTS, Card, sites_held, trained_bytes
 from qwenscope.lm.load import FP8_CAPABILITY, pick_dtype
 from qwenscope.lm.model import config_number
+from qwenscope.lm.splice import CPU_CHUNK, GPU_CHUNK, LEAST_ROWS
 from qwenscope.parallel.owners import Piece, owners, shared
 from qwenscope.planning.measure import batches_of
 from qwenscope.recipe import Recipe
@@ -106,7 +107,19 @@ def memory_needs(
         "saes": trained + shadows[training.precision],
         "step": training.batch_size * (_step_bytes(recipe, fullest, hidden, cpu) + 4 * hidden * len(training.prefixes)),
     }
+    if training.kl_share:
+        needs["closing_phase"] = _closing_bytes(recipe, config, position, cpu)
     return needs | {"checkpoint_copy": trained, "process": process} if cpu else needs
+
+
+def _closing_bytes(recipe: Recipe, config: PretrainedConfig, position: int, cpu: bool) -> int:
+    """What a step inside the model holds for the way back: of each layer above the lowest hook point about twice what
+    lives at once in a layer, for the conversations of a step; and five chunks of float32 logits.
+    """
+    positions = min(recipe.corpus.batch_tokens, recipe.training.batch_size + recipe.corpus.max_length)
+    layers = int(config.num_hidden_layers) - 1 - min(point.layer for point in recipe.hook_points.values())
+    chunk = max(CPU_CHUNK if cpu else GPU_CHUNK, LEAST_ROWS * int(config.vocab_size))
+    return 2 * position * positions * layers + 5 * 4 * chunk
 
 
 def _step_bytes(recipe: Recipe, held: Sequence[Piece], hidden: int, cpu: bool) -> int:

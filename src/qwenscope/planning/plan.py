@@ -46,6 +46,7 @@ from qwenscope.planning.measure import Measured, batches_of
 from qwenscope.planning.memory import CARD, GIB, Held, fitting, row_bytes
 from qwenscope.recipe import Recipe
 from qwenscope.training.building import check_activations
+from qwenscope.training.closing import check_closing
 
 _AROUND: Range = (1.1, 0.95)  # of measured times: gathers, logs and checkpoints come on top of them
 _FLOAT32_SHARE = 1 / 16  # of a card's bf16 rate
@@ -73,16 +74,18 @@ def plan(
         seconds_per_step of one batch of `training.batch_size` rows, each [cautious, optimistic]: language_model and
         saes of all cards together, saes_of_busiest_card, exchange, corpus, and step, what it takes from end to end;
         seconds_once likewise: load_model, calibration, part_windows (rows harvested in vain at the end, and what runs
-        alone where harvest and steps overlap), last_save; hours include them;
+        alone where harvest and steps overlap), last_save, and with `training.kl_share` closing_phase (what that takes
+        beyond the steps); hours include them;
         bytes_per_step, sent by all cards together; tokens_per_second [cautious, optimistic]; hours and cost_usd
         [optimistic, cautious] (cost null where no price is known); and what `fitting` says of memory.
 
     Raises:
-        RecipeError: unknown card, or an activation that is not trained.
+        RecipeError: unknown card, an activation that is not trained, or a closing phase that cannot be.
         ModelError: the model's config is not to be had, or lacks a hook point.
     """
     name, card = find_card(gpu) if measured is None else (measured.device, _card_like(measured))
     check_activations(recipe)
+    check_closing(recipe, gpus)
     config = read_config(recipe)
     size = _of_both(model_size(config, recipe.last_layer + 1), recipe)
     held = owners(recipe, gpus)
@@ -107,7 +110,7 @@ def plan(
         "tokens_per_second": [round(rate) for rate in rates],
         "hours": [round(value, 4) for value in hours],
         "cost_usd": cost and [round(value, 2) for value in cost],
-        **fitting(recipe, config, size.parameters, gpus, card, process, measured is None or measured.fused_mixer),
+        **fitting(recipe, config, parts.loaded, gpus, card, process, measured is None or measured.fused_mixer),
     }
 
 
@@ -175,7 +178,7 @@ class _Parts:
     def once(self, tokens: int, seconds: Mapping[str, Range]) -> dict[str, Range]:
         """Seconds of what a run of `tokens` does once, before its first step, after its last, or in part windows."""
         recipe, window = self.recipe, self.recipe.activations.window_tokens
-        read = self.size.parameters * pick_dtype(recipe.lm, self.config).itemsize
+        read = self.loaded * pick_dtype(recipe.lm, self.config).itemsize
         saved = max(sum(self._trained_bytes(piece) for piece in pieces) for pieces in self.held)
         batch = recipe.training.batch_size
         harvest = _sum([_times(seconds["language_model"], 1 / len(self.held)), seconds["corpus"]])
@@ -183,12 +186,38 @@ class _Parts:
         steps = seconds["saes_of_busiest_card"]
         shorter = (min(steps[0], harvest[0]), min(steps[1], harvest[1]))
         alone = _times(shorter, min(tokens, window) / batch if self._side_by_side else 0.0)  # nothing runs beside it
-        return {
+        once = {
             "load_model": (_LOAD_SECONDS[0] + read / _READ_BYTES[0], _LOAD_SECONDS[1] + read / _READ_BYTES[1]),
             "calibration": self._calibration(),
             "part_windows": _sum([unused, alone]),
             "last_save": (_SAVE_SECONDS[0] + saved / _WRITE_BYTES[0], _SAVE_SECONDS[1] + saved / _WRITE_BYTES[1]),
         }
+        if share := recipe.training.kl_share:
+            times = self._closing_flops() / self.size.flops_per_token
+            once["closing_phase"] = _times(seconds["language_model"], times * share * tokens / batch)
+        return once
+
+    @property
+    def loaded(self) -> int:
+        """Parameters of the language model: up to the last hook point, and of all of it where SAEs are spliced in."""
+        if not self.recipe.training.kl_share:
+            return self.size.parameters
+        head = 0 if self.config.tie_word_embeddings else self._head
+        return model_size(self.config, self.config.num_hidden_layers).parameters + head
+
+    @property
+    def _head(self) -> int:
+        return int(self.config.vocab_size * self.config.hidden_size)
+
+    def _closing_flops(self) -> float:
+        """Of a token of the closing phase, beyond those of the truncated forward: the rest of the clean pass; for each
+        SAE the layers above it once forwards and once back, and the LM head three times.
+        """
+        layers = int(self.config.num_hidden_layers)
+        whole = model_size(self.config, layers).flops_per_token
+        above = sum(layers - 1 - point.layer for point in self.recipe.hook_points.values()) / layers
+        heads = 3 * len(self.recipe.hook_points) * 2 * self._head
+        return whole - self.size.flops_per_token + 2 * above * whole + heads
 
     @property
     def batches(self) -> int:

@@ -24,6 +24,7 @@ from qwenscope.lm.sites import site_names, sites_of
 from qwenscope.lm.vllm.engine import VllmModel, check_vllm
 from qwenscope.lm.vllm.parity import check_parity, sample_rows
 from qwenscope.recipe import LMRecipe, Recipe
+from qwenscope.training.closing import check_closing
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ def open_source(
     sites, corpus = sites_of(recipe), recipe.corpus
     check_workers(corpus.workers)  # before minutes of loading
     check_cache(recipe)
+    check_closing(recipe, ranks)
     check_memory(recipe, int(load_config(lm).hidden_size), ranks)
+    if recipe.training.kl_share:
+        return load_language_model(lm, lm_head=True), None
     if lm.backend == "transformers":
         return load_language_model(lm, last_layer=recipe.last_layer), None
     if ranks > 1:

@@ -14,7 +14,7 @@ class StepMetrics:
     fvu: fraction of variance unexplained of the batch. loss: fvu + aux_coefficient * aux_loss. aux_loss: 0 without
     dead latents. l0: mean number of values above 0 per row. dead: number of dead latents. grad_norm: of all parameters,
     after the decoder's projection, before clipping. finite: whether loss and gradients were; if not, only counters
-    changed.
+    changed. kl: what a `Downstream` said, else None; no part of `loss`, to which it is scaled.
     """
 
     fvu: Tensor
@@ -25,3 +25,4 @@ class StepMetrics:
     grad_norm: Tensor
     finite: Tensor
     lr: float
+    kl: Tensor | None = None

@@ -101,6 +101,14 @@ class Nested:
         """Norm of each row of what `gradient` returned, given that of a row's error was sqrt(loss) -> [S]."""
         return loss_B.sqrt() * factor if len(self) == 1 else gradient.squares().sqrt()
 
+    def add(self, gradient: ops.Panels, of_whole_BD: Tensor) -> Tensor:
+        """Add a further dLoss/dx_hat of the whole dictionary, which is part of every G_l, to what `gradient` returned,
+        in place; the norm of each row then [S].
+        """
+        for part, more in zip(gradient.parts, ops.cut(of_whole_BD), strict=True):
+            part.view(len(more), len(self), -1).add_(more.unsqueeze(1))
+        return gradient.to(of_whole_BD.dtype).squares().sqrt()
+
     def towards(self, pairs: ops.Pairs) -> ops.Pairs:
         """The same pairs, each with the row [S] of the G that it needs."""
         if len(self) == 1:

@@ -24,6 +24,7 @@ from qwenscope.parallel.group import RankLostError
 from qwenscope.parallel.launch import joined, restarted
 from qwenscope.recipe import Recipe
 from qwenscope.training.building import check_activations
+from qwenscope.training.closing import check_closing
 from qwenscope.training.finish import publish
 from qwenscope.training.folder import open_run
 from qwenscope.training.saver import Saver
@@ -45,6 +46,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnPro
         QwenscopeError: the run cannot start or go on; status.json says the same, and its last checkpoint stands.
     """
     check_activations(recipe)
+    check_closing(recipe)
     with (
         joined(recipe.lm.device) as group,
         disk_errors_named(Path(out)),
@@ -87,6 +89,11 @@ class Run:
         """Trained so far."""
         return self.folder.tokens
 
+    @property
+    def _closing(self) -> bool:
+        """Whether the next step takes place inside the model."""
+        return self.session.closing_phase is not None and self.tokens >= self.recipe.training.shuffled_tokens
+
     def go(self) -> None:
         """Train to the target and publish. A save in flight is let through whatever ends the run."""
         try:
@@ -111,13 +118,13 @@ class Run:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
-        training, checkpoint = self.recipe.training, self.recipe.checkpoint
+        checkpoint = self.recipe.checkpoint
         decided = self._agree()
         while self.tokens < self.target:
             if decided.stop is not None:
                 self._save_and_stop(decided.stop)
             before = self.tokens
-            self._one_step(min(training.batch_size, self.target - self.tokens))
+            self._one_step()
             if self.step % self.recipe.telemetry.log_every_steps == 0 or self.tokens == self.target:
                 self._log()
             if self.tokens == self.target:
@@ -140,15 +147,18 @@ class Run:
             self._saved_at = time.monotonic()
         return decided
 
-    def _one_step(self, size: int) -> None:
-        windows = self.session.windows
-        batch = windows.next_batch(size)
-        rows = windows.batch_rows
+    def _one_step(self) -> None:
+        session, training = self.session, self.recipe.training
+        if session.closing_phase is not None and self._closing:
+            rows = session.closing_phase.step(self.target - self.tokens, self.step + 1)
+        else:
+            batch = session.windows.next_batch(min(training.batch_size, training.shuffled_tokens - self.tokens))
+            if rows := session.windows.batch_rows:
+                session.suite.step(batch, self.step + 1)
         if not rows:
             raise CorpusError(
                 f"the corpus ended after {self.tokens:,} of training.tokens = {self.target:,}; add sources, or lower it"
             )
-        self.session.suite.step(batch, self.step + 1)
         self.step += 1
         self.folder.tokens += rows
 
@@ -173,7 +183,7 @@ class Run:
         self.session.guard.check({sae_id: values["fvu"] for sae_id, values in saes.items()}, self.step)
         self.folder.still_running()
         self._progress = Progress(
-            "training",
+            "closing" if self._closing else "training",
             self.tokens,
             self.target,
             speed,

@@ -30,6 +30,7 @@ from qwenscope.seeds import derive_seed
 from qwenscope.training.admission import open_source
 from qwenscope.training.building import plan_harvest
 from qwenscope.training.checkpoint import Checkpoint, load_newest, set_aside_newer
+from qwenscope.training.closing import ClosingPhase
 from qwenscope.training.folder import RunFolder, check_checkpoint_expected, check_same_recipe
 from qwenscope.training.guards import LossGuard
 from qwenscope.training.probe import check_probe, check_ranks, probe, warm_up
@@ -51,6 +52,8 @@ class Session:
     widths: dict[str, int]
     windows: Windows
     suite: Suite
+    closing_phase: ClosingPhase | None
+    """Of a run with `training.kl_share`."""
     guard: LossGuard
     telemetry: Telemetry | None
     """Rank 0's."""
@@ -114,6 +117,7 @@ def set_up(recipe: Recipe, folder: RunFolder, group: Group, on_progress: OnProgr
         widths={sae_id: lm.width(site) for sae_id, site in hooked_sites(recipe.hook_points).items()},
         windows=windows,
         suite=suite,
+        closing_phase=_closing_phase(recipe, lm, windows, suite),
         guard=guard,
         telemetry=telemetry,
         facts=facts,
@@ -143,6 +147,13 @@ def _find_checkpoint(recipe: Recipe, folder: RunFolder, group: Group) -> Checkpo
         folder.note_now(f"went on from {folder.checkpoint}; passed over: {'; '.join(passed_over)}")
     group.broadcast_object(lambda: folder.begin(recipe, passed_over, group.size))
     return saved
+
+
+def _closing_phase(recipe: Recipe, lm: RowSource, windows: Windows, suite: Suite) -> ClosingPhase | None:
+    if not recipe.training.kl_share:
+        return None
+    assert isinstance(lm, LanguageModel), "check_closing lets no other through"
+    return ClosingPhase(lm, windows, suite, recipe)
 
 
 def _on_rank_0(group: Group, open_it: Callable[[], T]) -> T | None:

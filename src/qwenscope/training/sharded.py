@@ -20,6 +20,7 @@ from qwenscope.sae.activation import Activation, activation_of
 from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision, Selection, best_precision
 from qwenscope.training.active import ActiveLatents
+from qwenscope.training.gradients import Downstream
 from qwenscope.training.metrics import StepMetrics
 from qwenscope.training.trainer import SAETrainer
 from qwenscope.training.weights import Weights
@@ -127,8 +128,8 @@ class ShardedTrainer(SAETrainer):
     def capturable(self) -> bool:
         return False  # ranks talk to each other in it
 
-    def step(self, x_BD: Tensor) -> StepMetrics:
-        own = super().step(x_BD)
+    def step(self, x_BD: Tensor, downstream: Downstream | None = None) -> StepMetrics:
+        own = super().step(x_BD, downstream)
         active = self.shard.all_reduce((own.l0 * len(x_BD)).round())  # whole numbers add up exactly
         return replace(own, l0=active / len(x_BD), dead=self.shard.all_reduce(own.dead))
 

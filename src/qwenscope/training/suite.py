@@ -19,14 +19,15 @@ from qwenscope.recipe import Recipe
 from qwenscope.sae.sae import SAE
 from qwenscope.sae.selection import Precision
 from qwenscope.training.building import build_trainer
+from qwenscope.training.gradients import Downstream
 from qwenscope.training.graph import GraphedSteps
 from qwenscope.training.metrics import StepMetrics
 
 T = TypeVar("T")
 _LARGEST = 1e15  # root mean square of rows whose squares, summed over a batch, float32 holds with room to spare
 _LESS_MEMORY = "set activations.overlap to false, or lower activations.window_tokens or training.batch_size"
-NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm")
-"""Of StepMetrics, in metrics.jsonl under these names; `dead` as a share there."""
+NUMBERS = ("fvu", "loss", "aux_loss", "l0", "dead", "grad_norm", "kl")
+"""Of StepMetrics, in metrics.jsonl under these names where they are; `dead` as a share there."""
 
 
 def rows_spread(rows_RD: Tensor) -> tuple[float, float]:
@@ -107,18 +108,22 @@ class Suite:
         for sae_id, trainer in self._trainers.items():
             trainer.load_state_dict(state_of(self._pieces[sae_id], tensors))
 
-    def step(self, batch: Mapping[Site, Tensor], step: int) -> None:
-        """One optimiser step of every SAE on {site: x_BD}; `step` is its number, from 1.
+    def step(self, batch: Mapping[Site, Tensor], step: int, downstream: Mapping[str, Downstream] | None = None) -> None:
+        """One optimiser step of every SAE on {site: x_BD}; `step` is its number, from 1. `downstream`: of each SAE.
 
         Raises:
             ResourceError: it does not fit the device.
         """
         rows = {sae_id: batch[self._sites[sae_id]] for sae_id in self._trainers}
         with memory_errors_named("a step of all SAEs", _LESS_MEMORY):
-            graphed = self._graphed(rows)
+            graphed = None if downstream else self._graphed(rows)
         for sae_id, trainer in self._trainers.items():
             with memory_errors_named(f"a step of {sae_id}", _LESS_MEMORY):
-                self._last[sae_id] = metrics = graphed[sae_id] if graphed else trainer.step(rows[sae_id])
+                if graphed:
+                    metrics = graphed[sae_id]
+                else:
+                    metrics = trainer.step(rows[sae_id], downstream[sae_id] if downstream else None)
+                self._last[sae_id] = metrics
             self._finite.append((step, sae_id, metrics.finite))
 
     def check_finite(self) -> None:
@@ -149,11 +154,16 @@ class Suite:
     def _own_numbers(self) -> dict[str, dict[str, float]]:
         """Of this rank's SAEs: one transfer from the device for all."""
         self.check_finite()
-        tensors = [getattr(metrics, name).float() for metrics in self._last.values() for name in NUMBERS]
-        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
-        saes: dict[str, dict[str, float]] = {}
+        found = {
+            (sae_id, name): value.float()
+            for sae_id, metrics in self._last.items()
+            for name in NUMBERS
+            if (value := getattr(metrics, name)) is not None
+        }
+        saes: dict[str, dict[str, float]] = {sae_id: {} for sae_id in self._last}
+        for (sae_id, name), value in zip(found, torch.stack([*found.values()]).tolist() if found else (), strict=True):
+            saes[sae_id][name] = value
         for sae_id, metrics in self._last.items():
-            saes[sae_id] = {name: next(numbers) for name in NUMBERS}
             saes[sae_id]["dead"] /= self._points[sae_id].dict_size
             saes[sae_id]["lr"] = metrics.lr
         return saes

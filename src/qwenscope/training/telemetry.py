@@ -37,7 +37,8 @@ class Progress:
     """What a display needs; emitted on each change of phase and every `telemetry.log_every_steps` steps.
 
     Attributes:
-        phase: "loading model", "calibrating", "resuming", "training", "saving" or "complete".
+        phase: "loading model", "calibrating", "resuming", "training", "closing" (inside the model), "saving" or
+            "complete".
         tokens_per_second: 0 until measured.
         eta_seconds: None until measured.
     """

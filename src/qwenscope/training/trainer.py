@@ -29,7 +29,7 @@ from qwenscope.training.active import ActiveLatents
 from qwenscope.training.card_rows import CardRows
 from qwenscope.training.dead_latents import FiringAges, ResamplingPool, longest_dead
 from qwenscope.training.fit import Fit, OnStep, fit
-from qwenscope.training.gradients import Auxiliary, SparseGradient, variance
+from qwenscope.training.gradients import DOWNSTREAM_SIZE, Auxiliary, Downstream, SparseGradient, variance
 from qwenscope.training.guards import check_arguments, check_rows
 from qwenscope.training.initial import InitialDecoder, point_at_residuals, point_at_rows, tie_encoder
 from qwenscope.training.metrics import StepMetrics
@@ -224,14 +224,16 @@ class SAETrainer:
         return fit(self, rows, batch_size, held_out, on_step, path, checkpoint_every, seed, progress)
 
     @torch.no_grad()
-    def step(self, x_BD: Rows) -> StepMetrics:
+    def step(self, x_BD: Rows, downstream: Downstream | None = None) -> StepMetrics:
         """One optimizer step on the rows [B, D] (any B of at least 1, any floating dtype; an array is taken as well).
+
+        The loss of `downstream`, scaled to DOWNSTREAM_SIZE of the error's, is trained with it.
 
         Raises:
             TrainingError: rows of another width, or none.
         """
         x_BD = check_rows(as_rows(x_BD), len(self.centre_D))
-        return self.after(self.before(len(x_BD)), *self.device_step(x_BD))
+        return self.after(self.before(len(x_BD)), *self.device_step(x_BD, downstream))
 
     def before(self, rows: int) -> float:
         """What the host does before a step on so many rows -> the step's learning rate."""
@@ -264,7 +266,9 @@ class SAETrainer:
                 self._resample(self.pool)
         return StepMetrics(lr=lr, **metrics)
 
-    def device_step(self, x_BD: Tensor) -> tuple[dict[str, Tensor], ops.Panels | None, Tensor]:
+    def device_step(
+        self, x_BD: Tensor, downstream: Downstream | None = None
+    ) -> tuple[dict[str, Tensor], ops.Panels | None, Tensor]:
         """The part of a step that runs on the device: no host decision depends on a value, shapes are static.
 
         On CUDA in bf16 it can be captured as a graph (see `graph`). Returns the metrics (without lr), dLoss/dx_hat if
@@ -282,10 +286,14 @@ class SAETrainer:
             auxiliary = Auxiliary.of(weights, rows, error, selection.named, kept_BM, names, self.aux_coefficient)
         aux_loss = auxiliary.loss if auxiliary else self._zero
         loss, factor = self.nested.loss(errors, fvu, whole), 2 / whole
-        if auxiliary:
-            loss = loss + self.aux_coefficient * aux_loss
+        further = [of.to(loss) for of in downstream(x_BD.to(loss) + self.rms * error[:])] if downstream else ()
         g = self.nested.gradient(errors, factor)  # dLoss/dx_hat, in the errors' place
         g_norm_S = self.nested.norms(g, loss_B, factor)
+        if further:
+            scale = torch.where(further[0] > 0, DOWNSTREAM_SIZE * self.rms * loss / further[0], 0.0)
+            g_norm_S = self.nested.add(g, scale * further[1])
+        if auxiliary:
+            loss = loss + self.aux_coefficient * aux_loss
         gradient = SparseGradient.of(weights, rows, g, g_norm_S, selection, auxiliary, self.nested)
         del rows, errors, error, g  # in bf16 the gradient has copies of its own
         finite = gradient.bound + loss < torch.inf
@@ -303,7 +311,7 @@ class SAETrainer:
             "dead": dead,
             "grad_norm": norm,
             "finite": finite,
-        }
+        } | ({"kl": further[0]} if further else {})
         return metrics, self.nested.whole(gradient.g) if self.pool else None, loss_B
 
     def _share_redone(self, selection: Selection) -> float:

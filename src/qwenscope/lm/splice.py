@@ -1,4 +1,4 @@
-"""Model-level effect of an SAE: next-token loss when its reconstruction replaces the rows at its site.
+"""Passes that go on from replaced rows: next-token loss when reconstructions stand at an SAE's site.
 
 One clean pass of a batch serves every SAE. A variant (splice, zero or mean ablation at one site) restarts from the
 clean pass there, so that only what stands above it is computed; what reaches the LM head is kept as hidden
@@ -82,11 +82,23 @@ def clean_pass(lm: LanguageModel, batch: Batch, sites: Iterable[Site]) -> CleanP
     return CleanPass(batch, recording, real_CT, hidden_PD, target_P, row_P)
 
 
-def variant_pass(lm: LanguageModel, clean: CleanPass, site: Site, edited_CTD: Tensor) -> Tensor:
-    """Go on from `edited_CTD` at `site`; rows that enter the LM head, [P, D]."""
-    with restart(lm, clean.recording, site, edited_CTD):
-        hidden_CTD = final_hidden(lm, clean.batch.input_ids_CT)
-    return hidden_CTD[clean.predicting]
+def replaced(x_CTD: Tensor, kept_CT: Tensor, rows: Tensor) -> Tensor:
+    """A copy of the stream whose kept rows are `rows` ([R, D], or [D] for all)."""
+    edited_CTD = x_CTD.clone()
+    edited_CTD[kept_CT] = rows.to(x_CTD.dtype)
+    return edited_CTD
+
+
+def variant_pass(lm: LanguageModel, clean: CleanPass, site: Site, edited_CTD: Tensor, *, grad: bool = False) -> Tensor:
+    """Go on from `edited_CTD` at `site`; rows that enter the LM head, [P, D]. `grad`: with the way back to it."""
+    with torch.set_grad_enabled(grad), restart(lm, clean.recording, site, edited_CTD):
+        hidden_CTD = final_hidden(lm, clean.batch.input_ids_CT, grad=grad)
+        return hidden_CTD[clean.predicting]
+
+
+def chunk_rows(lm: LanguageModel) -> int:
+    """How many rows of logits are made at once, by device and vocabulary."""
+    return max(LEAST_ROWS, (GPU_CHUNK if lm.device.type == "cuda" else CPU_CHUNK) // len(unembedding(lm)))
 
 
 def losses(
@@ -108,9 +120,7 @@ def losses(
     Returns:
         Clean cross-entropy per predicting token (float64 [P]) and {key: Losses}.
     """
-    if chunk is None:
-        elements = GPU_CHUNK if lm.device.type == "cuda" else CPU_CHUNK
-        chunk = max(LEAST_ROWS, elements // len(unembedding(lm)))
+    chunk = chunk or chunk_rows(lm)
     # Room for all results comes first: small tensors that are kept between large ones that are freed would split the
     # heap, and memory would grow by each chunk's logits.
     predicting = len(clean.target_P)
