@@ -8,9 +8,10 @@ Every trainer sees each row once, in the same order, and is seeded apart from th
 rate with the lowest held-out FVU under the first seed, then trained under every seed; `default` are the trainer's own
 settings; quote both. Ours are the published recipe (card: raw rows, resampling), its learning rates matched to this
 budget by lr x sqrt(d) x steps, and the normalised recipe (with --recipe, that recipe's own settings). `truth` starts at
-the known features and trains with ours: what better optimisation could reach. Rows of a model and each trained SAE are
-kept in the folder given, so an interrupted comparison goes on where it stopped and a trainer is measured again by
-removing its runs; docs/quality.md reads the JSON as tables.
+the known features and trains with ours: what better optimisation could reach. `--ours` changes settings of ours (and of
+`truth`) by their names in `SAETrainer`: --ours initial_decoder=random --ours 'prefixes=[64, 128]'. Rows of a model and
+each trained SAE are kept in the folder given, so an interrupted comparison goes on where it stopped and a trainer is
+measured again by removing its runs; docs/quality.md reads the JSON as tables.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from statistics import mean
 from typing import Any
 
 import torch
-from quality_data import KINDS, SYNTH_SAE_BENCH, Data, Splicer, model_rows, synthetic
+import yaml
+from quality_data import KINDS, MASSIVE, SYNTH_SAE_BENCH, Data, Splicer, model_rows, synthetic
 from quality_table import markdown
 from truth import cross_seed_stability, recovery
 
@@ -67,8 +69,11 @@ def recipe_settings(name: str, data: Data, steps: int, options: argparse.Namespa
     if name == "published":
         return {"resample_every_steps": max(1, steps // 10)}
     if data.recipe is not None:
-        return {key: getattr(data.recipe.training, key) for key in OUR_KEYS}
-    return {"normalise": True, "betas": (0.9, 0.95), "decay_share": 0.4, "aux_k": options.k}
+        own = {key: getattr(data.recipe.training, key) for key in OUR_KEYS}
+    else:
+        own = {"normalise": True, "betas": (0.9, 0.95), "decay_share": 0.4, "aux_k": options.k}
+    own |= options.ours
+    return own | ({"initial_decoder": "random"} if name == "truth" else {})
 
 
 def train_ours(data: Data, name: str, lr: float | None, seed: int, options: argparse.Namespace) -> Trained:
@@ -104,8 +109,8 @@ class Peer:
 
     def __init__(self, name: str, python: str) -> None:
         self.name = name
-        # -P: no file beside it stands in for a package of the peer's.
-        self.command = [python, "-P", str(Path(__file__).with_name("quality_peers.py")), name]
+        # -E, -P: nothing of PYTHONPATH and no file beside it stands in for a package of the peer's.
+        self.command = [python, "-E", "-P", str(Path(__file__).with_name("quality_peers.py")), name]
         self.process: subprocess.Popen[str] | None = None
 
     def train(self, rows: Path, out: Path, lr: float | None, seed: int, options: argparse.Namespace) -> Trained:
@@ -263,7 +268,7 @@ def main() -> None:
     parser.add_argument(
         "--kind",
         action="append",
-        choices=(*KINDS, SYNTH_SAE_BENCH),
+        choices=(*KINDS, SYNTH_SAE_BENCH, MASSIVE),
         help="of synthetic rows; the first three by default",
     )
     parser.add_argument("--recipe", help="rows of this recipe's model and corpus instead of synthetic ones")
@@ -280,11 +285,13 @@ def main() -> None:
     parser.add_argument("--rate", action="append", type=float, help=f"of the grid; {GRID} by default")
     parser.add_argument("--tuned-only", action="store_true", help="leave out the trainers' own settings")
     parser.add_argument("--trainer", action="append", help="only these: published, ours, truth or a peer's name")
+    parser.add_argument("--ours", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.rate = options.rate or list(GRID)
-    budget = ("recipe", "set", "rows", "held_out", "dim", "features", "dict_size", "k", "batch")
+    options.ours = {key: yaml.safe_load(value) for key, value in (each.split("=", 1) for each in options.ours)}
+    budget = ("recipe", "set", "rows", "held_out", "dim", "features", "dict_size", "k", "batch", "ours")
     settings = {key: getattr(options, key) for key in budget}
     options.folder.mkdir(parents=True, exist_ok=True)
     kept = options.folder / "settings.json"

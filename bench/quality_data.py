@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from synth_sae_bench import synth_sae_bench
@@ -28,6 +28,10 @@ CE_TOKENS = 4096
 NOISE = 0.02
 KINDS: tuple[Kind, ...] = ("sparse", "correlated", "hierarchical")
 SYNTH_SAE_BENCH: Kind = "synth_sae_bench"
+MASSIVE = "massive"
+OFFSET, HUGE, HUGE_MEAN, HUGE_SPREAD = 3, 4, 100, 10
+"""Of massive rows, in standard deviations of an ordinary dimension: what every row has in each, and how many dimensions
+have how large a mean and spread."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,40 @@ class Data:
 
 
 def synthetic(
-    rows: int, dim: int, features: int, active: int, kinds: list[Kind], held_out: int = 32_768
+    rows: int, dim: int, features: int, active: int, kinds: Sequence[str], held_out: int = 32_768
 ) -> Iterator[Data]:
     """Each kind of known features; directions, training rows and held-out rows have seeds of their own.
 
-    SynthSAEBench's law has frequencies and noise of its own.
+    SynthSAEBench's law has frequencies and noise of its own. Massive rows are sparse ones with an offset and a few
+    dimensions as large as some of language models; recovery is not measured on them.
     """
     for kind in kinds:
+        if kind == MASSIVE:
+            yield massive(rows, dim, features, active, held_out)
+            continue
         if kind == SYNTH_SAE_BENCH:
             truth: GroundTruth = synth_sae_bench(dim, features, seed=9001)
         else:
-            truth = ground_truth(dim, features, kind=kind, active=active, noise=NOISE, seed=9001)
+            truth = ground_truth(dim, features, kind=cast(Kind, kind), active=active, noise=NOISE, seed=9001)
         piece = 4096 if kind == SYNTH_SAE_BENCH else 65_536  # rows drawn at once: its features are many
         pieces = [truth.sample(min(piece, rows - done), seed=9100 + done)[0] for done in range(0, rows, piece)]
         yield Data(f"synthetic {kind}", torch.cat(pieces), truth.sample(held_out, seed=9003)[0], truth)
+
+
+def massive(rows: int, dim: int, features: int, active: int, held_out: int) -> Data:
+    """Sparse rows, a common offset, and a few dimensions that are far larger and vary more."""
+    truth = ground_truth(dim, features, kind="sparse", active=active, noise=NOISE, seed=9001)
+    unit = float(truth.sample(4096, seed=9006)[0].std(0).mean())
+    offset_D = unit * OFFSET * torch.randn(dim, generator=torch.Generator().manual_seed(9007))
+    offset_D[:HUGE] = unit * HUGE_MEAN
+
+    def drawn(count: int, seed: int) -> Tensor:
+        x_BD = truth.sample(count, seed)[0]
+        x_BD[:, :HUGE] += unit * HUGE_SPREAD * torch.randn(count, HUGE, generator=torch.Generator().manual_seed(seed))
+        return x_BD + offset_D
+
+    pieces = [drawn(min(4096, rows - done), 9100 + done) for done in range(0, rows, 4096)]
+    return Data("synthetic massive", torch.cat(pieces), drawn(held_out, 9003))
 
 
 def model_rows(recipe: Recipe, sites: list[Site], rows: int, held_out: int, folder: Path) -> Iterator[Data]:

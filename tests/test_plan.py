@@ -25,7 +25,7 @@ from qwenscope.planning.memory import GIB, memory_needs
 from qwenscope.planning.plan import model_size, plan, read_config
 from qwenscope.recipe import Recipe, load_recipe
 
-PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised")
+PUBLISHED = ("qwen3.5-35b-a3b", "qwen3.5-35b-a3b-normalised", "qwen3.5-35b-a3b-nested")
 
 
 def measured(recipe: Recipe, **changes: Any) -> Measured:
@@ -165,7 +165,9 @@ def test_too_small_a_window_for_many_cards_is_said() -> None:
     assert "activations.window_tokens=" in report["advice"][0]
     window = report["advice"][0].split("window_tokens=")[1].split()[0]
     fed = plan(load_recipe("qwen3.5-35b-a3b", [f"activations.window_tokens={window}"]), "h200", 64)
-    assert fed["advice"] == []
+    assert fed["fits"]
+    (advice,) = fed["advice"]  # three batches for each of 64 cards would take more
+    assert advice.endswith("cards, and no larger one fits")
     assert fed["tokens_per_second"][0] > report["tokens_per_second"][0]
 
 

@@ -224,6 +224,11 @@ class TrainingRecipe(Node):
         """Those from shuffled windows, before the closing phase of `kl_share`."""
         return self.tokens - round(self.kl_share * self.tokens)
 
+    @property
+    def closes(self) -> bool:
+        """Whether there is a closing phase."""
+        return self.shuffled_tokens < self.tokens
+
 
 class CheckpointRecipe(Node):
     """When a run is saved, and how much is kept."""

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from qwenscope.cli.main import app
 from qwenscope.errors import FormatError
-from qwenscope.features.output_score import FACTOR, PROMPT, ROWS, TOP, keep_scores, kept_scores, output_scores
+from qwenscope.features.output_score import FACTOR, FILE, PROMPT, ROWS, TOP, keep_scores, kept_scores, output_scores
 from qwenscope.features.store import Index, MissingLatentError
+from qwenscope.files import write_json
 from qwenscope.lm.model import LanguageModel
 from qwenscope.opening import Target
 
@@ -60,7 +61,10 @@ def test_scores_are_kept_beside_the_index(index: Index, target: Target) -> None:
     assert kept_scores(index, "sae_attn") == []
     with pytest.raises(MissingLatentError):
         kept_scores(index, "sae_nope")
-    keep_scores(index, {"sae_attn": [(0.5, 0.25, -0.5)]})  # of another dictionary
+    older = {"sae_delta": [score[:2] for score in kept]}
+    write_json(index.folder / FILE, older)
+    assert kept_scores(index, "sae_delta") == [[*score[:2], None] for score in kept]
+    keep_scores(index, {"sae_delta": kept, "sae_attn": [(0.5, 0.25, -0.5)]})  # of another dictionary
     assert kept_scores(index, "sae_delta") == kept
     with pytest.raises(FormatError, match="is damaged; remove it"):
         kept_scores(index, "sae_attn")

@@ -83,7 +83,7 @@ def block_of(lm: LanguageModel, recipe: Recipe, most: int = 1000) -> tuple[Block
 
 def dense_kl(lm: LanguageModel, site: Site, block: Block, x_hat_BD: Tensor) -> Tensor:
     """Every conversation alone through the model's own forward, with a hook written by hand; float64 throughout."""
-    taken, total, predicting = 0, x_hat_BD.new_zeros(()), 0
+    taken, total = 0, x_hat_BD.new_zeros(())
     module, entering = module_at(lm, site), site.part in ("heads", "mid", "mlp_in")
     for clean, place_B in zip(block.passes, block.kept, strict=True):
         kept_CT = torch.zeros_like(clean.real_CT).flatten().index_fill_(0, place_B, True).view_as(clean.real_CT)
@@ -108,8 +108,7 @@ def dense_kl(lm: LanguageModel, site: Site, block: Block, x_hat_BD: Tensor) -> T
                 q = lm.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
                 handle.remove()
                 total = total + (p.exp() * (p - q))[:-1].sum()
-            predicting += length - 1
-    return total / predicting
+    return total / len(x_hat_BD)
 
 
 @pytest.mark.parametrize("where", ["layers.0", "layers.3", "layers.1.mlp", "layers.2.mixer_out", "layers.1.heads"])

@@ -74,7 +74,7 @@ class WindowCache:
         """
         self._lm = lm
         self._files = _Files(f"{root.rstrip('/')}/{_fingerprint(lm, recipe)}")
-        total = cache_bytes(recipe.training.tokens, sum(map(lm.width, sites_of(recipe))), lm.dtype)
+        total = cache_bytes(recipe.training.shuffled_tokens, sum(map(lm.width, sites_of(recipe))), lm.dtype)
         self._files.make_room(total)
         logger.info("activation cache %s: %.1f GB when whole", self._files.name(""), total / 1e9)
 

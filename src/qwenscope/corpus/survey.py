@@ -66,7 +66,8 @@ class _Padding:
 
     def __init__(self, recipe: Recipe, cut: Cut) -> None:
         self._window_tokens, self._budget = recipe.activations.window_tokens, recipe.corpus.batch_tokens
-        self._cut, self._device = cut, torch.device("cpu" if recipe.lm.device == "cpu" else "cuda")
+        on_gpu = "cuda" in recipe.lm.device or (recipe.lm.device == "auto" and torch.cuda.is_available())
+        self._cut, self._device = cut, torch.device("cuda" if on_gpu else "cpu")
         self._window: list[int] = []
         self._tokens = 0  # of the window
         self._kept = self._filled = 0

@@ -92,7 +92,7 @@ def keep_scores(index: Index, scores: dict[str, list[Score]]) -> None:
     write_json(path, {**(read_object(path) if path.is_file() else {}), **written})
 
 
-def kept_scores(index: Index, sae_id: str) -> list[list[float]]:
+def kept_scores(index: Index, sae_id: str) -> list[list[float | None]]:
     """[score, without the push, delta token confidence] of each latent of an SAE; empty if none were kept.
 
     Raises:
@@ -101,10 +101,10 @@ def kept_scores(index: Index, sae_id: str) -> list[list[float]]:
     index.ordinal(sae_id)
     path = index.folder / FILE
     found = read_object(path).get(sae_id, []) if path.is_file() else []
-    scores = isinstance(found, list) and all(isinstance(each, list) and len(each) == 3 for each in found)
+    scores = isinstance(found, list) and all(isinstance(each, list) and len(each) in (2, 3) for each in found)
     if not scores or len(found) not in (0, index.saes[sae_id]["dict_size"]):
         raise FormatError(f"{path} is damaged; remove it, and make it anew with `qwenscope output-scores`")
-    return found
+    return [[*each, None][:3] for each in found]  # the first ones had no confidence
 
 
 def _short(value: float) -> float:

@@ -26,7 +26,13 @@ _PATIENCE = timedelta(minutes=30)  # for one collective: ranks load the model an
 
 def launched() -> bool:
     """Whether a launcher has started several ranks."""
-    return {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return ranks() > 1
+
+
+def ranks() -> int:
+    """How many a launcher has started; 1 without one."""
+    by_launcher = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return int(os.environ.get("WORLD_SIZE", "1")) if by_launcher else 1
 
 
 def restarted() -> bool:

@@ -52,7 +52,7 @@ def fitting(
 
     room = card.memory_gib * GIB * _RESERVE
     advice = _feeding(recipe, gpus, over) if over(()) <= 0 else _less(over, room, list(_savings(recipe, gpus)))
-    if not advice and process is None and config_number(config, *EXPERTS):
+    if not advice and gpus == 1 and process is None and config_number(config, *EXPERTS):
         advice = _less_often(recipe, over)
     if over(()) > 0 and len(advice) == 1:
         smallest = _changed(recipe, list(_savings(recipe, gpus)))
@@ -107,14 +107,15 @@ def memory_needs(
         "saes": trained + shadows[training.precision],
         "step": training.batch_size * (_step_bytes(recipe, fullest, hidden, cpu) + 4 * hidden * len(training.prefixes)),
     }
-    if training.kl_share:
-        needs["closing_phase"] = _closing_bytes(recipe, config, position, cpu)
+    if training.closes:
+        needs["closing_phase"] = max(0, _closing_bytes(recipe, config, position, cpu) - needs["windows"])
     return needs | {"checkpoint_copy": trained, "process": process} if cpu else needs
 
 
 def _closing_bytes(recipe: Recipe, config: PretrainedConfig, position: int, cpu: bool) -> int:
-    """What a step inside the model holds for the way back: of each layer above the lowest hook point about twice what
-    lives at once in a layer, for the conversations of a step; and five chunks of float32 logits.
+    """What a step inside the model holds for the way back, when windows are there no longer: of each layer above the
+    lowest hook point about twice what lives at once in a layer, for the conversations of a step; and five chunks of
+    float32 logits.
     """
     positions = min(recipe.corpus.batch_tokens, recipe.training.batch_size + recipe.corpus.max_length)
     layers = int(config.num_hidden_layers) - 1 - min(point.layer for point in recipe.hook_points.values())
@@ -191,17 +192,19 @@ def _elsewhere(needs: Mapping[str, int], room: float, width: int, card: Card) ->
 
 
 def _feeding(recipe: Recipe, gpus: int, over: Callable[[Sequence[Change]], float]) -> list[str]:
-    """That a larger window, if one fits, has batches for all cards."""
+    """That a larger window, as far as one fits, has batches for all cards."""
     batches = batches_of(recipe, CARD).count
-    if gpus == 1 or batches >= 2 * gpus:
+    if gpus == 1 or batches >= 3 * gpus:
         return []
-    window = feeding(recipe, gpus, recipe.training.tokens).activations.window_tokens
-    if over([("activations.window_tokens", window)]) > 0:
-        return []
-    return [
-        f"a window holds about {batches} language-model batches for {gpus} cards: "
-        f"--set activations.window_tokens={window} shares them evenly"
-    ]
+    said = f"a window holds about {batches} language-model batches for {gpus} cards"
+    step = recipe.activations.window_tokens
+    wanted = largest = feeding(recipe, gpus, recipe.training.tokens).activations.window_tokens
+    while largest > step and over([("activations.window_tokens", largest)]) > 0:
+        largest -= step
+    if largest <= step:
+        return [f"{said}, and no larger one fits"]
+    evenly = "evenly" if largest == wanted else "more evenly"
+    return [f"{said}: --set activations.window_tokens={largest} shares them {evenly}"]
 
 
 def feeding(recipe: Recipe, gpus: int, most: int) -> Recipe:

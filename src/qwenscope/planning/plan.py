@@ -192,7 +192,8 @@ class _Parts:
             "part_windows": _sum([unused, alone]),
             "last_save": (_SAVE_SECONDS[0] + saved / _WRITE_BYTES[0], _SAVE_SECONDS[1] + saved / _WRITE_BYTES[1]),
         }
-        if share := recipe.training.kl_share:
+        if recipe.training.closes:
+            share = recipe.training.kl_share
             times = self._closing_flops() / self.size.flops_per_token
             once["closing_phase"] = _times(seconds["language_model"], times * share * tokens / batch)
         return once
@@ -200,7 +201,7 @@ class _Parts:
     @property
     def loaded(self) -> int:
         """Parameters of the language model: up to the last hook point, and of all of it where SAEs are spliced in."""
-        if not self.recipe.training.kl_share:
+        if not self.recipe.training.closes:
             return self.size.parameters
         head = 0 if self.config.tie_word_embeddings else self._head
         return model_size(self.config, self.config.num_hidden_layers).parameters + head

@@ -55,7 +55,7 @@ def open_source(
     check_cache(recipe)
     check_closing(recipe, ranks)
     check_memory(recipe, int(load_config(lm).hidden_size), ranks)
-    if recipe.training.kl_share:
+    if recipe.training.closes:
         return load_language_model(lm, lm_head=True), None
     if lm.backend == "transformers":
         return load_language_model(lm, last_layer=recipe.last_layer), None

@@ -4,7 +4,7 @@ Karvonen 2025 (arXiv 2503.17272): a short training on KL + MSE at the end of a r
 from the start would. Here a step takes whole conversations, which follow the last window in the corpus. They are run
 once as they are; then, for each SAE, its reconstructions stand in its rows' place, the model goes on from there, and
 
-    loss = error + s KL,    s = 0.3 error / KL of the step, held fixed,    KL = mean over tokens of KL(clean || spliced)
+    loss = error + s KL,    s = 0.3 error / KL of the step, held fixed,    KL = sum of KL(clean || spliced) / rows
 
 is trained in the same analytic step as before, to which the language model's backward pass gives dKL/dx_hat. Rows that
 training leaves out stay as they are. The rows of a step are those of a few conversations, not of a window.
@@ -36,7 +36,10 @@ from qwenscope.machine import memory_errors_named
 from qwenscope.recipe import Recipe
 from qwenscope.training.suite import Suite
 
-_LESS_MEMORY = "lower training.batch_size, corpus.batch_tokens or corpus.max_length"
+_LESS_MEMORY = (
+    "resume it where there is more, or begin another run with a lower training.batch_size, corpus.max_length or "
+    "training.kl_share"
+)
 
 
 def check_closing(recipe: Recipe, ranks: int = 1) -> None:
@@ -47,7 +50,7 @@ def check_closing(recipe: Recipe, ranks: int = 1) -> None:
             that reaches into the phase.
     """
     training, share = recipe.training, recipe.training.kl_share
-    if not share:
+    if not training.closes:
         return
     differences = [sae_id for sae_id, point in recipe.hook_points.items() if point.is_difference]
     if differences:
@@ -85,11 +88,10 @@ class Block:
         """What `x_hat_BD` in the rows' place at `site` does to the model's predictions.
 
         Returns:
-            KL(clean || spliced), in nats, mean over the P tokens of all passes (float64, 0-dim), and its gradient with
-            respect to `x_hat_BD`, in that one's dtype.
+            KL(clean || spliced) of all predictions, in nats per row of `x_hat_BD` (float64, 0-dim), and its gradient
+            with respect to `x_hat_BD`, in that one's dtype.
         """
         sizes = [len(place_B) for place_B in self.kept]
-        predicting = max(1, sum(len(clean.target_P) for clean in self.passes))
         total, gradients = x_hat_BD.new_zeros((), dtype=torch.float64), []
         for clean, place_B, part_BD in zip(self.passes, self.kept, torch.split(x_hat_BD, sizes), strict=True):
             leaf_BD, rows_CTD = part_BD.detach().requires_grad_(), clean.recording.rows[site]
@@ -99,7 +101,7 @@ class Block:
             kl, gradient_PD = kl_of(lm, clean.hidden_PD, hidden_PD.detach())
             total += kl
             gradients.append(torch.autograd.grad(hidden_PD, leaf_BD, gradient_PD)[0])
-        return total / predicting, torch.cat(gradients) / predicting
+        return total / len(x_hat_BD), torch.cat(gradients) / len(x_hat_BD)
 
 
 def kl_of(lm: LanguageModel, clean_PD: Tensor, hidden_PD: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from qwenscope.files import disk_errors_named
 from qwenscope.lm.tuned import choices
 from qwenscope.parallel.agreement import Agreement, Decision
 from qwenscope.parallel.group import RankLostError
-from qwenscope.parallel.launch import joined, restarted
+from qwenscope.parallel.launch import joined, ranks, restarted
 from qwenscope.recipe import Recipe
 from qwenscope.training.building import check_activations
 from qwenscope.training.closing import check_closing
@@ -46,7 +46,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnPro
         QwenscopeError: the run cannot start or go on; status.json says the same, and its last checkpoint stands.
     """
     check_activations(recipe)
-    check_closing(recipe)
+    check_closing(recipe, ranks())
     with (
         joined(recipe.lm.device) as group,
         disk_errors_named(Path(out)),

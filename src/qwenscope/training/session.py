@@ -150,7 +150,7 @@ def _find_checkpoint(recipe: Recipe, folder: RunFolder, group: Group) -> Checkpo
 
 
 def _closing_phase(recipe: Recipe, lm: RowSource, windows: Windows, suite: Suite) -> ClosingPhase | None:
-    if not recipe.training.kl_share:
+    if not recipe.training.closes:
         return None
     assert isinstance(lm, LanguageModel), "check_closing lets no other through"
     return ClosingPhase(lm, windows, suite, recipe)

@@ -42,7 +42,7 @@ export function number(value) {
 }
 
 // A change, with its sign.
-export const nats = (value) => `${value < 0 ? "−" : "+"}${number(Math.abs(value))}`;
+export const nats = (value) => (value === null ? "–" : `${value < 0 ? "−" : "+"}${number(Math.abs(value))}`);
 
 // A token as it is shown alone: white space made visible, pieces of characters named.
 export function visible(text) {
