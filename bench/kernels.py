@@ -66,7 +66,7 @@ def cases(
     unmade = triton_step.GradientRows(x, pairs, weights, None)
     squares, bound = torch.empty(latents, device=device), torch.full_like(one, torch.inf)
     corrections = torch.ones(2, dtype=torch.float64, device=device)
-    numbers = triton_step.Numbers(1e-4 * one, corrections, one, one > 0, one, (0.9, 0.999), 1e-8)
+    numbers = triton_step.Numbers(1e-4 * one, corrections, one, one > 0, one, (0.9, 0.999), 1e-8, True)
     master, moments = table.clone(), (torch.zeros_like(table), torch.zeros_like(table))
 
     def totals() -> Tensor:

@@ -44,7 +44,17 @@ GRID = (4e-4, 1.2e-3, 4e-3, 1.2e-2)
 CARD_DIM, CARD_STEPS, CARD_LAYER = 2048, 48_828, 22  # the published suite; its middle layer stands for any other rows
 DEFAULT = "default"
 OUR_LR = 8e-3  # of the normalised recipe at these widths and budgets; docs/experiments.md, as for `recipe_settings`
-OUR_KEYS = ("normalise", "initial_decoder", "decay_share", "aux_coefficient", "aux_k", "betas", "eps", "clip_norm")
+OUR_KEYS = (
+    "normalise",
+    "initial_decoder",
+    "decay_share",
+    "aux_coefficient",
+    "aux_k",
+    "betas",
+    "eps",
+    "cautious",
+    "clip_norm",
+)
 Figures = dict[str, float]
 Trained = tuple[TopKSAE, float]
 """An SAE and the CPU seconds of its training alone."""

@@ -82,7 +82,7 @@ def test_sites_and_sizes_may_be_chosen(llama: Path) -> None:
 def test_wider_and_longer_means_slower(llama: Path) -> None:
     points = [load_recipe_text(suggest(str(llama), dict_size=size)).hook_points for size in (512, 16_384)]
     rates = [next(iter(found.values())).lr for found in points]
-    assert rates == [pytest.approx(6e-3, rel=0.5), 2.5e-4]  # as in the packaged recipes
+    assert rates == [pytest.approx(6e-3, rel=0.5), 2.5e-4]  # the line of docs/language-models.md
 
 
 def test_data_bound_the_run(llama: Path, tmp_path: Path) -> None:

@@ -210,6 +210,8 @@ class TrainingRecipe(Node):
     """Adam's decay rates."""
     eps: Annotated[float, Field(gt=0, le=1)] = 6.25e-10
     """Adam's epsilon (Gao et al. 2024)."""
+    cautious: bool = False
+    """Leave out of each step on encoder and decoder what the batch's own gradient contradicts (Liang et al. 2024)."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm above which the gradient is scaled down; null never clips."""
     moments: Literal["float32", "bfloat16"] = "float32"

@@ -118,7 +118,7 @@ def test_kernels_need_no_stack_and_leave_room_for_each_other(
     dead = meta(300, HIDDEN, dtype=torch.float32), meta(16384, dtype=torch.int32)
 
     numbers = triton_step.Numbers(
-        number, meta(2, dtype=torch.float64), number, number.bool(), number, (0.9, 0.999), 1e-8
+        number, meta(2, dtype=torch.float64), number, number.bool(), number, (0.9, 0.999), 1e-8, True
     )
 
     def gradient(extra: tuple[torch.Tensor, torch.Tensor] | None) -> triton_step.GradientRows:

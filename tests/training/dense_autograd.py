@@ -24,9 +24,17 @@ class DenseTrainer:
     """Same loss as SAETrainer; `dead` and the support of the top-k are given, or computed with torch.topk."""
 
     def __init__(
-        self, sae: TopKSAE, lr: float = 1e-3, *, aux_k: int = 0, coefficient: float = 1 / 32, clip: float | None = 1.0
+        self,
+        sae: TopKSAE,
+        lr: float = 1e-3,
+        *,
+        aux_k: int = 0,
+        coefficient: float = 1 / 32,
+        clip: float | None = 1.0,
+        cautious: bool = False,
     ):
         self.k, self.aux_k, self.coefficient, self.clip = sae.k, aux_k, coefficient, clip
+        self.cautious = cautious
         state = sae.state_dict()
         self.parameters = {
             "encoder": state["encoder.weight"].clone(),
@@ -72,8 +80,13 @@ class DenseTrainer:
     def step(self, x: Tensor, dead: Tensor | None = None) -> DenseLoss:
         result = self.loss(x, dead)
         self.gradients(result.loss)
+        before = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.adam.step()
         with torch.no_grad():
+            for name in ("encoder", "decoder") if self.cautious else ():
+                value = self.parameters[name]
+                against = self.adam.state[value]["exp_avg"] * value.grad <= 0
+                value[against] = before[name][against]
             decoder = self.parameters["decoder"]
             decoder /= decoder.norm(dim=1, keepdim=True)
         return result

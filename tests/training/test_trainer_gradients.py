@@ -208,12 +208,14 @@ MOMENTS = [
 
 @pytest.mark.parametrize(("dtype", "moments", "tolerance"), MOMENTS)
 @pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("cautious", [False, True])
 def test_every_dtype_trains_as_torch_adam_in_float64(
-    dtype: torch.dtype, moments: torch.dtype | None, tolerance: float, clip: float | None
+    dtype: torch.dtype, moments: torch.dtype | None, tolerance: float, clip: float | None, cautious: bool
 ) -> None:
+    """A cautious step leaves what the gradient contradicts; near 0 the dtype decides its sign, for a few entries."""
     sae = make_sae(16, 64, 4, dtype)
-    trainer = SAETrainer(sae, 1e-3, moments=moments, clip_norm=clip, precision="fp32")
-    reference = DenseTrainer(sae.double(), 1e-3, clip=clip)
+    trainer = SAETrainer(sae, 1e-3, moments=moments, clip_norm=clip, precision="fp32", cautious=cautious)
+    reference = DenseTrainer(sae.double(), 1e-3, clip=clip, cautious=cautious)
     masters = torch.float64 if dtype == torch.float64 else torch.float32
     for step in range(30):
         x = torch.randn(48, 16, generator=torch.Generator().manual_seed(step)).to(masters)

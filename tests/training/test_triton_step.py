@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 @outside
 def test_in_interpreter() -> None:
-    run_interpreted(__file__, passed=19)
+    run_interpreted(__file__, passed=30)
 
 
 def popular(rows: int, latents: int, k: int, generator: torch.Generator) -> torch.Tensor:
@@ -70,8 +70,11 @@ def test_rows_errors_and_totals(dtype: torch.dtype) -> None:
 @in_interpreter
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("piece", [4, 128])
-def test_rows_of_a_gradient_and_adam(moments: torch.dtype, unit: bool, piece: int, monkeypatch: Any) -> None:
+def test_rows_of_a_gradient_and_adam(
+    moments: torch.dtype, unit: bool, cautious: bool, piece: int, monkeypatch: Any
+) -> None:
     """Three steps beside torch's own Adam on the dense gradient, the second not finite; the same bits again.
 
     The interpreter cuts what a GPU rounds to bfloat16, whence the tolerances where moments are of that.
@@ -103,12 +106,12 @@ def test_rows_of_a_gradient_and_adam(moments: torch.dtype, unit: bool, piece: in
         assert not untouched.any()
         divisor, lr, step = squares.sum().sqrt() / clip, torch.tensor(1e-2), torch.tensor(float(number))
         corrections = torch.tensor([1 - beta**number for beta in betas], dtype=torch.float64)
-        numbers = triton_step.Numbers(lr, corrections, divisor, torch.tensor(finite), step, betas, eps)
+        numbers = triton_step.Numbers(lr, corrections, divisor, torch.tensor(finite), step, betas, eps, cautious)
         for state in (ours, again):
             made.step(state[0], (state[1], state[2]), shadow, after, numbers, unit)
         assert torch.equal(after, squares)
         skip = torch.tensor(float(not finite))
-        Adam(lr, betas, eps, step)([theirs[0]], [dense], [theirs[1]], [theirs[2]], divisor, skip)
+        Adam(lr, betas, eps, step, cautious)([theirs[0]], [dense], [theirs[1]], [theirs[2]], divisor, skip)
         if unit and finite:
             theirs[0] /= theirs[0].norm(dim=1, keepdim=True)
         for mine, same, their in zip(ours, again, theirs, strict=True):
@@ -123,7 +126,13 @@ def test_rows_of_a_gradient_and_adam(moments: torch.dtype, unit: bool, piece: in
     [("fp32", 6.25e-10, 1e-5, False), ("bf16", 1.0, 1e-1, False), ("bf16", 1.0, 1e-1, True)],
 )
 @pytest.mark.parametrize(
-    "options", [{"clip_norm": 0.1}, {"clip_norm": None, "normalise": True}, {"prefixes": (5,), "clip_norm": 10.0}]
+    "options",
+    [
+        {"clip_norm": 0.1},
+        {"clip_norm": None, "normalise": True},
+        {"prefixes": (5,), "clip_norm": 10.0},
+        {"cautious": True},
+    ],
 )
 def test_whole_steps(
     precision: Literal["fp32", "bf16"], eps: float, apart: float, pays: bool, options: Any, monkeypatch: Any

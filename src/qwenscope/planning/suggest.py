@@ -1,7 +1,7 @@
 """A recipe for any language model: reads its config and tokenizer, writes commented YAML that `train` runs as it is.
 
-Learning rates lie on a line through two packaged recipes: 2.5e-4 for 16,384 latents and 48,828 steps, 6e-3 for 512 and
-1,172 (docs/language-models.md). They are where a sweep begins, not where it ends.
+Learning rates lie on a line through two recipes: 2.5e-4 for 16,384 latents and 48,828 steps, 6e-3 for 512 and 1,172
+(docs/language-models.md). They are where a sweep begins, not where it ends.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ def build_trainer(
         precision=precision,
         betas=training.betas,
         eps=training.eps,
+        cautious=training.cautious,
         clip_norm=training.clip_norm,
         moments=getattr(torch, training.moments),
         seed=derive_seed(recipe.seed, "resampling", sae_id),

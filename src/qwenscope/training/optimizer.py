@@ -3,13 +3,17 @@
 Each block of rows is computed, projected, stepped, normalised and copied to its shadow while it is in cache. The result
 equals `torch.optim.Adam` on the dense gradient: every row decays its moments in each step, whether it has pairs or not.
 
+A cautious step (Liang et al. 2024, arXiv 2411.16085, without their rescaling) leaves those entries of encoder and
+decoder as they are whose mean points another way than the batch's own gradient. A latent that is silent in a batch
+stands still in it, instead of drifting on old momentum.
+
 Legend: D hidden, N latents, R rows of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,12 +30,14 @@ class Adam:
     """Settings of one Adam step.
 
     lr: 0-dim, in the parameters' dtype. step: 0-dim float32, number of this step from 1, for the bias corrections.
+    cautious: leave an entry as it is where its mean and its gradient differ in sign.
     """
 
     lr: Tensor
     betas: tuple[float, float]
     eps: float
     step: Tensor
+    cautious: bool = False
 
     def __call__(
         self,
@@ -56,6 +62,7 @@ class Adam:
                 gradient.div_(divisor)
             divisor = torch.ones_like(divisor)
         first, second = [mean.to(dtype) for mean in means], [square.to(dtype) for square in squares]
+        before = [parameter.clone() for parameter in parameters] if self.cautious else []
         torch._fused_adam_(
             parameters,
             gradients,
@@ -73,6 +80,8 @@ class Adam:
             grad_scale=divisor.float(),
             found_inf=skip,
         )
+        for parameter, old, gradient, mean in zip(parameters, before, gradients, first, strict=bool(before)):
+            parameter.copy_(torch.where(gradient.sign() == mean.sign(), parameter, old))
         if means[0].dtype != dtype:
             for mean, square, wide_mean, wide_square in zip(means, squares, first, second, strict=True):
                 mean.copy_(wide_mean)
@@ -148,7 +157,8 @@ def _update_biases(weights: Weights, gradient: SparseGradient, adam: Adam, divis
     parameters, means, squares = (
         [of["encoder_bias"], of["pre_bias"]] for of in (weights.parameters, weights.means, weights.squares)
     )
-    adam(parameters, [gradient.encoder_bias, gradient.pre_bias], means, squares, divisor, skip)
+    plain = replace(adam, cautious=False)  # biases have no place in a latent's direction, and need their momentum
+    plain(parameters, [gradient.encoder_bias, gradient.pre_bias], means, squares, divisor, skip)
 
 
 def _update_by_kernels(
@@ -171,7 +181,7 @@ def _update_by_kernels(
         divisor = (norm / clip_norm).clamp_min(1.0)
     step = adam.step.double()
     corrections = 1 - torch.stack([beta**step for beta in adam.betas])
-    numbers = Numbers(adam.lr, corrections, divisor, finite, adam.step, adam.betas, adam.eps)
+    numbers = Numbers(adam.lr, corrections, divisor, finite, adam.step, adam.betas, adam.eps, adam.cautious)
     for (name, unmade), out_N in zip(rows.items(), squares_2N, strict=True):
         shadow, moments = weights.shadows.get(name), (weights.means[name], weights.squares[name])
         assert shadow is None or isinstance(shadow, Tensor)

@@ -60,6 +60,7 @@ class SAETrainer:
         initial_decoder: "random", as `sae` comes, or what `calibrate` points latents at, "rows" or "residuals".
         precision: "fp32", "bf16", "exact" (candidates by fewer bits, float32 values and gradients) or "auto".
         betas, eps: Adam's.
+        cautious: leave out of each step what the batch's own gradient contradicts; see `optimizer`.
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
         moments: dtype of Adam's moments: None, that of the weights, or bfloat16, the second one rounded stochastically.
         seed: of the resampling, and of the rows that latents are pointed at.
@@ -86,6 +87,7 @@ class SAETrainer:
         precision: Precision | Literal["auto"] = "auto",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
+        cautious: bool = False,
         clip_norm: float | None = 1.0,
         moments: torch.dtype | None = None,
         seed: int = 0,
@@ -111,7 +113,7 @@ class SAETrainer:
         self.lr, self.tokens, self.warmup_tokens, self.decay_share = lr, tokens, warmup_tokens, decay_share
         self.aux_coefficient, self.resample_every_steps = aux_coefficient, resample_every_steps
         self.aux_k = max(1, sae.hidden_dim // 2) if aux_k is None else aux_k
-        self.betas, self.eps, self.clip_norm, self.normalise = betas, eps, clip_norm, normalise
+        self.betas, self.eps, self.cautious, self.clip_norm, self.normalise = betas, eps, cautious, clip_norm, normalise
         self.initial_decoder, self.seed = initial_decoder, seed
         self._precision_is_free = precision == "auto"
         self.precision: Precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
@@ -297,7 +299,7 @@ class SAETrainer:
         gradient = SparseGradient.of(weights, rows, g, g_norm_S, selection, auxiliary, self.nested)
         del rows, errors, error, g  # in bf16 the gradient has copies of its own
         finite = gradient.bound + loss < torch.inf
-        adam = Adam(self._lr, self.betas, self.eps, self._step)
+        adam = Adam(self._lr, self.betas, self.eps, self._step, self.cautious)
         norm = update(weights, gradient, adam, self.clip_norm, finite)
         self.ages.update(gradient.fired, len(x_BD), finite)
         self.active.follow(selection.values, self._step, finite)

@@ -156,7 +156,7 @@ def _latents_kernel(  # type: ignore[no-untyped-def]
     source, rows, weights, offsets, pieces, slots, extra, parameter, means, squares, shadow, bound, lr, corrections,
     divisor, finite, step, out, beta1, beta2, eps, clip_norm, d,
     PIECE: tl.constexpr, EXTRA: tl.constexpr, UNIT: tl.constexpr, UPDATE: tl.constexpr, SHADOW: tl.constexpr,
-    ROUNDED: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROUNDED: tl.constexpr, CAUTIOUS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per latent: its gradient row, the row's square, and (UPDATE) one step on it; all is read once."""
     if not UPDATE:  # noqa: SIM102 (known at compilation)
@@ -190,7 +190,10 @@ def _latents_kernel(  # type: ignore[no-untyped-def]
         mean = tl.load(means + places, mask=inside, other=0.0).to(tl.float32) * beta1 + row * (1 - beta1)
         square = tl.load(squares + places, mask=inside, other=0.0).to(tl.float32) * beta2 + row * row * (1 - beta2)
         value = tl.load(parameter + places, mask=inside, other=0.0)
-        value -= rate * mean / (tl.sqrt(square) * scale + eps)
+        change = rate * mean / (tl.sqrt(square) * scale + eps)
+        if CAUTIOUS:
+            change = tl.where(mean * row > 0, change, 0.0)
+        value -= change
         if UNIT:
             value = value / tl.sqrt(tl.sum(value * value, axis=0))
         tl.store(means + places, mean, mask=kept)
@@ -281,6 +284,7 @@ class Numbers:
     step: Tensor
     betas: tuple[float, float]
     eps: float
+    cautious: bool
 
     @property
     def read(self) -> tuple[Tensor, ...]:
@@ -353,5 +357,5 @@ class GradientRows:
             parameter_ND, *moments, shadow_ND, bound, *read, out_N, beta1, beta2, eps, clip_norm, self.source.shape[1],
             PIECE=PIECE, EXTRA=self.extra is not None, UNIT=unit, UPDATE=numbers is not None,
             SHADOW=shadow_ND is not None, ROUNDED=moments[0] is not None and moments[0].dtype == torch.bfloat16,
-            BLOCK_D=self.block, num_warps=warps,
+            CAUTIOUS=numbers is not None and numbers.cautious, BLOCK_D=self.block, num_warps=warps,
         )  # fmt: skip
