@@ -15,6 +15,7 @@ merged      two seeds on a quarter of the rows each; latents that both found bec
             and the other half trains that.
 nested      prefixes of a sixteenth and a quarter of the latents (Matryoshka: Bussmann et al. 2025).
 batch_topk  rows share the batch's active latents (Bussmann et al. 2024).
+cautious    steps leave out what their batch contradicts (Liang et al. 2024), at twice the rate.
 kl          not here: bench/kl_phase.py.
 """
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -165,6 +166,7 @@ LEVERS: dict[str, Train] = {
         budget, x_RD, seed, prefixes=(budget.dict_size // 16, budget.dict_size // 4)
     ),
     "batch_topk": lambda budget, x_RD, seed: trained(budget, x_RD, seed, "batch_topk"),
+    "cautious": lambda budget, x_RD, seed: trained(replace(budget, lr=2 * budget.lr), x_RD, seed, cautious=True),
 }
 
 
