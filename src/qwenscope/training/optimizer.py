@@ -81,7 +81,7 @@ class Adam:
             found_inf=skip,
         )
         for parameter, old, gradient, mean in zip(parameters, before, gradients, first, strict=bool(before)):
-            parameter.copy_(torch.where(gradient.sign() == mean.sign(), parameter, old))
+            torch.lerp(old, parameter, gradient.mul_(mean).gt_(0), out=parameter)  # faster than `where`, and exact
         if means[0].dtype != dtype:
             for mean, square, wide_mean, wide_square in zip(means, squares, first, second, strict=True):
                 mean.copy_(wide_mean)
