@@ -187,15 +187,13 @@ class TrainingRecipe(Node):
     decay_share: Share = 0.2
     """Last share of the run in which the learning rate falls linearly to zero."""
     kl_share: Share = 0.0
-    """Last share of the run's tokens that SAEs see inside the model: the KL divergence that their reconstructions cause
-    in its next-token distribution is trained with the error; 0 never."""
+    """Last share of the run's tokens, seen inside the model, where KL to its own predictions is trained too; 0 never."""
     normalise: bool = False
     """Centre and scale rows by constants measured once; folded into the saved weights."""
     calibration_tokens: Positive = 50_000
     """First rows from which mean, scale and the encoder's initial scale are measured."""
     initial_decoder: Literal["random", "rows", "residuals"] = "random"
-    """Where latents point before the first step: at random, at calibration rows less their mean, or at what earlier
-    latents leave of such rows."""
+    """Where latents first point: at random, at calibration rows less their mean, or at what earlier ones leave."""
     aux_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 1 / 32
     """Weight of the auxiliary dead-latent loss; 0 turns it off."""
     aux_k: Positive | None = None

@@ -59,8 +59,7 @@ class SAETrainer:
         normalise: centre and scale rows by `calibrate`'s mean and rms, folded into the weights by `sae()`.
         initial_decoder: "random", as `sae` comes, or what `calibrate` points latents at, "rows" or "residuals".
         precision: "fp32", "bf16", "exact" (candidates by fewer bits, float32 values and gradients) or "auto".
-        betas, eps: Adam's.
-        cautious: leave out of each step what the batch's own gradient contradicts; see `optimizer`.
+        betas, eps, cautious: Adam's; a cautious step leaves out what the batch's own gradient contradicts.
         clip_norm: largest gradient norm over all parameters; None switches clipping off.
         moments: dtype of Adam's moments: None, that of the weights, or bfloat16, the second one rounded stochastically.
         seed: of the resampling, and of the rows that latents are pointed at.
@@ -107,14 +106,13 @@ class SAETrainer:
             clip_norm=clip_norm is None or clip_norm > 0,
             moments=moments in (None, master_dtype(sae), torch.bfloat16),
         )
-        self.device = sae.pre_bias.device
+        self.device, self.seed, self.initial_decoder = sae.pre_bias.device, seed, initial_decoder
         self.nested = Nested(prefixes, sae.dict_size, self.device)
         self.config = sae.config | self.nested.described()
         self.lr, self.tokens, self.warmup_tokens, self.decay_share = lr, tokens, warmup_tokens, decay_share
         self.aux_coefficient, self.resample_every_steps = aux_coefficient, resample_every_steps
         self.aux_k = max(1, sae.hidden_dim // 2) if aux_k is None else aux_k
         self.betas, self.eps, self.cautious, self.clip_norm, self.normalise = betas, eps, cautious, clip_norm, normalise
-        self.initial_decoder, self.seed = initial_decoder, seed
         self._precision_is_free = precision == "auto"
         self.precision: Precision = best_precision(sae.encoder.weight) if precision == "auto" else precision
         self.weights = self._take(sae, moments)
