@@ -187,7 +187,7 @@ class TrainingRecipe(Node):
     decay_share: Share = 0.2
     """Last share of the run in which the learning rate falls linearly to zero."""
     kl_share: Share = 0.0
-    """Last share of the run's tokens, seen inside the model, where KL to its own predictions is trained too; 0 never."""
+    """Last share of the tokens, seen inside the model, where KL to its own predictions is trained too; 0 never."""
     normalise: bool = False
     """Centre and scale rows by constants measured once; folded into the saved weights."""
     calibration_tokens: Positive = 50_000
