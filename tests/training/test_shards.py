@@ -108,6 +108,7 @@ def test_the_largest_over_ranks_are_exact_with_ties_and_short_rows(size: int, tm
 
 
 OPTIONS: list[dict[str, Any]] = [
+    {"aux_k": 3},
     {"aux_k": 3, "cautious": True},
     {"resample_every_steps": 6, "normalise": True},
     {"clip_norm": 0.01, "resample_every_steps": 7},
